@@ -1,0 +1,123 @@
+"""The dimensions of a GPT-3-style decoder, frozen, and the literal table of GPT-3's sizes."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+Activation = Literal["gelu_new", "gelu", "relu"]
+AttentionKind = Literal["dense", "banded"]
+
+# Rows of the token embedding are padded to a multiple of this so that the output projection is a round matrix.
+# Nobody outside gpt.py sees the padding.
+VOCAB_MULTIPLE = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class GPTConfig:
+    """What the decoder in gpt.py needs to know, and nothing about where the weights came from.
+
+    `attention` is repeated over the layers: ("dense", "banded") alternates as GPT-3 does. A banded layer lets position
+    i see the keys j with 0 <= i - j < band, that is `band` keys including itself.
+
+    Raises ValueError naming the field when the dimensions contradict each other.
+    """
+
+    vocab_size: int
+    n_positions: int
+    n_embd: int
+    n_layer: int
+    n_head: int
+    n_inner: int
+    attention: tuple[AttentionKind, ...] = ("dense",)
+    band: int | None = None
+    activation: Activation = "gelu_new"
+    # None means head_dim ** -0.5; GPT-Neo does not scale at all (1.0).
+    softmax_scale: float | None = None
+    # GPT-2's scale_attn_by_inverse_layer_idx: layer i divides its scores by i + 1 as well.
+    scale_by_inverse_layer: bool = False
+    qkv_bias: bool = True
+    bias: bool = True
+    norm_affine: bool = True
+    norm_eps: float = 1e-5
+    # False is the original Transformer's order, normalising after the residual sum (OPT-350m); it has no final norm.
+    pre_norm: bool = True
+    final_norm: bool = True
+    # Rows of the position table that stand before position 0 (OPT has 2).
+    position_offset: int = 0
+    # Width of the token embedding where it is projected to n_embd and back (OPT-350m); None means n_embd.
+    embedding_width: int | None = None
+    tied_head: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.embedding_width is not None and self.embedding_width < 1:
+            raise ValueError(f"embedding_width must be at least 1, got {self.embedding_width}")
+        if self.position_offset < 0:
+            raise ValueError(f"position_offset must not be negative, got {self.position_offset}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if not self.attention or set(self.attention) - {"dense", "banded"}:
+            raise ValueError(f"attention must name 'dense' or 'banded' for each layer, got {self.attention!r}")
+        if "banded" in self.attention and (self.band is None or self.band < 1):
+            raise ValueError(f"band must be at least 1 when a layer is banded, got {self.band}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    @property
+    def token_width(self) -> int:
+        """Width of one row of the token embedding."""
+        return self.embedding_width or self.n_embd
+
+    def kind(self, layer: int) -> AttentionKind:
+        """How layer `layer` attends: the one place that knows the pattern."""
+        return self.attention[layer % len(self.attention)]
+
+    def band_of(self, layer: int) -> int | None:
+        """Keys that a query of this layer may see, including itself; None is all of them."""
+        return self.band if self.kind(layer) == "banded" else None
+
+    def scale_of(self, layer: int) -> float:
+        """Factor on the attention scores of this layer."""
+        scale = self.head_dim**-0.5 if self.softmax_scale is None else self.softmax_scale
+        return scale / (layer + 1) if self.scale_by_inverse_layer else scale
+
+
+def gpt3(n_layer: int, n_embd: int, n_head: int) -> GPTConfig:
+    """A GPT-3 of the given size: r50k tokens, 2048 positions, dense and banded layers in turn.
+
+    GPT-3's paper does not disclose its band; 256 is GPT-Neo's, the open model of this shape.
+    """
+    return GPTConfig(
+        vocab_size=50257,
+        n_positions=2048,
+        n_embd=n_embd,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_inner=4 * n_embd,
+        attention=("dense", "banded"),
+        band=256,
+    )
+
+
+# Brown et al. 2020, table 2.1. Two of its rows do not multiply out: 1.3B is printed as 24 heads of 128 at width 2048
+# (here 16 heads of 128), and 13B as width 5140 with 40 heads of 128 (here 5120).
+GPT3_SIZES = {
+    "gpt3-125m": gpt3(n_layer=12, n_embd=768, n_head=12),
+    "gpt3-350m": gpt3(n_layer=24, n_embd=1024, n_head=16),
+    "gpt3-760m": gpt3(n_layer=24, n_embd=1536, n_head=16),
+    "gpt3-1.3b": gpt3(n_layer=24, n_embd=2048, n_head=16),
+    "gpt3-2.7b": gpt3(n_layer=32, n_embd=2560, n_head=32),
+    "gpt3-6.7b": gpt3(n_layer=32, n_embd=4096, n_head=32),
+    "gpt3-13b": gpt3(n_layer=40, n_embd=5120, n_head=40),
+    "gpt3-175b": gpt3(n_layer=96, n_embd=12288, n_head=96),
+}
+
+# The embedded default model: small enough to ship in the repository as 16-bit safetensors.
+DEMO = gpt3(n_layer=8, n_embd=256, n_head=4)

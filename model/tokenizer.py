@@ -1,0 +1,182 @@
+"""Byte-pair tokenizers: the embedded r50k_base, and the vocabularies that checkpoints bring along. No network, no torch."""
+
+import base64
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+
+R50K_FILE = Path(__file__).parent / "data" / "r50k_base.tiktoken"
+R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+R50K_VOCAB_SIZE = 50257
+END_OF_TEXT = "<|endoftext|>"
+
+# How GPT-2 cuts text into words before merging bytes inside each.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# A run of white space (Unicode's, which lacks four separators that Python's \s has) with a word behind it.
+LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{100000,}+(?!\Z)")
+
+
+class TokenizerError(ValueError):
+    """A vocabulary that can't be used: which file, and what is wrong with it."""
+
+
+class Tokenizer:
+    """Text to token ids and back to bytes.
+
+    Bytes, not text: a token may hold part of a character, so joining decoded strings token by token breaks them.
+
+    >>> r50k_base().encode("Once upon a time")
+    [7454, 2402, 257, 640]
+    >>> r50k_base().token_bytes(7454)
+    b'Once'
+    """
+
+    def __init__(
+        self,
+        tokens: Mapping[int, bytes],
+        merge_order: Sequence[int],
+        *,
+        special: Mapping[str, int],
+        added: Mapping[str, int],
+        eos_id: int,
+        bos_id: int | None = None,
+    ):
+        """`tokens` holds the bytes of every id; `merge_order` the ids that bytes merge into, first merge first.
+
+        `special` tokens are recognised in text only where the caller allows it, `added` ones always. `eos_id` ends a
+        document; `bos_id` starts every prompt, and is None where the checkpoint asks for nothing there.
+        """
+        self.special_tokens = dict(special)
+        self.eos_id = eos_id
+        self.bos_id = bos_id
+        self.max_token_bytes = max(map(len, tokens.values()))
+        self._tokens = dict(tokens)
+        # OPT numbers its tokens by frequency: what merges first has not the lowest id.
+        self._id_of_rank = None if list(merge_order) == list(range(len(merge_order))) else list(merge_order)
+        ranks = {tokens[token_id]: rank for rank, token_id in enumerate(merge_order)}
+        self._bpe = tiktoken.Encoding("banded", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._whole = {**added, **special}
+        self._added_in_text = any_of(added)
+        self._special_in_text = any_of(self._whole)
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._tokens
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`, without bos. Text that spells a special token stays text unless `allow_special`.
+
+        A lone surrogate, which is no character, is encoded as U+FFFD.
+
+        >>> r50k_base().encode("<|endoftext|>", allow_special=True)
+        [50256]
+        """
+        in_text = self._special_in_text if allow_special else self._added_in_text
+        tokens = []
+        for is_whole, piece in alternate(in_text.split(text)):
+            tokens += [self._whole[piece]] if is_whole else self._merge(piece)
+        return tokens
+
+    def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """What the model is given for `text`: bos where the checkpoint asks for it, then `encode`; never empty.
+
+        The empty text without bos is the end of a document, after which a new one starts.
+
+        >>> r50k_base().encode_prompt("")
+        [50256]
+        """
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return bos + self.encode(text, allow_special=allow_special) or [self.eos_id]
+
+    def _merge(self, text: str) -> list[int]:
+        ranks = []
+        for piece in cut_long_space(text):
+            ranks += self._bpe.encode_ordinary(piece)
+        return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token. KeyError for an id that stands for nothing (a model may have more rows than tokens)."""
+        return self._tokens[token_id]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of whole `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """A pattern whose `split` cuts text at the leftmost longest of `words`, keeping them."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def alternate(pieces: list[str]) -> Iterator[tuple[bool, str]]:
+    """What re.split returns, as (is_separator, piece), without the empty ones."""
+    return ((bool(place % 2), piece) for place, piece in enumerate(pieces) if piece)
+
+
+def cut_long_space(text: str) -> Iterator[str]:
+    """`text` cut where GPT2_PATTERN cuts a run of white space anyway: before the last one, which belongs to the word.
+
+    tiktoken's regex engine backtracks over the run to get there and panics when it is 999,999 long.
+    """
+    start = 0
+    for run in LONG_SPACE.finditer(text):
+        yield text[start : run.end() - 1]
+        start = run.end() - 1
+    yield text[start:]
+
+
+def r50k_base() -> Tokenizer:
+    """GPT-2's and GPT-3's tokenizer from the vendored ranks. TokenizerError when the file is not the published one."""
+    data = R50K_FILE.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != R50K_SHA256:
+        raise TokenizerError(f"{R50K_FILE} has sha256 {digest}, expected {R50K_SHA256}: the file is damaged")
+    lines = (line.split() for line in data.splitlines())
+    tokens = {int(rank): base64.b64decode(token) for token, rank in lines}
+    end = len(tokens)
+    return Tokenizer(
+        tokens | {end: END_OF_TEXT.encode()}, range(end), special={END_OF_TEXT: end}, added={}, eos_id=end
+    )
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory, equal to what transformers makes of it, or a TokenizerError saying why not.
+
+    The vocabulary is `tokenizer.json`, or `vocab.json` with `merges.txt` where that is missing. A directory with neither
+    gets r50k_base if it is our own, or if it is a GPT-2 or GPT-Neo of exactly 50257 tokens, for that is their vocabulary.
+
+    Whatever would encode text differently from GPT-2's way (a normalizer, another pre-tokenizer, a prefix space, bytes
+    without a token) is refused by name.
+    """
+    try:
+        return build_tokenizer(directory)
+    except TokenizerError as error:
+        raise TokenizerError(f"{directory}: {error}") from None
+
+
+def build_tokenizer(directory: Path) -> Tokenizer:
+    files = {name: read_json(directory / name) for name in SETTINGS_FILES if (directory / name).exists()}
+    if CONFIG_FILE not in files:
+        raise TokenizerError(f"there is no {CONFIG_FILE}")
+    vocabulary = read_vocabulary(directory, files)
+    if vocabulary is None:
+        return embedded_tokenizer(files[CONFIG_FILE])
+    refuse_settings(files.get(SETTINGS_FILE, {}))
+    merge_order = rank_tokens(vocabulary)
+    special, added = added_tokens(files, vocabulary)
+    names = {token_id: name for name, token_id in vocabulary.ids.items()}
+    eos_id = end_of_document(files, names, special)
+    bos_id = start_of_prompt(files, names, special)
+    tokens = {token_id: piece_bytes(name) for token_id, name in names.items()}
+    tokens |= {token_id: name.encode() for name, token_id in (added | special).items()}
+    check_rows(tokens, files[CONFIG_FILE])
+    return Tokenizer(tokens, merge_order, special=special, added=added, eos_id=eos_id, bos_id=bos_id)

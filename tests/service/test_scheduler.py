@@ -1,0 +1,207 @@
+"""The scheduler against a slow oracle that remembers, key by key, what stands in every page."""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.band import PAGE_SIZE, first_key
+from model.config import AttentionKind, GPTConfig
+from model.step import Sampled, SamplingParams, StepInput
+from service.kv_cache import KVCache, pool_sizes
+from service.scheduler import MIN_CHUNK, Delta, Pace, Scheduler, Sequence
+
+EOS = 7
+
+
+def config(band: int | None, n_positions: int = 512) -> GPTConfig:
+    return GPTConfig(
+        vocab_size=100,
+        n_positions=n_positions,
+        n_embd=8,
+        n_layer=2,
+        n_head=1,
+        n_inner=8,
+        attention=("dense",) if band is None else ("dense", "banded"),
+        band=band,
+    )
+
+
+def make(
+    band: int | None = 100, *, max_slots: int = 4, step_tokens: int = 128, sequences: float = 2.5, n_positions: int = 512
+) -> Scheduler:
+    """A scheduler whose cache holds `sequences` full-context sequences."""
+    shape = config(band, n_positions)
+    one = pool_sizes(shape, kv_bytes=1 << 40, item_bytes=2, max_slots=1, step_tokens=step_tokens)
+    slack = {kind: -(-step_tokens // PAGE_SIZE) if kind == "banded" else 0 for kind in one}
+    sizes = {kind: int((pages - slack[kind]) * sequences) + slack[kind] for kind, pages in one.items()}
+    cache = KVCache(shape, sizes, step_tokens=step_tokens)
+    return Scheduler(cache, max_slots=max_slots, step_tokens=step_tokens)
+
+
+def sequence(num_prompt: int, max_tokens: int, *, deadline: float = float("inf")) -> Sequence:
+    return Sequence(list(range(num_prompt)), max_tokens, SamplingParams(), EOS, deadline)
+
+
+class Pages:
+    """What the device would hold: the newest (slot, position) written to each place of each group's pages."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler = scheduler
+        self.table: dict[tuple[AttentionKind, int, int], int] = {}
+        self.content: dict[tuple[AttentionKind, int, int], tuple[int, int]] = {}
+
+    def run(self, step: StepInput) -> None:
+        """Write the step's keys, then check that every key its queries see is where the table says."""
+        for pages in step.pages:
+            for i, page_id in enumerate(pages.page_ids):
+                self.table[pages.kind, pages.slot, pages.first + i] = page_id
+        tokens = list(zip(step.token_slots, step.token_positions, strict=True))
+        for kind, pool in self.scheduler.cache.pools.items():
+            for slot, position in tokens:
+                self.content[self.place(kind, slot, position)] = (slot, position)
+            for slot, position in tokens:
+                for key in range(first_key(position, pool.band), position + 1):
+                    assert self.content[self.place(kind, slot, key)] == (slot, key), f"{kind} key {key} is gone"
+
+    def place(self, kind: AttentionKind, slot: int, position: int) -> tuple[AttentionKind, int, int]:
+        return kind, self.table[kind, slot, position // PAGE_SIZE], position % PAGE_SIZE
+
+
+requests = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 100)), min_size=1, max_size=12)
+
+
+@given(
+    requests=requests,
+    band=st.none() | st.integers(1, 300),
+    max_slots=st.integers(1, 5),
+    step_tokens=st.integers(5, 300),
+    sequences=st.floats(1, 4),
+    seed=st.integers(0, 1000),
+)
+def test_every_sequence_is_computed_once_in_order_and_finishes(
+    requests: list[tuple[int, int]], band: int | None, max_slots: int, step_tokens: int, sequences: float, seed: int
+) -> None:
+    rng = random.Random(seed)
+    scheduler = make(band, max_slots=max_slots, step_tokens=step_tokens, sequences=sequences)
+    pages = Pages(scheduler)
+    todo = [sequence(prompt, tokens) for prompt, tokens in requests]
+    ended: dict[Sequence, str] = {}
+    began: list[Sequence] = []
+    generated = dict.fromkeys(todo, 0)
+    submitted = list(todo)
+    while todo or not scheduler.idle:
+        while todo and rng.random() < 0.3:
+            scheduler.submit([todo.pop(0)])
+        if rng.random() < 0.02 and not scheduler.idle:
+            victim = rng.choice([*scheduler.running.values(), *scheduler.waiting])
+            scheduler.abort(victim)
+            scheduler.abort(victim)
+            ended[victim] = "abort"
+        step = scheduler.schedule()
+        if step is None:
+            assert not scheduler.running
+            continue
+        assert len(step.token_slots) <= step_tokens
+        began += [scheduler.running[start.slot] for start in step.starts]
+        assert {start.slot for start in step.starts} == {chunk.slot for chunk in step.chunks if chunk.start == 0}
+        for slot, position in zip(step.token_slots, step.token_positions, strict=True):
+            assert position >= scheduler.running[slot].num_computed
+        pages.run(step)
+        sampled = Sampled([EOS if rng.random() < 0.02 else 1 for _ in step.sampled_tokens])
+        seconds = len(step.token_slots) * 1e-3
+        for delta in scheduler.commit(sampled, seconds):
+            generated[delta.sequence] += len(delta.tokens)
+            if delta.finish_reason:
+                assert delta.sequence not in ended
+                ended[delta.sequence] = delta.finish_reason
+                assert (delta.finish_reason == "stop") == (delta.tokens == [EOS])
+        assert scheduler.cache.faults() == []
+    assert set(ended) == set(submitted)
+    assert began == [s for s in submitted if s in set(began)], "a sequence overtook another"
+    for s, reason in ended.items():
+        assert generated[s] == s.num_generated
+        if reason == "length":
+            assert generated[s] == s.max_tokens
+    assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
+
+
+def drive(scheduler: Scheduler, token: int = 1) -> list[Delta]:
+    step = scheduler.schedule()
+    assert step is not None
+    return scheduler.commit(Sampled([token] * len(step.sampled_tokens)), 0.01)
+
+
+def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_runs() -> None:
+    scheduler = make(256, step_tokens=512, n_positions=2048)
+    scheduler.submit([sequence(2000, 48)])
+    peak = 0
+    while not scheduler.idle:
+        step = scheduler.schedule()
+        assert step is not None
+        peak = max(peak, scheduler.cache.held(0)["banded"])
+        scheduler.commit(Sampled([1] * len(step.sampled_tokens)), 0.01)
+        if scheduler.running:
+            assert scheduler.cache.held(0)["banded"] <= 5
+    assert peak <= 5 + 512 // PAGE_SIZE
+
+
+def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
+    scheduler = make(None, step_tokens=256)
+    scheduler.submit([sequence(10, 50)])
+    drive(scheduler)
+    scheduler.submit([sequence(400, 5)])
+    step = scheduler.schedule()
+    assert step is not None
+    assert len(step.decodes) == 1
+    assert [len(chunk.tokens) for chunk in step.chunks] == [MIN_CHUNK]
+
+
+def test_pace_allows_as_much_prompt_as_takes_one_decode_step() -> None:
+    pace = Pace()
+    assert pace.chunk_limit() == MIN_CHUNK
+    pace.observe(0, 100, 1.0)  # 10 ms a prompt token
+    pace.observe(8, 0, 0.5)
+    assert pace.chunk_limit() == 50
+    pace.observe(8, 50, 0.5 + 50 * 0.01)
+    assert pace.chunk_limit() == 50
+    pace.observe(8, 0, 1e-6)
+    for _ in range(100):
+        pace.observe(8, 0, 1e-6)
+    assert pace.chunk_limit() == MIN_CHUNK
+
+
+def test_max_tokens_0_computes_the_prompt_and_ends() -> None:
+    scheduler = make()
+    scheduler.submit([sequence(10, 0)])
+    assert [(delta.tokens, delta.finish_reason) for delta in drive(scheduler)] == [([], "length")]
+    assert scheduler.idle
+
+
+def test_expire_ends_only_the_waiting_and_late() -> None:
+    scheduler = make(max_slots=1)
+    first, late, patient = sequence(5, 5, deadline=1.0), sequence(5, 5, deadline=2.0), sequence(5, 5)
+    scheduler.submit([first, late, patient])
+    drive(scheduler)
+    assert scheduler.expire(1.5) == []
+    assert scheduler.expire(3.0) == [Delta(late, [], "timeout")]
+    assert list(scheduler.waiting) == [patient]
+
+
+def test_a_failed_step_ends_its_own_sequences_only() -> None:
+    scheduler = make(None, max_slots=3, step_tokens=64)
+    scheduler.submit([sequence(64, 5), sequence(30, 5)])
+    step = scheduler.schedule()
+    assert step is not None
+    assert [chunk.slot for chunk in step.chunks] == [0]
+    assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
+    assert scheduler.cache.faults() == []
+    step = scheduler.schedule()
+    assert step is not None
+    assert [start.slot for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
+
+
+def test_step_tokens_must_let_every_stream_advance() -> None:
+    with pytest.raises(ValueError, match="step_tokens 3 is less than max_slots 4"):
+        make(max_slots=4, step_tokens=3)

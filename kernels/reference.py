@@ -22,7 +22,7 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    rows = []
+    rows: list[Tensor] = []
     for i, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
         for position in range(start, start + length):
             rows.append(attend(q[len(rows)], position, k_pages, v_pages, plan.page_table[i], plan.band, scale))

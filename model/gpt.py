@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import kernels
+from kernels import ops
+from kernels.plan import DecodePlan, PrefillPlan
 from model.config import Activation, AttentionKind, GPTConfig
 
 # attend(layer, q, k, v) -> out, all (..., H, D): how the tokens of this call see each other and what came before.
@@ -78,16 +79,14 @@ class GroupPlan(NamedTuple):
     """What the layers of one KV group share in a step: where new keys go and which pages each token reads."""
 
     slot_mapping: Tensor  # (N,) page * PAGE_SIZE + offset of each token's key
-    decode: kernels.DecodePlan
-    prefill: kernels.PrefillPlan
+    decode: DecodePlan
+    prefill: PrefillPlan
 
 
 class PagedAttention:
     """Attention over the paged KV cache, q, k and v (N, H, D): decode rows first, then the prompt chunks."""
 
-    def __init__(
-        self, config: GPTConfig, pools: list[KVPool], plans: dict[AttentionKind, GroupPlan], num_decodes: int
-    ):
+    def __init__(self, config: GPTConfig, pools: list[KVPool], plans: dict[AttentionKind, GroupPlan], num_decodes: int):
         self.config = config
         self.pools = pools
         self.plans = plans
@@ -96,14 +95,14 @@ class PagedAttention:
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool, plan = self.pools[layer], self.plans[self.config.kind(layer)]
         scale = self.config.scale_of(layer)
-        kernels.kv_write(k, v, pool.k, pool.v, plan.slot_mapping)
+        ops.kv_write(k, v, pool.k, pool.v, plan.slot_mapping)
         out = torch.empty_like(q)
         if self.num_decodes:
             rows = slice(None, self.num_decodes)
-            out[rows] = kernels.decode_attention(q[rows], pool.k, pool.v, plan.decode, scale)
+            out[rows] = ops.decode_attention(q[rows], pool.k, pool.v, plan.decode, scale)
         if self.num_decodes < q.shape[0]:
             rows = slice(self.num_decodes, None)
-            out[rows] = kernels.prefill_attention(q[rows], pool.k, pool.v, plan.prefill, scale)
+            out[rows] = ops.prefill_attention(q[rows], pool.k, pool.v, plan.prefill, scale)
         return out
 
 

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-import kernels
-from kernels import PAGE_SIZE, PrefillPlan
+from kernels.band import PAGE_SIZE
+from kernels.plan import PrefillPlan, plan_decode
 from model.config import AttentionKind
 from model.gpt import GPT, GroupPlan, KVPool, PagedAttention
 from model.sampling import SamplingRows, sample
@@ -86,7 +86,7 @@ class Runner:
             band = self.model.config.band if kind == "banded" else None
             plans[kind] = GroupPlan(
                 slot_mapping=table[slots, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE,
-                decode=kernels.plan_decode(table[slots[:decoding]], positions[:decoding] + 1, band),
+                decode=plan_decode(table[slots[:decoding]], positions[:decoding] + 1, band),
                 prefill=PrefillPlan(table[chunk_slots], starts, counts, band),
             )
         return plans

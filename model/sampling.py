@@ -56,9 +56,7 @@ def draw(logits: Tensor, rows: SamplingRows) -> Tensor:
     return tokens
 
 
-def draw_truncated(
-    scaled: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor, width: int
-) -> tuple[Tensor, Tensor]:
+def draw_truncated(scaled: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Draw among the `width` likeliest tokens: ids (B,), and whether those were enough to hold the truncated set (B,).
 
     The likeliest token always stays, so a top_p of 0 is greedy. Tokens that tie with the last of the top k are cut by

@@ -423,8 +423,8 @@ def read_config(directory: Path) -> GPTConfig:
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device = CPU) -> GPT:
     """The model in `directory`, ready for inference, its weights cast to `dtype` one by one on `device`.
 
-    Peak memory is the model and one of its tensors. Raises CheckpointError, before any weight is read, when tensors are
-    missing, left over or of another shape than config.json says.
+    Every weight is allocated once; the files are mapped, and let go of before this returns. Raises CheckpointError,
+    before the first weight is read, when tensors are missing, left over or of another shape than config.json says.
     """
     architecture, config = read_architecture(directory)
     with torch.device("meta"):
@@ -517,7 +517,7 @@ def open_tensors(files: Iterable[Path], architecture: Architecture, open_files: 
         try:
             handle = open_files.enter_context(safe_open(file, "pt"))
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+            raise CheckpointError(f"{file} can't be read as safetensors: {error}") from error
         for key in handle.keys():  # noqa: SIM118 - not a mapping
             name = without_root(key, architecture.roots)
             if re.fullmatch(architecture.ignored, name):
@@ -605,6 +605,8 @@ def save_model(directory: Path, model: GPT, dtype: torch.dtype) -> None:
     }
     temporary = directory / (WEIGHTS_FILE + ".tmp")
     save_file(tensors, temporary, metadata={"format": "pt"})
+    # safetensors makes files that only their owner may read, which is seldom who serves them.
+    temporary.chmod((directory / CONFIG_FILE).stat().st_mode)
     os.replace(temporary, directory / WEIGHTS_FILE)
 
 

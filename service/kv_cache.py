@@ -56,9 +56,7 @@ def pool_sizes(
             f"and a step of {step_tokens} prompt tokens {slack_bytes} more"
         )
     sequences = min(max_slots, (kv_bytes - slack_bytes) / one)
-    return {
-        kind: int(sequences * resting_pages(config.n_positions, band)) + slack[kind] for kind, band in groups(config)
-    }
+    return {kind: int(sequences * resting_pages(config.n_positions, band)) + slack[kind] for kind, band in groups(config)}
 
 
 class HeldPages:

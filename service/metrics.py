@@ -40,9 +40,7 @@ class Metrics:
         self._outcomes = Counter(
             "banded_requests", "Choices by how they ended", ["model", "outcome"], registry=self.registry
         )
-        self._http = Counter(
-            "banded_http_requests", "HTTP responses", ["model", "route", "status"], registry=self.registry
-        )
+        self._http = Counter("banded_http_requests", "HTTP responses", ["model", "route", "status"], registry=self.registry)
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")
         self.accounting_faults = self._counter("page_accounting_faults", "Faults found by the KV accounting's self-check")
         self.build = Info("banded_build", "Versions", registry=self.registry)

@@ -34,6 +34,7 @@ class Sequence:
     # When to give up waiting for a slot, on the caller's clock.
     deadline: float = math.inf
     slot: int = -1  # while running
+    started: float = 0.0  # when it got its slot, on the same clock
     num_computed: int = 0
     num_generated: int = 0
 
@@ -91,7 +92,7 @@ class Scheduler:
     def __init__(self, cache: KVCache, *, max_slots: int, step_tokens: int):
         """At most `max_slots` sequences run at once and at most `step_tokens` tokens are computed in a step."""
         if step_tokens < max_slots:
-            raise ValueError(f"step_tokens {step_tokens} is less than max_slots {max_slots}: streams could not all advance")
+            raise ValueError(f"step_tokens {step_tokens} is less than max_slots {max_slots}: not all could advance")
         self.cache = cache
         self.step_tokens = step_tokens
         self.waiting: deque[Sequence] = deque()
@@ -122,10 +123,10 @@ class Scheduler:
             self.waiting.remove(sequence)
         return [Delta(sequence, [], "timeout") for sequence in late]
 
-    def schedule(self) -> StepInput | None:
-        """The next step, or None when nothing can run."""
+    def schedule(self, now: float) -> StepInput | None:
+        """The next step, or None when nothing can run. Sequences that get a slot remember `now`."""
         assert self._step is None, "schedule called twice without commit"
-        self._admit()
+        self._admit(now)
         decodes = [sequence for sequence in self.running.values() if not sequence.in_prompt]
         chunks = self._chunks(len(decodes))
         if not decodes and not chunks:
@@ -140,13 +141,14 @@ class Scheduler:
         self._step = StepInput(starts, pages, rows, chunks)
         return self._step
 
-    def _admit(self) -> None:
+    def _admit(self, now: float) -> None:
         while self.waiting and self._free_slots:
             sequence = self.waiting[0]
             if not self.cache.try_reserve(self._free_slots[-1], sequence.num_written):
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
+            sequence.started = now
             self.running[sequence.slot] = sequence
 
     def _chunks(self, num_decodes: int) -> list[PromptChunk]:

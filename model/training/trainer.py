@@ -48,9 +48,7 @@ class TrainingPlan:
         return min(SHORT_WINDOW, n_positions) if step < SHORT_SHARE * self.num_steps else n_positions
 
 
-def train(
-    config: GPTConfig, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT], None], save_every: int
-) -> GPT:
+def train(config: GPTConfig, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT], None], save_every: int) -> GPT:
     """A model of `config` trained on `tokens` (N,); `save` gets it every `save_every` steps and at the end.
 
     Raises ValueError when the text is shorter than one window.

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import PAGE_SIZE, PrefillPlan, cpu, plan_decode, reference
-from kernels.band import first_key, pages_spanned, query_blocks
+from kernels import cpu, reference
+from kernels.band import PAGE_SIZE, first_key, pages_spanned, query_blocks
+from kernels.plan import PrefillPlan, plan_decode
 
 HEADS, DIM, MAX_PAGES = 2, 16, 40
 BANDS = [None, 1, 63, 64, 65, 100, 256]
@@ -88,9 +89,7 @@ def test_prefill_equals_reference(band: int | None, dtype: torch.dtype, toleranc
 def test_a_decode_row_has_the_same_bits_in_any_batch() -> None:
     lengths = [64 * 20 + 7, 3, 900, 2048, 65]
     q, cache = decode_case(lengths, 256, torch.float32)
-    together = cpu.decode_attention(
-        q, cache.k, cache.v, plan_decode(cache.page_table, torch.tensor(lengths), 256), 0.25
-    )
+    together = cpu.decode_attention(q, cache.k, cache.v, plan_decode(cache.page_table, torch.tensor(lengths), 256), 0.25)
     for i, length in enumerate(lengths):
         plan = plan_decode(cache.page_table[i : i + 1], torch.tensor([length]), 256)
         alone = cpu.decode_attention(q[i : i + 1], cache.k, cache.v, plan, 0.25)

@@ -9,7 +9,7 @@ bands = st.none() | st.integers(1, 600)
 
 
 def sees(q: int, k: int, band: int | None) -> bool:
-    return 0 <= q - k and (band is None or q - k < band)
+    return q - k >= 0 and (band is None or q - k < band)
 
 
 @given(position=st.integers(0, 3000), band=bands)

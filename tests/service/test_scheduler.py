@@ -29,7 +29,12 @@ def config(band: int | None, n_positions: int = 512) -> GPTConfig:
 
 
 def make(
-    band: int | None = 100, *, max_slots: int = 4, step_tokens: int = 128, sequences: float = 2.5, n_positions: int = 512
+    band: int | None = 100,
+    *,
+    max_slots: int = 4,
+    step_tokens: int = 128,
+    sequences: float = 2.5,
+    n_positions: int = 512,
 ) -> Scheduler:
     """A scheduler whose cache holds `sequences` full-context sequences."""
     shape = config(band, n_positions)
@@ -99,7 +104,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             scheduler.abort(victim)
             scheduler.abort(victim)
             ended[victim] = "abort"
-        step = scheduler.schedule()
+        step = scheduler.schedule(0.0)
         if step is None:
             assert not scheduler.running
             continue
@@ -128,7 +133,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
 
 
 def drive(scheduler: Scheduler, token: int = 1) -> list[Delta]:
-    step = scheduler.schedule()
+    step = scheduler.schedule(0.0)
     assert step is not None
     return scheduler.commit(Sampled([token] * len(step.sampled_tokens)), 0.01)
 
@@ -138,7 +143,7 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
     scheduler.submit([sequence(2000, 48)])
     peak = 0
     while not scheduler.idle:
-        step = scheduler.schedule()
+        step = scheduler.schedule(0.0)
         assert step is not None
         peak = max(peak, scheduler.cache.held(0)["banded"])
         scheduler.commit(Sampled([1] * len(step.sampled_tokens)), 0.01)
@@ -152,7 +157,7 @@ def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
     scheduler.submit([sequence(10, 50)])
     drive(scheduler)
     scheduler.submit([sequence(400, 5)])
-    step = scheduler.schedule()
+    step = scheduler.schedule(0.0)
     assert step is not None
     assert len(step.decodes) == 1
     assert [len(chunk.tokens) for chunk in step.chunks] == [MIN_CHUNK]
@@ -192,12 +197,12 @@ def test_expire_ends_only_the_waiting_and_late() -> None:
 def test_a_failed_step_ends_its_own_sequences_only() -> None:
     scheduler = make(None, max_slots=3, step_tokens=64)
     scheduler.submit([sequence(64, 5), sequence(30, 5)])
-    step = scheduler.schedule()
+    step = scheduler.schedule(0.0)
     assert step is not None
     assert [chunk.slot for chunk in step.chunks] == [0]
     assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
     assert scheduler.cache.faults() == []
-    step = scheduler.schedule()
+    step = scheduler.schedule(0.0)
     assert step is not None
     assert [start.slot for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
 

@@ -1,0 +1,107 @@
+"""Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic_core import ErrorDetails
+from starlette.exceptions import HTTPException
+
+from service.engine import DoesNotFitError, EngineError, QueueFullError, StepFailedError
+
+log = logging.getLogger("banded.api")
+
+MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
+
+
+class APIError(Exception):
+    """An error as the client will see it."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.headers = headers
+        error_type = "invalid_request_error" if status < 500 and status != 429 else "server_error"
+        if status == 429:
+            error_type = "rate_limit_error"
+        self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+
+
+def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
+    return APIError(400, message, param=param, code=code)
+
+
+def api_error(error: Exception) -> APIError:
+    """The client's view of any exception. Internals go to the log, never to the client."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, DoesNotFitError):
+        return invalid(str(error), code="request_too_large")
+    if isinstance(error, QueueFullError):
+        return APIError(429, str(error), code="server_busy", headers={"retry-after": str(error.retry_after)})
+    if isinstance(error, StepFailedError):
+        return APIError(500, str(error), code="internal_error")
+    if isinstance(error, EngineError):
+        return APIError(503, str(error), code="unavailable", headers={"retry-after": "1"})
+    log.error("unexpected error", exc_info=error)
+    return APIError(500, "internal error", code="internal_error")
+
+
+def install(app: FastAPI) -> None:
+    """Make every failure of `app` answer in the one shape."""
+
+    async def answer(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+        known = api_error(error)
+        return JSONResponse(known.body, known.status, known.headers)
+
+    async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            known = APIError(404, f"no route {request.method} {shown(request.url.path)}", code="not_found")
+        elif error.status_code == 405:
+            known = APIError(405, f"{request.url.path} does not take {request.method}", code="method_not_allowed")
+        else:
+            known = APIError(error.status_code, str(error.detail))
+        return JSONResponse(known.body, known.status, error.headers)
+
+    async def answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
+        known = validation_error(error.errors()[0])
+        return JSONResponse(known.body, known.status)
+
+    app.add_exception_handler(APIError, answer)
+    app.add_exception_handler(EngineError, answer)
+    app.add_exception_handler(Exception, answer)
+    app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, answer_validation)  # type: ignore[arg-type]
+
+
+def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
+    """The first fault of a body: names the field, repeats little of what was sent."""
+    context = error.get("ctx", {})
+    path = [str(part) for part in error["loc"] if part != "body"] or [context["param"]] * ("param" in context)
+    param = shown(".".join(path)) or None
+    if error["type"] == "json_invalid":
+        return invalid(f"the body is not valid JSON: {context.get('error', 'syntax error')}")
+    if not path:
+        return invalid("the body must be a JSON object, sent with content-type application/json")
+    if error["type"] == "extra_forbidden":
+        return invalid(f"unknown field '{param}'", param, "unknown_parameter")
+    if error["type"] == "missing":
+        return invalid(f"'{param}' is required", param, "missing_required_parameter")
+    message = error["msg"].removeprefix("Value error, ")
+    code = error["type"] if error["type"] == "unsupported_parameter" else None
+    return invalid(f"'{param}': {message[:1].lower()}{message[1:]}", param, code)
+
+
+def shown(text: str) -> str:
+    """`text`, cut so that an error stays small whatever was sent."""
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."

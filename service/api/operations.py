@@ -1,0 +1,30 @@
+"""What operators and orchestrators ask: is it alive, is it ready, how is it doing."""
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service.api.errors import APIError
+from service.served import ServedModel
+
+router = APIRouter()
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """Requests may be sent: weights loaded, not draining, and idle or a step finished recently."""
+    served: ServedModel = request.app.state.served
+    if reason := served.engine.unready_reason:
+        raise APIError(503, f"not ready: {reason}", code="unavailable")
+    return {"status": "ready"}
+
+
+@router.get("/metrics", response_class=Response)
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)

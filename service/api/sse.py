@@ -1,0 +1,76 @@
+"""Server-sent events, and what happens when the client leaves."""
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from service.api.errors import api_error
+
+T = TypeVar("T")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection; nobody reads an answer."""
+
+
+def event(body: str) -> bytes:
+    """One event that carries a JSON text."""
+    return f"data: {body}\n\n".encode()
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """Result of `work`, cancelled as soon as the client leaves; ClientGoneError then. The body must have been read."""
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
+class EventStream(Response):
+    """Sends `events` as they come, then [DONE].
+
+    The status goes out with the first event: an exception before it becomes an ordinary error answer, one after it an
+    error event. However the stream ends, `events` is closed before this returns.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None]):
+        super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        with suppress(ClientGoneError):
+            await unless_disconnected(receive, self._stream(send))
+
+    async def _stream(self, send: Send) -> None:
+        async with aclosing(self._events) as events:
+            first = await anext(events)
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": first, "more_body": True})
+            try:
+                async for body in events:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
+            except Exception as error:
+                failed = event(json.dumps(api_error(error).body))
+                await send({"type": "http.response.body", "body": failed, "more_body": True})
+            await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -1,0 +1,159 @@
+"""`banded serve | complete | train`: the composition root. Each command imports what it needs when it runs."""
+
+import argparse
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from service.settings import Settings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; its exit status. Errors that the user can mend are one line on stderr and status 2."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        check_package()
+        status: int = args.command(args)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"]))
+        print(f"banded: {field + ': ' if field else ''}{first['msg'].removeprefix('Value error, ')}", file=sys.stderr)
+        return 2
+    except (ValueError, OSError) as error:
+        print(f"banded: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def parser() -> argparse.ArgumentParser:
+    root = argparse.ArgumentParser(prog="banded", description="Serve GPT-3-style decoders over the Completions API.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    serve = commands.add_parser("serve", help="serve a model over HTTP")
+    add_model_options(serve)
+    serve.add_argument("--host")
+    serve.add_argument("--port", type=int)
+    serve.add_argument("--allow-unauthenticated", action="store_true", default=None)
+    serve.set_defaults(command=run_serve)
+
+    complete = commands.add_parser("complete", help="complete a prompt on the terminal, without a server")
+    complete.add_argument("prompt")
+    add_model_options(complete)
+    complete.add_argument("--max-tokens", type=int, default=60)
+    complete.add_argument("--temperature", type=float, default=0.8)
+    complete.add_argument("--top-p", type=float, default=0.95)
+    complete.add_argument("--seed", type=int)
+    complete.set_defaults(command=run_complete)
+
+    train = commands.add_parser("train", help="train a demo-sized model from random parameters on text files")
+    train.add_argument("corpus", nargs="+", type=Path, help="text; a line <|endoftext|> separates documents")
+    train.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
+    train.add_argument("--valid", type=Path, help="held-out text whose perplexity is printed at the end")
+    train.add_argument("--tokens", type=float, default=6.5e6, help="tokens to train on")
+    train.add_argument("--batch-tokens", type=int, default=2048)
+    train.add_argument("--learning-rate", type=float, default=1.5e-3)
+    train.add_argument("--seed", type=int, default=0)
+    train.set_defaults(command=run_train)
+    return root
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="'demo' (default) or a checkpoint directory")
+    command.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    command.add_argument("--device", help="auto, cpu or cuda")
+
+
+def settings_from(args: argparse.Namespace) -> Settings:
+    """Settings from the environment, overridden by the options that were given."""
+    given: dict[str, Any] = {
+        name: value for name, value in vars(args).items() if name in Settings.model_fields and value is not None
+    }
+    return Settings(**given)
+
+
+def check_package() -> None:
+    """Banded's folders are its import names; a foreign package of the same name would be imported instead."""
+    import kernels
+    import model
+
+    root = Path(__file__).resolve().parent.parent
+    for package in (kernels, model):
+        found = Path(str(package.__file__)).resolve().parent
+        if found.parent != root:
+            raise ValueError(f"the package '{package.__name__}' in {found} is not Banded's; use an environment of its own")
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    settings = settings_from(args)
+    from service.api.app import create_app
+    from service.loading import load_served, served_name
+    from service.metrics import Metrics
+    from service.server import Server, serve
+
+    metrics = Metrics(served_name(settings.model))
+    served = load_served(settings, metrics)
+    app = create_app(served, metrics, api_keys=settings.api_keys, open_metrics=settings.open_metrics)
+    server = Server(app, served.engine, host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
+    return asyncio.run(serve(server, served.engine))
+
+
+def run_complete(args: argparse.Namespace) -> int:
+    settings = settings_from(args)
+    logging.getLogger().setLevel(logging.WARNING)
+    return asyncio.run(complete_on_terminal(args, settings))
+
+
+async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> int:
+    import secrets
+    from contextlib import aclosing
+
+    from model.step import SamplingParams
+    from service.loading import load_served
+    from service.metrics import Metrics
+    from service.scheduler import Sequence
+
+    served = load_served(settings, Metrics("terminal"))
+    prompt = served.tokenizer.encode_prompt(args.prompt)
+    room = served.config.n_positions - len(prompt)
+    if args.max_tokens > room:
+        raise ValueError(f"--max-tokens {args.max_tokens}: the prompt's {len(prompt)} tokens leave room for {max(room, 0)}")
+    seed = args.seed if args.seed is not None else secrets.randbits(63)
+    sampling = SamplingParams(args.temperature, 0, args.top_p, seed)
+    sequence = Sequence(prompt, args.max_tokens, sampling, served.tokenizer.eos_id)
+    served.engine.start()
+    print(args.prompt, end="", flush=True)
+    async with aclosing(served.engine.generate([sequence])) as outputs:
+        async for output in outputs:
+            print(output.text, end="", flush=True)
+    print()
+    await served.engine.stop()
+    return 0
+
+
+def run_train(args: argparse.Namespace) -> int:
+    import torch
+
+    from model.config import DEMO
+    from model.tokenizer import r50k_base
+    from model.training.data import read_tokens
+    from model.training.trainer import TrainingPlan, perplexity, train
+    from model.weights import save_model
+
+    tokenizer = r50k_base()
+    tokens = read_tokens(args.corpus, tokenizer)
+    held_out = read_tokens([args.valid], tokenizer) if args.valid else None
+    plan = TrainingPlan(
+        num_tokens=int(args.tokens), batch_tokens=args.batch_tokens, learning_rate=args.learning_rate, seed=args.seed
+    )
+    logging.info("%d tokens of text; training on %d in %d steps", len(tokens), plan.num_tokens, plan.num_steps)
+    model = train(DEMO, tokens, plan, save=lambda model: save_model(args.out, model, torch.bfloat16), save_every=200)
+    if held_out is not None:
+        print(f"held-out perplexity {perplexity(model, held_out):.2f} over {len(held_out)} tokens")
+    return 0

@@ -1,0 +1,370 @@
+"""The engine: takes sequences from the event loop, runs the step loop in a thread of its own, streams text back.
+
+A request's life: `generate` checks that it may enter and puts its sequences into the inbox; the step thread moves them
+to the scheduler, runs steps and sends each step's deltas back in one call; `generate` turns tokens into text, stops at
+stop strings and yields. However a request ends early (stop string, disconnect, error, shutdown), its sequences leave
+through `Scheduler.abort`.
+"""
+
+import asyncio
+import functools
+import logging
+import math
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Items
+from contextlib import suppress
+from typing import NamedTuple, Protocol
+
+from model.config import AttentionKind
+from model.step import Sampled, StepInput
+from model.tokenizer import Tokenizer
+from service.metrics import Metrics
+from service.scheduler import Delta, FinishReason, Scheduler, Sequence
+from service.text import TextStream
+
+log = logging.getLogger("banded.engine")
+
+# A busy engine that has finished no step for this long is not ready: something hangs.
+STALL_SECONDS = 30.0
+# Consecutive steps that may raise before the engine gives up.
+MAX_FAILURES = 2
+
+
+class Output(NamedTuple):
+    """What a choice gained: `text` may be empty while characters or a possible stop string are incomplete."""
+
+    choice: int
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason | None
+
+
+class EngineError(Exception):
+    """A request that the engine can't take or finish."""
+
+
+class DoesNotFitError(EngineError):
+    """The request could not run even on an idle engine."""
+
+
+class QueueFullError(EngineError):
+    def __init__(self, message: str, retry_after: int):
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class UnavailableError(EngineError):
+    """Draining, failed, or the request waited too long."""
+
+
+class StepFailedError(EngineError):
+    """The step that the request ran in raised."""
+
+
+# A request's messages from the step thread: what a step did to its choices, or why the whole request ends.
+Mailbox = asyncio.Queue[list[Delta] | EngineError]
+
+
+class Pending(Protocol):
+    def result(self) -> Sampled: ...
+
+
+class StepRunner(Protocol):
+    def launch(self, step: StepInput) -> Pending: ...
+
+
+class Engine:
+    """One set of weights, one scheduler, one KV cache. Used from one event loop; the step thread is its own affair."""
+
+    def __init__(
+        self,
+        runner: StepRunner,
+        scheduler: Scheduler,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        *,
+        max_slots: int,
+        max_queue: int,
+        queue_timeout: float,
+    ):
+        self.tokenizer = tokenizer
+        self._runner = runner
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._max_slots = max_slots
+        self._max_queue = max_queue
+        self._queue_timeout = queue_timeout
+        # Event-loop state: where each unfinished sequence's deltas go.
+        self._mailboxes: dict[Sequence, Mailbox] = {}
+        self._choice_seconds = 1.0  # running average of a choice's time in a slot, for Retry-After
+        self._empty = asyncio.Event()  # no unfinished sequences
+        self._empty.set()
+        self._draining = False
+        self._failed = asyncio.Event()
+        # Shared with the step thread, under the condition.
+        self._inbox_changed = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._stopping = False
+        # Written by the step thread only.
+        self._last_step = time.monotonic()
+        self._failures = 0
+        self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+        metrics.queue_limit.set(max_queue)
+        metrics.requests_running.set_function(lambda: len(scheduler.running))
+        metrics.requests_waiting.set_function(lambda: len(scheduler.waiting))
+        for group in scheduler.cache.pools:
+            metrics.kv_total(group).set(scheduler.cache.usage()[group].total)
+            metrics.kv_held(group).set_function(functools.partial(held_pages, scheduler, group))
+
+    # -- event loop ---------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the step thread; call from the event loop that will use the engine."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def unready_reason(self) -> str | None:
+        """Why no request should be sent here, None when ready."""
+        if self._failed.is_set():
+            return "the engine has failed"
+        if self._draining:
+            return "the server is shutting down"
+        if self._mailboxes and time.monotonic() - self._last_step > STALL_SECONDS:
+            return f"no step has finished for {STALL_SECONDS:.0f} s"
+        return None
+
+    @property
+    def has_failed(self) -> bool:
+        return self._failed.is_set()
+
+    async def failed(self) -> None:
+        """Returns when the engine has given up; the process should end then."""
+        await self._failed.wait()
+
+    async def generate(self, sequences: Items[Sequence], stops: Items[str] = ()) -> AsyncGenerator[Output, None]:
+        """Run a request's choices; Output.choice counts `sequences`. Closing the iterator aborts what still runs.
+
+        Raises DoesNotFitError, QueueFullError or UnavailableError before the first output, UnavailableError when a
+        choice waited too long for a slot, StepFailedError when a step raised.
+        """
+        self._check_admission(sequences)
+        submitted = time.monotonic()
+        mailbox: Mailbox = asyncio.Queue()
+        choices = {sequence: Choice(i, TextStream(self.tokenizer.text_bytes, stops)) for i, sequence in enumerate(sequences)}
+        self._empty.clear()
+        for sequence in sequences:
+            sequence.deadline = submitted + self._queue_timeout
+            self._mailboxes[sequence] = mailbox
+            self._metrics.prompt_tokens.inc(len(sequence.prompt))
+            self._metrics.request_prompt_tokens.observe(len(sequence.prompt))
+        self._send(lambda: self._scheduler.submit(sequences))
+        unfinished = set(sequences)
+        outcome = "abort"
+        try:
+            while unfinished:
+                message = await mailbox.get()
+                if isinstance(message, EngineError):
+                    outcome = "error"
+                    raise message
+                for delta in message:
+                    sequence = delta.sequence
+                    if sequence not in unfinished:
+                        continue  # from the step that was running when its stop string matched
+                    if delta.finish_reason in ("error", "timeout"):
+                        outcome = "error"
+                        raise self._failure(delta.finish_reason)
+                    choice = choices[sequence]
+                    self._observe(choice, sequence, submitted)
+                    output = choice.advance(delta, eos=sequence.eos_id)
+                    if output.finish_reason:
+                        unfinished.remove(sequence)
+                        self._close(sequence, aborts=delta.finish_reason is None)
+                        self._observe_end(choice, sequence, submitted)
+                        self._metrics.outcome(output.finish_reason).inc()
+                    yield output
+        finally:
+            for sequence in unfinished:
+                self._close(sequence, aborts=True)
+                self._metrics.outcome(outcome).inc()
+
+    def _check_admission(self, sequences: Items[Sequence]) -> None:
+        if reason := self.unready_reason:
+            raise UnavailableError(reason)
+        limit = self._max_slots + self._max_queue
+        if len(sequences) > limit:
+            raise DoesNotFitError(f"the request asks for {len(sequences)} choices; this server holds at most {limit}")
+        longest = max(sequences, key=lambda sequence: sequence.num_written)
+        if not self._scheduler.cache.fits_when_empty(longest.num_written):
+            raise DoesNotFitError(
+                f"a prompt of {len(longest.prompt)} tokens with max_tokens {longest.max_tokens} needs more KV cache than "
+                f"this server has"
+            )
+        if len(self._mailboxes) + len(sequences) > limit:
+            self._metrics.outcome("rejected").inc(len(sequences))
+            waiting = max(0, len(self._mailboxes) - self._max_slots)
+            retry_after = max(1, math.ceil((waiting + 1) / self._max_slots * self._choice_seconds))
+            raise QueueFullError(
+                f"{waiting} choices are waiting, the limit is {self._max_queue}; try again in {retry_after} s",
+                retry_after,
+            )
+
+    def _observe(self, choice: "Choice", sequence: Sequence, submitted: float) -> None:
+        now = time.monotonic()
+        if choice.last_token is None:
+            self._metrics.queue_time.observe(sequence.started - submitted)
+            self._metrics.prefill_time.observe(now - sequence.started)
+            self._metrics.time_to_first_token.observe(now - submitted)
+            choice.first_token = now
+        else:
+            self._metrics.inter_token_latency.observe(now - choice.last_token)
+        choice.last_token = now
+
+    def _observe_end(self, choice: "Choice", sequence: Sequence, submitted: float) -> None:
+        now = time.monotonic()
+        self._metrics.decode_time.observe(now - choice.first_token)
+        self._metrics.end_to_end_time.observe(now - submitted)
+        self._metrics.generated_tokens.inc(choice.num_tokens)
+        self._metrics.request_generated_tokens.observe(choice.num_tokens)
+        self._choice_seconds += 0.1 * (now - sequence.started - self._choice_seconds)
+
+    def _close(self, sequence: Sequence, *, aborts: bool) -> None:
+        del self._mailboxes[sequence]
+        if not self._mailboxes:
+            self._empty.set()
+        if aborts:
+            self._send(lambda: self._scheduler.abort(sequence))
+
+    def _send(self, command: Callable[[], None]) -> None:
+        """Have the step thread run `command` between two steps."""
+        with self._inbox_changed:
+            self._inbox.append(command)
+            self._inbox_changed.notify()
+
+    def _deliver(self, deltas: list[Delta]) -> None:
+        """Hand a step's deltas to the requests they belong to, one message each."""
+        messages: dict[Mailbox, list[Delta]] = {}
+        for delta in deltas:
+            if mailbox := self._mailboxes.get(delta.sequence):
+                messages.setdefault(mailbox, []).append(delta)
+        for mailbox, message in messages.items():
+            mailbox.put_nowait(message)
+
+    def _end_all(self, error: EngineError) -> None:
+        for mailbox in set(self._mailboxes.values()):
+            mailbox.put_nowait(error)
+
+    def _give_up(self) -> None:
+        self._failed.set()
+        self._end_all(StepFailedError("the engine has failed"))
+
+    def _failure(self, reason: FinishReason) -> EngineError:
+        if reason == "timeout":
+            return UnavailableError(f"the request waited more than {self._queue_timeout:g} s for a slot")
+        return StepFailedError("the engine failed while it ran this request")
+
+    async def drain(self, seconds: float) -> None:
+        """Refuse new requests and wait for the running ones; those still there after `seconds` end in an error."""
+        self._draining = True
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._empty.wait()
+        self._end_all(UnavailableError("the server shut down before the request was finished"))
+
+    async def stop(self) -> None:
+        """End the step thread after the step it is in."""
+        with self._inbox_changed:
+            self._stopping = True
+            self._inbox_changed.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    # -- step thread --------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while commands := self._next_commands():
+                for command in commands:
+                    command()
+                while not self._scheduler.idle and not self._stopping:
+                    self._step_once()
+                    for command in self._take_inbox():
+                        command()
+        except Exception:
+            log.exception("the step loop failed")
+            self._call_loop(self._give_up)
+
+    def _next_commands(self) -> list[Callable[[], None]]:
+        """Wait, idle, for commands; empty when the engine stops."""
+        for fault in self._scheduler.cache.faults():
+            self._metrics.accounting_faults.inc()
+            log.error("page accounting: %s", fault)
+        with self._inbox_changed:
+            while not self._inbox and not self._stopping:
+                self._inbox_changed.wait()
+        return [] if self._stopping else self._take_inbox()
+
+    def _take_inbox(self) -> list[Callable[[], None]]:
+        with self._inbox_changed:
+            commands, self._inbox = self._inbox, []
+        return commands
+
+    def _step_once(self) -> None:
+        now = time.monotonic()
+        deltas = self._scheduler.expire(now)
+        step = self._scheduler.schedule(now)
+        if step is not None:
+            deltas += self._run_step(step)
+        self._last_step = time.monotonic()
+        if deltas:
+            self._call_loop(self._deliver, deltas)
+        if self._failures >= MAX_FAILURES:
+            raise RuntimeError(f"{self._failures} steps in a row have failed")
+
+    def _run_step(self, step: StepInput) -> list[Delta]:
+        started = time.perf_counter()
+        try:
+            sampled = self._runner.launch(step).result()
+        except Exception:
+            log.exception("a step failed; its %d requests end with an error", len(set(step.token_slots)))
+            self._failures += 1
+            return self._scheduler.fail_step()
+        self._failures = 0
+        seconds = time.perf_counter() - started
+        self._metrics.step_time.observe(seconds)
+        self._metrics.step_tokens.observe(len(step.token_slots))
+        return self._scheduler.commit(sampled, seconds)
+
+    def _call_loop(self, function: Callable[..., None], *args: object) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)
+
+
+def held_pages(scheduler: Scheduler, group: AttentionKind) -> int:
+    return scheduler.cache.usage()[group].held
+
+
+class Choice:
+    """A choice on the event loop's side: its text so far and its clock."""
+
+    def __init__(self, index: int, text: TextStream):
+        self.index = index
+        self.text = text
+        self.num_tokens = 0
+        self.first_token = 0.0
+        self.last_token: float | None = None
+
+    def advance(self, delta: Delta, eos: int | None) -> Output:
+        """Take in a delta. The end-of-text token counts but has no text; a stop string ends the choice."""
+        tokens, finish, pieces = delta.tokens, delta.finish_reason, []
+        for token in tokens:
+            self.num_tokens += 1
+            if token != eos:
+                pieces.append(self.text.push(token))
+        if self.text.stopped:
+            finish = "stop"
+        elif finish:
+            pieces.append(self.text.finish())
+        return Output(self.index, "".join(pieces), tokens, finish)

@@ -1,0 +1,150 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.config import GPT3_SIZES, GPTConfig
+from model.gpt import GPT, WindowAttention, banded_window_attention
+from tests.model.checkpoints import randomise
+
+SMALL = GPTConfig(
+    vocab_size=331, n_positions=256, n_embd=64, n_layer=4, n_head=4, n_inner=256, attention=("dense", "banded"), band=16
+)
+
+
+def small_model(**fields: object) -> GPT:
+    model = GPT(dataclasses.replace(SMALL, **fields))  # type: ignore[arg-type]
+    randomise(model, seed=0)
+    return model.requires_grad_(False).eval()
+
+
+def some_tokens(*shape: int) -> Tensor:
+    return torch.randint(331, shape, generator=torch.Generator().manual_seed(0))
+
+
+def logits(model: GPT, tokens: Tensor) -> Tensor:
+    positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
+    return model.logits(model(tokens, positions, WindowAttention(model.config)))
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:
+    """The definition: query i sees key j when 0 <= i - j < band."""
+    out = torch.empty_like(q)
+    for i in range(q.shape[2]):
+        first = 0 if band is None else max(0, i - band + 1)
+        seen = slice(first, i + 1)
+        scores = (k[:, :, seen] @ q[:, :, i, :, None]).squeeze(-1) * scale
+        out[:, :, i] = (scores.softmax(-1)[..., None] * v[:, :, seen]).sum(-2)
+    return out
+
+
+@pytest.fixture(scope="module")
+def gpt3_175b() -> GPT:
+    with torch.device("meta"):
+        return GPT(GPT3_SIZES["gpt3-175b"])
+
+
+def test_175b_has_the_published_shape(gpt3_175b: GPT) -> None:
+    assert len(gpt3_175b.h) == 96
+    assert gpt3_175b.wpe.weight.shape == (2048, 12288)
+    assert sum(p.numel() for p in gpt3_175b.h[0].parameters()) == pytest.approx(1.812e9, rel=1e-3)
+
+
+def test_175b_has_174_6_billion_parameters(gpt3_175b: GPT) -> None:
+    config = gpt3_175b.config
+    padding_rows = config.padded_vocab_size - config.vocab_size  # in memory only, nobody's parameters
+    num_parameters = sum(p.numel() for p in gpt3_175b.parameters()) - padding_rows * config.n_embd
+    assert num_parameters == pytest.approx(174.6e9, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("band", "length"), [(band, length) for band in (1, 16, 64) for length in (1, 63, band, band + 1, 3 * band + 5)]
+)
+def test_banded_window_attention_follows_the_definition(band: int, length: int) -> None:
+    torch.manual_seed(length)
+    q, k, v = torch.randn(3, 2, 3, length, 16)
+    out = banded_window_attention(q, k, v, band, scale=0.7)
+    torch.testing.assert_close(out, masked_attention(q, k, v, band, 0.7), rtol=1e-5, atol=1e-5)
+
+
+def test_banded_window_attention_has_the_gradient_of_the_definition() -> None:
+    torch.manual_seed(0)
+    qkv = torch.randn(3, 1, 2, 53, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(1, 2, 53, 8, dtype=torch.float64)
+    q, k, v = qkv
+    (ours,) = torch.autograd.grad((banded_window_attention(q, k, v, 16, 0.3) * weight).sum(), qkv)
+    scores = q @ k.transpose(-1, -2) * 0.3
+    distance = torch.arange(53)[:, None] - torch.arange(53)
+    scores = scores.masked_fill((distance < 0) | (distance >= 16), -math.inf)
+    (expected,) = torch.autograd.grad((scores.softmax(-1) @ v * weight).sum(), qkv)
+    torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("length", [1, 16, 17, 53])
+@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "banded"])
+def test_window_attention_takes_band_and_scale_from_the_config(layer: int, length: int) -> None:
+    config = dataclasses.replace(SMALL, scale_by_inverse_layer=True)
+    torch.manual_seed(length)
+    q, k, v = torch.randn(3, 2, length, 4, 16)
+    out = WindowAttention(config)(layer, q, k, v)
+    expected = masked_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config.band_of(layer), config.scale_of(layer)
+    )
+    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied_head", [True, False])
+def test_padding_of_the_vocabulary_is_hidden(tied_head: bool) -> None:
+    model = small_model(tied_head=tied_head)
+    tokens = some_tokens(2, 24)
+    assert model.wte.weight.shape[0] == 384
+    assert logits(model, tokens).shape == (2, 24, 331)
+    before = logits(model, tokens)
+    head = model.wte if model.lm_head is None else model.lm_head
+    head.weight[331:] = math.nan
+    torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=0)
+
+
+def test_no_token_sees_what_comes_after_it() -> None:
+    model = small_model()
+    tokens = some_tokens(1, 60)
+    changed = tokens.clone()
+    changed[0, 40:] = (changed[0, 40:] + 1) % 331
+    before, after = logits(model, tokens), logits(model, changed)
+    torch.testing.assert_close(before[0, :40], after[0, :40])
+    assert not torch.allclose(before[0, 40:], after[0, 40:])
+
+
+def test_a_banded_stack_forgets_what_no_layer_can_reach() -> None:
+    model = small_model(attention=("banded",), n_layer=2)  # reaches back 2 * (16 - 1) tokens
+    tokens = some_tokens(1, 60)
+    changed = tokens.clone()
+    changed[0, 0] = (changed[0, 0] + 1) % 331
+    before, after = logits(model, tokens), logits(model, changed)
+    assert not torch.allclose(before[0, 30], after[0, 30])
+    torch.testing.assert_close(before[0, 31:], after[0, 31:], rtol=0, atol=0)
+
+
+def test_positions_may_be_any_shape_and_offset_into_the_table() -> None:
+    model = small_model(position_offset=2)
+    x = model.wte.weight[torch.tensor([5])] + model.wpe.weight[torch.tensor([7 + 2])]
+    for layer, block in enumerate(model.h):
+        x = block(x[None], layer, WindowAttention(model.config))[0]
+    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), WindowAttention(model.config))
+    torch.testing.assert_close(hidden[0], model.ln_f(x))
+
+
+def test_initialisation_is_gpt2s_and_follows_its_seed() -> None:
+    models = [GPT(SMALL) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        model.init_weights(seed)
+    one, same, other = (dict(model.named_parameters()) for model in models)
+    assert torch.equal(one["wte.weight"], same["wte.weight"])
+    assert not torch.equal(one["wte.weight"], other["wte.weight"])
+    assert one["h.0.attn.c_attn.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    for residual in ("h.0.attn.c_proj.weight", "h.3.mlp.c_proj.weight"):
+        assert one[residual].std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+    assert torch.equal(one["h.0.ln_1.weight"], torch.ones(64))
+    assert not one["h.0.mlp.c_fc.bias"].any()

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test lint check bench
+.PHONY: install serve test lint check bench lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -30,3 +30,8 @@ check: lint
 
 bench: install
 	$(BIN)/python -m tests.bench.run
+
+# Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.
+lock: install
+	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+[a-z].*$$//') > constraints.new
+	mv constraints.new constraints.txt

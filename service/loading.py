@@ -10,7 +10,8 @@ import torch
 from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams
-from model.tokenizer import Tokenizer, load_tokenizer
+from model.tokenizer import Tokenizer
+from model.vocabulary import load_tokenizer
 from model.weights import load_model
 from service.engine import Engine
 from service.kv_cache import KVCache, page_bytes, pool_sizes, sequence_bytes

@@ -49,7 +49,9 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 async def read_prompts(body: CompletionRequest, served: ServedModel) -> list[list[int]]:
     """Token ids of every prompt of the request. Raises APIError naming what does not fit the model."""
     prompt = body.prompt
-    prompts = cast(list[str | list[int] | None], prompt if isinstance(prompt, list) and not is_token_list(prompt) else [prompt])
+    prompts = cast(
+        list[str | list[int] | None], prompt if isinstance(prompt, list) and not is_token_list(prompt) else [prompt]
+    )
     tokenized = []
     for item in prompts:
         if isinstance(item, list):

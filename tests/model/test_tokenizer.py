@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import model.tokenizer
-from model.tokenizer import BYTE_OF, END_OF_TEXT, Tokenizer, TokenizerError, load_tokenizer, merge, r50k_base
+from model.tokenizer import END_OF_TEXT, Tokenizer, TokenizerError, r50k_base
+from model.vocabulary import BYTE_OF, load_tokenizer, merge
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
 
@@ -166,6 +167,9 @@ class TestR50k:
     def test_id_beyond_the_vocabulary_has_no_bytes(self, r50k: Tokenizer) -> None:
         with pytest.raises(KeyError):
             r50k.token_bytes(50257)
+
+    def test_special_tokens_and_unused_ids_add_no_text(self, r50k: Tokenizer) -> None:
+        assert [r50k.text_bytes(token) for token in (7454, 50256, 50257)] == [b"Once", b"", b""]
 
     def test_damaged_file_is_refused(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         damaged = tmp_path / "r50k_base.tiktoken"
@@ -394,6 +398,11 @@ class TestTinyCheckpoint:
         write(tiny, "tokenizer_config.json", {"eos_token": "<end>", "added_tokens_decoder": {}})
         assert load_tokenizer(tiny).eos_id == 258
 
+    @pytest.mark.parametrize("name", ["special_tokens_map.json", "added_tokens.json"])
+    def test_empty_additions_add_nothing(self, tiny: Path, name: str) -> None:
+        write(tiny, name, {})
+        assert load_tokenizer(tiny).special_tokens == {"<end>": 258}
+
     def test_role_without_an_id_is_no_token(self, tiny: Path) -> None:
         write(tiny, "tokenizer_config.json", {"eos_token": "<end>", "pad_token": "[PAD]"})
         assert load_tokenizer(tiny).special_tokens == {"<end>": 258}
@@ -411,6 +420,7 @@ REFUSED_JSON: list[tuple[str, Any, str]] = [
     ("vocab.json", without(tiny_vocab(), "Ċ"), r"vocab\.json: no token for byte 0x0a \('Ċ'\)"),
     ("vocab.json", without(tiny_vocab(), "abc"), r"merges\.txt line 3: 'abc' is not in vocab\.json"),
     ("vocab.json", tiny_vocab() | {"ab": 5, "abc": 5}, r"vocab\.json: \['&', 'ab', 'abc'\] share the id 5"),
+    ("vocab.json", {}, r"vocab\.json: no token for byte 0x21 \('!'\)"),
     ("vocab.json", tiny_vocab() | {"ab": "5"}, r"vocab\.json: the id of 'ab' is '5', expected an integer"),
     ("vocab.json", tiny_vocab() | {"ab": True}, r"vocab\.json: the id of 'ab' is True, expected an integer"),
     ("vocab.json", tiny_vocab() | {"ab": -1}, r"vocab\.json: the id of 'ab' is -1, expected an integer"),
@@ -429,6 +439,7 @@ REFUSED_JSON: list[tuple[str, Any, str]] = [
     ),
     ("added_tokens.json", {"<new>": 258}, r"added_tokens\.json: '<new>' and '<end>' share the id 258"),
     ("added_tokens.json", {"<new>": "259"}, r"added_tokens\.json: the id of '<new>' is '259', expected an integer"),
+    ("tokenizer.json", {}, r"tokenizer\.json: model None is not supported, only BPE"),
     ("tokenizer.json", tiny_pipeline(model={"type": "WordPiece"}), "model WordPiece is not supported, only BPE"),
     ("tokenizer.json", tiny_pipeline(model={"type": "BPE", "vocab": tiny_vocab()}), "the model lacks vocab or merges"),
     (

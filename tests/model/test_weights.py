@@ -244,9 +244,7 @@ def test_stored_floats_may_have_any_width(dtype: torch.dtype, tmp_path: Path) ->
     directory = tiny("gpt2", tmp_path)
     full = load(directory).state_dict()
     edit_tensors(directory, lambda tensors: {name: tensor.to(dtype) for name, tensor in tensors.items()})
-    assert all(
-        torch.equal(tensor, full[name].to(dtype).float()) for name, tensor in load(directory).state_dict().items()
-    )
+    assert all(torch.equal(tensor, full[name].to(dtype).float()) for name, tensor in load(directory).state_dict().items())
 
 
 @pytest.mark.parametrize("arch", ["banded", "gpt2", "opt-350m"])
@@ -457,9 +455,7 @@ def test_missing_head(tmp_path: Path) -> None:
 
 def test_extra_tensors(tmp_path: Path) -> None:
     directory = edit_config(tiny("gpt2", tmp_path), n_layer=2)
-    refused(
-        directory, "gpt2 holds 12 tensors that config.json has no place for: transformer.h.2.attn.c_attn.bias, .*more"
-    )
+    refused(directory, "gpt2 holds 12 tensors that config.json has no place for: transformer.h.2.attn.c_attn.bias, .*more")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The engine with a scripted runner: text, stops, queue limits, aborts, failing steps, drain."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 
@@ -121,7 +122,7 @@ def test_a_full_queue_is_refused_with_a_time_to_retry() -> None:
         fake = FakeEngine(max_slots=2, max_queue=1)
         async with running(fake) as engine:
             fake.runner.gate.clear()
-            others = asyncio.create_task(collect(engine, [sequence() for _ in range(3)]))
+            others = asyncio.create_task(collect(engine, [sequence() for _ in range(3)]))  # noqa: RUF006 - awaited below
             await asyncio.sleep(0)
             with pytest.raises(QueueFullError, match=r"1 choices are waiting, the limit is 1; try again in \d+ s") as error:
                 await collect(engine, [sequence()])
@@ -149,15 +150,19 @@ def test_what_never_fits_is_refused_at_once() -> None:
 def test_waiting_too_long_ends_in_unavailable() -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1, queue_timeout=0.1)
-        fake.runner.fault = lambda step: __import__("time").sleep(0.01)
+        slow_down(fake, 0.01)
         async with running(fake) as engine:
             first = asyncio.create_task(collect(engine, [sequence(60)]))
             await until(lambda: bool(fake.scheduler.running))
-            with pytest.raises(UnavailableError, match="waited more than 0.1 s for a slot"):
+            with pytest.raises(UnavailableError, match=r"waited more than 0\.1 s for a slot"):
                 await collect(engine, [sequence()])
             assert len(await first) == 60
 
     run(test)
+
+
+def slow_down(fake: FakeEngine, seconds: float) -> None:
+    fake.runner.fault = lambda step: time.sleep(seconds)
 
 
 def fail_once(fake: FakeEngine) -> None:
@@ -210,7 +215,7 @@ def test_two_failing_steps_in_a_row_end_the_engine() -> None:
 def test_drain_lets_requests_finish_and_refuses_new_ones() -> None:
     async def test() -> None:
         fake = FakeEngine()
-        fake.runner.fault = lambda step: __import__("time").sleep(0.005)
+        slow_down(fake, 0.005)
         async with running(fake) as engine:
             last = asyncio.create_task(collect(engine, [sequence(20)]))
             await asyncio.sleep(0)
@@ -227,7 +232,7 @@ def test_drain_lets_requests_finish_and_refuses_new_ones() -> None:
 def test_drain_ends_what_takes_too_long_with_an_error() -> None:
     async def test() -> None:
         fake = FakeEngine()
-        fake.runner.fault = lambda step: __import__("time").sleep(0.01)
+        slow_down(fake, 0.01)
         async with running(fake) as engine:
             endless = asyncio.create_task(collect(engine, [sequence(200)]))
             await asyncio.sleep(0)

@@ -52,13 +52,14 @@ def parser() -> argparse.ArgumentParser:
     complete.add_argument("--seed", type=int)
     complete.set_defaults(command=run_complete)
 
-    train = commands.add_parser("train", help="train a demo-sized model from random parameters on text files")
+    train = commands.add_parser("train", help="train a demo-sized model on text files")
     train.add_argument("corpus", nargs="+", type=Path, help="text; a line <|endoftext|> separates documents")
     train.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
     train.add_argument("--valid", type=Path, help="held-out text whose perplexity is printed at the end")
-    train.add_argument("--tokens", type=float, default=6.5e6, help="tokens to train on")
-    train.add_argument("--batch-tokens", type=int, default=2048)
-    train.add_argument("--learning-rate", type=float, default=1.5e-3)
+    train.add_argument("--init", type=Path, help="go on from this checkpoint instead of from random parameters")
+    train.add_argument("--tokens", type=float, default=6.5e6, help="tokens to train on (default %(default)g)")
+    train.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a batch (default %(default)d)")
+    train.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest rate (default %(default)g)")
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=run_train)
     return root
@@ -141,10 +142,11 @@ def run_train(args: argparse.Namespace) -> int:
     import torch
 
     from model.config import DEMO
+    from model.gpt import GPT
     from model.tokenizer import r50k_base
     from model.training.data import read_tokens
     from model.training.trainer import TrainingPlan, perplexity, train
-    from model.weights import save_model
+    from model.weights import load_model, save_model
 
     tokenizer = r50k_base()
     tokens = read_tokens(args.corpus, tokenizer)
@@ -152,8 +154,13 @@ def run_train(args: argparse.Namespace) -> int:
     plan = TrainingPlan(
         num_tokens=int(args.tokens), batch_tokens=args.batch_tokens, learning_rate=args.learning_rate, seed=args.seed
     )
-    logging.info("%d tokens of text; training on %d in %d steps", len(tokens), plan.num_tokens, plan.num_steps)
-    model = train(DEMO, tokens, plan, save=lambda model: save_model(args.out, model, torch.bfloat16), save_every=200)
+    if args.init:
+        model = load_model(args.init, torch.float32)
+    else:
+        model = GPT(DEMO)
+        model.init_weights(plan.seed)
+    logging.info("%d tokens of text; training on %d of them in %d steps", len(tokens), plan.num_tokens, plan.num_steps)
+    train(model, tokens, plan, save=lambda model: save_model(args.out, model, torch.bfloat16), save_every=200)
     if held_out is not None:
-        print(f"held-out perplexity {perplexity(model, held_out):.2f} over {len(held_out)} tokens")
+        print(f"held-out perplexity {perplexity(model.eval(), held_out):.2f} over {len(held_out)} tokens")
     return 0

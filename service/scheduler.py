@@ -57,7 +57,11 @@ class Delta(NamedTuple):
 
 
 class Pace:
-    """How many prompt tokens may run beside decoding streams: those that take as long as the decoding itself does."""
+    """How many prompt tokens may run beside decoding streams.
+
+    Those that take as long as the decoding itself does, so that a step takes twice as long at most; and more where more
+    sequences wait in their prompts than decode, or a burst of prompts would crawl behind the first one that was done.
+    """
 
     def __init__(self) -> None:
         self._decode_seconds: float | None = None
@@ -73,10 +77,12 @@ class Pace:
             per_token = prompt_seconds / num_prompt_tokens
             self._seconds_per_prompt_token = blend(self._seconds_per_prompt_token, per_token)
 
-    def chunk_limit(self) -> int:
+    def chunk_limit(self, num_decodes: int, num_prompts: int) -> int:
+        """Prompt tokens for a step beside `num_decodes` streams, with `num_prompts` sequences still in their prompts."""
         if self._decode_seconds is None or not self._seconds_per_prompt_token:
             return MIN_CHUNK
-        return max(MIN_CHUNK, int(self._decode_seconds / self._seconds_per_prompt_token))
+        seconds = self._decode_seconds * max(1.0, num_prompts / num_decodes)
+        return max(MIN_CHUNK, int(seconds / self._seconds_per_prompt_token))
 
 
 def blend(average: float | None, value: float) -> float:
@@ -153,13 +159,12 @@ class Scheduler:
 
     def _chunks(self, num_decodes: int) -> list[PromptChunk]:
         """Prompt chunks of this step: first come, first served, so at most one prompt is left half done."""
+        in_prompt = [sequence for sequence in self.running.values() if sequence.in_prompt]
         budget = self.step_tokens - num_decodes
         if num_decodes:
-            budget = min(budget, self._pace.chunk_limit())
+            budget = min(budget, self._pace.chunk_limit(num_decodes, len(in_prompt)))
         chunks = []
-        for sequence in self.running.values():
-            if not sequence.in_prompt:
-                continue
+        for sequence in in_prompt:
             if budget <= 0:
                 break
             start = sequence.num_computed

@@ -19,6 +19,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
+# The largest number that a 64-bit integer holds.
+MAX_INT = 2**63 - 1
 
 PROMPT_SCHEMA = {
     "description": "Text, token ids, or a list of either.",
@@ -37,8 +39,16 @@ PROMPT_SCHEMA = {
 }
 
 
-def is_token_list(value: object) -> bool:
-    return isinstance(value, list) and all(type(item) is int for item in value)
+# What JSON calls the types that its parser gives.
+JSON_TYPES = {
+    str: "a string",
+    int: "an integer",
+    float: "a number with a fraction",
+    bool: "a boolean",
+    list: "an array",
+    dict: "an object",
+    type(None): "null",
+}
 
 
 def check_prompt(value: Any) -> Any:
@@ -50,27 +60,30 @@ def check_prompt(value: Any) -> Any:
         raise ValueError("must be a string, an array of strings, an array of token ids, or an array of those arrays")
     if not value:
         raise ValueError("must not be an empty array")
-    if is_token_list(value):
-        return value
-    if len(value) > MAX_PROMPTS:
+    kind = type(value[0])
+    if kind not in (str, int, list):
+        raise ValueError(f"item 0 is {JSON_TYPES[kind]}, expected a string, a token id or an array of token ids")
+    check_types(value, kind)
+    if kind is not int and len(value) > MAX_PROMPTS:
         raise ValueError(f"holds {len(value)} prompts, at most {MAX_PROMPTS} are allowed")
-    if all(isinstance(item, str) for item in value):
-        return value
-    for i, item in enumerate(value):
-        if not is_token_list(item):
-            kind = type(item).__name__
-            raise ValueError(f"item {i} is a {kind}: prompts are all strings or all arrays of token ids, not mixed")
-        if not item:
-            raise ValueError(f"item {i} is an empty array")
+    if kind is list:
+        for i, tokens in enumerate(value):
+            if not tokens:
+                raise ValueError(f"item {i} is an empty array")
+            check_types(tokens, int, f" of item {i}")
     return value
+
+
+def check_types(items: list[Any], expected: type, place: str = "") -> None:
+    for i, item in enumerate(items):
+        if type(item) is not expected:
+            wrong, right = JSON_TYPES[type(item)], JSON_TYPES[expected]
+            raise ValueError(f"item {i}{place} is {wrong}, expected {right}")
 
 
 Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]] | None, PlainValidator(check_prompt), WithJsonSchema(PROMPT_SCHEMA)
 ]
-
-StopString = Annotated[str, Field(strict=True, min_length=1)]
-
 
 def check_stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
@@ -98,11 +111,38 @@ Stop = Annotated[
 ]
 
 
-class StreamOptions(BaseModel):
+class Body(BaseModel):
+    """A JSON object of a request. null stands for the default everywhere."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    include_usage: StrictBool | None = False
-    include_obfuscation: StrictBool | None = False
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        if not isinstance(body, dict):
+            return body
+        for name in body:
+            # Left to pydantic, every unknown field of a hostile body would become an error of its own.
+            if name not in cls.model_fields:
+                raise PydanticCustomError("extra_forbidden", "unknown field", {"param": name})
+        return {name: value for name, value in body.items() if value is not None}
+
+
+def refuse_not_built(value: Any, neutral: tuple[Any, ...]) -> Any:
+    """`value` if it is one of those that change nothing. True is not 1 here."""
+    if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral):
+        raise PydanticCustomError("unsupported_parameter", "not supported yet")
+    return value
+
+
+class StreamOptions(Body):
+    include_usage: StrictBool = False
+    include_obfuscation: Any = None
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _refuse_not_built(cls, value: Any) -> Any:
+        return refuse_not_built(value, (False,))
 
 
 # Fields of the contract that this version can't honour yet, with the values beside null that change nothing.
@@ -123,20 +163,18 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-class CompletionRequest(BaseModel):
-    """Body of POST /v1/completions. null stands for the default everywhere."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class CompletionRequest(Body):
+    """Body of POST /v1/completions."""
 
     model: StrictStr
     prompt: Prompt = None
-    max_tokens: StrictInt = Field(16, ge=0)
+    max_tokens: StrictInt = Field(16, ge=0, le=MAX_INT)
     temperature: float = Field(1.0, ge=0, le=2, strict=True, allow_inf_nan=False)
     top_p: float = Field(1.0, ge=0, le=1, strict=True, allow_inf_nan=False)
-    top_k: StrictInt = Field(0, ge=-1, description="0 and -1 keep every token")
+    top_k: StrictInt = Field(0, ge=-1, le=MAX_INT, description="0 and -1 keep every token")
     n: StrictInt = Field(1, ge=1, le=128)
     stop: Stop = ()
-    seed: StrictInt | None = Field(None, ge=-(2**63), lt=2**63)
+    seed: StrictInt | None = Field(None, ge=-MAX_INT - 1, le=MAX_INT)
     ignore_eos: StrictBool = False
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
@@ -157,18 +195,10 @@ class CompletionRequest(BaseModel):
     suffix: Any = None
     few_shot: Any = None
 
-    @model_validator(mode="before")
-    @classmethod
-    def _null_is_default(cls, body: Any) -> Any:
-        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
-
     @field_validator(*NEUTRAL)
     @classmethod
     def _refuse_not_built(cls, value: Any, info: ValidationInfo) -> Any:
-        neutral = NEUTRAL[str(info.field_name)]
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral):
-            raise PydanticCustomError("unsupported_parameter", "not supported yet")
-        return value
+        return refuse_not_built(value, NEUTRAL[str(info.field_name)])
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> "CompletionRequest":

@@ -45,5 +45,5 @@ class LinearCrossEntropy(torch.autograd.Function):
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean next-token loss in nats of hidden states (N, C) under the output projection `weight` (V', C)."""
-    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, vocab_size)  # type: ignore[no-untyped-call]
+    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, vocab_size)
     return loss

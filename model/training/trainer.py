@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.training.data import consecutive_windows, random_windows
 from model.training.loss import linear_cross_entropy
@@ -48,15 +48,15 @@ class TrainingPlan:
         return min(SHORT_WINDOW, n_positions) if step < SHORT_SHARE * self.num_steps else n_positions
 
 
-def train(config: GPTConfig, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT], None], save_every: int) -> GPT:
-    """A model of `config` trained on `tokens` (N,); `save` gets it every `save_every` steps and at the end.
+def train(model: GPT, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT], None], save_every: int) -> None:
+    """Train `model`, fp32, on `tokens` (N,); `save` gets it every `save_every` steps and at the end.
 
     Raises ValueError when the text is shorter than one window.
     """
-    if len(tokens) <= config.n_positions:
-        raise ValueError(f"the corpus has {len(tokens)} tokens; at least {config.n_positions + 1} are needed")
-    model = GPT(config)
-    model.init_weights(plan.seed)
+    n_positions = model.config.n_positions
+    if len(tokens) <= n_positions:
+        raise ValueError(f"the corpus has {len(tokens)} tokens; at least {n_positions + 1} are needed")
+    model.requires_grad_(True).train()
     generator = torch.Generator().manual_seed(plan.seed)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     plain = [p for p in model.parameters() if p.dim() == 1]
@@ -65,12 +65,12 @@ def train(config: GPTConfig, tokens: Tensor, plan: TrainingPlan, *, save: Callab
     average = None
     with tqdm(total=plan.num_steps * plan.batch_tokens, unit="tok", unit_scale=True) as progress:
         for step in range(plan.num_steps):
-            length = plan.window_at(step, config.n_positions)
+            length = plan.window_at(step, n_positions)
             inputs, targets = random_windows(tokens, length, max(1, plan.batch_tokens // length), generator)
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate_at(step)
             loss = next_token_loss(model, inputs, targets)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
@@ -80,7 +80,6 @@ def train(config: GPTConfig, tokens: Tensor, plan: TrainingPlan, *, save: Callab
             if (step + 1) % save_every == 0:
                 save(model)
     save(model)
-    return model
 
 
 def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -95,14 +94,14 @@ def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def perplexity(model: GPT, tokens: Tensor) -> float:
-    """exp of the mean next-token loss over a text (N,), read in consecutive windows of the model's whole context."""
-    total, count = 0.0, 0
+    """exp of the mean next-token loss over a text (N,), read in consecutive windows of the model's whole context.
+
+    The model computes in the dtype of its weights. Only the first token of the text is not predicted.
+    """
+    total = 0.0
     windows = list(consecutive_windows(tokens, model.config.n_positions))
     for inputs, targets in tqdm(windows, desc="held-out", unit="window"):
-        positions = torch.arange(inputs.shape[1])
-        hidden = model(inputs, positions, WindowAttention(model.config))
+        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(model.config))
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
-            losses = torch.nn.functional.cross_entropy(model.logits(rows).float(), labels, reduction="sum")
-            total += losses.item()
-        count += targets.numel()
-    return math.exp(total / count)
+            total += F.cross_entropy(model.logits(rows).float(), labels, reduction="sum").item()
+    return math.exp(total / (len(tokens) - 1))

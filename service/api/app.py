@@ -7,7 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 
 from service.api import completions, errors, models, operations
-from service.api.middleware import HEALTH, CountResponses, RequireKey
+from service.api.middleware import HEALTH, AnswerFaults, CountResponses, RequireKey
 from service.metrics import Metrics
 from service.served import ServedModel
 
@@ -29,6 +29,8 @@ def create_app(
     for module in (completions, models, operations):
         app.include_router(module.router)
     errors.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(AnswerFaults)
     if api_keys:
         app.add_middleware(RequireKey, keys=api_keys, open_paths=(*HEALTH, "/metrics") if open_metrics else HEALTH)
     app.add_middleware(CountResponses, metrics=metrics)

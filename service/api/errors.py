@@ -15,6 +15,13 @@ log = logging.getLogger("banded.api")
 
 MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
 
+# Why a body can't be parsed, where the parser's exception is not a JSONDecodeError.
+UNREADABLE: dict[type[BaseException] | None, str] = {
+    UnicodeDecodeError: "is not UTF-8",
+    RecursionError: "is nested too deeply",
+    ValueError: "holds a number of too many digits",
+}
+
 
 class APIError(Exception):
     """An error as the client will see it."""
@@ -58,7 +65,7 @@ def api_error(error: Exception) -> APIError:
 
 
 def install(app: FastAPI) -> None:
-    """Make every failure of `app` answer in the one shape."""
+    """Make every failure of `app` that has a meaning answer in the one shape; AnswerFaults does the rest."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
         known = api_error(error)
@@ -68,7 +75,10 @@ def install(app: FastAPI) -> None:
         if error.status_code == 404:
             known = APIError(404, f"no route {request.method} {shown(request.url.path)}", code="not_found")
         elif error.status_code == 405:
-            known = APIError(405, f"{request.url.path} does not take {request.method}", code="method_not_allowed")
+            message = f"{shown(request.url.path)} does not take {request.method}"
+            known = APIError(405, message, code="method_not_allowed")
+        elif type(error.__cause__) in UNREADABLE:
+            known = invalid(f"the body {UNREADABLE[type(error.__cause__)]}")
         else:
             known = APIError(error.status_code, str(error.detail))
         return JSONResponse(known.body, known.status, error.headers)
@@ -79,7 +89,6 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(APIError, answer)
     app.add_exception_handler(EngineError, answer)
-    app.add_exception_handler(Exception, answer)
     app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, answer_validation)  # type: ignore[arg-type]
 
@@ -87,11 +96,11 @@ def install(app: FastAPI) -> None:
 def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
     """The first fault of a body: names the field, repeats little of what was sent."""
     context = error.get("ctx", {})
-    path = [str(part) for part in error["loc"] if part != "body"] or [context["param"]] * ("param" in context)
-    param = shown(".".join(path)) or None
     if error["type"] == "json_invalid":
-        return invalid(f"the body is not valid JSON: {context.get('error', 'syntax error')}")
-    if not path:
+        return invalid(f"the body is not valid JSON: {context['error']}, at character {error['loc'][-1]}")
+    # Our own validators say which part of the object they mean.
+    param = shown(".".join(map(str, (*error["loc"][1:], *filter(None, [context.get("param")])))))
+    if not param:
         return invalid("the body must be a JSON object, sent with content-type application/json")
     if error["type"] == "extra_forbidden":
         return invalid(f"unknown field '{param}'", param, "unknown_parameter")
@@ -103,5 +112,6 @@ def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
 
 
 def shown(text: str) -> str:
-    """`text`, cut so that an error stays small whatever was sent."""
-    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    """`text`, cut so that an error stays small whatever was sent, and without lone surrogates, which no answer can hold."""
+    cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    return cut.encode(errors="backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: API keys and the count of responses."""
+"""Pure ASGI middleware: API keys, the count of responses and the answer to what went wrong."""
 
 import hashlib
 import hmac
@@ -7,7 +7,7 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import APIError
+from service.api.errors import APIError, api_error
 from service.metrics import Metrics
 
 HEALTH = ("/health/live", "/health/ready")
@@ -33,6 +33,36 @@ class CountResponses:
             await send(message)
 
         await self._app(scope, receive, counting)
+
+
+class AnswerFaults:
+    """Answers an exception that has no handler with a 500.
+
+    Starlette's own place for that is outside all middleware, where the response would not be counted, and it raises the
+    exception once more for the server to log again.
+    """
+
+    def __init__(self, app: ASGIApp):
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started = False
+
+        async def noting(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noting)
+        except Exception as error:
+            if started:
+                raise
+            known = api_error(error)
+            await JSONResponse(known.body, known.status)(scope, receive, send)
 
 
 class RequireKey:

@@ -128,7 +128,7 @@ def test_banded_prefill_reads_what_the_planner_names(start: int, count: int) -> 
     assert len(named) * PAGE_SIZE <= band + count + 2 * PAGE_SIZE
 
 
-def gather_and_mask(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:  # noqa: ARG001
+def gather_and_mask(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
     k.index_select(0, plan.page_table[0, : -(-(plan.starts[0] + plan.lengths[0]) // PAGE_SIZE)].long())
     return q
 

@@ -165,16 +165,17 @@ def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
 
 def test_pace_allows_as_much_prompt_as_takes_one_decode_step() -> None:
     pace = Pace()
-    assert pace.chunk_limit() == MIN_CHUNK
+    assert pace.chunk_limit(8, 1) == MIN_CHUNK
     pace.observe(0, 100, 1.0)  # 10 ms a prompt token
     pace.observe(8, 0, 0.5)
-    assert pace.chunk_limit() == 50
+    assert pace.chunk_limit(8, 1) == 50
+    assert pace.chunk_limit(8, 32) == 200, "a burst of prompts gets on"
     pace.observe(8, 50, 0.5 + 50 * 0.01)
-    assert pace.chunk_limit() == 50
+    assert pace.chunk_limit(8, 1) == 50
     pace.observe(8, 0, 1e-6)
     for _ in range(100):
         pace.observe(8, 0, 1e-6)
-    assert pace.chunk_limit() == MIN_CHUNK
+    assert pace.chunk_limit(8, 1) == MIN_CHUNK
 
 
 def test_max_tokens_0_computes_the_prompt_and_ends() -> None:

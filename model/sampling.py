@@ -1,7 +1,7 @@
 """Pick the next token: pure functions of the logits and of each row's own parameters.
 
-Rows never influence each other: the random number of a row is a hash of (seed, choice, position), so the same request
-draws the same numbers alone and in a full batch.
+Rows never influence each other: random numbers are hashes of (seed, choice, position, token), so the same request draws
+the same numbers alone and in a full batch.
 """
 
 from typing import NamedTuple
@@ -36,59 +36,62 @@ def sample(logits: Tensor, rows: SamplingRows) -> Tensor:
 
 
 def draw(logits: Tensor, rows: SamplingRows) -> Tensor:
-    """Token ids (B,) drawn from softmax(logits / temperature), truncated by top-k and then by top-p of what it leaves."""
+    """Token ids (B,) drawn from softmax(logits / temperature), truncated by top-k and then by top-p of what it leaves.
+
+    The draw takes the maximum of logit + Gumbel noise, where each token of a row has noise of its own. Logits that differ
+    in their last bits then hardly ever change the token, which an inverted running sum over the vocabulary would do often.
+    """
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     scaled = (logits - logits.amax(-1, keepdim=True)) / rows.temperature[:, None]
-    uniforms = uniform(rows.seed, rows.choice, rows.position)
+    keys = row_keys(rows.seed, rows.choice, rows.position)
     truncated = (rows.top_k > 0) | (rows.top_p < 1)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    vocab_size = logits.shape[1]
     whole = torch.nonzero(~truncated).squeeze(1)
     if len(whole):
-        tokens[whole] = invert(scaled[whole].double().exp(), uniforms[whole])
+        noise = gumbel(keys[whole], torch.arange(vocab_size, device=logits.device))
+        tokens[whole] = (scaled[whole] + noise).argmax(-1)
     pending = torch.nonzero(truncated).squeeze(1)
-    vocab_size = logits.shape[1]
     for width in (min(SHORTLIST, vocab_size), vocab_size):
         if not len(pending):
             break
-        chosen, enough = draw_truncated(scaled[pending], rows.top_k[pending], rows.top_p[pending], uniforms[pending], width)
-        tokens[pending[enough]] = chosen[enough]
+        ids, kept, enough = shortlist(scaled[pending], rows.top_k[pending], rows.top_p[pending], width)
+        best = (kept + gumbel(keys[pending], ids)).argmax(-1, keepdim=True)
+        tokens[pending[enough]] = ids.gather(1, best).squeeze(1)[enough]
         pending = pending[~enough]
     return tokens
 
 
-def draw_truncated(scaled: Tensor, top_k: Tensor, top_p: Tensor, uniforms: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """Draw among the `width` likeliest tokens: ids (B,), and whether those were enough to hold the truncated set (B,).
+def shortlist(scaled: Tensor, top_k: Tensor, top_p: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `width` likeliest tokens, likeliest first: ids and logits (B, width), and whether they hold all that stay (B,).
 
-    The likeliest token always stays, so a top_p of 0 is greedy. Tokens that tie with the last of the top k are cut by
-    their order in the sort.
+    Logits outside the truncated set are -inf. The likeliest token always stays, so a top_p of 0 is greedy.
     """
-    order = torch.sort(scaled, descending=True, stable=True) if width == scaled.shape[1] else torch.topk(scaled, width)
+    vocab_size = scaled.shape[1]
+    # Which of several equal logits at the cut stay is torch's choice; it depends on nothing but the row.
+    order = torch.sort(scaled, descending=True, stable=True) if width == vocab_size else torch.topk(scaled, width)
+    keep = torch.where(top_k > 0, top_k, vocab_size).clamp_max(vocab_size)
     weights = order.values.double().exp()
-    keep = torch.where(top_k > 0, top_k, scaled.shape[1]).clamp_max(scaled.shape[1])
     weights = weights.masked_fill(torch.arange(width, device=scaled.device) >= keep[:, None], 0.0)
     mass = torch.where(keep <= width, weights.sum(-1), scaled.double().exp().sum(-1))
     before = weights.cumsum(-1) - weights
-    inside = before < (top_p * mass)[:, None]
+    inside = (before < (top_p * mass)[:, None]) & (weights > 0)
     inside[:, 0] = True
     enough = (keep <= width) | ((top_k == 0) & ~inside[:, -1])
-    choice = invert(weights.masked_fill(~inside, 0.0), uniforms)
-    return order.indices.gather(1, choice[:, None]).squeeze(1), enough
+    return order.indices, order.values.masked_fill(~inside, float("-inf")), enough
 
 
-def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """Index (B,) at which the running sum of weights (B, n) passes uniform * total; never an index of weight 0."""
-    running = weights.cumsum(-1)
-    # u < 1 keeps the target below the total except by rounding; the last index with weight is the right answer then.
-    target = (uniforms * running[:, -1])[:, None]
-    index = torch.searchsorted(running, target, right=True).squeeze(1)
-    last = weights.shape[1] - 1 - (weights.flip(-1) > 0).to(torch.uint8).argmax(-1)
-    return torch.minimum(index, last)
+def row_keys(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
+    """A 64-bit hash (B,) of each row's seed, choice and position."""
+    return mix(mix(mix(seed) ^ choice) ^ position)
 
 
-def uniform(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
-    """A number in [0, 1) per row (fp64, 53 bits), a hash of the row's (seed, choice, position), each (B,) int64."""
-    state = mix(mix(mix(seed) ^ choice) ^ position)
-    return shift_right(state, 11).double() * 2.0**-53
+def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
+    """Gumbel noise (B, n) fp32: a function of each row's key (B,) and of the token ids, (n,) or (B, n), alone."""
+    numbers = shift_right(mix(keys[:, None] ^ (ids + 1)), 11)
+    # 53 bits rounded to fp32 are finest near 0, where -log(1 - u) makes the largest noise.
+    exponential = -torch.log1p(-((numbers.float() + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-24))
+    return -exponential.log()
 
 
 def mix(x: Tensor) -> Tensor:

@@ -119,15 +119,22 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
     from service.loading import load_served
     from service.metrics import Metrics
     from service.scheduler import Sequence
+    from service.schema import CompletionRequest
 
+    # The bounds of the options are those of the API.
+    given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
+    body = CompletionRequest.model_validate(given | {"model": settings.model})
+    # The same bounds as over HTTP.
+    names = ("prompt", "max_tokens", "temperature", "top_p", "seed")
+    body = CompletionRequest(model=settings.model, **{name: getattr(args, name) for name in names})
     served = load_served(settings, Metrics("terminal"))
     prompt = served.tokenizer.encode_prompt(args.prompt)
     room = served.config.n_positions - len(prompt)
-    if args.max_tokens > room:
-        raise ValueError(f"--max-tokens {args.max_tokens}: the prompt's {len(prompt)} tokens leave room for {max(room, 0)}")
-    seed = args.seed if args.seed is not None else secrets.randbits(63)
-    sampling = SamplingParams(args.temperature, 0, args.top_p, seed)
-    sequence = Sequence(prompt, args.max_tokens, sampling, served.tokenizer.eos_id)
+    if body.max_tokens > room:
+        raise ValueError(f"--max-tokens {body.max_tokens}: the prompt's {len(prompt)} tokens leave room for {max(room, 0)}")
+    seed = body.seed if body.seed is not None else secrets.randbits(63)
+    sampling = SamplingParams(body.temperature, body.top_k, body.top_p, seed)
+    sequence = Sequence(prompt, body.max_tokens, sampling, served.tokenizer.eos_id)
     served.engine.start()
     print(args.prompt, end="", flush=True)
     async with aclosing(served.engine.generate([sequence])) as outputs:

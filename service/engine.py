@@ -190,19 +190,23 @@ class Engine:
                 self._close(sequence, aborts=True)
                 self._metrics.outcome(outcome).inc()
 
+    def check_size(self, num_choices: int) -> None:
+        """Raise DoesNotFitError if a request has more choices than an idle engine takes."""
+        limit = self._max_slots + self._max_queue
+        if num_choices > limit:
+            raise DoesNotFitError(f"the request asks for {num_choices} choices; this server holds at most {limit}")
+
     def _check_admission(self, sequences: Items[Sequence]) -> None:
         if reason := self.unready_reason:
             raise UnavailableError(reason)
-        limit = self._max_slots + self._max_queue
-        if len(sequences) > limit:
-            raise DoesNotFitError(f"the request asks for {len(sequences)} choices; this server holds at most {limit}")
+        self.check_size(len(sequences))
         longest = max(sequences, key=lambda sequence: sequence.num_written)
         if not self._scheduler.cache.fits_when_empty(longest.num_written):
             raise DoesNotFitError(
                 f"a prompt of {len(longest.prompt)} tokens with max_tokens {longest.max_tokens} needs more KV cache than "
                 f"this server has"
             )
-        if len(self._mailboxes) + len(sequences) > limit:
+        if len(self._mailboxes) + len(sequences) > self._max_slots + self._max_queue:
             self._metrics.outcome("rejected").inc(len(sequences))
             waiting = max(0, len(self._mailboxes) - self._max_slots)
             retry_after = max(1, math.ceil((waiting + 1) / self._max_slots * self._choice_seconds))

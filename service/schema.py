@@ -19,6 +19,8 @@ from pydantic_core import PydanticCustomError
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
+# Characters. A longer one only costs time, for every choice.
+MAX_STOP_LENGTH = 1024
 # The largest number that a 64-bit integer holds.
 MAX_INT = 2**63 - 1
 
@@ -85,6 +87,10 @@ Prompt = Annotated[
     str | list[str] | list[int] | list[list[int]] | None, PlainValidator(check_prompt), WithJsonSchema(PROMPT_SCHEMA)
 ]
 
+
+STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
+
+
 def check_stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
@@ -93,6 +99,9 @@ def check_stop(value: Any) -> tuple[str, ...]:
         raise ValueError(f"holds {len(stops)} strings, at most {MAX_STOPS} are allowed")
     if "" in stops:
         raise ValueError("must not hold an empty string")
+    longest = max(map(len, stops), default=0)
+    if longest > MAX_STOP_LENGTH:
+        raise ValueError(f"holds a string of {longest} characters, at most {MAX_STOP_LENGTH} are allowed")
     return tuple(stops)
 
 
@@ -102,8 +111,8 @@ Stop = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string", "minLength": 1},
-                {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": MAX_STOPS},
+                STOP_SCHEMA,
+                {"type": "array", "items": STOP_SCHEMA, "maxItems": MAX_STOPS},
                 {"type": "null"},
             ]
         }
@@ -124,7 +133,8 @@ class Body(BaseModel):
         for name in body:
             # Left to pydantic, every unknown field of a hostile body would become an error of its own.
             if name not in cls.model_fields:
-                raise PydanticCustomError("extra_forbidden", "unknown field", {"param": name})
+                param = name.encode(errors="backslashreplace").decode()  # pydantic can't hold lone surrogates
+                raise PydanticCustomError("extra_forbidden", "unknown field", {"param": param})
         return {name: value for name, value in body.items() if value is not None}
 
 

@@ -1,6 +1,7 @@
 """uvicorn with a graceful end: SIGTERM drains, a failed engine ends the process with an error."""
 
 import asyncio
+import socket
 from types import FrameType
 
 import uvicorn
@@ -22,8 +23,11 @@ class Server(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
         self._signalled = False
 
-    async def main_loop(self) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    async def main_loop(self) -> None:
         self._tasks.append(asyncio.create_task(self._watch_engine()))
         await super().main_loop()
 

@@ -38,6 +38,14 @@ class Settings(BaseSettings):
     def _split_keys(cls, value: object) -> object:
         return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
 
+    @field_validator("api_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for place, key in enumerate(keys, 1):
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ValueError(f"key {place} can't be sent in a header: it may hold printable ASCII only, and no space")
+        return keys
+
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.step_tokens < self.max_slots:

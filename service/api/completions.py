@@ -10,20 +10,18 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 
 from model.step import SamplingParams
-from model.tokenizer import Tokenizer
 from service.api.errors import APIError, invalid, shown
-from service.api.sse import ClientGoneError, EventStream, event, unless_disconnected
+from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, event, unless_disconnected
 from service.engine import Engine
 from service.scheduler import Sequence
-from service.schema import CompletionChoice, CompletionRequest, CompletionResponse, ErrorResponse, Usage, is_token_list
+from service.schema import CompletionChoice, CompletionRequest, CompletionResponse, ErrorResponse, Usage
 from service.served import ServedModel
 
 router = APIRouter()
 
-# Longer texts are tokenized in a worker thread so that the event loop goes on.
-SHORT_TEXT = 4096
-# nginx's status for a client that left; nobody receives it, but the response counter shows it.
-CLIENT_CLOSED_REQUEST = 499
+# Characters and token ids of a request that are tokenized and checked at once; more of them in a worker thread, so that
+# the event loop goes on.
+SHORT_PROMPTS = 4096
 
 ERRORS: dict[int | str, dict[str, Any]] = {status: {"model": ErrorResponse} for status in (400, 401, 404, 429, 500, 503)}
 
@@ -35,8 +33,13 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     if body.model != served.name:
         message = f"the model '{shown(body.model)}' does not exist; this server has '{served.name}'"
         raise APIError(404, message, param="model", code="model_not_found")
-    prompts = await read_prompts(body, served)
-    completion = Completion(body, prompts, served.engine)
+    prompts = prompts_of(body)
+    served.engine.check_size(len(prompts) * body.n)
+    if sum(len(prompt) for prompt in prompts) <= SHORT_PROMPTS:
+        tokens = read_prompts(prompts, body, served)
+    else:
+        tokens = await asyncio.to_thread(read_prompts, prompts, body, served)
+    completion = Completion(body, tokens, served.engine)
     if body.stream:
         return EventStream(completion.stream())
     try:
@@ -46,32 +49,31 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
     return Response(answer.model_dump_json(), media_type="application/json")
 
 
-async def read_prompts(body: CompletionRequest, served: ServedModel) -> list[list[int]]:
-    """Token ids of every prompt of the request. Raises APIError naming what does not fit the model."""
-    prompt = body.prompt
-    prompts = cast(
-        list[str | list[int] | None], prompt if isinstance(prompt, list) and not is_token_list(prompt) else [prompt]
-    )
+def prompts_of(body: CompletionRequest) -> list[str | list[int]]:
+    """The request's prompts, each a text or token ids."""
+    prompt: Any = body.prompt or ""
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
+
+
+def read_prompts(prompts: list[str | list[int]], body: CompletionRequest, served: ServedModel) -> list[list[int]]:
+    """Token ids of every prompt. Raises APIError naming what does not fit the model."""
     tokenized = []
-    for item in prompts:
-        if isinstance(item, list):
-            check_token_ids(item, served.config.vocab_size)
-            tokens = item
+    for prompt in prompts:
+        if isinstance(prompt, str):
+            tokens = tokenize(prompt, served, allow_special=body.allow_special)
         else:
-            tokens = await tokenize(item or "", body, served)
+            check_token_ids(prompt, served.config.vocab_size)
+            tokens = prompt
         check_length(len(tokens), body.max_tokens, served.config.n_positions)
         tokenized.append(tokens)
     return tokenized
 
 
-async def tokenize(text: str, body: CompletionRequest, served: ServedModel) -> list[int]:
-    tokenizer: Tokenizer = served.tokenizer
-    least = len(text.encode(errors="replace")) // tokenizer.max_token_bytes
+def tokenize(text: str, served: ServedModel, *, allow_special: bool) -> list[int]:
+    least = len(text.encode(errors="replace")) // served.tokenizer.max_token_bytes
     if least > served.config.n_positions:
         raise context_error(served.config.n_positions, f"a prompt of at least {least} tokens")
-    if len(text) <= SHORT_TEXT:
-        return tokenizer.encode_prompt(text, allow_special=body.allow_special)
-    return await asyncio.to_thread(tokenizer.encode_prompt, text, allow_special=body.allow_special)
+    return served.tokenizer.encode_prompt(text, allow_special=allow_special)
 
 
 def check_token_ids(tokens: list[int], vocab_size: int) -> None:

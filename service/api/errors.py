@@ -16,7 +16,7 @@ log = logging.getLogger("banded.api")
 MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
 
 # Why a body can't be parsed, where the parser's exception is not a JSONDecodeError.
-UNREADABLE: dict[type[BaseException] | None, str] = {
+UNREADABLE: dict[type, str] = {
     UnicodeDecodeError: "is not UTF-8",
     RecursionError: "is nested too deeply",
     ValueError: "holds a number of too many digits",

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncGenerator, Coroutine
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from typing import Any, TypeVar
 
 from starlette.responses import Response
@@ -13,6 +13,8 @@ from service.api.errors import api_error
 
 T = TypeVar("T")
 
+# nginx's status for a client that left; nobody receives it, but the response counter shows it.
+CLIENT_CLOSED_REQUEST = 499
 DONE = b"data: [DONE]\n\n"
 
 
@@ -57,14 +59,19 @@ class EventStream(Response):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._started = False
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
-        with suppress(ClientGoneError):
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
             await unless_disconnected(receive, self._stream(send))
+        except ClientGoneError:
+            if not self._started:
+                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._events) as events:
             first = await anext(events)
+            self._started = True
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             await send({"type": "http.response.body", "body": first, "more_body": True})
             try:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from model import sampling
-from model.sampling import SamplingRows, draw, sample, uniform
+from model.sampling import SamplingRows, draw, gumbel, row_keys, sample
 
 V = 5000
 
@@ -100,18 +100,30 @@ def test_a_tiny_temperature_does_not_overflow() -> None:
     assert torch.equal(sample(logits, rows(4, temperature=1e-6)), logits.argmax(-1))
 
 
-def test_uniform_depends_on_seed_choice_and_position_and_is_uniform() -> None:
-    base = uniform(torch.tensor([5]), torch.tensor([1]), torch.tensor([9]))
-    for changed in ((6, 1, 9), (5, 2, 9), (5, 1, 10), (1, 5, 9), (9, 1, 5)):
-        assert uniform(*(torch.tensor([x]) for x in changed)) != base
-    n = 100_000
-    numbers = uniform(torch.zeros(n, dtype=torch.int64), torch.zeros(n, dtype=torch.int64), torch.arange(n))
-    assert 0 <= numbers.min() <= numbers.max() < 1
-    counts = torch.histc(numbers, 100, 0, 1)
-    chi_squared = ((counts - n / 100) ** 2 / (n / 100)).sum()
-    assert chi_squared < 160, "99 degrees of freedom: the 0.9999 quantile is about 155"
-    pairs = torch.corrcoef(torch.stack((numbers[:-1], numbers[1:])))[0, 1]
-    assert abs(pairs) < 0.02
+def test_noise_depends_on_seed_choice_position_and_token_and_is_gumbel() -> None:
+    def noise(seed: int, choice: int, position: int, token: int) -> float:
+        key = row_keys(*(torch.tensor([x]) for x in (seed, choice, position)))
+        return float(gumbel(key, torch.tensor([token])))
+
+    changes = [(5, 1, 9, 4), (6, 1, 9, 4), (5, 2, 9, 4), (5, 1, 10, 4), (5, 1, 9, 5), (1, 5, 9, 4), (9, 1, 5, 4)]
+    assert len({noise(*change) for change in changes}) == len(changes)
+    n = 200
+    many = gumbel(row_keys(torch.zeros(n).long(), torch.zeros(n).long(), torch.arange(n)), torch.arange(V))
+    assert many.isfinite().all()
+    # exp(-exp(-g)) of Gumbel noise is uniform.
+    counts = torch.histc((-(-many.double()).exp()).exp(), 100, 0, 1)
+    expected = n * V / 100
+    assert ((counts - expected) ** 2 / expected).sum() < 160, "99 degrees of freedom: the 0.9999 quantile is about 155"
+    assert abs(torch.corrcoef(torch.stack((many[:-1].flatten(), many[1:].flatten())))[0, 1]) < 0.005
+    assert abs(torch.corrcoef(torch.stack((many[:, :-1].flatten(), many[:, 1:].flatten())))[0, 1]) < 0.005
+
+
+def test_rounding_errors_of_the_logits_hardly_ever_change_the_token() -> None:
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(1000, V, generator=generator)
+    noisy = logits * (1 + 1e-6 * torch.randn(1000, V, generator=generator))
+    params = rows(1000, seed=11)
+    assert (sample(logits, params) != sample(noisy, params)).sum() <= 1
 
 
 def splitmix64(x: int) -> int:

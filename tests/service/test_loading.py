@@ -1,0 +1,93 @@
+"""From a directory to a running engine, and the whole way through it: the tokens that transformers would give."""
+
+import asyncio
+import logging
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from model.step import SamplingParams
+from service.loading import LoadError, choose_device, choose_dtype, load_served
+from service.metrics import Metrics
+from service.scheduler import Sequence
+from service.served import ServedModel
+from service.settings import Settings
+from tests.model.checkpoints import tiny
+
+
+def served(directory: Path, **settings: Any) -> ServedModel:
+    return load_served(Settings(model=str(directory), dtype="float32", **settings), Metrics("tiny"))
+
+
+async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[int]]:
+    """The tokens of all sequences, run at once."""
+    tokens: list[list[int]] = [[] for _ in sequences]
+    model.engine.start()
+    async with asyncio.timeout(120), aclosing(model.engine.generate(sequences)) as outputs:
+        async for output in outputs:
+            tokens[output.choice] += output.tokens
+    await model.engine.stop()
+    return tokens
+
+
+def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny("gpt_neo", tmp_path, vocab_size=50257, window_size=40)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (1, 40, 64, 150, 200, 7)]
+    # Fewer slots than sequences and small steps: queueing, chunks beside decodes and page release all take place.
+    model = served(directory, max_slots=4, step_tokens=48)
+    sequences = [Sequence(prompt, 30, SamplingParams(temperature=0.0), None) for prompt in prompts]
+    ours = asyncio.run(generate(model, sequences))
+    theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    for prompt, tokens in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        assert tokens == logits.argmax(-1).tolist()
+
+
+def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
+
+    def sequence(seed: int) -> Sequence:
+        return Sequence([seed] * (3 + 20 * seed), 40, SamplingParams(0.9, 0, 0.95, seed), None)
+
+    together = asyncio.run(generate(served(directory, max_slots=8), [sequence(seed) for seed in range(8)]))
+    alone = asyncio.run(generate(served(directory, max_slots=8), [sequence(5)]))
+    assert alone[0] == together[5]
+    assert len({tuple(tokens) for tokens in together}) == 8
+
+
+def test_start_up_tells_what_is_loaded_and_how_much_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    model = served(directory, max_slots=2)
+    assert model.name == "banded"
+    assert "loading banded from" in caplog.text
+    assert "as float32 on cpu" in caplog.text
+    assert "KV cache: 8 dense pages and 12 banded pages of" in caplog.text
+    assert "2 sequences run at once, 2.0 of them at the full 256 tokens" in caplog.text
+    assert "4 layers, ready in" in caplog.text
+
+
+def test_a_kv_budget_below_one_sequence_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    with pytest.raises(ValueError, match="kv_bytes is 1000, but one sequence of 256 tokens needs"):
+        served(directory, kv_bytes=1000)
+
+
+def test_cuda_is_refused_until_its_kernels_are_there() -> None:
+    with pytest.raises(LoadError, match="the CUDA kernels are not built yet; use --device cpu"):
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_cpu_multiplies(native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert choose_dtype("auto") is expected
+    assert choose_dtype("float16") is torch.float16

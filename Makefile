@@ -33,5 +33,5 @@ bench: install
 
 # Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.
 lock: install
-	(head -1 constraints.txt; $(BIN)/pip freeze --exclude-editable | sed 's/+[a-z].*$$//') > constraints.new
+	(head -1 constraints.txt; $(BIN)/pip freeze --all --exclude-editable | sed '/^pip==/d; s/+[a-z].*$$//') > constraints.new
 	mv constraints.new constraints.txt

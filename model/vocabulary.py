@@ -125,7 +125,7 @@ def read_text(path: Path) -> str:
 def read_json(path: Path) -> Json:
     try:
         data = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise TokenizerError(f"{path.name} holds no JSON object")

@@ -3,6 +3,8 @@
 import argparse
 import asyncio
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,8 @@ from service.settings import Settings
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status. Errors that the user can mend are one line on stderr and status 2."""
     args = parser().parse_args(argv)
+    # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         check_package()
@@ -71,12 +75,19 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", help="auto, cpu or cuda")
 
 
-def settings_from(args: argparse.Namespace) -> Settings:
-    """Settings from the environment, overridden by the options that were given."""
-    given: dict[str, Any] = {
-        name: value for name, value in vars(args).items() if name in Settings.model_fields and value is not None
-    }
-    return Settings(**given)
+def settings_from(args: argparse.Namespace, **fixed: Any) -> Settings:
+    """Settings from the environment, overridden by the options that were given and by `fixed`.
+
+    ValueError for a BANDED_ variable that is no setting: a misspelt limit must not be ignored.
+    """
+    prefix = str(Settings.model_config["env_prefix"])
+    unknown = [
+        name for name in os.environ if name.startswith(prefix) and name[len(prefix) :].lower() not in Settings.model_fields
+    ]
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(Settings.model_fields)}")
+    given = {name: value for name, value in vars(args).items() if name in Settings.model_fields and value is not None}
+    return Settings(**given | fixed)
 
 
 def check_package() -> None:
@@ -106,7 +117,8 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def run_complete(args: argparse.Namespace) -> int:
-    settings = settings_from(args)
+    # Nothing listens, so the address doesn't matter.
+    settings = settings_from(args, host="127.0.0.1")
     logging.getLogger().setLevel(logging.WARNING)
     return asyncio.run(complete_on_terminal(args, settings))
 

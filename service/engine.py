@@ -111,6 +111,7 @@ class Engine:
         self._last_step = time.monotonic()
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
+        metrics.ready.set_function(lambda: self.unready_reason is None)
         metrics.queue_limit.set(max_queue)
         metrics.requests_running.set_function(lambda: len(scheduler.running))
         metrics.requests_waiting.set_function(lambda: len(scheduler.waiting))
@@ -179,6 +180,7 @@ class Engine:
                     choice = choices[sequence]
                     self._observe(choice, sequence, submitted)
                     output = choice.advance(delta, eos=sequence.eos_id)
+                    self._metrics.generated_tokens.inc(len(output.tokens))
                     if output.finish_reason:
                         unfinished.remove(sequence)
                         self._close(sequence, aborts=delta.finish_reason is None)
@@ -230,7 +232,6 @@ class Engine:
         now = time.monotonic()
         self._metrics.decode_time.observe(now - choice.first_token)
         self._metrics.end_to_end_time.observe(now - submitted)
-        self._metrics.generated_tokens.inc(choice.num_tokens)
         self._metrics.request_generated_tokens.observe(choice.num_tokens)
         self._choice_seconds += 0.1 * (now - sequence.started - self._choice_seconds)
 

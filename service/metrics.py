@@ -1,11 +1,17 @@
 """Every Prometheus object of the server, in a registry of its own."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from importlib.metadata import version
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+
+# When a series began is of no use to anyone here, and doubles the page.
+disable_created_metrics()
 
 # Fine enough at the low end to tell a 1 ms token from a 2 ms one.
 TOKEN_SECONDS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 5)
 REQUEST_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+OUTCOMES = ("stop", "length", "abort", "error", "rejected")
 
 
 class Metrics:
@@ -14,6 +20,7 @@ class Metrics:
     def __init__(self, model: str):
         self.registry = CollectorRegistry()
         self._model = model
+        self.ready = self._gauge("ready", "1 while requests may be sent here")
         self.requests_running = self._gauge("requests_running", "Choices that hold a slot")
         self.requests_waiting = self._gauge("requests_waiting", "Choices that wait for a slot")
         self.queue_limit = self._gauge("queue_limit", "Choices that may wait before a request is refused")
@@ -43,7 +50,11 @@ class Metrics:
         self._http = Counter("banded_http_requests", "HTTP responses", ["model", "route", "status"], registry=self.registry)
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")
         self.accounting_faults = self._counter("page_accounting_faults", "Faults found by the KV accounting's self-check")
-        self.build = Info("banded_build", "Versions", registry=self.registry)
+        for outcome in OUTCOMES:
+            self.outcome(outcome)  # a counter that appears with its first event hides that event from rate()
+        Info("banded_build", "Versions", registry=self.registry).info(
+            {"banded": version("banded"), "torch": version("torch")}
+        )
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(f"banded_{name}", text, ["model"], registry=self.registry).labels(self._model)
@@ -61,7 +72,7 @@ class Metrics:
         return self._kv_total.labels(self._model, group)
 
     def outcome(self, outcome: str) -> Counter:
-        """Counter of choices that ended as stop, length, abort, error or rejected."""
+        """Counter of choices that ended in one of OUTCOMES."""
         return self._outcomes.labels(self._model, outcome)
 
     def http_response(self, route: str, status: int) -> Counter:

@@ -44,8 +44,6 @@ class Server(uvicorn.Server):
 
     async def _watch_engine(self) -> None:
         await self._engine.failed()
-        # The requests that failed with it get their error first.
-        await asyncio.sleep(0.5)
         self.should_exit = True
 
 

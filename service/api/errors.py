@@ -98,9 +98,11 @@ def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
     context = error.get("ctx", {})
     if error["type"] == "json_invalid":
         return invalid(f"the body is not valid JSON: {context['error']}, at character {error['loc'][-1]}")
-    # Our own validators say which part of the object they mean.
-    param = shown(".".join(map(str, (*error["loc"][1:], *filter(None, [context.get("param")])))))
-    if not param:
+    path = list(error["loc"][1:])
+    if "param" in context:  # our own validators name the part of the object that they mean
+        path.append(context["param"])
+    param = shown(".".join(map(str, path)))
+    if not path:
         return invalid("the body must be a JSON object, sent with content-type application/json")
     if error["type"] == "extra_forbidden":
         return invalid(f"unknown field '{param}'", param, "unknown_parameter")

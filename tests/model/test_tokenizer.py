@@ -514,7 +514,14 @@ def test_missing_file_is_named(tiny: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "tokenizer.json", "tokenizer_config.json"])
-@pytest.mark.parametrize(("data", "message"), [(b'{"a": ', "is not valid JSON"), (b'{"\xff": 1}', "can't decode byte")])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'{"a": ', "is not valid JSON"),
+        (b'{"a": ' + 100_000 * b"[", "is not valid JSON: maximum recursion depth"),
+        (b'{"\xff": 1}', "can't decode byte"),
+    ],
+)
 def test_invalid_json_is_named(tiny: Path, name: str, data: bytes, message: str) -> None:
     (tiny / name).write_bytes(data)
     with pytest.raises(TokenizerError, match=f"{name}.*{message}"):

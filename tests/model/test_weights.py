@@ -352,6 +352,7 @@ def test_no_config(tmp_path: Path) -> None:
         (b'{"model_type": "gpt2",', "config.json can't be read as JSON: Expecting property name"),
         (b"", "config.json can't be read as JSON: Expecting value"),
         (b'{"model_type": "\xff"}', "config.json can't be read as JSON: .*utf-8"),
+        (b'{"model_type": ' + 100_000 * b"[", "config.json can't be read as JSON: maximum recursion depth"),
         (b"[1]", "config.json must hold a JSON object, got list"),
         (b"{}", "config.json: model_type None is not supported, only banded, gpt2, gpt_neo, opt"),
         (b'{"model_type": "llama"}', "model_type 'llama' is not supported, only banded, gpt2, gpt_neo, opt"),

@@ -1,0 +1,242 @@
+"""POST /v1/completions where it succeeds: prompts, parameters, choices and the two forms of the answer."""
+
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from model.step import SamplingParams, StepInput
+from service.schema import NEUTRAL
+from tests.service.api.test_app import Api, events_of, post, serving
+from tests.service.fakes import CONFIG, FakeEngine
+from tests.service.test_engine import run
+
+EOS = FakeEngine.tokenizer.eos_id
+SPELT = FakeEngine.tokenizer.encode("<|endoftext|>")
+
+
+def prompts_run(fake: FakeEngine) -> list[list[int]]:
+    """What the runner was given, prompt by prompt."""
+    prompts: list[list[int]] = []
+    for chunk in (chunk for step in fake.runner.steps for chunk in step.chunks):
+        if chunk.start == 0:
+            prompts.append([])
+        prompts[-1] += chunk.tokens
+    return prompts
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"prompt": "Once upon"}, [[7454, 2402]]),
+        ({"prompt": ["Once", "upon", ""]}, [[7454], [27287], [EOS]]),
+        ({"prompt": [7454, 2402]}, [[7454, 2402]]),
+        ({"prompt": [[7454], [2402, 257]]}, [[7454], [2402, 257]]),
+        ({"prompt": [CONFIG.vocab_size - 1, 0]}, [[50256, 0]]),
+        ({"prompt": "Once\x00"}, [[7454, 188]]),
+        ({"prompt": "\ud800"}, [[4210]]),  # U+FFFD
+        ({"prompt": ""}, [[EOS]]),
+        ({"prompt": None}, [[EOS]]),
+        ({}, [[EOS]]),
+        ({"prompt": "<|endoftext|>"}, [SPELT]),
+        ({"prompt": "<|endoftext|>", "allow_special": True}, [[EOS]]),
+        ({"prompt": ["a<|endoftext|>", "b"], "allow_special": True}, [[64, EOS], [65]]),
+    ],
+)
+def test_prompt_forms(fields: dict[str, Any], expected: list[list[int]]) -> None:
+    fake = FakeEngine()
+    answer = post({"model": "fake", "max_tokens": 1, **fields}, fake).json()
+    assert prompts_run(fake) == expected
+    assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
+    total = sum(map(len, expected))
+    generated = len(expected)
+    assert answer["usage"] == {
+        "prompt_tokens": total,
+        "completion_tokens": generated,
+        "total_tokens": total + generated,
+    }
+
+
+def echoing() -> FakeEngine:
+    """An engine that runs one choice at a time and answers every prompt with its own tokens."""
+    fake = FakeEngine(max_slots=1, max_queue=200)
+
+    def take_prompt(step: StepInput) -> None:
+        for chunk in step.chunks:
+            fake.runner.script = chunk.tokens
+
+    fake.runner.fault = take_prompt
+    return fake
+
+
+def test_index_counts_the_choices_prompt_by_prompt() -> None:
+    fake = echoing()
+    choices = post({"model": "fake", "prompt": ["Once", "upon"], "n": 3, "max_tokens": 2, "seed": 5}, fake).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3, 4, 5]
+    assert [choice["text"] for choice in choices] == ["OnceOnce"] * 3 + ["uponupon"] * 3
+    assert [start.sampling.choice for step in fake.runner.steps for start in step.starts] == [0, 1, 2, 3, 4, 5]
+    assert {start.sampling.seed for step in fake.runner.steps for start in step.starts} == {5}
+
+
+def test_the_largest_n() -> None:
+    assert len(post({"model": "fake", "prompt": "a", "n": 128, "max_tokens": 1}, echoing()).json()["choices"]) == 128
+
+
+@pytest.mark.parametrize(
+    ("fields", "sampling"),
+    [
+        ({"seed": 0}, SamplingParams(1.0, 0, 1.0, 0)),
+        ({"seed": 7, "temperature": 0.5, "top_k": 40, "top_p": 0.9}, SamplingParams(0.5, 40, 0.9, 7)),
+        ({"seed": -(2**63), "temperature": 0, "top_k": -1, "top_p": 0}, SamplingParams(0.0, 0, 0.0, -(2**63))),
+        ({"seed": 2**63 - 1, "temperature": 2, "top_k": 2**63 - 1}, SamplingParams(2.0, 2**63 - 1, 1.0, 2**63 - 1)),
+    ],
+)
+def test_sampling_parameters_reach_the_runner(fields: dict[str, Any], sampling: SamplingParams) -> None:
+    fake = FakeEngine()
+    assert post({"model": "fake", "prompt": "a", "max_tokens": 1, **fields}, fake).status_code == 200
+    assert fake.runner.steps[0].starts[0].sampling == sampling
+
+
+def test_without_a_seed_every_request_draws_its_own() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            for _ in range(3):
+                await api.choices(prompt="a", max_tokens=1)
+            assert len({start.sampling.seed for step in api.fake.runner.steps for start in step.starts}) == 3
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("fields", "text", "reason"),
+    [
+        ({"max_tokens": 3}, " one two three", "length"),
+        ({}, " one two three four" * 4, "length"),  # 16 tokens
+        ({"max_tokens": 0}, "", "length"),
+        ({"stop": " three"}, " one two", "stop"),
+        ({"stop": ["zzz", "wo th", "r", " four"]}, " one t", "stop"),
+        ({"stop": []}, " one two three four" * 4, "length"),
+        ({"stop": None, "max_tokens": 2}, " one two", "length"),
+        ({"stop": "\ud800", "max_tokens": 2}, " one two", "length"),
+        ({"stop": "x" * 1024, "max_tokens": 2}, " one two", "length"),
+        ({"stop": " two", "max_tokens": 1}, " one", "length"),
+        ({"max_tokens": 255}, (" one two three four" * 64).removesuffix(" four"), "length"),
+    ],
+)
+def test_where_a_completion_ends(fields: dict[str, Any], text: str, reason: str) -> None:
+    fake = FakeEngine()
+    choice = post({"model": "fake", "prompt": "a", **fields}, fake).json()["choices"][0]
+    assert choice == {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
+    assert fake.scheduler.cache.faults() == []
+
+
+def test_end_of_text_stops_unless_ignored() -> None:
+    async def test() -> None:
+        async with serving(FakeEngine(" one<|endoftext|>")) as api:
+            answer = (await api.complete(prompt="a")).json()
+            assert answer["choices"][0]["text"] == " one"
+            assert answer["choices"][0]["finish_reason"] == "stop"
+            assert answer["usage"]["completion_tokens"] == 2
+            ignoring = (await api.choices(prompt="a", max_tokens=4, ignore_eos=True))[0]
+            assert (ignoring["text"], ignoring["finish_reason"]) == (" one one", "length")
+
+    run(test)
+
+
+def test_the_body_of_an_answer() -> None:
+    before = int(time.time())
+    answer = post({"model": "fake", "prompt": "a", "max_tokens": 1, "user": "someone"})
+    assert answer.headers["content-type"] == "application/json"
+    body = answer.json()
+    assert list(body) == ["id", "object", "created", "model", "choices", "usage"]
+    assert body["id"].startswith("cmpl-")
+    assert (body["object"], body["model"]) == ("text_completion", "fake")
+    assert before <= body["created"] <= time.time()
+
+
+async def stream(api: Api, **fields: Any) -> list[Any]:
+    answer = await api.complete(stream=True, **fields)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["cache-control"] == "no-cache"
+    assert answer.headers["x-accel-buffering"] == "no"
+    assert "content-length" not in answer.headers
+    return events_of(answer)
+
+
+def test_a_stream_adds_up_to_the_answer() -> None:
+    async def test() -> None:
+        async with serving(FakeEngine(" naïve 🙂 three")) as api:
+            fields: dict[str, Any] = {"prompt": ["a", "b"], "n": 2, "max_tokens": 9, "stop": "ree n"}
+            whole = await api.choices(**fields)
+            chunks = await stream(api, **fields)
+            assert len(chunks) > len(whole)
+            assert len({(chunk["id"], chunk["created"]) for chunk in chunks}) == 1
+            for choice in whole:
+                pieces = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
+                assert "".join(piece["text"] for piece in pieces) == choice["text"] == " naïve 🙂 th"
+                assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
+                assert all("\ufffd" not in piece["text"] and piece["logprobs"] is None for piece in pieces)
+            for chunk in chunks:
+                assert list(chunk) == ["id", "object", "created", "model", "choices"]
+                assert (chunk["object"], chunk["model"]) == ("text_completion", "fake")
+
+    run(test)
+
+
+@pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
+def test_a_stream_has_no_usage_unless_asked(options: Any) -> None:
+    async def test() -> None:
+        async with serving() as api:
+            chunks = await stream(api, prompt="a", max_tokens=3, stream_options=options)
+            assert [chunk["choices"][0]["text"] for chunk in chunks] == [" one", " two", " three"]
+            assert all("usage" not in chunk for chunk in chunks)
+
+    run(test)
+
+
+def test_a_stream_with_usage() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            options = {"include_usage": True, "include_obfuscation": False}
+            *chunks, last = await stream(api, prompt="Once upon", n=2, max_tokens=3, stream_options=options)
+            assert [chunk["usage"] for chunk in chunks] == [None] * 6
+            assert last["choices"] == []
+            assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+
+    run(test)
+
+
+def test_an_empty_completion_streams_its_end() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            chunks = await stream(api, prompt="a", max_tokens=0)
+            assert [chunk["choices"] for chunk in chunks] == [
+                [{"text": "", "index": 0, "logprobs": None, "finish_reason": "length"}]
+            ]
+
+    run(test)
+
+
+NEUTRAL_VALUES = [(name, value) for name, values in NEUTRAL.items() for value in (None, *values)]
+
+
+@pytest.mark.parametrize(("name", "value"), [*NEUTRAL_VALUES, ("repetition_penalty", 1.0), ("presence_penalty", 0.0)])
+def test_what_is_not_built_may_be_null_or_its_default(name: str, value: Any) -> None:
+    assert post({"model": "fake", "prompt": "a", "max_tokens": 1, name: value}).status_code == 200
+
+
+def test_long_prompts_are_tokenized_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    encode = FakeEngine.tokenizer.encode_prompt
+
+    def encode_prompt(text: str, *, allow_special: bool = False) -> list[int]:
+        threads.append(threading.current_thread() is threading.main_thread())
+        return encode(text, allow_special=allow_special)
+
+    monkeypatch.setattr(FakeEngine.tokenizer, "encode_prompt", encode_prompt)
+    post({"model": "fake", "prompt": "short", "max_tokens": 1})
+    post({"model": "fake", "prompt": " a" * 3000})
+    post({"model": "fake", "prompt": ["many short ones " * 15] * 100, "max_tokens": 1}, FakeEngine(max_queue=100))
+    assert threads == [True, False] + [False] * 100

@@ -1,0 +1,98 @@
+"""Health and metrics."""
+
+import asyncio
+
+import pytest
+
+import service.engine
+from tests.service.api.test_app import Api, serving
+from tests.service.test_engine import run, until
+
+
+async def unready(api: Api) -> str:
+    """Why the server is not ready, in its own words."""
+    assert (await api.client.get("/health/live")).json() == {"status": "live"}
+    answer = await api.client.get("/health/ready")
+    assert answer.status_code == 503
+    error = answer.json()["error"]
+    assert (error["type"], error["code"]) == ("server_error", "unavailable")
+    message: str = error["message"]
+    return message
+
+
+def test_ready() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            assert (await api.client.get("/health/live")).json() == {"status": "live"}
+            answer = await api.client.get("/health/ready")
+            assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+
+    run(test)
+
+
+def test_not_ready_while_draining() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            await api.fake.engine.drain(0)
+            assert await unready(api) == "not ready: the server is shutting down"
+
+    run(test)
+
+
+def test_not_ready_when_no_step_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with serving() as api:
+            monkeypatch.setattr(service.engine, "STALL_SECONDS", 0.0)
+            assert (await api.client.get("/health/ready")).status_code == 200  # idle is fine
+            api.fake.runner.gate.clear()
+            hanging = asyncio.create_task(api.choices(prompt="a", max_tokens=1))
+            await until(lambda: bool(api.fake.scheduler.running))
+            assert await unready(api) == "not ready: no step has finished for 0 s"
+            api.fake.runner.gate.set()
+            await hanging
+            assert (await api.client.get("/health/ready")).status_code == 200
+
+    run(test)
+
+
+def test_not_ready_after_two_failing_steps() -> None:
+    async def test() -> None:
+        async with serving() as api:
+
+            def fault(step: object) -> None:
+                raise RuntimeError("again")
+
+            api.fake.runner.fault = fault
+            answers = [await api.complete(prompt="a") for _ in range(2)]
+            assert [answer.status_code for answer in answers] == [500, 500]
+            await api.fake.engine.failed()
+            assert await unready(api) == "not ready: the engine has failed"
+            refused = await api.complete(prompt="a")
+            assert (refused.status_code, refused.json()["error"]["message"]) == (503, "the engine has failed")
+
+    run(test)
+
+
+def test_metrics_show_a_completed_request() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            await api.complete(prompt="Once upon", n=2, max_tokens=3)
+            answer = await api.client.get("/metrics")
+            assert answer.headers["content-type"].startswith("text/plain; version=")
+            samples = dict(line.rsplit(" ", 1) for line in answer.text.splitlines() if not line.startswith("#"))
+            for name, value in {
+                'banded_http_requests_total{model="fake",route="/v1/completions",status="200"}': 1,
+                'banded_requests_total{model="fake",outcome="length"}': 2,
+                'banded_prompt_tokens_total{model="fake"}': 4,
+                'banded_generated_tokens_total{model="fake"}': 6,
+                'banded_time_to_first_token_seconds_count{model="fake"}': 2,
+                'banded_inter_token_latency_seconds_count{model="fake"}': 4,
+                'banded_e2e_time_seconds_count{model="fake"}': 2,
+                'banded_requests_running{model="fake"}': 0,
+                'banded_requests_waiting{model="fake"}': 0,
+                'banded_queue_limit{model="fake"}': 8,
+                'banded_kv_pages_held{group="dense",model="fake"}': 0,
+            }.items():
+                assert float(samples[name]) == value, name
+
+    run(test)

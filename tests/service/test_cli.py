@@ -1,0 +1,193 @@
+"""The command line: one line and status 2 for what the user can mend, and `complete` on a tiny checkpoint."""
+
+import io
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import kernels
+from service.cli import main
+from tests.model.checkpoints import tiny
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No settings in the environment, and log level and signal handler as they were."""
+    for name in [name for name in os.environ if name.startswith("BANDED_")]:
+        monkeypatch.delenv(name)
+    level, handler = logging.getLogger().level, signal.getsignal(signal.SIGTERM)
+    yield
+    logging.getLogger().setLevel(level)
+    signal.signal(signal.SIGTERM, handler)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny("banded", tmp_path_factory.mktemp("model"), vocab_size=50257)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that a command says before it ends with status 2."""
+    assert main([str(argument) for argument in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    (line,) = [line for line in err.splitlines() if " INFO " not in line]
+    assert line.startswith("banded: ")
+    return line.removeprefix("banded: ")
+
+
+def make(directory: Path, **files: object) -> Path:
+    """A model directory of these files, JSON unless they are text."""
+    directory.mkdir()
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (directory / name.replace("__", ".")).write_text(text)
+    return directory
+
+
+GPT2 = {"model_type": "gpt2", "vocab_size": 50257, "n_positions": 64, "n_embd": 8, "n_layer": 1, "n_head": 1}
+
+
+def test_directories_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a_file = tmp_path / "file"
+    a_file.write_text("hello")
+    empty = make(tmp_path / "empty")
+    for directory, message in {
+        tmp_path / "nowhere": "no such directory",
+        a_file: "is a file; a model is a directory with config.json and model.safetensors",
+        empty: "holds no config.json",
+        make(tmp_path / "text", config__json="hello"): "can't be read as JSON",
+        make(tmp_path / "list", config__json=[1]): "must hold a JSON object, got list",
+        make(tmp_path / "llama", config__json={"model_type": "llama"}): "model_type 'llama' is not supported, only",
+        make(tmp_path / "bare", config__json=GPT2): "holds neither model.safetensors nor model.safetensors.index.json",
+        make(
+            tmp_path / "pickle", config__json=GPT2, pytorch_model__bin="x"
+        ): "A pickle can run code and is never opened here",
+        make(tmp_path / "cut", config__json=GPT2, model__safetensors="x"): "can't be read as safetensors",
+    }.items():
+        for command in (("serve",), ("complete", "hello")):
+            line = refused(capsys, *command, "--model", directory)
+            assert line.startswith(str(directory))
+            assert message in line
+
+
+def test_a_vocabulary_that_does_not_suit_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refused(capsys, "complete", "hello", "--model", tiny("banded", tmp_path))
+    assert line == f"{tmp_path / 'banded'}: config.json: vocab_size is 331, r50k_base needs 50257"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "--device", "cuda"], "device cuda: the CUDA kernels are not built yet; use --device cpu"),
+        (["serve", "--device", "tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["serve", "--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (["serve", "--port", "70000"], "port: Input should be less than or equal to 65535"),
+        (["serve", "--port", "-1"], "port: Input should be greater than or equal to 0"),
+        (
+            ["serve", "--host", "0.0.0.0"],
+            "host 0.0.0.0 can be reached from outside: set BANDED_API_KEYS, or say --allow-unauthenticated",
+        ),
+        (["complete", "a", "--device", "cuda"], "device cuda: the CUDA kernels are not built yet; use --device cpu"),
+        (["complete", "a", "--max-tokens", "-1"], "max_tokens: Input should be greater than or equal to 0"),
+        (["complete", "a", "--temperature", "2.5"], "temperature: Input should be less than or equal to 2"),
+        (["complete", "a", "--temperature", "nan"], "temperature: Input should be a finite number"),
+        (["complete", "a", "--top-p", "-0.5"], "top_p: Input should be greater than or equal to 0"),
+        (["complete", "a", "--seed", str(2**63)], "seed: Input should be less than or equal to 9223372036854775807"),
+    ],
+)
+def test_options_out_of_range(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, *arguments) == message
+
+
+def test_the_environment_is_read_and_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("BANDED_MODEL", "/nowhere")
+    assert refused(capsys, "serve") == "/nowhere: no such directory"
+    monkeypatch.setenv("BANDED_MAX_SLOTS", "many")
+    assert refused(capsys, "serve").startswith("max_slots: Input should be a valid integer")
+    monkeypatch.setenv("BANDED_MAX_SLOTZ", "3")
+    assert refused(capsys, "serve").startswith("BANDED_MAX_SLOTZ: no such setting; there are model, host, port,")
+
+
+def test_complete_listens_nowhere_so_the_address_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BANDED_HOST", "0.0.0.0")
+    assert refused(capsys, "complete", "a", "--model", "/nowhere") == "/nowhere: no such directory"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "the following arguments are required: COMMAND"),
+        (["serve", "--port", "http"], "argument --port: invalid int value: 'http'"),
+        (["complete"], "the following arguments are required: prompt"),
+        (["dance"], "argument COMMAND: invalid choice: 'dance'"),
+        (["serve", "--prot", "1"], "unrecognized arguments: --prot 1"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_kv_budget_too_small_for_one_sequence(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BANDED_KV_BYTES", "1000")
+    line = refused(capsys, "serve", "--model", checkpoint)
+    assert line.startswith("kv_bytes is 1000, but one sequence of 256 tokens needs ")
+
+
+def test_a_foreign_package_of_our_name_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels" / "__init__.py"))
+    message = f"the package 'kernels' in {tmp_path / 'kernels'} is not Banded's; use an environment of its own"
+    assert refused(capsys, "serve") == message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "message"),
+    [
+        ("Once upon", 255, "--max-tokens 255: the prompt's 2 tokens leave room for 254"),
+        (" a" * 300, 1, "--max-tokens 1: the prompt's 300 tokens leave room for 0"),
+    ],
+)
+def test_complete_refuses_more_than_the_context(
+    prompt: str, max_tokens: int, message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(capsys, "complete", prompt, "--model", checkpoint, "--max-tokens", max_tokens) == message
+
+
+class Written(io.StringIO):
+    """Standard output that remembers every piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pieces: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.pieces.append(text)
+        return super().write(text)
+
+
+def test_complete_prints_the_text_as_it_comes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", stdout := Written())
+    options = {"--model": str(checkpoint), "--dtype": "float32", "--max-tokens": "20", "--seed": "3"}
+    command = ["complete", "Once upon", *(word for option in options.items() for word in option)]
+    assert main(command) == 0
+    once = stdout.getvalue()
+    assert stdout.pieces[0] == "Once upon"
+    assert len([piece for piece in stdout.pieces if piece.strip()]) > 10
+    assert once.endswith("\n")
+    assert main(command) == 0
+    assert stdout.getvalue() == once + once  # same seed, same text

@@ -1,0 +1,115 @@
+"""Settings: environment, bounds and the rules between them, by their messages."""
+
+import os
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from service.settings import Settings, is_loopback
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("BANDED_")]:
+        monkeypatch.delenv(name)
+
+
+def settings(**fields: Any) -> Settings:
+    return Settings(**fields)
+
+
+def refused(**fields: Any) -> list[tuple[str, str]]:
+    """The faults of some settings, as (field, message)."""
+    with pytest.raises(ValidationError) as caught:
+        settings(**fields)
+    return [(".".join(map(str, error["loc"])), error["msg"]) for error in caught.value.errors()]
+
+
+def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "model": "/models/small",
+        "host": "::1",
+        "port": "0",
+        "dtype": "float32",
+        "device": "cpu",
+        "kv_bytes": "1000000",
+        "max_slots": "4",
+        "max_queue": "0",
+        "step_tokens": "16",
+        "queue_timeout": "0.5",
+        "drain_timeout": "0",
+        "api_keys": "one, two ,,three",
+        "open_metrics": "true",
+        "allow_unauthenticated": "1",
+    }
+    assert set(values) == set(Settings.model_fields)
+    for name, value in values.items():
+        monkeypatch.setenv(f"BANDED_{name.upper()}", value)
+    read = settings()
+    assert (read.model, read.host, read.port, read.dtype) == ("/models/small", "::1", 0, "float32")
+    assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 16, 0.5)
+    assert (read.device, read.kv_bytes, read.drain_timeout) == ("cpu", 1_000_000, 0)
+    assert read.api_keys == ("one", "two", "three")
+    assert read.open_metrics is read.allow_unauthenticated is True
+    assert settings(port=8123, api_keys=("x",)).port == 8123  # given values win
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("port", "65536", "Input should be less than or equal to 65535"),
+        ("port", "-1", "Input should be greater than or equal to 0"),
+        ("port", "http", "Input should be a valid integer, unable to parse string as an integer"),
+        ("dtype", "int8", "Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("device", "tpu", "Input should be 'auto', 'cpu' or 'cuda'"),
+        ("kv_bytes", "0", "Input should be greater than 0"),
+        ("kv_bytes", "2GB", "Input should be a valid integer, unable to parse string as an integer"),
+        ("max_slots", "0", "Input should be greater than or equal to 1"),
+        ("max_slots", "1025", "Input should be less than or equal to 1024"),
+        ("max_queue", "-1", "Input should be greater than or equal to 0"),
+        ("step_tokens", "15", "Input should be greater than or equal to 16"),
+        ("queue_timeout", "0", "Input should be greater than 0"),
+        ("queue_timeout", "nan", "Input should be greater than 0"),
+        ("drain_timeout", "-1", "Input should be greater than or equal to 0"),
+        ("drain_timeout", "nan", "Input should be greater than or equal to 0"),
+        ("open_metrics", "perhaps", "Input should be a valid boolean, unable to interpret input"),
+    ],
+)
+def test_bounds(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"BANDED_{name.upper()}", value)
+    assert refused() == [(name, message)]
+
+
+def test_unknown_settings_are_refused() -> None:
+    assert refused(prot=8000) == [("prot", "Extra inputs are not permitted")]
+
+
+def test_slots_and_step_tokens_must_agree() -> None:
+    assert refused(max_slots=100, step_tokens=99) == [("", "Value error, step_tokens 99 is less than max_slots 100")]
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.example.com", ""])
+def test_a_host_others_can_reach_needs_keys(host: str) -> None:
+    message = f"host {host} can be reached from outside: set BANDED_API_KEYS, or say --allow-unauthenticated"
+    assert refused(host=host) == [("", f"Value error, {message}")]
+    assert refused(host=host, api_keys=" , ") == [("", f"Value error, {message}")]
+    assert settings(host=host, api_keys="key").api_keys == ("key",)
+    assert settings(host=host, allow_unauthenticated=True).api_keys == ()
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.0.0.1", "127.8.9.1", "::1"])
+def test_loopback(host: str) -> None:
+    assert is_loopback(host)
+    assert settings(host=host).host == host
+
+
+@pytest.mark.parametrize("key", ["schlüssel", "two words", "tab\tbed", "\udcff"])
+def test_keys_that_no_header_can_carry_are_refused_and_not_repeated(key: str) -> None:
+    message = "Value error, key 2 can't be sent in a header: it may hold printable ASCII only, and no space"
+    assert refused(api_keys=f"fine,{key}") == [("api_keys", message)]
+
+
+def test_settings_do_not_change() -> None:
+    with pytest.raises(ValidationError, match="Instance is frozen"):
+        settings().port = 1

@@ -10,7 +10,8 @@ install: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@echo "installing into .venv, which takes a few minutes the first time"
+	$(BIN)/pip install --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
 serve: install

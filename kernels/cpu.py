@@ -1,4 +1,4 @@
-"""The served CPU path: reads live pages only, a few at a time, and never writes out a history."""
+"""The served CPU path: reads live pages only; decoding copies a few at a time, a prompt chunk those that it sees."""
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,14 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
         for start in range(0, len(plan.page_ids), PAGES_AT_A_TIME)
     ]
     peak, total, out = (torch.cat(part) for part in zip(*parts, strict=True))
-    # Padding entries of `parts` point one past the end: an empty part has peak -inf and so weight 0.
-    peak = F.pad(peak, (0, 0, 0, 1), value=float("-inf"))[plan.parts]  # (B, parts, H)
-    total = F.pad(total, (0, 0, 0, 1))[plan.parts]
-    out = F.pad(out, (0, 0, 0, 0, 0, 1))[plan.parts]  # (B, parts, H, D)
-    weight = (peak - peak.amax(1, keepdim=True)).exp()
-    merged = torch.einsum("bph,bphd->bhd", weight, out) / (weight * total).sum(1).unsqueeze(-1)
-    return merged.to(q.dtype)
+    # Merging adds one page after the other, so that its order of summation is the sequence's own as well.
+    batch, heads, dim = q.shape
+    owners = plan.sequences[:, None].expand(-1, heads)
+    highest = peak.new_full((batch, heads), float("-inf")).scatter_reduce_(0, owners, peak, "amax")
+    weight = (peak - highest[plan.sequences]).exp()  # (R, H)
+    sums = total.new_zeros(batch, heads).index_add_(0, plan.sequences, weight * total)
+    merged = out.new_zeros(batch, heads, dim).index_add_(0, plan.sequences, weight.unsqueeze(-1) * out)
+    return (merged / sums.unsqueeze(-1)).to(q.dtype)
 
 
 def attend_pages(

@@ -21,7 +21,6 @@ class DecodePlan(NamedTuple):
     sequences: Tensor  # (R,) int64: which of the B each page belongs to
     visible: Tensor  # (R, PAGE_SIZE) bool: keys inside the band and not beyond the query
     last_pages: Tensor  # (B,) int64: index into R of the page that ends each sequence, the only one with unwritten keys
-    parts: Tensor  # (B, most pages of a sequence) int64: indices into R, padded with R
 
 
 class PrefillPlan(NamedTuple):
@@ -44,7 +43,5 @@ def plan_decode(page_table: Tensor, lengths: Tensor, band: int | None) -> Decode
     page_index = first_page[sequences] + index_in_sequence
     positions = page_index[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)  # (R, PAGE_SIZE)
     visible = (positions >= first_key[sequences, None]) & (positions < lengths[sequences, None])
-    most = torch.arange(max(counts.tolist(), default=0))
-    parts = torch.where(most < counts[:, None], (ends - counts)[:, None] + most, len(sequences))
     page_ids = page_table[sequences, page_index].long()
-    return DecodePlan(page_table, lengths, band, page_ids, sequences, visible, ends - 1, parts)
+    return DecodePlan(page_table, lengths, band, page_ids, sequences, visible, ends - 1)

@@ -19,6 +19,9 @@ from model.config import Activation, AttentionKind, GPTConfig
 # attend(layer, q, k, v) -> out, all (..., H, D): how the tokens of this call see each other and what came before.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
+# Logits that are exact in fp32 whatever the dtype of the weights.
+RESCORED = 8
+
 ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
     "gelu": F.gelu,
@@ -170,9 +173,18 @@ class GPT(nn.Module):
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits (..., V) of hidden states (..., C), in their dtype. The padding of the vocabulary is cut off."""
-        head = self.wte if self.lm_head is None else self.lm_head
-        return F.linear(self.project_out(hidden), head.weight)[..., : self.config.vocab_size]
+        """Next-token logits (..., V) fp32 of hidden states (..., C). The padding of the vocabulary is cut off.
+
+        A 16-bit product rounds its largest logits onto each other, so the RESCORED highest are computed again in fp32.
+        """
+        head = (self.wte if self.lm_head is None else self.lm_head).weight
+        hidden = self.project_out(hidden)
+        logits = F.linear(hidden, head)[..., : self.config.vocab_size].float()
+        if head.dtype != torch.float32 and not logits.requires_grad:
+            highest = logits.topk(min(RESCORED, self.config.vocab_size)).indices  # (..., RESCORED)
+            exact = torch.matmul(head[highest].float(), hidden.float().unsqueeze(-1)).squeeze(-1)
+            logits.scatter_(-1, highest, exact)
+        return logits
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:

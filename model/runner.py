@@ -96,7 +96,7 @@ class Runner:
         if not len(slots):
             return self.last_token[:0]
         self.sampling.position[slots] = positions
-        logits = self.model.logits(hidden).float()
+        logits = self.model.logits(hidden)
         tokens = sample(logits, SamplingRows(*(column[slots] for column in self.sampling)))
         self.last_token[slots] = tokens
         return tokens

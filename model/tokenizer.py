@@ -138,8 +138,11 @@ def cut_long_space(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def r50k_base() -> Tokenizer:
-    """GPT-2's and GPT-3's tokenizer from the vendored ranks. TokenizerError when the file is not the published one."""
+def r50k_base(eos_id: int | None = None) -> Tokenizer:
+    """GPT-2's and GPT-3's tokenizer from the vendored ranks; `eos_id` is <|endoftext|> unless a model has another.
+
+    TokenizerError when the file is not the published one.
+    """
     data = R50K_FILE.read_bytes()
     digest = hashlib.sha256(data).hexdigest()
     if digest != R50K_SHA256:
@@ -147,4 +150,10 @@ def r50k_base() -> Tokenizer:
     lines = (line.split() for line in data.splitlines())
     tokens = {int(rank): base64.b64decode(token) for token, rank in lines}
     end = len(tokens)
-    return Tokenizer(tokens | {end: END_OF_TEXT.encode()}, range(end), special={END_OF_TEXT: end}, added={}, eos_id=end)
+    return Tokenizer(
+        tokens | {end: END_OF_TEXT.encode()},
+        range(end),
+        special={END_OF_TEXT: end},
+        added={},
+        eos_id=end if eos_id is None else eos_id,
+    )

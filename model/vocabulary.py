@@ -192,14 +192,17 @@ def check_id(token: str, token_id: Any, source: str) -> int:
 
 
 def embedded_tokenizer(config: Json) -> Tokenizer:
-    """r50k_base for a directory without a vocabulary, where that can't be the wrong one."""
+    """r50k_base for a directory without a vocabulary, where that can't be the wrong one; eos is what config.json says."""
     model_type, vocab_size = config.get("model_type"), config.get("vocab_size")
     if model_type == "banded":
         if not isinstance(vocab_size, int) or vocab_size < R50K_VOCAB_SIZE:
             raise TokenizerError(f"{CONFIG_FILE}: vocab_size is {vocab_size}, r50k_base needs {R50K_VOCAB_SIZE}")
     elif model_type not in ("gpt2", "gpt_neo") or vocab_size != R50K_VOCAB_SIZE:
         raise TokenizerError(f"there is neither {PIPELINE_FILE} nor {VOCAB_FILE} with {MERGES_FILE}")
-    return r50k_base()
+    eos_id = config.get("eos_token_id")
+    if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < R50K_VOCAB_SIZE):
+        raise TokenizerError(f"{CONFIG_FILE}: eos_token_id {eos_id!r} is not in the vocabulary")
+    return r50k_base(eos_id)
 
 
 def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer:

@@ -17,8 +17,6 @@ from service.settings import Settings
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status. Errors that the user can mend are one line on stderr and status 2."""
     args = parser().parse_args(argv)
-    # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
         check_package()
@@ -103,6 +101,8 @@ def check_package() -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
+    # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args)
     from service.api.app import create_app
     from service.loading import load_served, served_name
@@ -113,7 +113,12 @@ def run_serve(args: argparse.Namespace) -> int:
     served = load_served(settings, metrics)
     app = create_app(served, metrics, api_keys=settings.api_keys, open_metrics=settings.open_metrics)
     server = Server(app, served.engine, host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
-    return asyncio.run(serve(server, served.engine))
+    status = asyncio.run(serve(server, served.engine))
+    if served.engine.hangs:
+        # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
+        logging.shutdown()
+        os._exit(status)
+    return status
 
 
 def run_complete(args: argparse.Namespace) -> int:
@@ -124,36 +129,33 @@ def run_complete(args: argparse.Namespace) -> int:
 
 
 async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> int:
-    import secrets
     from contextlib import aclosing
 
-    from model.step import SamplingParams
+    from service.engine import EngineError
     from service.loading import load_served
     from service.metrics import Metrics
-    from service.scheduler import Sequence
     from service.schema import CompletionRequest
+    from service.served import sequences_of
 
     # The bounds of the options are those of the API.
     given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
     body = CompletionRequest.model_validate(given | {"model": settings.model})
-    # The same bounds as over HTTP.
-    names = ("prompt", "max_tokens", "temperature", "top_p", "seed")
-    body = CompletionRequest(model=settings.model, **{name: getattr(args, name) for name in names})
     served = load_served(settings, Metrics("terminal"))
     prompt = served.tokenizer.encode_prompt(args.prompt)
     room = served.config.n_positions - len(prompt)
     if body.max_tokens > room:
         raise ValueError(f"--max-tokens {body.max_tokens}: the prompt's {len(prompt)} tokens leave room for {max(room, 0)}")
-    seed = body.seed if body.seed is not None else secrets.randbits(63)
-    sampling = SamplingParams(body.temperature, body.top_k, body.top_p, seed)
-    sequence = Sequence(prompt, body.max_tokens, sampling, served.tokenizer.eos_id)
     served.engine.start()
     print(args.prompt, end="", flush=True)
-    async with aclosing(served.engine.generate([sequence])) as outputs:
-        async for output in outputs:
-            print(output.text, end="", flush=True)
+    try:
+        async with aclosing(served.engine.generate(sequences_of(body, [prompt], served.tokenizer))) as outputs:
+            async for output in outputs:
+                print(output.text, end="", flush=True)
+    except EngineError as error:
+        raise ValueError(str(error)) from error
+    finally:
+        await served.engine.stop()
     print()
-    await served.engine.stop()
     return 0
 
 
@@ -181,5 +183,6 @@ def run_train(args: argparse.Namespace) -> int:
     logging.info("%d tokens of text; training on %d of them in %d steps", len(tokens), plan.num_tokens, plan.num_steps)
     train(model, tokens, plan, save=lambda model: save_model(args.out, model, torch.bfloat16), save_every=200)
     if held_out is not None:
-        print(f"held-out perplexity {perplexity(model.eval(), held_out):.2f} over {len(held_out)} tokens")
+        saved = load_model(args.out, torch.float32)  # what was written, rounded to 16 bits
+        print(f"held-out perplexity {perplexity(saved, held_out):.2f} over {len(held_out)} tokens")
     return 0

@@ -20,6 +20,7 @@ from typing import NamedTuple, Protocol
 from model.config import AttentionKind
 from model.step import Sampled, StepInput
 from model.tokenizer import Tokenizer
+from service.choice import Choice, Output
 from service.metrics import Metrics
 from service.scheduler import Delta, FinishReason, Scheduler, Sequence
 from service.text import TextStream
@@ -28,17 +29,10 @@ log = logging.getLogger("banded.engine")
 
 # A busy engine that has finished no step for this long is not ready: something hangs.
 STALL_SECONDS = 30.0
+# How long the step that is running may take to end when the engine stops.
+STOP_SECONDS = 5.0
 # Consecutive steps that may raise before the engine gives up.
 MAX_FAILURES = 2
-
-
-class Output(NamedTuple):
-    """What a choice gained: `text` may be empty while characters or a possible stop string are incomplete."""
-
-    choice: int
-    text: str
-    tokens: list[int]
-    finish_reason: FinishReason | None
 
 
 class EngineError(Exception):
@@ -63,8 +57,15 @@ class StepFailedError(EngineError):
     """The step that the request ran in raised."""
 
 
-# A request's messages from the step thread: what a step did to its choices, or why the whole request ends.
-Mailbox = asyncio.Queue[list[Delta] | EngineError]
+class StepNews(NamedTuple):
+    """What a step that ended at `time` did to the choices of a request."""
+
+    time: float
+    deltas: list[Delta]
+
+
+# A request's messages from the step thread: news, or why the whole request ends.
+Mailbox = asyncio.Queue[StepNews | EngineError]
 
 
 class Pending(Protocol):
@@ -96,10 +97,11 @@ class Engine:
         self._max_slots = max_slots
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
-        # Event-loop state: where each unfinished sequence's deltas go.
+        # Event-loop state: where each unread sequence's deltas go, and which sequences the step thread has not ended yet.
         self._mailboxes: dict[Sequence, Mailbox] = {}
+        self._active: set[Sequence] = set()
         self._choice_seconds = 1.0  # running average of a choice's time in a slot, for Retry-After
-        self._empty = asyncio.Event()  # no unfinished sequences
+        self._empty = asyncio.Event()  # no mailboxes
         self._empty.set()
         self._draining = False
         self._failed = asyncio.Event()
@@ -108,7 +110,7 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._stopping = False
         # Written by the step thread only.
-        self._last_step = time.monotonic()
+        self._busy_since: float | None = None  # start of work or end of the last step; None while idle
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
         metrics.ready.set_function(lambda: self.unready_reason is None)
@@ -133,7 +135,8 @@ class Engine:
             return "the engine has failed"
         if self._draining:
             return "the server is shutting down"
-        if self._mailboxes and time.monotonic() - self._last_step > STALL_SECONDS:
+        busy_since = self._busy_since
+        if busy_since is not None and time.monotonic() - busy_since > STALL_SECONDS:
             return f"no step has finished for {STALL_SECONDS:.0f} s"
         return None
 
@@ -154,14 +157,11 @@ class Engine:
         self._check_admission(sequences)
         submitted = time.monotonic()
         mailbox: Mailbox = asyncio.Queue()
-        choices = {sequence: Choice(i, TextStream(self.tokenizer.text_bytes, stops)) for i, sequence in enumerate(sequences)}
-        self._empty.clear()
-        for sequence in sequences:
-            sequence.deadline = submitted + self._queue_timeout
-            self._mailboxes[sequence] = mailbox
-            self._metrics.prompt_tokens.inc(len(sequence.prompt))
-            self._metrics.request_prompt_tokens.observe(len(sequence.prompt))
-        self._send(lambda: self._scheduler.submit(sequences))
+        choices = {
+            sequence: Choice(i, sequence, TextStream(self.tokenizer.text_bytes, stops), submitted, self._metrics)
+            for i, sequence in enumerate(sequences)
+        }
+        self._open(sequences, mailbox, submitted)
         unfinished = set(sequences)
         outcome = "abort"
         try:
@@ -170,27 +170,41 @@ class Engine:
                 if isinstance(message, EngineError):
                     outcome = "error"
                     raise message
-                for delta in message:
+                for delta in message.deltas:
                     sequence = delta.sequence
                     if sequence not in unfinished:
                         continue  # from the step that was running when its stop string matched
                     if delta.finish_reason in ("error", "timeout"):
                         outcome = "error"
                         raise self._failure(delta.finish_reason)
-                    choice = choices[sequence]
-                    self._observe(choice, sequence, submitted)
-                    output = choice.advance(delta, eos=sequence.eos_id)
-                    self._metrics.generated_tokens.inc(len(output.tokens))
+                    output = choices[sequence].advance(delta, message.time)
                     if output.finish_reason:
                         unfinished.remove(sequence)
-                        self._close(sequence, aborts=delta.finish_reason is None)
-                        self._observe_end(choice, sequence, submitted)
-                        self._metrics.outcome(output.finish_reason).inc()
+                        self._close(sequence)
                     yield output
         finally:
             for sequence in unfinished:
-                self._close(sequence, aborts=True)
+                self._close(sequence)
                 self._metrics.outcome(outcome).inc()
+
+    def _open(self, sequences: Items[Sequence], mailbox: Mailbox, submitted: float) -> None:
+        self._empty.clear()
+        for sequence in sequences:
+            sequence.deadline = submitted + self._queue_timeout
+            self._mailboxes[sequence] = mailbox
+            self._active.add(sequence)
+            self._metrics.prompt_tokens.inc(len(sequence.prompt))
+            self._metrics.request_prompt_tokens.observe(len(sequence.prompt))
+        self._send(lambda: self._scheduler.submit(sequences))
+
+    def _close(self, sequence: Sequence) -> None:
+        """Forget a sequence, and abort it where the step thread has not ended it."""
+        del self._mailboxes[sequence]
+        if not self._mailboxes:
+            self._empty.set()
+        if sequence in self._active:
+            self._active.remove(sequence)
+            self._send(lambda: self._scheduler.abort(sequence))
 
     def check_size(self, num_choices: int) -> None:
         """Raise DoesNotFitError if a request has more choices than an idle engine takes."""
@@ -206,41 +220,22 @@ class Engine:
         if not self._scheduler.cache.fits_when_empty(longest.num_written):
             raise DoesNotFitError(
                 f"a prompt of {len(longest.prompt)} tokens with max_tokens {longest.max_tokens} needs more KV cache than "
-                f"this server has"
+                f"this server's {self._scheduler.cache.capacity_text()}"
             )
-        if len(self._mailboxes) + len(sequences) > self._max_slots + self._max_queue:
+        waiting, room = self._queue()
+        if len(sequences) > room:
             self._metrics.outcome("rejected").inc(len(sequences))
-            waiting = max(0, len(self._mailboxes) - self._max_slots)
             retry_after = max(1, math.ceil((waiting + 1) / self._max_slots * self._choice_seconds))
             raise QueueFullError(
-                f"{waiting} choices are waiting, the limit is {self._max_queue}; try again in {retry_after} s",
-                retry_after,
+                f"{waiting} choices are waiting, the limit is {self._max_queue}; try again in {retry_after} s", retry_after
             )
 
-    def _observe(self, choice: "Choice", sequence: Sequence, submitted: float) -> None:
-        now = time.monotonic()
-        if choice.last_token is None:
-            self._metrics.queue_time.observe(sequence.started - submitted)
-            self._metrics.prefill_time.observe(now - sequence.started)
-            self._metrics.time_to_first_token.observe(now - submitted)
-            choice.first_token = now
-        else:
-            self._metrics.inter_token_latency.observe(now - choice.last_token)
-        choice.last_token = now
-
-    def _observe_end(self, choice: "Choice", sequence: Sequence, submitted: float) -> None:
-        now = time.monotonic()
-        self._metrics.decode_time.observe(now - choice.first_token)
-        self._metrics.end_to_end_time.observe(now - submitted)
-        self._metrics.request_generated_tokens.observe(choice.num_tokens)
-        self._choice_seconds += 0.1 * (now - sequence.started - self._choice_seconds)
-
-    def _close(self, sequence: Sequence, *, aborts: bool) -> None:
-        del self._mailboxes[sequence]
-        if not self._mailboxes:
-            self._empty.set()
-        if aborts:
-            self._send(lambda: self._scheduler.abort(sequence))
+    def _queue(self) -> tuple[int, int]:
+        """Choices that wait for a slot, and how many more may come."""
+        running = len(self._scheduler.running)
+        waiting = max(0, len(self._active) - running)
+        free_slots = 0 if self._scheduler.blocked else max(0, self._max_slots - running)
+        return waiting, self._max_queue + free_slots - waiting
 
     def _send(self, command: Callable[[], None]) -> None:
         """Have the step thread run `command` between two steps."""
@@ -248,14 +243,17 @@ class Engine:
             self._inbox.append(command)
             self._inbox_changed.notify()
 
-    def _deliver(self, deltas: list[Delta]) -> None:
+    def _deliver(self, deltas: list[Delta], now: float) -> None:
         """Hand a step's deltas to the requests they belong to, one message each."""
         messages: dict[Mailbox, list[Delta]] = {}
         for delta in deltas:
+            if delta.finish_reason and delta.sequence in self._active:
+                self._active.remove(delta.sequence)
+                self._choice_seconds += 0.1 * (now - delta.sequence.started - self._choice_seconds)
             if mailbox := self._mailboxes.get(delta.sequence):
                 messages.setdefault(mailbox, []).append(delta)
         for mailbox, message in messages.items():
-            mailbox.put_nowait(message)
+            mailbox.put_nowait(StepNews(now, message))
 
     def _end_all(self, error: EngineError) -> None:
         for mailbox in set(self._mailboxes.values()):
@@ -278,38 +276,53 @@ class Engine:
                 await self._empty.wait()
         self._end_all(UnavailableError("the server shut down before the request was finished"))
 
-    async def stop(self) -> None:
-        """End the step thread after the step it is in."""
+    @property
+    def hangs(self) -> bool:
+        """A step is still running although the engine has been stopped."""
+        return self._stopping and self._thread.is_alive()
+
+    async def stop(self, seconds: float = STOP_SECONDS) -> None:
+        """End the step thread after the step it is in. If that takes longer than `seconds` the engine has failed."""
+        if self._stopping:
+            return
         with self._inbox_changed:
             self._stopping = True
             self._inbox_changed.notify()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, seconds)
+        if self.hangs:
+            log.error("a step has been running for over %g s", seconds)
+            self._failed.set()
 
     # -- step thread --------------------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while commands := self._next_commands():
+                self._busy_since = time.monotonic()
                 for command in commands:
                     command()
                 while not self._scheduler.idle and not self._stopping:
                     self._step_once()
                     for command in self._take_inbox():
                         command()
+                self._busy_since = None
         except Exception:
             log.exception("the step loop failed")
             self._call_loop(self._give_up)
 
     def _next_commands(self) -> list[Callable[[], None]]:
         """Wait, idle, for commands; empty when the engine stops."""
-        for fault in self._scheduler.cache.faults():
-            self._metrics.accounting_faults.inc()
-            log.error("page accounting: %s", fault)
+        self._check_accounts()
         with self._inbox_changed:
             while not self._inbox and not self._stopping:
                 self._inbox_changed.wait()
         return [] if self._stopping else self._take_inbox()
+
+    def _check_accounts(self) -> None:
+        for fault in self._scheduler.cache.faults():
+            self._metrics.accounting_faults.inc()
+            log.error("page accounting: %s", fault)
 
     def _take_inbox(self) -> list[Callable[[], None]]:
         with self._inbox_changed:
@@ -322,11 +335,11 @@ class Engine:
         step = self._scheduler.schedule(now)
         if step is not None:
             deltas += self._run_step(step)
-        self._last_step = time.monotonic()
-        if deltas:
-            self._call_loop(self._deliver, deltas)
         if self._failures >= MAX_FAILURES:
-            raise RuntimeError(f"{self._failures} steps in a row have failed")
+            raise RuntimeError(f"{self._failures} steps in a row have failed")  # ends every request, these included
+        self._busy_since = time.monotonic()
+        if deltas:
+            self._call_loop(self._deliver, deltas, self._busy_since)
 
     def _run_step(self, step: StepInput) -> list[Delta]:
         started = time.perf_counter()
@@ -335,7 +348,9 @@ class Engine:
         except Exception:
             log.exception("a step failed; its %d requests end with an error", len(set(step.token_slots)))
             self._failures += 1
-            return self._scheduler.fail_step()
+            deltas = self._scheduler.fail_step()
+            self._check_accounts()
+            return deltas
         self._failures = 0
         seconds = time.perf_counter() - started
         self._metrics.step_time.observe(seconds)
@@ -349,27 +364,3 @@ class Engine:
 
 def held_pages(scheduler: Scheduler, group: AttentionKind) -> int:
     return scheduler.cache.usage()[group].held
-
-
-class Choice:
-    """A choice on the event loop's side: its text so far and its clock."""
-
-    def __init__(self, index: int, text: TextStream):
-        self.index = index
-        self.text = text
-        self.num_tokens = 0
-        self.first_token = 0.0
-        self.last_token: float | None = None
-
-    def advance(self, delta: Delta, eos: int | None) -> Output:
-        """Take in a delta. The end-of-text token counts but has no text; a stop string ends the choice."""
-        tokens, finish, pieces = delta.tokens, delta.finish_reason, []
-        for token in tokens:
-            self.num_tokens += 1
-            if token != eos:
-                pieces.append(self.text.push(token))
-        if self.text.stopped:
-            finish = "stop"
-        elif finish:
-            pieces.append(self.text.finish())
-        return Output(self.index, "".join(pieces), tokens, finish)

@@ -22,6 +22,11 @@ def resting_pages(num_tokens: int, band: int | None) -> int:
     return pages_for(num_tokens) if band is None else min(pages_for(num_tokens), pages_for(band) + 1)
 
 
+def chunk_slack(band: int | None, step_tokens: int) -> int:
+    """Pages that the prompt chunks of one step may add to what all sequences hold at rest: see KVCache."""
+    return 0 if band is None else pages_for(step_tokens)
+
+
 def page_bytes(config: GPTConfig, kind: AttentionKind, item_bytes: int) -> int:
     """Bytes of one page across the layers of a group: keys and values of 64 positions."""
     layers = sum(config.kind(layer) == kind for layer in range(config.n_layer))
@@ -47,7 +52,7 @@ def pool_sizes(
     Banded pools get the pages that one step's prompt chunks may add on top (see KVCache).
     Raises ValueError with the numbers when not even one sequence of the whole context fits.
     """
-    slack = {kind: 0 if band is None else pages_for(step_tokens) for kind, band in groups(config)}
+    slack = {kind: chunk_slack(band, step_tokens) for kind, band in groups(config)}
     slack_bytes = sum(slack[kind] * page_bytes(config, kind, item_bytes) for kind in slack)
     one = sequence_bytes(config, config.n_positions, item_bytes)
     if kv_bytes < one + slack_bytes:
@@ -116,14 +121,14 @@ class KVCache:
     """
 
     def __init__(self, config: GPTConfig, num_pages: Mapping[AttentionKind, int], *, step_tokens: int):
-        self.pools = {
-            kind: PagePool(band, num_pages[kind], 0 if band is None else pages_for(step_tokens))
-            for kind, band in groups(config)
-        }
+        self.pools = {kind: PagePool(band, num_pages[kind], chunk_slack(band, step_tokens)) for kind, band in groups(config)}
 
     def fits_when_empty(self, num_tokens: int) -> bool:
         """Whether a sequence that writes `num_tokens` positions can ever be admitted."""
         return all(resting_pages(num_tokens, pool.band) <= pool.capacity for pool in self.pools.values())
+
+    def capacity_text(self) -> str:
+        return " and ".join(f"{pool.capacity} {kind} pages" for kind, pool in self.pools.items())
 
     def try_reserve(self, slot: int, num_tokens: int) -> bool:
         """Promise a slot the pages for `num_tokens` positions in every group, or change nothing."""

@@ -12,8 +12,12 @@ from service.kv_cache import KVCache
 # "stop" and "length" are the client's; "error": the step raised; "timeout": waited too long to start.
 FinishReason = Literal["stop", "length", "error", "timeout"]
 
-# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on.
+# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on. A chunk
+# that does not end its prompt ends at an absolute multiple of it: attention over a prompt then has the same bits wherever
+# time and batch-mates happen to cut it (in bf16, where the matrix products of every row have the same bits in any batch).
 MIN_CHUNK = 16
+# However many prompts wait, a step beside decoding streams may take about this many times their own time longer.
+MOST_PACE = 3.0
 # Weight of the newest step in the running averages of step times.
 NEWEST = 0.2
 
@@ -59,8 +63,8 @@ class Delta(NamedTuple):
 class Pace:
     """How many prompt tokens may run beside decoding streams.
 
-    Those that take as long as the decoding itself does, so that a step takes twice as long at most; and more where more
-    sequences wait in their prompts than decode, or a burst of prompts would crawl behind the first one that was done.
+    Those that take as long as the decoding itself does, so that a step takes twice as long at most. Where more sequences
+    wait in their prompts than decode it is up to MOST_PACE times that, or a burst of prompts would crawl behind the first.
     """
 
     def __init__(self) -> None:
@@ -73,7 +77,8 @@ class Pace:
             self._decode_seconds = blend(self._decode_seconds, seconds)
             return
         prompt_seconds = seconds - (self._decode_seconds or 0.0) if num_decodes else seconds
-        if prompt_seconds > 0:
+        # Fewer tokens than a chunk measure the step's overhead.
+        if prompt_seconds > 0 and num_prompt_tokens >= MIN_CHUNK:
             per_token = prompt_seconds / num_prompt_tokens
             self._seconds_per_prompt_token = blend(self._seconds_per_prompt_token, per_token)
 
@@ -81,7 +86,7 @@ class Pace:
         """Prompt tokens for a step beside `num_decodes` streams, with `num_prompts` sequences still in their prompts."""
         if self._decode_seconds is None or not self._seconds_per_prompt_token:
             return MIN_CHUNK
-        seconds = self._decode_seconds * max(1.0, num_prompts / num_decodes)
+        seconds = self._decode_seconds * min(max(1.0, num_prompts / num_decodes), MOST_PACE)
         return max(MIN_CHUNK, int(seconds / self._seconds_per_prompt_token))
 
 
@@ -97,12 +102,15 @@ class Scheduler:
 
     def __init__(self, cache: KVCache, *, max_slots: int, step_tokens: int):
         """At most `max_slots` sequences run at once and at most `step_tokens` tokens are computed in a step."""
-        if step_tokens < max_slots:
-            raise ValueError(f"step_tokens {step_tokens} is less than max_slots {max_slots}: not all could advance")
+        if step_tokens < max_slots + MIN_CHUNK:
+            raise ValueError(
+                f"step_tokens is {step_tokens}, at least max_slots + {MIN_CHUNK} = {max_slots + MIN_CHUNK} is needed"
+            )
         self.cache = cache
         self.step_tokens = step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}  # by slot, in order of admission
+        self.blocked = False  # the first in line waits for pages, whatever slots are free
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._pace = Pace()
         self._step: StepInput | None = None  # scheduled, not yet committed
@@ -148,9 +156,11 @@ class Scheduler:
         return self._step
 
     def _admit(self, now: float) -> None:
+        self.blocked = False
         while self.waiting and self._free_slots:
             sequence = self.waiting[0]
             if not self.cache.try_reserve(self._free_slots[-1], sequence.num_written):
+                self.blocked = True
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
@@ -165,13 +175,16 @@ class Scheduler:
             budget = min(budget, self._pace.chunk_limit(num_decodes, len(in_prompt)))
         chunks = []
         for sequence in in_prompt:
-            if budget <= 0:
+            start, end = sequence.num_computed, len(sequence.prompt)
+            if start + budget < end:
+                end = (start + budget) // MIN_CHUNK * MIN_CHUNK
+            if end <= start:
                 break
-            start = sequence.num_computed
-            tokens = sequence.prompt[start : start + budget]
-            ends_prompt = start + len(tokens) == len(sequence.prompt)
-            chunks.append(PromptChunk(sequence.slot, start, tokens, ends_prompt and sequence.max_tokens > 0))
-            budget -= len(tokens)
+            samples = end == len(sequence.prompt) and sequence.max_tokens > 0
+            chunks.append(PromptChunk(sequence.slot, start, sequence.prompt[start:end], samples))
+            budget -= end - start
+            if end < len(sequence.prompt):
+                break
         return chunks
 
     def commit(self, sampled: Sampled, seconds: float) -> list[Delta]:

@@ -9,6 +9,9 @@ from fastapi import FastAPI
 
 from service.engine import Engine
 
+# How long the running step may take to end after a second signal.
+FORCED_STOP_SECONDS = 1.0
+
 
 class Server(uvicorn.Server):
     """Serves until SIGTERM or SIGINT, then until the running requests have ended; a second signal ends it at once.
@@ -50,4 +53,5 @@ class Server(uvicorn.Server):
 async def serve(server: Server, engine: Engine) -> int:
     """Serve until the end; the process's exit status."""
     await server.serve()
+    await engine.stop(FORCED_STOP_SECONDS)  # a second signal skips the application's own shutdown
     return 1 if engine.has_failed or not server.started else 0

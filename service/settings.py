@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from service.scheduler import MIN_CHUNK
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
@@ -26,7 +28,7 @@ class Settings(BaseSettings):
     kv_bytes: int = Field(2 << 30, gt=0, description="memory for KV pages, in bytes")
     max_slots: int = Field(32, ge=1, le=1024, description="sequences that run at once")
     max_queue: int = Field(1024, ge=0, description="choices that may wait for a slot; one more is a 429")
-    step_tokens: int = Field(512, ge=16, description="tokens computed in one step, prompt and generated together")
+    step_tokens: int = Field(512, ge=1, description="tokens computed in one step, prompt and generated together")
     queue_timeout: float = Field(120.0, gt=0, description="seconds that a choice may wait for a slot before a 503")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), description="comma-separated; one of them opens the API")
@@ -48,8 +50,8 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _check(self) -> "Settings":
-        if self.step_tokens < self.max_slots:
-            raise ValueError(f"step_tokens {self.step_tokens} is less than max_slots {self.max_slots}")
+        if self.step_tokens < self.max_slots + MIN_CHUNK:
+            raise ValueError(f"step_tokens {self.step_tokens} is less than max_slots {self.max_slots} + {MIN_CHUNK}")
         if not (self.api_keys or self.allow_unauthenticated or is_loopback(self.host)):
             raise ValueError(
                 f"host {self.host} can be reached from outside: set BANDED_API_KEYS, or say --allow-unauthenticated"

@@ -24,7 +24,7 @@ class TrainingPlan:
     """How much to train and how fast. Learning rate: linear warm-up, then GPT-3's cosine to a tenth."""
 
     num_tokens: int
-    batch_tokens: int = 4096
+    batch_tokens: int = 2048
     learning_rate: float = 1.5e-3
     warmup_share: float = 0.03
     weight_decay: float = 0.1
@@ -103,5 +103,5 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
     for inputs, targets in tqdm(windows, desc="held-out", unit="window"):
         hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(model.config))
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
-            total += F.cross_entropy(model.logits(rows).float(), labels, reduction="sum").item()
+            total += F.cross_entropy(model.logits(rows), labels, reduction="sum").item()
     return math.exp(total / (len(tokens) - 1))

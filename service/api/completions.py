@@ -9,13 +9,11 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
-from model.step import SamplingParams
 from service.api.errors import APIError, invalid, shown
 from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, event, unless_disconnected
 from service.engine import Engine
-from service.scheduler import Sequence
 from service.schema import CompletionChoice, CompletionRequest, CompletionResponse, ErrorResponse, Usage
-from service.served import ServedModel
+from service.served import ServedModel, sequences_of
 
 router = APIRouter()
 
@@ -105,18 +103,7 @@ class Completion:
         self._created = int(time.time())
         self._prompt_tokens = sum(map(len, prompts))
         self._completion_tokens = 0
-        seed = body.seed if body.seed is not None else secrets.randbits(63)
-        eos = None if body.ignore_eos else engine.tokenizer.eos_id
-        sequences = [
-            Sequence(
-                prompt,
-                body.max_tokens,
-                SamplingParams(body.temperature, max(body.top_k, 0), body.top_p, seed, choice=i * body.n + k),
-                eos,
-            )
-            for i, prompt in enumerate(prompts)
-            for k in range(body.n)
-        ]
+        sequences = sequences_of(body, prompts, engine.tokenizer)
         self._num_choices = len(sequences)
         self._outputs = engine.generate(sequences, body.stop)
 

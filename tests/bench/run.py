@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,12 +56,14 @@ def server(model: Path, *options: str) -> Iterator[str]:
     try:
         for line in process.stderr:
             if found := re.search(r"running on (http://\S+)", line):
+                # The access log must be read, or its pipe fills up and the server waits.
+                threading.Thread(target=process.stderr.read, daemon=True).start()
                 yield found.group(1)
                 return
         raise RuntimeError("the server ended before it listened")
     finally:
         process.terminate()
-        process.communicate()
+        process.wait()
 
 
 def bench_http(model: Path, dtype: str, concurrencies: list[int]) -> None:

@@ -19,9 +19,16 @@ BANDS = [None, 1, 63, 64, 65, 100, 256]
 class Cache:
     """Sequences of random keys in scattered pages; everything that is not a live key is NaN."""
 
-    def __init__(self, lengths: list[int], first_keys: list[int], dtype: torch.dtype = torch.float32):
+    def __init__(
+        self,
+        lengths: list[int],
+        first_keys: list[int],
+        dtype: torch.dtype = torch.float32,
+        heads: int = HEADS,
+        dim: int = DIM,
+    ):
         num_pages = sum(-(-length // PAGE_SIZE) for length in lengths) + 3
-        shape = (num_pages, HEADS, PAGE_SIZE, DIM)
+        shape = (num_pages, heads, PAGE_SIZE, dim)
         self.k = torch.full(shape, float("nan"), dtype=dtype)
         self.v = torch.full(shape, float("nan"), dtype=dtype)
         order = iter(torch.randperm(num_pages).tolist())
@@ -34,7 +41,7 @@ class Cache:
                 self.page_table[i, page] = page_id
                 written = min(length - page * PAGE_SIZE, PAGE_SIZE)
                 for pages in (self.k, self.v):
-                    pages[page_id, :, :written] = torch.randn(HEADS, written, DIM).to(dtype)
+                    pages[page_id, :, :written] = torch.randn(heads, written, dim).to(dtype)
 
 
 class PagesRead(TorchDispatchMode):
@@ -86,24 +93,28 @@ def test_prefill_equals_reference(band: int | None, dtype: torch.dtype, toleranc
     torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
 
 
-def test_a_decode_row_has_the_same_bits_in_any_batch() -> None:
-    lengths = [64 * 20 + 7, 3, 900, 2048, 65]
-    q, cache = decode_case(lengths, 256, torch.float32)
-    together = cpu.decode_attention(q, cache.k, cache.v, plan_decode(cache.page_table, torch.tensor(lengths), 256), 0.25)
+@pytest.mark.parametrize("band", [None, 256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_row_has_the_same_bits_in_any_batch(band: int | None, dtype: torch.dtype) -> None:
+    lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
+    heads, dim = 12, 64
+    cache = Cache(lengths, [first_key(length - 1, band) for length in lengths], dtype, heads, dim)
+    q = torch.randn(len(lengths), heads, dim).to(dtype)
+    together = cpu.decode_attention(q, cache.k, cache.v, plan_decode(cache.page_table, torch.tensor(lengths), band), 0.25)
     for i, length in enumerate(lengths):
-        plan = plan_decode(cache.page_table[i : i + 1], torch.tensor([length]), 256)
+        plan = plan_decode(cache.page_table[i : i + 1], torch.tensor([length]), band)
         alone = cpu.decode_attention(q[i : i + 1], cache.k, cache.v, plan, 0.25)
         assert torch.equal(alone[0], together[i])
 
 
 @pytest.mark.parametrize("band", [1, 64, 100, 256])
 def test_banded_decode_reads_at_most_band_and_a_page(band: int) -> None:
-    for length in (1, 64, 300, 2047, 2048):
+    for length in (1, 64, 204, 300, 330, 2047, 2048):
         q, cache = decode_case([length], band, torch.float32)
         plan = plan_decode(cache.page_table, torch.tensor([length]), band)
         with PagesRead(cache) as read:
             cpu.decode_attention(q, cache.k, cache.v, plan, 1.0)
-        # The band may straddle one page border more than its own length has.
+        # Pages are read whole: a band that is no multiple of the page is rounded up to one.
         assert 0 < read.keys / 2 <= -(-band // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 

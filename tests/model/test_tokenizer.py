@@ -312,6 +312,9 @@ class TestDirectoriesWithoutVocabulary:
     def test_get_r50k(self, tmp_path: Path, config: Json) -> None:
         write(tmp_path, "config.json", config)
         assert load_tokenizer(tmp_path).encode("Once upon a time") == [7454, 2402, 257, 640]
+        assert load_tokenizer(tmp_path).eos_id == 50256
+        write(tmp_path, "config.json", config | {"eos_token_id": 11})
+        assert load_tokenizer(tmp_path).eos_id == 11
 
     @pytest.mark.parametrize(
         ("config", "message"),
@@ -319,6 +322,7 @@ class TestDirectoriesWithoutVocabulary:
             ({"model_type": "banded", "vocab_size": 50256}, "vocab_size is 50256, r50k_base needs 50257"),
             ({"model_type": "banded"}, "vocab_size is None"),
             ({"model_type": "gpt2", "vocab_size": 50258}, "neither tokenizer.json nor vocab.json with merges.txt"),
+            ({"model_type": "gpt2", "vocab_size": 50257, "eos_token_id": 50257}, "eos_token_id 50257 is not in the"),
             ({"model_type": "opt", "vocab_size": 50257}, "neither tokenizer.json nor vocab.json with merges.txt"),
         ],
     )

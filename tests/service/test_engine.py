@@ -8,7 +8,8 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from model.step import SamplingParams, StepInput
-from service.engine import DoesNotFitError, Engine, Output, QueueFullError, StepFailedError, UnavailableError
+from service.choice import Output
+from service.engine import DoesNotFitError, Engine, QueueFullError, StepFailedError, UnavailableError
 from service.scheduler import Sequence
 from tests.service.fakes import FakeEngine
 
@@ -123,7 +124,7 @@ def test_a_full_queue_is_refused_with_a_time_to_retry() -> None:
         async with running(fake) as engine:
             fake.runner.gate.clear()
             others = asyncio.create_task(collect(engine, [sequence() for _ in range(3)]))  # noqa: RUF006 - awaited below
-            await asyncio.sleep(0)
+            await until(lambda: len(fake.scheduler.running) == 2)
             with pytest.raises(QueueFullError, match=r"1 choices are waiting, the limit is 1; try again in \d+ s") as error:
                 await collect(engine, [sequence()])
             assert error.value.retry_after >= 1
@@ -141,7 +142,10 @@ def test_what_never_fits_is_refused_at_once() -> None:
             with pytest.raises(DoesNotFitError, match="asks for 4 choices; this server holds at most 3"):
                 await collect(engine, [sequence() for _ in range(4)])
         async with running(FakeEngine(kv_sequences=1)) as engine:
-            with pytest.raises(DoesNotFitError, match="prompt of 200 tokens with max_tokens 100 needs more KV cache"):
+            with pytest.raises(
+                DoesNotFitError,
+                match="prompt of 200 tokens with max_tokens 100 needs more KV cache than this server's 4 dense",
+            ):
                 await collect(engine, [sequence(100, num_prompt=200)])
 
     run(test)
@@ -208,6 +212,96 @@ def test_two_failing_steps_in_a_row_end_the_engine() -> None:
             assert engine.unready_reason == "the engine has failed"
             with pytest.raises(UnavailableError, match="the engine has failed"):
                 await collect(engine, [sequence()])
+
+    run(test)
+
+
+def test_a_step_that_succeeds_forgives_the_one_that_failed() -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=1)
+        async with running(fake) as engine:
+            for _ in range(3):
+                fail_once(fake)
+                with pytest.raises(StepFailedError):
+                    await collect(engine, [sequence()])
+                assert text_of(await collect(engine, [sequence(1)])) == " one"
+            assert engine.unready_reason is None
+
+    run(test)
+
+
+def test_a_failed_step_has_its_accounts_checked() -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=1)
+        async with running(fake) as engine:
+            slow_down(fake, 0.01)
+            busy = asyncio.create_task(collect(engine, [sequence(200)]))
+            await until(lambda: bool(fake.scheduler.running))
+            fake.scheduler.cache.pools["dense"].free.pop(0)
+            fail_once(fake)
+            with pytest.raises(StepFailedError):
+                await busy
+            await until(lambda: fake.metric("page_accounting_faults_total") >= 1)
+
+    run(test)
+
+
+def test_only_a_step_that_hangs_makes_a_busy_engine_unready(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.engine.STALL_SECONDS", 0.05)
+
+    async def test() -> None:
+        fake = FakeEngine()
+        async with running(fake) as engine:
+            await collect(engine, [sequence(1)])
+            await asyncio.sleep(0.1)
+            assert engine.unready_reason is None, "idle"
+            slow_reader = engine.generate([sequence(4)])
+            await anext(slow_reader)
+            await until(lambda: fake.scheduler.idle)
+            await asyncio.sleep(0.1)
+            assert engine.unready_reason is None, "a client that does not read is not a step that hangs"
+            await slow_reader.aclose()
+            fake.runner.gate.clear()
+            hanging = asyncio.create_task(collect(engine, [sequence(1)]))
+            await asyncio.sleep(0)
+            assert engine.unready_reason is None, "the clock starts with the work, not with the last step before it"
+            await until(lambda: engine.unready_reason is not None)
+            fake.runner.gate.set()
+            await hanging
+            await until(lambda: engine.unready_reason is None)
+
+    run(test)
+
+
+def test_a_step_that_hangs_does_not_keep_the_engine_from_stopping() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        async with running(fake) as engine:
+            fake.runner.gate.clear()
+            hanging = asyncio.create_task(collect(engine, [sequence(1)]))
+            await asyncio.sleep(0.02)
+            await engine.drain(0.05)
+            with pytest.raises(UnavailableError):
+                await hanging
+            await engine.stop(0.05)
+            assert engine.hangs
+            assert engine.has_failed
+
+    run(test)
+
+
+def test_choices_that_wait_for_pages_count_as_waiting_whatever_slots_are_free() -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=4, max_queue=2, kv_sequences=1)
+        async with running(fake) as engine:
+            slow_down(fake, 0.01)
+            tasks = [asyncio.create_task(collect(engine, [sequence(100, num_prompt=100)])) for _ in range(3)]
+            await until(lambda: fake.scheduler.blocked and len(fake.scheduler.waiting) == 2)
+            with pytest.raises(QueueFullError, match="2 choices are waiting, the limit is 2"):
+                await collect(engine, [sequence()])
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     run(test)
 

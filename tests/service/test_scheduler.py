@@ -1,6 +1,7 @@
 """The scheduler against a slow oracle that remembers, key by key, what stands in every page."""
 
 import random
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from kernels.band import PAGE_SIZE, first_key
 from model.config import AttentionKind, GPTConfig
 from model.step import Sampled, SamplingParams, StepInput
-from service.kv_cache import KVCache, pool_sizes
+from service.kv_cache import KVCache, chunk_slack, resting_pages
 from service.scheduler import MIN_CHUNK, Delta, Pace, Scheduler, Sequence
 
 EOS = 7
@@ -33,15 +34,16 @@ def make(
     *,
     max_slots: int = 4,
     step_tokens: int = 128,
-    sequences: float = 2.5,
+    dense_sequences: int = 3,
+    banded_sequences: int = 3,
     n_positions: int = 512,
 ) -> Scheduler:
-    """A scheduler whose cache holds `sequences` full-context sequences."""
+    """A scheduler whose pools hold that many full-context sequences each, so that either can be the one that binds."""
     shape = config(band, n_positions)
-    one = pool_sizes(shape, kv_bytes=1 << 40, item_bytes=2, max_slots=1, step_tokens=step_tokens)
-    slack = {kind: -(-step_tokens // PAGE_SIZE) if kind == "banded" else 0 for kind in one}
-    sizes = {kind: int((pages - slack[kind]) * sequences) + slack[kind] for kind, pages in one.items()}
-    cache = KVCache(shape, sizes, step_tokens=step_tokens)
+    sizes = {"dense": dense_sequences * resting_pages(n_positions, None)}
+    if band is not None:
+        sizes["banded"] = banded_sequences * resting_pages(n_positions, band) + chunk_slack(band, step_tokens)
+    cache = KVCache(shape, cast(dict[AttentionKind, int], sizes), step_tokens=step_tokens)
     return Scheduler(cache, max_slots=max_slots, step_tokens=step_tokens)
 
 
@@ -81,15 +83,31 @@ requests = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 100)), min_siz
     requests=requests,
     band=st.none() | st.integers(1, 300),
     max_slots=st.integers(1, 5),
-    step_tokens=st.integers(5, 300),
-    sequences=st.floats(1, 4),
+    step_tokens=st.integers(21, 400),
+    sequences=st.tuples(st.integers(1, 9), st.integers(1, 3)),
+    chunk_limit=st.none() | st.integers(16, 400),
     seed=st.integers(0, 1000),
 )
 def test_every_sequence_is_computed_once_in_order_and_finishes(
-    requests: list[tuple[int, int]], band: int | None, max_slots: int, step_tokens: int, sequences: float, seed: int
+    requests: list[tuple[int, int]],
+    band: int | None,
+    max_slots: int,
+    step_tokens: int,
+    sequences: tuple[int, int],
+    chunk_limit: int | None,
+    seed: int,
 ) -> None:
     rng = random.Random(seed)
-    scheduler = make(band, max_slots=max_slots, step_tokens=step_tokens, sequences=sequences)
+    scheduler = make(
+        band,
+        max_slots=max_slots,
+        step_tokens=step_tokens,
+        dense_sequences=sequences[0],
+        banded_sequences=sequences[1],
+    )
+    if chunk_limit is not None:
+        # Whatever the pace allows, the accounts must hold.
+        scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: chunk_limit  # type: ignore[method-assign]
     pages = Pages(scheduler)
     todo = [sequence(prompt, tokens) for prompt, tokens in requests]
     ended: dict[Sequence, str] = {}
@@ -99,7 +117,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     while todo or not scheduler.idle:
         while todo and rng.random() < 0.3:
             scheduler.submit([todo.pop(0)])
-        if rng.random() < 0.02 and not scheduler.idle:
+        if rng.random() < 0.05 and not scheduler.idle:
             victim = rng.choice([*scheduler.running.values(), *scheduler.waiting])
             scheduler.abort(victim)
             scheduler.abort(victim)
@@ -113,15 +131,22 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
         assert {start.slot for start in step.starts} == {chunk.slot for chunk in step.chunks if chunk.start == 0}
         for slot, position in zip(step.token_slots, step.token_positions, strict=True):
             assert position >= scheduler.running[slot].num_computed
+        for chunk in step.chunks:
+            end = chunk.start + len(chunk.tokens)
+            assert end % MIN_CHUNK == 0 or end == len(scheduler.running[chunk.slot].prompt)
         pages.run(step)
-        sampled = Sampled([EOS if rng.random() < 0.02 else 1 for _ in step.sampled_tokens])
-        seconds = len(step.token_slots) * 1e-3
-        for delta in scheduler.commit(sampled, seconds):
-            generated[delta.sequence] += len(delta.tokens)
-            if delta.finish_reason:
-                assert delta.sequence not in ended
-                ended[delta.sequence] = delta.finish_reason
-                assert (delta.finish_reason == "stop") == (delta.tokens == [EOS])
+        if rng.random() < 0.02:
+            failed = scheduler.fail_step()
+            assert {delta.finish_reason for delta in failed} == {"error"}
+            ended |= {delta.sequence: "error" for delta in failed}
+        else:
+            sampled = Sampled([EOS if rng.random() < 0.02 else 1 for _ in step.sampled_tokens])
+            for delta in scheduler.commit(sampled, len(step.token_slots) * 1e-3):
+                generated[delta.sequence] += len(delta.tokens)
+                if delta.finish_reason:
+                    assert delta.sequence not in ended
+                    ended[delta.sequence] = delta.finish_reason
+                    assert (delta.finish_reason == "stop") == (delta.tokens == [EOS])
         assert scheduler.cache.faults() == []
     assert set(ended) == set(submitted)
     assert began == [s for s in submitted if s in set(began)], "a sequence overtook another"
@@ -132,10 +157,10 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
 
 
-def drive(scheduler: Scheduler, token: int = 1) -> list[Delta]:
+def drive(scheduler: Scheduler, token: int = 1, seconds: float = 0.01) -> list[Delta]:
     step = scheduler.schedule(0.0)
     assert step is not None
-    return scheduler.commit(Sampled([token] * len(step.sampled_tokens)), 0.01)
+    return scheduler.commit(Sampled([token] * len(step.sampled_tokens)), seconds)
 
 
 def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_runs() -> None:
@@ -163,13 +188,27 @@ def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
     assert [len(chunk.tokens) for chunk in step.chunks] == [MIN_CHUNK]
 
 
+def test_a_learnt_pace_sets_the_length_of_chunks() -> None:
+    scheduler = make(None, step_tokens=256)
+    scheduler.submit([sequence(100, 50)])
+    for _ in range(5):
+        drive(scheduler, seconds=0.1)  # 100 prompt tokens, then a decode step, take as long
+    scheduler.submit([sequence(400, 5)])
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert [len(chunk.tokens) for chunk in step.chunks] == [96], "100, down to a multiple of 16"
+
+
 def test_pace_allows_as_much_prompt_as_takes_one_decode_step() -> None:
     pace = Pace()
     assert pace.chunk_limit(8, 1) == MIN_CHUNK
     pace.observe(0, 100, 1.0)  # 10 ms a prompt token
     pace.observe(8, 0, 0.5)
     assert pace.chunk_limit(8, 1) == 50
-    assert pace.chunk_limit(8, 32) == 200, "a burst of prompts gets on"
+    assert pace.chunk_limit(8, 16) == 100, "a burst of prompts gets on"
+    assert pace.chunk_limit(1, 31) == 150, "but not at any price"
+    pace.observe(0, 1, 0.5)  # one token measures the step's overhead, not the prompt's
+    assert pace.chunk_limit(8, 1) == 50
     pace.observe(8, 50, 0.5 + 50 * 0.01)
     assert pace.chunk_limit(8, 1) == 50
     pace.observe(8, 0, 1e-6)
@@ -209,5 +248,5 @@ def test_a_failed_step_ends_its_own_sequences_only() -> None:
 
 
 def test_step_tokens_must_let_every_stream_advance() -> None:
-    with pytest.raises(ValueError, match="step_tokens 3 is less than max_slots 4"):
-        make(max_slots=4, step_tokens=3)
+    with pytest.raises(ValueError, match=r"step_tokens is 19, at least max_slots \+ 16 = 20 is needed"):
+        make(max_slots=4, step_tokens=19)

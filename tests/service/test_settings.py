@@ -36,7 +36,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "kv_bytes": "1000000",
         "max_slots": "4",
         "max_queue": "0",
-        "step_tokens": "16",
+        "step_tokens": "20",
         "queue_timeout": "0.5",
         "drain_timeout": "0",
         "api_keys": "one, two ,,three",
@@ -48,7 +48,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(f"BANDED_{name.upper()}", value)
     read = settings()
     assert (read.model, read.host, read.port, read.dtype) == ("/models/small", "::1", 0, "float32")
-    assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 16, 0.5)
+    assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
     assert (read.device, read.kv_bytes, read.drain_timeout) == ("cpu", 1_000_000, 0)
     assert read.api_keys == ("one", "two", "three")
     assert read.open_metrics is read.allow_unauthenticated is True
@@ -68,7 +68,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         ("max_slots", "0", "Input should be greater than or equal to 1"),
         ("max_slots", "1025", "Input should be less than or equal to 1024"),
         ("max_queue", "-1", "Input should be greater than or equal to 0"),
-        ("step_tokens", "15", "Input should be greater than or equal to 16"),
+        ("step_tokens", "0", "Input should be greater than or equal to 1"),
         ("queue_timeout", "0", "Input should be greater than 0"),
         ("queue_timeout", "nan", "Input should be greater than 0"),
         ("drain_timeout", "-1", "Input should be greater than or equal to 0"),
@@ -86,7 +86,8 @@ def test_unknown_settings_are_refused() -> None:
 
 
 def test_slots_and_step_tokens_must_agree() -> None:
-    assert refused(max_slots=100, step_tokens=99) == [("", "Value error, step_tokens 99 is less than max_slots 100")]
+    assert refused(max_slots=100, step_tokens=115) == [("", "Value error, step_tokens 115 is less than max_slots 100 + 16")]
+    assert settings(max_slots=100, step_tokens=116).max_slots == 100
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.0.1", "example.com", "localhost.example.com", ""])

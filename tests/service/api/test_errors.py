@@ -347,7 +347,7 @@ def test_a_full_queue_says_when_to_come_back() -> None:
         async with serving(FakeEngine(max_slots=1, max_queue=1)) as api:
             api.fake.runner.gate.clear()
             others = asyncio.create_task(api.choices(prompt="a", n=2, max_tokens=1))
-            while not api.fake.engine._mailboxes:
+            while not api.fake.scheduler.running:
                 await asyncio.sleep(0.001)
             for stream in (False, True):
                 answer = await api.complete(prompt="a", stream=stream)

@@ -156,7 +156,7 @@ def stacked(*keys: str) -> Source:
 def gpt2_config(raw: Raw) -> GPTConfig:
     """GPT-2 and Cerebras-GPT, which is a GPT-2 with the exact GELU.
 
-    `reorder_and_upcast_attn` is not read: our scores are always computed in fp32, which is what it asks for.
+    `reorder_and_upcast_attn` is not read: scores are always summed up in fp32 here, which is what it asks for.
     """
     raw = canonical(
         raw,

@@ -9,12 +9,9 @@ from fastapi import FastAPI
 
 from service.engine import Engine
 
-# How long the running step may take to end after a second signal.
-FORCED_STOP_SECONDS = 1.0
-
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT, then until the running requests have ended; a second signal ends it at once.
+    """Serves until SIGTERM or SIGINT, then until the running requests have ended; a second signal ends them at once.
 
     While draining it still listens, so that health checks read 503 and clients get an error instead of a closed port.
     """
@@ -24,7 +21,7 @@ class Server(uvicorn.Server):
         self._engine = engine
         self._drain_timeout = drain_timeout
         self._tasks: list[asyncio.Task[None]] = []
-        self._signalled = False
+        self._signals = 0
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         self._loop = asyncio.get_running_loop()
@@ -35,14 +32,15 @@ class Server(uvicorn.Server):
         await super().main_loop()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        if self._signalled or not self.started:
+        self._signals += 1
+        if not self.started or self._signals > 2:
             self.should_exit = self.force_exit = True
             return
-        self._signalled = True
-        self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain())))
+        seconds = self._drain_timeout if self._signals == 1 else 0.0
+        self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain(seconds))))
 
-    async def _drain(self) -> None:
-        await self._engine.drain(self._drain_timeout)
+    async def _drain(self, seconds: float) -> None:
+        await self._engine.drain(seconds)
         self.should_exit = True
 
     async def _watch_engine(self) -> None:
@@ -53,5 +51,5 @@ class Server(uvicorn.Server):
 async def serve(server: Server, engine: Engine) -> int:
     """Serve until the end; the process's exit status."""
     await server.serve()
-    await engine.stop(FORCED_STOP_SECONDS)  # a second signal skips the application's own shutdown
+    await engine.stop()  # where a third signal has skipped the application's own shutdown
     return 1 if engine.has_failed or not server.started else 0

@@ -16,6 +16,7 @@ from model.weights import load_model
 from service.engine import Engine
 from service.kv_cache import KVCache, page_bytes, pool_sizes, sequence_bytes
 from service.metrics import Metrics
+from service.process import keep_freed_memory, one_torch_thread
 from service.scheduler import Scheduler, Sequence
 from service.served import ServedModel
 from service.settings import Settings
@@ -119,8 +120,10 @@ def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
 def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
     """Everything between a model's directory and its engine."""
     started = time.perf_counter()
-    checkpoint = load_checkpoint(settings)
-    engine = build_engine(checkpoint, settings, metrics)
+    keep_freed_memory()
+    with one_torch_thread():
+        checkpoint = load_checkpoint(settings)
+        engine = build_engine(checkpoint, settings, metrics)
     seconds = time.perf_counter() - started
     metrics.load_time.set(seconds)
     config = checkpoint.model.config

@@ -177,6 +177,22 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
     assert peak <= 5 + 512 // PAGE_SIZE
 
 
+def test_the_slack_for_chunks_is_needed_to_its_last_page() -> None:
+    scheduler = make(64, step_tokens=128, dense_sequences=9)  # banded: 3 sequences of 2 pages, and 2 pages of slack
+    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 128  # type: ignore[method-assign]
+    scheduler.submit([sequence(100, 300), sequence(100, 300)])
+    for _ in range(10):
+        drive(scheduler)
+    scheduler.submit([sequence(400, 5)])
+    most = 0
+    for _ in range(10):
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        most = max(most, scheduler.cache.usage()["banded"].held)
+        scheduler.commit(Sampled([1] * len(step.sampled_tokens)), 0.01)
+    assert most == scheduler.cache.usage()["banded"].total == 8
+
+
 def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
     scheduler = make(None, step_tokens=256)
     scheduler.submit([sequence(10, 50)])

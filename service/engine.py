@@ -247,8 +247,9 @@ class Engine:
         """Hand a step's deltas to the requests they belong to, one message each."""
         messages: dict[Mailbox, list[Delta]] = {}
         for delta in deltas:
-            if delta.finish_reason and delta.sequence in self._active:
-                self._active.remove(delta.sequence)
+            if delta.finish_reason:
+                self._active.discard(delta.sequence)
+            if delta.finish_reason in ("stop", "length"):  # the others need not have had a slot
                 self._choice_seconds += 0.1 * (now - delta.sequence.started - self._choice_seconds)
             if mailbox := self._mailboxes.get(delta.sequence):
                 messages.setdefault(mailbox, []).append(delta)

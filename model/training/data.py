@@ -12,12 +12,15 @@ from model.tokenizer import END_OF_TEXT, Tokenizer
 def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:
     """All tokens (N,) int32 of text files in which a line `<|endoftext|>` separates documents. Every document ends in eos.
 
-    Raises ValueError naming the file that holds no text.
+    Raises ValueError naming the file that holds no text, or none in UTF-8.
     """
     tokens: list[int] = []
     for path in paths:
-        documents = path.read_text(encoding="utf-8").split(f"\n{END_OF_TEXT}\n")
-        documents = [document.strip("\n") for document in documents]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from error
+        documents = [document.strip("\n") for document in text.split(f"\n{END_OF_TEXT}\n")]
         if not any(documents):
             raise ValueError(f"{path} holds no text to train on")
         for document in filter(None, documents):

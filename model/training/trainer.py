@@ -31,9 +31,15 @@ class TrainingPlan:
     clip_norm: float = 1.0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if not 1 <= self.batch_tokens <= self.num_tokens:
+            raise ValueError(f"a batch of {self.batch_tokens} tokens does not fit training on {self.num_tokens}")
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
+
     @property
     def num_steps(self) -> int:
-        return max(1, self.num_tokens // self.batch_tokens)
+        return self.num_tokens // self.batch_tokens
 
     def rate_at(self, step: int) -> float:
         """Learning rate of step 0, 1, ..."""
@@ -51,9 +57,11 @@ class TrainingPlan:
 def train(model: GPT, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT], None], save_every: int) -> None:
     """Train `model`, fp32, on `tokens` (N,); `save` gets it every `save_every` steps and at the end.
 
-    Raises ValueError when the text is shorter than one window.
+    Raises ValueError when the text or a batch is shorter than one window.
     """
     n_positions = model.config.n_positions
+    if plan.batch_tokens < n_positions:
+        raise ValueError(f"a batch of {plan.batch_tokens} tokens is shorter than a window of {n_positions}")
     if len(tokens) <= n_positions:
         raise ValueError(f"the corpus has {len(tokens)} tokens; at least {n_positions + 1} are needed")
     model.requires_grad_(True).train()
@@ -66,7 +74,7 @@ def train(model: GPT, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT
     with tqdm(total=plan.num_steps * plan.batch_tokens, unit="tok", unit_scale=True) as progress:
         for step in range(plan.num_steps):
             length = plan.window_at(step, n_positions)
-            inputs, targets = random_windows(tokens, length, max(1, plan.batch_tokens // length), generator)
+            inputs, targets = random_windows(tokens, length, plan.batch_tokens // length, generator)
             for group in optimizer.param_groups:
                 group["lr"] = plan.rate_at(step)
             loss = next_token_loss(model, inputs, targets)

@@ -49,17 +49,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_attention_heads": 4,
         "ffn_dim": 160,
     },
-    "opt-350m": {
-        "vocab_size": 331,
-        "max_position_embeddings": 256,
-        "hidden_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "ffn_dim": 160,
-        "word_embed_proj_dim": 32,
-        "do_layer_norm_before": False,
-    },
 }
+FIELDS["opt-350m"] = FIELDS["opt"] | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
 
 def tiny(arch: str, directory: Path, *, max_shard_size: str = "1GB", seed: int = 0, **overrides: Any) -> Path:

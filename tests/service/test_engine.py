@@ -165,6 +165,25 @@ def test_waiting_too_long_ends_in_unavailable() -> None:
     run(test)
 
 
+def test_a_request_that_never_got_a_slot_does_not_lengthen_the_time_to_retry() -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=1, max_queue=1, queue_timeout=0.05)
+        slow_down(fake, 0.01)
+        async with running(fake) as engine:
+            busy = asyncio.create_task(collect(engine, [sequence(100)]))
+            await until(lambda: bool(fake.scheduler.running))
+            with pytest.raises(UnavailableError):
+                await collect(engine, [sequence()])
+            late = asyncio.create_task(collect(engine, [sequence()]))
+            await asyncio.sleep(0)
+            with pytest.raises(QueueFullError) as refused:
+                await collect(engine, [sequence()])
+            assert refused.value.retry_after <= 3
+            await asyncio.gather(busy, late, return_exceptions=True)
+
+    run(test)
+
+
 def slow_down(fake: FakeEngine, seconds: float) -> None:
     fake.runner.fault = lambda step: time.sleep(seconds)
 

@@ -1,6 +1,7 @@
 """Training on toy texts: it learns, it is deterministic, its pieces are what their names say."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -103,4 +104,30 @@ def test_a_corpus_without_text_is_named(tmp_path: Path) -> None:
 
 def test_a_corpus_shorter_than_a_window_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="the corpus has 10 tokens; at least 49 are needed"):
-        trained(torch.zeros(10, dtype=torch.int32), TrainingPlan(num_tokens=100))
+        trained(torch.zeros(10, dtype=torch.int32), TrainingPlan(num_tokens=100, batch_tokens=50))
+
+
+def test_a_batch_shorter_than_a_window_is_refused_with_the_numbers() -> None:
+    with pytest.raises(ValueError, match="a batch of 47 tokens is shorter than a window of 48"):
+        trained(torch.zeros(100, dtype=torch.int32), TrainingPlan(num_tokens=100, batch_tokens=47))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_tokens": -5}, "a batch of 2048 tokens does not fit training on -5"),
+        ({"num_tokens": 100, "batch_tokens": 0}, "a batch of 0 tokens does not fit training on 100"),
+        ({"num_tokens": 5000, "learning_rate": 0.0}, r"the learning rate must be positive, got 0\.0"),
+        ({"num_tokens": 5000, "learning_rate": float("nan")}, "the learning rate must be positive, got nan"),
+    ],
+)
+def test_a_plan_that_can_not_be_followed(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        TrainingPlan(**fields)
+
+
+def test_a_corpus_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("Märchen".encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: .* position 1"):
+        read_tokens([path], r50k_base())

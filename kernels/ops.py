@@ -1,12 +1,63 @@
-"""The decoder's ops on the KV cache, whatever the device: what the model imports.
+"""The decoder's ops, and which implementation serves a device.
 
-CPU tensors go to cpu.py. There are no Triton kernels yet, so no other device is served; nothing falls back silently.
+An implementation is a module with these functions: kernels.gpu (Triton), kernels.cpu, and kernels.reference, the oracle that
+the other two are held to. The model gets one as an argument; nothing falls back silently.
 """
 
-from kernels.cpu import decode_attention, kv_write, prefill_attention
+import os
+from typing import Literal, Protocol
 
-__all__ = [
-    "decode_attention",
-    "kv_write",
-    "prefill_attention",
-]
+import torch
+from torch import Tensor
+
+from kernels.plan import DecodePlan, PrefillPlan
+from kernels.sampling_state import SamplingState
+
+Activation = Literal["gelu_new", "gelu", "relu"]
+Choice = Literal["auto", "triton"]
+
+
+class Ops(Protocol):
+    """N tokens in a step, H heads of size D, C the width, P pages of PAGE_SIZE keys, V the vocabulary."""
+
+    def kv_write(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+        """Scatter the keys and values (N, H, D) of a step into pages (P, H, PAGE_SIZE, D).
+
+        slot_mapping (N,) int64 is page * PAGE_SIZE + offset of each token.
+        """
+
+    def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+        """Attention of one query a sequence, q (B, H, D), over its live pages: (B, H, D)."""
+
+    def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
+        """Attention of prompt chunks, dense or banded, q (N, H, D) chunk after chunk, over their sequences' pages."""
+
+    def block_sparse_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
+        """prefill_attention for a pattern that a block layout describes."""
+
+    def add_layernorm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """LayerNorm of x + residual, (N, C) both, and the sum itself. Statistics in fp32."""
+
+    def bias_activation(self, x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+        """activation(x + bias) of x (N, C) and bias (C,). May overwrite x."""
+
+    def sample(self, logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens."""
+
+
+def choose(device: torch.device, choice: Choice) -> Ops:
+    """The implementation that serves `device`. "triton" runs the GPU path on CPU tensors, for tests.
+
+    Raises ValueError where that is asked for without Triton's interpreter.
+    """
+    if device.type == "cuda" or choice == "triton":
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("the Triton kernels run on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1")
+        from kernels import gpu  # Triton decides at import whether it compiles or interprets, and takes a second
+
+        return gpu
+    from kernels import cpu
+
+    return cpu

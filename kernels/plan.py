@@ -1,47 +1,76 @@
-"""What attention reads in one step: built once per step and KV group, shared by all its layers."""
+"""What attention reads in one step: built once per step and attention pattern, shared by all layers that have it."""
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
+from kernels.block_layout import BlockLayout
+from kernels.patterns import Pattern
 
 
-class DecodePlan(NamedTuple):
-    """B sequences with one query each, and the R live pages they read as one flat list.
+class PageList(NamedTuple):
+    """The R live pages of a decode step as one flat list: raggedness, paging and the pattern are which pages stand in it."""
 
-    Raggedness, paging and the band all come down to which pages stand in the list.
-    """
-
-    page_table: Tensor  # (B, pages of the context) int32: page id of each 64 positions; dead entries are never read
-    lengths: Tensor  # (B,) int64: keys so far, the query's own included
-    band: int | None
     page_ids: Tensor  # (R,) int64, ordered by sequence, then by position
     sequences: Tensor  # (R,) int64: which of the B each page belongs to
-    visible: Tensor  # (R, PAGE_SIZE) bool: keys inside the band and not beyond the query
+    visible: Tensor  # (R, PAGE_SIZE) bool: keys that the query sees
     last_pages: Tensor  # (B,) int64: index into R of the page that ends each sequence, the only one with unwritten keys
 
 
-class PrefillPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class DecodePlan:
+    """B sequences with one query each, which stands behind all their keys."""
+
+    # (B, W + 1) int32: page id of each 64 positions; dead entries are never followed, the last is padding (see
+    # prefill_attention.py).
+    page_table: Tensor
+    lengths: Tensor  # (B,) int64, each at least 1: keys so far, the query's own included
+    pattern: Pattern
+    layout: BlockLayout | None  # where the pattern is sparse
+
+    @cached_property
+    def page_list(self) -> PageList:
+        """The form that the CPU path works on. Its size depends on the lengths, so making it waits for the device."""
+        rows = (self.lengths - 1) // PAGE_SIZE  # (B,) page of the query itself
+        if self.layout is None:
+            band = self.pattern.band
+            first_page = (self.lengths - band).clamp_min(0) // PAGE_SIZE if band else torch.zeros_like(rows)
+            counts = rows + 1 - first_page
+        else:
+            first_entry, ends = self.layout.row_ptr[rows].long(), self.layout.row_ptr[rows + 1].long()
+            counts = ends - first_entry
+        sequences = torch.repeat_interleave(counts)
+        ends = counts.cumsum(0)
+        index_in_sequence = torch.arange(len(sequences)) - (ends - counts)[sequences]
+        if self.layout is None:
+            page_index = first_page[sequences] + index_in_sequence
+        else:
+            page_index = self.layout.col_idx[first_entry[sequences] + index_in_sequence].long()
+        keys = page_index[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)  # (R, PAGE_SIZE)
+        visible = self.pattern.sees(self.lengths[sequences, None] - 1, keys)
+        page_ids = self.page_table[sequences, page_index].long()
+        return PageList(page_ids, sequences, visible, ends - 1)
+
+
+@dataclass(frozen=True, eq=False)
+class PrefillPlan:
     """The prompt chunks of a step; chunk i holds positions starts[i] .. starts[i] + lengths[i] of its sequence."""
 
-    page_table: Tensor  # (chunks, pages of the context) int32
+    page_table: Tensor  # (chunks, W + 1) int32, as in DecodePlan
     starts: list[int]
     lengths: list[int]
-    band: int | None
+    pattern: Pattern
+    layout: BlockLayout | None
 
-
-def plan_decode(page_table: Tensor, lengths: Tensor, band: int | None) -> DecodePlan:
-    """Plan for sequences with `lengths` (B,) keys, each at least 1 (B may be 0), in pages named by page_table (B, pages)."""
-    first_key = torch.zeros_like(lengths) if band is None else (lengths - band).clamp_min(0)
-    first_page = first_key // PAGE_SIZE
-    counts = (lengths - 1) // PAGE_SIZE + 1 - first_page  # (B,)
-    sequences = torch.repeat_interleave(counts)
-    ends = counts.cumsum(0)
-    index_in_sequence = torch.arange(len(sequences)) - (ends - counts)[sequences]
-    page_index = first_page[sequences] + index_in_sequence
-    positions = page_index[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)  # (R, PAGE_SIZE)
-    visible = (positions >= first_key[sequences, None]) & (positions < lengths[sequences, None])
-    page_ids = page_table[sequences, page_index].long()
-    return DecodePlan(page_table, lengths, band, page_ids, sequences, visible, ends - 1)
+    @cached_property
+    def chunks(self) -> Tensor:
+        """(chunks, 3) int32 on the device: start, length, and the row of q in which the chunk begins."""
+        rows, begin = [], 0
+        for start, length in zip(self.starts, self.lengths, strict=True):
+            rows.append((start, length, begin))
+            begin += length
+        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(self.page_table.device)

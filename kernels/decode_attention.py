@@ -59,7 +59,7 @@ def _decode_attention(
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One split of one head of one sequence; programs beyond the live splits return at once. Row 0 of the tile is the query."""
+    """One split of one head of one sequence; programs beyond the live splits return at once."""
     sequence = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     place = (sequence * tl.num_programs(1) + head) * tl.num_programs(2) + tl.program_id(2)

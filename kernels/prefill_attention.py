@@ -50,7 +50,8 @@ def _prefill_attention(
     mask = (positions < num_keys)[:, None] & (d < D)[None, :]
     q = tl.load(q_ptr + rows[:, None] * q_stride + head * D + d[None, :], mask=mask, other=0.0)
 
-    # Every query of the tile sees all of pages [lo, hi); those before straddle the band's left edge, those after the diagonal.
+    # Every query of the tile sees all of pages [lo, hi). Those before straddle the left edge of the band, those after the
+    # diagonal; one loop takes all three, so that its pipeline never drains in between.
     if PATTERN == "banded":
         first = tl.maximum(begin - SIZE + 1, 0) // PAGE
         lo = tl.cdiv(tl.maximum(end - SIZE, 0), PAGE)

@@ -1,40 +1,119 @@
 """The oracle: same names and signatures as the served paths, slow and obvious. Tests hold every path to it."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
+from kernels.noise import gumbel, row_keys
+from kernels.ops import Activation
+from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
+from kernels.sampling_state import SamplingState
 
 
-def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    for i, slot in enumerate(slots.tolist()):
+def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+    for i, slot in enumerate(slot_mapping.tolist()):
         k_pages[slot // PAGE_SIZE, :, slot % PAGE_SIZE] = k[i]
         v_pages[slot // PAGE_SIZE, :, slot % PAGE_SIZE] = v[i]
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
     rows = [
-        attend(q[i], length - 1, k_pages, v_pages, plan.page_table[i], plan.band, scale)
+        attend(q[i, None], length - 1, k_pages, v_pages, plan.page_table[i], plan.pattern, scale)
         for i, length in enumerate(plan.lengths.tolist())
     ]
-    return torch.stack(rows)
+    return torch.cat(rows)
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    rows: list[Tensor] = []
-    for i, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
-        for position in range(start, start + length):
-            rows.append(attend(q[len(rows)], position, k_pages, v_pages, plan.page_table[i], plan.band, scale))
-    return torch.stack(rows)
+    queries = q.split(plan.lengths)
+    rows = [
+        attend(queries[i], start, k_pages, v_pages, plan.page_table[i], plan.pattern, scale)
+        for i, start in enumerate(plan.starts)
+    ]
+    return torch.cat(rows)
+
+
+def block_sparse_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
+    return prefill_attention(q, k_pages, v_pages, plan, scale)  # the layout says where keys are, the pattern which are seen
 
 
 def attend(
-    q: Tensor, position: int, k_pages: Tensor, v_pages: Tensor, pages: Tensor, band: int | None, scale: float
+    q: Tensor, start: int, k_pages: Tensor, v_pages: Tensor, page_ids: Tensor, pattern: Pattern, scale: float
 ) -> Tensor:
-    """One query (H, D) at `position`: key by key, softmax in fp64."""
-    seen = [key for key in range(position + 1) if band is None or position - key < band]
-    k = torch.stack([k_pages[pages[key // PAGE_SIZE], :, key % PAGE_SIZE] for key in seen], dim=1)  # (H, keys, D)
-    v = torch.stack([v_pages[pages[key // PAGE_SIZE], :, key % PAGE_SIZE] for key in seen], dim=1)
-    weights = torch.softmax(torch.einsum("hd,hkd->hk", q.double(), k.double()) * scale, dim=-1)
-    return torch.einsum("hk,hkd->hd", weights, v.double()).to(q.dtype)
+    """Queries (T, H, D) at start, start + 1, ...: all keys side by side, the predicate as mask, softmax in fp64."""
+    positions = torch.arange(start, start + len(q), device=q.device)
+    keys = torch.arange(start + len(q), device=q.device)
+    seen = pattern.sees(positions[:, None], keys)  # (T, keys)
+    k, v = (x[page_ids[keys // PAGE_SIZE].long(), :, keys % PAGE_SIZE].double() for x in (k_pages, v_pages))  # (keys, H, D)
+    # Pages that nobody sees any more may hold anything, and 0 * NaN is NaN.
+    v = v.masked_fill(~seen.any(0)[:, None, None], 0.0)
+    scores = (torch.einsum("thd,khd->htk", q.double(), k) * scale).masked_fill(~seen, float("-inf"))
+    return torch.einsum("htk,khd->thd", scores.softmax(-1), v).to(q.dtype)
+
+
+def add_layernorm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    centered = total.double() - total.double().mean(-1, keepdim=True)
+    normed = centered / (centered.square().mean(-1, keepdim=True) + eps).sqrt()
+    if weight is not None:
+        normed = normed * weight.double()
+    if bias is not None:
+        normed = normed + bias.double()
+    return normed.to(x.dtype), total
+
+
+def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    y = x.double() if bias is None else x.double() + bias.double()
+    if activation == "gelu_new":
+        y = 0.5 * y * (1 + torch.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y**3)))
+    elif activation == "gelu":
+        y = 0.5 * y * (1 + torch.erf(y / math.sqrt(2)))
+    else:
+        y = torch.where(y < 0, 0.0, y)
+    return y.to(x.dtype)
+
+
+def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+    rows = zip(logits, slots.tolist(), positions.tolist(), strict=True)
+    return torch.tensor([sample_row(row, state, slot, position) for row, slot, position in rows], dtype=torch.int64)
+
+
+def sample_row(logits: Tensor, state: SamplingState, slot: int, position: int) -> int:
+    """The token of one row of logits (V,): the first maximum, or that of logit + noise over the tokens that stay."""
+    if state.adjusted[slot]:
+        logits = adjust(logits, state, slot)
+    if state.temperature[slot] == 0:
+        return int(logits.argmax())
+    x = (logits - logits.max()) / state.temperature[slot]
+    stays = truncate(x, int(state.top_k[slot]), float(state.top_p[slot]), float(state.min_p[slot]))
+    key = row_keys(state.seed[slot, None], state.choice[slot, None], torch.tensor([position]))
+    noised = x + gumbel(key, torch.arange(len(x)))[0]
+    return int(noised.masked_fill(~stays, float("-inf")).argmax())
+
+
+def adjust(logits: Tensor, state: SamplingState, slot: int) -> Tensor:
+    """Logits (V,) after the slot's penalties and bias."""
+    generated, penalty = state.generated[slot], state.repetition_penalty[slot]
+    seen = (generated > 0) | state.in_prompt[slot]
+    logits = torch.where(seen & (logits > 0), logits / penalty, torch.where(seen, logits * penalty, logits))
+    logits = logits - state.frequency_penalty[slot] * generated
+    logits = logits - state.presence_penalty[slot] * (generated > 0)
+    return logits + state.bias[slot]
+
+
+def truncate(x: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
+    """Which tokens stay (V,), of logits x / temperature with their maximum at 0. Equal ones stay or go together."""
+    likelier = x > x[:, None]  # (token, the other)
+    weight = x.double().exp()
+    stays = weight >= min_p * weight.max()
+    if top_k > 0:
+        stays &= likelier.sum(-1) < top_k
+    if top_p < 1:
+        weight = torch.where(stays, weight, 0.0)
+        stays &= (likelier.double() @ weight < top_p * weight.sum()) | (x == x.max())
+    return stays

@@ -20,11 +20,11 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-# (phase, compute capability, head size padded to a power of two, bytes of an element). Tensor cores want 16 queries at least,
-# Hopper's wgmma 64; fp32 products run on the plain cores.
+# (phase, compute capability, head size padded to a power of two, bytes of an element). Tensor cores want 16 queries at
+# least, Hopper's wgmma 64; fp32 products run on the plain cores.
 TILES: dict[tuple[Phase, Capability, int, int], Tile] = {
-    ("prefill", 80, 64, 2): Tile(128, 4, 3),
-    ("prefill", 80, 128, 2): Tile(128, 8, 3),
+    ("prefill", 80, 64, 2): Tile(128, 8, 3),
+    ("prefill", 80, 128, 2): Tile(64, 8, 3),
     ("prefill", 90, 64, 2): Tile(128, 4, 3),
     ("prefill", 90, 128, 2): Tile(128, 8, 3),
     ("block_sparse", 80, 64, 2): Tile(64, 4, 3),

@@ -1,0 +1,19 @@
+"""The served GPU path: the Triton launchers, one file each. See kernels.ops.Ops."""
+
+from kernels.add_layernorm import add_layernorm
+from kernels.bias_activation import bias_activation
+from kernels.block_sparse_attention import block_sparse_attention
+from kernels.decode_attention import decode_attention
+from kernels.kv_write import kv_write
+from kernels.prefill_attention import prefill_attention
+from kernels.sampling import sample
+
+__all__ = [
+    "add_layernorm",
+    "bias_activation",
+    "block_sparse_attention",
+    "decode_attention",
+    "kv_write",
+    "prefill_attention",
+    "sample",
+]

@@ -109,10 +109,8 @@ class Work:
 
 def elements(tensor: Tensor, addresses: Addresses) -> NDArray[np.bool_]:
     """Which addresses are elements of a tensor, a strided view included: what lies between its rows is not."""
-    rest, misaligned = np.divmod(addresses - tensor.data_ptr(), tensor.element_size())
-    inside = (rest >= 0) & (misaligned == 0)
-    if not inside.any() or not tensor.numel():
-        return inside & False
+    rest = (addresses - tensor.data_ptr()) // tensor.element_size()
+    inside = (rest >= 0) & (tensor.numel() > 0)
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True):
         if size > 1 and stride > 0:
             index, rest = np.divmod(rest, stride)

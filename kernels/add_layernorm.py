@@ -1,0 +1,91 @@
+"""Residual sum and LayerNorm in one pass over memory."""
+
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _add_layernorm(
+    x_ptr,  # (N, C)
+    residual_ptr,  # (N, C) or None
+    weight_ptr,  # (C,) or None
+    bias_ptr,  # (C,) or None
+    normed_ptr,  # (N, C) contiguous
+    total_ptr,  # (N, C) contiguous, or None where there is no residual
+    x_stride,
+    residual_stride,
+    C,
+    eps,
+    BLOCK: tl.constexpr,
+):
+    """One row, held in registers: mean first, then the mean of squared differences, which can't cancel."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    mask = i < C
+    total = tl.load(x_ptr + row * x_stride + i, mask=mask, other=0.0).to(tl.float32)
+    if residual_ptr is not None:
+        total += tl.load(residual_ptr + row * residual_stride + i, mask=mask, other=0.0).to(tl.float32)
+        # The statistics are those of the sum that the next layer reads back.
+        rounded = total.to(total_ptr.dtype.element_ty)
+        tl.store(total_ptr + row * C + i, rounded, mask=mask)
+        total = rounded.to(tl.float32)
+    mean = tl.sum(total, axis=0) / C
+    centered = tl.where(mask, total - mean, 0.0)
+    normed = centered * tl.rsqrt(tl.sum(centered * centered, axis=0) / C + eps)
+    if weight_ptr is not None:
+        normed *= tl.load(weight_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        normed += tl.load(bias_ptr + i, mask=mask, other=0.0).to(tl.float32)
+    tl.store(normed_ptr + row * C + i, normed.to(normed_ptr.dtype.element_ty), mask=mask)
+
+
+def add_layernorm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(LayerNorm(total), total) of total = x + residual, rounded to the dtype; without a residual, total is x itself.
+
+    x and residual (N, C) may have their rows apart, weight and bias (C,) may be None; all of one dtype. Statistics in fp32.
+    Keeps no gradient.
+    """
+    num_rows, width = x.shape
+    assert not (torch.is_grad_enabled() and x.requires_grad), "add_layernorm keeps no gradient, and x requires one"
+    assert x.stride(1) == 1, f"elements of x must lie side by side, strides are {x.stride()}"
+    if residual is not None:
+        assert residual.shape == x.shape, f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}"
+        assert residual.stride(1) == 1, f"elements of residual must lie side by side, strides are {residual.stride()}"
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None:
+            assert parameter.shape == (width,), f"{name} has shape {tuple(parameter.shape)}, not ({width},)"
+            assert parameter.stride(0) == 1, f"{name} is not contiguous, its stride is {parameter.stride(0)}"
+    for name, other in (("residual", residual), ("weight", weight), ("bias", bias)):
+        if other is not None:
+            assert other.dtype == x.dtype, f"{name} is {other.dtype}, x {x.dtype}"
+            assert other.device == x.device, f"{name} is on {other.device}, x on {x.device}"
+    normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = x if residual is None else torch.empty_like(normed)
+    block = triton.next_power_of_2(width)
+    _add_layernorm[(num_rows,)](
+        x,
+        residual,
+        weight,
+        bias,
+        normed,
+        None if residual is None else total,
+        x.stride(0),
+        0 if residual is None else residual.stride(0),
+        width,
+        eps,
+        BLOCK=block,
+        num_warps=num_warps(block),
+        enable_fp_fusion=True,
+    )
+    return normed, total
+
+
+def num_warps(block: int) -> int:
+    """8 to 32 elements a thread: the row stays in registers; never timed on a GPU."""
+    return min(max(block // 256, 1), 16)

@@ -26,8 +26,8 @@ NEWEST = 0.2
 class Sequence:
     """One choice: a prompt and what has become of it. Made by the caller, then touched by the scheduler only.
 
-    Positions [0, num_computed) have their keys in the cache. While the prompt lasts that grows by chunks; afterwards
-    the token at position num_computed is the last one sampled.
+    Positions [0, num_computed) have their keys in the cache once the steps in flight have run. While the prompt lasts
+    that grows by chunks; afterwards the token at position num_computed is the last one that a scheduled step samples.
     """
 
     prompt: list[int]
@@ -39,8 +39,8 @@ class Sequence:
     deadline: float = math.inf
     slot: int = -1  # while running
     started: float = 0.0  # when it got its slot, on the same clock
-    num_computed: int = 0
-    num_generated: int = 0
+    num_computed: int = 0  # booked when a step is scheduled
+    num_generated: int = 0  # tokens known, booked when a step is committed
 
     @property
     def num_written(self) -> int:
@@ -51,6 +51,12 @@ class Sequence:
     def in_prompt(self) -> bool:
         return self.num_computed < len(self.prompt)
 
+    @property
+    def is_decoding(self) -> bool:
+        """Whether the next step computes its last token: the steps so far end the prompt, but sample less than max_tokens.
+        Should a token in flight turn out to be the end, the one after it is dropped."""
+        return len(self.prompt) <= self.num_computed < self.num_written
+
 
 class Delta(NamedTuple):
     """What one step did to one sequence: at most one token now, and why it ended if it did."""
@@ -58,6 +64,14 @@ class Delta(NamedTuple):
     sequence: Sequence
     tokens: list[int]
     finish_reason: FinishReason | None
+
+
+class Scheduled(NamedTuple):
+    """A step in flight: scheduled, not yet committed. It remembers its sequences, since their slots may change hands."""
+
+    step: StepInput
+    sequences: list[Sequence]  # of step.decodes, then of step.chunks
+    past_prompt: list[Sequence]  # those whose prompt is computed with this step, in the order of its sampled tokens
 
 
 class Pace:
@@ -97,7 +111,10 @@ def blend(average: float | None, value: float) -> float:
 class Scheduler:
     """Continuous batching with admission by reservation: an admitted sequence always finishes.
 
-    First in, first out, no overtaking. `schedule` and `commit` alternate; `submit` and `abort` come between them.
+    First in, first out, no overtaking. Several steps may be scheduled before the first is committed: the device runs them
+    in that order, so whatever a step reads or writes is safe from the steps scheduled after it. That is why pages and
+    slots go back at once, though steps in flight still use them. Every step is committed, or failed, in the same order;
+    `submit` and `abort` come at any time.
     """
 
     def __init__(self, cache: KVCache, *, max_slots: int, step_tokens: int):
@@ -113,11 +130,11 @@ class Scheduler:
         self.blocked = False  # the first in line waits for pages, whatever slots are free
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._pace = Pace()
-        self._step: StepInput | None = None  # scheduled, not yet committed
+        self._in_flight: deque[Scheduled] = deque()  # oldest first
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self._in_flight
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
         """Queue sequences, each of which fits an empty cache."""
@@ -125,7 +142,7 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is. Harmless when it has already ended."""
-        if self.running.get(sequence.slot) is sequence:
+        if self._is_running(sequence):
             self._retire(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
@@ -139,21 +156,29 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepInput | None:
         """The next step, or None when nothing can run. Sequences that get a slot remember `now`."""
-        assert self._step is None, "schedule called twice without commit"
+        self._release_behind()
         self._admit(now)
-        decodes = [sequence for sequence in self.running.values() if not sequence.in_prompt]
+        decodes = [sequence for sequence in self.running.values() if sequence.is_decoding]
         chunks = self._chunks(len(decodes))
         if not decodes and not chunks:
             return None
         starts = [SlotStart(c.slot, self.running[c.slot].sampling) for c in chunks if c.start == 0]
-        pages = []
-        for sequence in decodes:
-            pages += self.cache.extend(sequence.slot, sequence.num_computed + 1)
-        for chunk in chunks:
-            pages += self.cache.extend(chunk.slot, chunk.start + len(chunk.tokens))
         rows = [DecodeRow(sequence.slot, sequence.num_computed) for sequence in decodes]
-        self._step = StepInput(starts, pages, rows, chunks)
-        return self._step
+        sequences = decodes + [self.running[chunk.slot] for chunk in chunks]
+        counts = [1] * len(decodes) + [len(chunk.tokens) for chunk in chunks]
+        pages = []
+        for sequence, count in zip(sequences, counts, strict=True):
+            sequence.num_computed += count
+            pages += self.cache.extend(sequence.slot, sequence.num_computed)
+        step = StepInput(starts, pages, rows, chunks)
+        past_prompt = [sequence for sequence in sequences if not sequence.in_prompt]
+        self._in_flight.append(Scheduled(step, sequences, past_prompt))
+        return step
+
+    def _release_behind(self) -> None:
+        """Return the pages that no later step will see, which leaves every sequence with what it holds at rest."""
+        for sequence in self.running.values():
+            self.cache.release_behind(sequence.slot, sequence.num_computed)
 
     def _admit(self, now: float) -> None:
         self.blocked = False
@@ -188,36 +213,31 @@ class Scheduler:
         return chunks
 
     def commit(self, sampled: Sampled, seconds: float) -> list[Delta]:
-        """Take in the tokens of the scheduled step, which ran for `seconds`; what each sequence gained."""
-        step, self._step = self._step, None
-        assert step is not None, "commit without a scheduled step"
+        """Take in the tokens of the oldest step in flight, which ran for `seconds`; what each sequence gained.
+
+        Tokens of sequences that ended after the step was scheduled are dropped.
+        """
+        step, _, past_prompt = self._in_flight.popleft()
         self._pace.observe(len(step.decodes), sum(len(chunk.tokens) for chunk in step.chunks), seconds)
         tokens = iter(sampled.tokens)
-        deltas = []
-        for row in step.decodes:
-            sequence = self.running[row.slot]
-            sequence.num_computed += 1
-            deltas.append(self._advance(sequence, [next(tokens)]))
-        for chunk in step.chunks:
-            sequence = self.running[chunk.slot]
-            sequence.num_computed += len(chunk.tokens)
-            if chunk.samples:
-                deltas.append(self._advance(sequence, [next(tokens)]))
-            elif not sequence.in_prompt:  # max_tokens 0: the prompt was all there is to compute
-                deltas.append(self._advance(sequence, []))
-            else:
-                self.cache.release_behind(sequence.slot, sequence.num_computed)
-        return deltas
+        # With max_tokens 0 the prompt was all there is to compute.
+        gains = [(sequence, [next(tokens)] if sequence.max_tokens else []) for sequence in past_prompt]
+        return [self._advance(sequence, gained) for sequence, gained in gains if self._is_running(sequence)]
 
     def fail_step(self) -> list[Delta]:
-        """End every sequence of the scheduled step, which raised, with an error; the others are not harmed."""
-        step, self._step = self._step, None
-        assert step is not None, "fail_step without a scheduled step"
-        slots = [row.slot for row in step.decodes] + [chunk.slot for chunk in step.chunks]
-        deltas = [Delta(self.running[slot], [], "error") for slot in slots]
+        """End the sequences of the oldest step in flight, which raised, with an error; the others are not harmed."""
+        deltas = [Delta(s, [], "error") for s in self._in_flight.popleft().sequences if self._is_running(s)]
         for delta in deltas:
             self._retire(delta.sequence)
         return deltas
+
+    def faults(self) -> list[str]:
+        """What is wrong with the page accounts, in words, whatever is in flight; empty when they balance."""
+        self._release_behind()  # or the pages of a prompt chunk would count as more than was reserved
+        return self.cache.faults()
+
+    def _is_running(self, sequence: Sequence) -> bool:
+        return self.running.get(sequence.slot) is sequence
 
     def _advance(self, sequence: Sequence, tokens: list[int]) -> Delta:
         sequence.num_generated += len(tokens)
@@ -228,8 +248,6 @@ class Scheduler:
             finish = "length"
         if finish:
             self._retire(sequence)
-        else:
-            self.cache.release_behind(sequence.slot, sequence.num_computed)
         return Delta(sequence, tokens, finish)
 
     def _retire(self, sequence: Sequence) -> None:

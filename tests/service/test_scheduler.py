@@ -1,7 +1,8 @@
 """The scheduler against a slow oracle that remembers, key by key, what stands in every page."""
 
 import random
-from typing import cast
+from collections import deque
+from typing import NamedTuple, cast
 
 import pytest
 from hypothesis import given
@@ -51,29 +52,58 @@ def sequence(num_prompt: int, max_tokens: int, *, deadline: float = float("inf")
     return Sequence(list(range(num_prompt)), max_tokens, SamplingParams(), EOS, deadline)
 
 
-class Pages:
-    """What the device would hold: the newest (slot, position) written to each place of each group's pages."""
+class Row(NamedTuple):
+    """What a sequence is to gain from a step, noted when the step is scheduled."""
 
-    def __init__(self, scheduler: Scheduler):
+    sequence: Sequence
+    gains: list[int] | None  # None while its prompt lasts
+
+
+class Device:
+    """Runs every step when it is scheduled, that is, in stream order, and remembers key by key whose it is."""
+
+    def __init__(self, scheduler: Scheduler, rng: random.Random):
         self.scheduler = scheduler
+        self.rng = rng
         self.table: dict[tuple[AttentionKind, int, int], int] = {}
-        self.content: dict[tuple[AttentionKind, int, int], tuple[int, int]] = {}
+        self.content: dict[tuple[AttentionKind, int, int], tuple[Sequence, int]] = {}
+        self.num_computed: dict[Sequence, int] = {}
+        self.num_sampled: dict[Sequence, int] = {}
 
-    def run(self, step: StepInput) -> None:
-        """Write the step's keys, then check that every key its queries see is where the table says."""
+    def run(self, step: StepInput) -> tuple[list[Row], Sampled]:
+        """Write the step's keys, then check that every key its queries see is where the table says; sample at random."""
         for pages in step.pages:
             for i, page_id in enumerate(pages.page_ids):
                 self.table[pages.kind, pages.slot, pages.first + i] = page_id
+        running = self.scheduler.running
         tokens = list(zip(step.token_slots, step.token_positions, strict=True))
+        for slot, position in tokens:
+            assert position == self.num_computed.get(running[slot], 0), "not the next position"
+            self.num_computed[running[slot]] = position + 1
         for kind, pool in self.scheduler.cache.pools.items():
             for slot, position in tokens:
-                self.content[self.place(kind, slot, position)] = (slot, position)
+                self.content[self.place(kind, slot, position)] = (running[slot], position)
             for slot, position in tokens:
                 for key in range(first_key(position, pool.band), position + 1):
-                    assert self.content[self.place(kind, slot, key)] == (slot, key), f"{kind} key {key} is gone"
+                    assert self.content[self.place(kind, slot, key)] == (running[slot], key), f"{kind} key {key} is gone"
+        samples = {step.token_slots[index]: EOS if self.rng.random() < 0.02 else 1 for index in step.sampled_tokens}
+        for slot in samples:
+            sequence = running[slot]
+            self.num_sampled[sequence] = self.num_sampled.get(sequence, 0) + 1
+            assert self.num_sampled[sequence] <= sequence.max_tokens
+        return [self.row(running[slot], samples.get(slot)) for slot in step_slots(step)], Sampled(list(samples.values()))
+
+    def row(self, sequence: Sequence, token: int | None) -> Row:
+        if self.num_computed[sequence] < len(sequence.prompt):
+            return Row(sequence, None)
+        return Row(sequence, [] if token is None else [token])
 
     def place(self, kind: AttentionKind, slot: int, position: int) -> tuple[AttentionKind, int, int]:
         return kind, self.table[kind, slot, position // PAGE_SIZE], position % PAGE_SIZE
+
+
+def step_slots(step: StepInput) -> list[int]:
+    return [row.slot for row in step.decodes] + [chunk.slot for chunk in step.chunks]
 
 
 requests = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 100)), min_size=1, max_size=12)
@@ -86,6 +116,7 @@ requests = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 100)), min_siz
     step_tokens=st.integers(21, 400),
     sequences=st.tuples(st.integers(1, 9), st.integers(1, 3)),
     chunk_limit=st.none() | st.integers(16, 400),
+    steps_ahead=st.integers(0, 1),
     seed=st.integers(0, 1000),
 )
 def test_every_sequence_is_computed_once_in_order_and_finishes(
@@ -95,6 +126,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     step_tokens: int,
     sequences: tuple[int, int],
     chunk_limit: int | None,
+    steps_ahead: int,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
@@ -108,52 +140,61 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     if chunk_limit is not None:
         # Whatever the pace allows, the accounts must hold.
         scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: chunk_limit  # type: ignore[method-assign]
-    pages = Pages(scheduler)
+    device = Device(scheduler, rng)
+    in_flight: deque[tuple[StepInput, list[Row], Sampled]] = deque()
     todo = [sequence(prompt, tokens) for prompt, tokens in requests]
-    ended: dict[Sequence, str] = {}
-    began: list[Sequence] = []
-    generated = dict.fromkeys(todo, 0)
     submitted = list(todo)
-    while todo or not scheduler.idle:
-        while todo and rng.random() < 0.3:
-            scheduler.submit([todo.pop(0)])
-        if rng.random() < 0.05 and not scheduler.idle:
+    began: list[Sequence] = []
+    ended: dict[Sequence, str] = {}
+    generated = dict.fromkeys(todo, 0)
+
+    def abort_one() -> None:
+        if rng.random() < 0.05 and (scheduler.running or scheduler.waiting):
             victim = rng.choice([*scheduler.running.values(), *scheduler.waiting])
             scheduler.abort(victim)
             scheduler.abort(victim)
             ended[victim] = "abort"
+
+    def expected(row: Row) -> Delta:
+        assert row.gains is not None
+        generated[row.sequence] += len(row.gains)
+        length = generated[row.sequence] == row.sequence.max_tokens
+        return Delta(row.sequence, row.gains, "stop" if row.gains == [EOS] else "length" if length else None)
+
+    while todo or not scheduler.idle:
+        while todo and rng.random() < 0.3:
+            scheduler.submit([todo.pop(0)])
+        abort_one()
         step = scheduler.schedule(0.0)
         if step is None:
-            assert not scheduler.running
-            continue
-        assert len(step.token_slots) <= step_tokens
-        began += [scheduler.running[start.slot] for start in step.starts]
-        assert {start.slot for start in step.starts} == {chunk.slot for chunk in step.chunks if chunk.start == 0}
-        for slot, position in zip(step.token_slots, step.token_positions, strict=True):
-            assert position >= scheduler.running[slot].num_computed
-        for chunk in step.chunks:
-            end = chunk.start + len(chunk.tokens)
-            assert end % MIN_CHUNK == 0 or end == len(scheduler.running[chunk.slot].prompt)
-        pages.run(step)
-        if rng.random() < 0.02:
-            failed = scheduler.fail_step()
-            assert {delta.finish_reason for delta in failed} == {"error"}
-            ended |= {delta.sequence: "error" for delta in failed}
+            assert in_flight or not scheduler.running
         else:
-            sampled = Sampled([EOS if rng.random() < 0.02 else 1 for _ in step.sampled_tokens])
-            for delta in scheduler.commit(sampled, len(step.token_slots) * 1e-3):
-                generated[delta.sequence] += len(delta.tokens)
-                if delta.finish_reason:
-                    assert delta.sequence not in ended
-                    ended[delta.sequence] = delta.finish_reason
-                    assert (delta.finish_reason == "stop") == (delta.tokens == [EOS])
-        assert scheduler.cache.faults() == []
+            assert len(step.token_slots) <= step_tokens
+            began += [scheduler.running[start.slot] for start in step.starts]
+            assert {start.slot for start in step.starts} == {chunk.slot for chunk in step.chunks if chunk.start == 0}
+            for chunk in step.chunks:
+                end = chunk.start + len(chunk.tokens)
+                assert end % MIN_CHUNK == 0 or end == len(scheduler.running[chunk.slot].prompt)
+            in_flight.append((step, *device.run(step)))
+        abort_one()
+        # Now and then everything is read, as when a launch fails.
+        keep = steps_ahead if step is not None and rng.random() < 0.9 else 0
+        while len(in_flight) > keep:
+            step, rows, sampled = in_flight.popleft()
+            rows = [row for row in rows if row.sequence not in ended]
+            if rng.random() < 0.02:
+                deltas = scheduler.fail_step()
+                assert deltas == [Delta(row.sequence, [], "error") for row in rows]
+            else:
+                deltas = scheduler.commit(sampled, len(step.token_slots) * 1e-3)
+                assert deltas == [expected(row) for row in rows if row.gains is not None]
+            ended |= {delta.sequence: delta.finish_reason for delta in deltas if delta.finish_reason}
+            if rng.random() < 0.5:  # not always: a check leaves all sequences at rest, which `schedule` has to do itself
+                assert scheduler.faults() == []
     assert set(ended) == set(submitted)
     assert began == [s for s in submitted if s in set(began)], "a sequence overtook another"
-    for s, reason in ended.items():
-        assert generated[s] == s.num_generated
-        if reason == "length":
-            assert generated[s] == s.max_tokens
+    assert all(generated[s] == s.num_generated for s in submitted)
+    assert scheduler.faults() == []
     assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
 
 
@@ -170,10 +211,10 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
     while not scheduler.idle:
         step = scheduler.schedule(0.0)
         assert step is not None
-        peak = max(peak, scheduler.cache.held(0)["banded"])
+        held = scheduler.cache.held(0)["banded"]
+        peak = max(peak, held)
+        assert step.chunks or held <= 5
         scheduler.commit(Sampled([1] * len(step.sampled_tokens)), 0.01)
-        if scheduler.running:
-            assert scheduler.cache.held(0)["banded"] <= 5
     assert peak <= 5 + 512 // PAGE_SIZE
 
 
@@ -257,10 +298,84 @@ def test_a_failed_step_ends_its_own_sequences_only() -> None:
     assert step is not None
     assert [chunk.slot for chunk in step.chunks] == [0]
     assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
-    assert scheduler.cache.faults() == []
+    assert scheduler.faults() == []
     step = scheduler.schedule(0.0)
     assert step is not None
     assert [start.slot for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
+
+
+def launch(scheduler: Scheduler) -> StepInput:
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    return step
+
+
+def test_the_token_after_the_end_is_dropped_though_its_slot_has_a_new_sequence() -> None:
+    scheduler = make(max_slots=1)
+    first, second = sequence(5, 9), sequence(5, 9)
+    scheduler.submit([first, second])
+    launch(scheduler)
+    assert launch(scheduler).decodes == [(0, 5)], "launched before the token of the first step is known"
+    assert scheduler.commit(Sampled([EOS]), 0.01) == [Delta(first, [EOS], "stop")]
+    assert [start.slot for start in launch(scheduler).starts] == [0]
+    assert scheduler.commit(Sampled([3]), 0.01) == []
+    assert first.num_generated == 1
+    assert scheduler.commit(Sampled([4]), 0.01) == [Delta(second, [4], None)]
+
+
+def test_nothing_is_scheduled_past_max_tokens_and_a_step_in_flight_is_work() -> None:
+    scheduler = make()
+    scheduler.submit([sequence(5, 2)])
+    launch(scheduler)
+    launch(scheduler)
+    assert scheduler.schedule(0.0) is None
+    assert [delta.finish_reason for delta in scheduler.commit(Sampled([1]), 0.01)] == [None]
+    assert scheduler.schedule(0.0) is None
+    assert [delta.finish_reason for delta in scheduler.commit(Sampled([1]), 0.01)] == ["length"]
+    assert scheduler.idle
+
+
+def test_max_tokens_0_ends_with_the_last_chunk_not_with_one_before_it() -> None:
+    scheduler = make(step_tokens=64)
+    scheduler.submit([sequence(100, 0)])
+    launch(scheduler)
+    launch(scheduler)
+    assert scheduler.commit(Sampled([]), 0.01) == []
+    assert [delta.finish_reason for delta in scheduler.commit(Sampled([]), 0.01)] == ["length"]
+    assert scheduler.idle
+
+
+def test_abort_gives_pages_and_slot_back_at_once_and_drops_what_is_in_flight() -> None:
+    scheduler = make(max_slots=1)
+    aborted, other = sequence(5, 9), sequence(5, 1)
+    scheduler.submit([aborted])
+    launch(scheduler)
+    scheduler.abort(aborted)
+    assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
+    assert not scheduler.idle, "a step is in flight"
+    scheduler.submit([other])
+    launch(scheduler)
+    assert scheduler.commit(Sampled([1]), 0.01) == []
+    assert scheduler.commit(Sampled([1]), 0.01) == [Delta(other, [1], "length")]
+    assert scheduler.idle
+
+
+def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
+    scheduler = make(100, step_tokens=256)
+    failing, joined = sequence(250, 9), sequence(200, 1)
+    scheduler.submit([failing, joined])
+    launch(scheduler)
+    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 256  # type: ignore[method-assign]
+    assert [row.slot for row in launch(scheduler).decodes] == [0]
+    assert scheduler.fail_step() == [Delta(failing, [], "error")]
+    assert scheduler.faults() == [], "though the chunk in flight holds more pages than its sequence reserved"
+    assert scheduler.commit(Sampled([1, 2]), 0.01) == [Delta(joined, [2], "length")]
+    assert scheduler.idle
+    scheduler.submit([sequence(5, 9)])
+    launch(scheduler)
+    launch(scheduler)
+    assert len(scheduler.fail_step()) == 1
+    assert scheduler.fail_step() == [], "it has ended with the step before"
 
 
 def test_step_tokens_must_let_every_stream_advance() -> None:

@@ -12,6 +12,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Items
 from contextlib import suppress
@@ -29,7 +30,7 @@ log = logging.getLogger("banded.engine")
 
 # A busy engine that has finished no step for this long is not ready: something hangs.
 STALL_SECONDS = 30.0
-# How long the step that is running may take to end when the engine stops.
+# How long the steps in flight may take to end when the engine stops.
 STOP_SECONDS = 5.0
 # Consecutive steps that may raise before the engine gives up.
 MAX_FAILURES = 2
@@ -76,6 +77,14 @@ class StepRunner(Protocol):
     def launch(self, step: StepInput) -> Pending: ...
 
 
+class InFlight(NamedTuple):
+    """A step that was launched at `time` and whose tokens have not been read."""
+
+    step: StepInput
+    pending: Pending
+    time: float
+
+
 class Engine:
     """One set of weights, one scheduler, one KV cache. Used from one event loop; the step thread is its own affair."""
 
@@ -89,7 +98,10 @@ class Engine:
         max_slots: int,
         max_queue: int,
         queue_timeout: float,
+        steps_ahead: int,
     ):
+        """The step loop launches up to `steps_ahead` steps before it reads the tokens of the first: 0 where `launch`
+        computes, 1 where it only puts work into a device's queue, which must not run empty while tokens are read."""
         self.tokenizer = tokenizer
         self._runner = runner
         self._scheduler = scheduler
@@ -97,6 +109,7 @@ class Engine:
         self._max_slots = max_slots
         self._max_queue = max_queue
         self._queue_timeout = queue_timeout
+        self._steps_ahead = steps_ahead
         # Event-loop state: where each unread sequence's deltas go, and which sequences the step thread has not ended yet.
         self._mailboxes: dict[Sequence, Mailbox] = {}
         self._active: set[Sequence] = set()
@@ -110,7 +123,8 @@ class Engine:
         self._inbox: list[Callable[[], None]] = []
         self._stopping = False
         # Written by the step thread only.
-        self._busy_since: float | None = None  # start of work or end of the last step; None while idle
+        self._in_flight: deque[InFlight] = deque()  # oldest first
+        self._busy_since = math.inf  # start of work or end of the last step; infinite while idle
         self._failures = 0
         self._thread = threading.Thread(target=self._run, name="engine-step", daemon=True)
         metrics.ready.set_function(lambda: self.unready_reason is None)
@@ -135,8 +149,7 @@ class Engine:
             return "the engine has failed"
         if self._draining:
             return "the server is shutting down"
-        busy_since = self._busy_since
-        if busy_since is not None and time.monotonic() - busy_since > STALL_SECONDS:
+        if time.monotonic() - self._busy_since > STALL_SECONDS:
             return f"no step has finished for {STALL_SECONDS:.0f} s"
         return None
 
@@ -173,7 +186,7 @@ class Engine:
                 for delta in message.deltas:
                     sequence = delta.sequence
                     if sequence not in unfinished:
-                        continue  # from the step that was running when its stop string matched
+                        continue  # from a step that was in flight when its stop string matched
                     if delta.finish_reason in ("error", "timeout"):
                         outcome = "error"
                         raise self._failure(delta.finish_reason)
@@ -283,7 +296,7 @@ class Engine:
         return self._stopping and self._thread.is_alive()
 
     async def stop(self, seconds: float = STOP_SECONDS) -> None:
-        """End the step thread after the step it is in. If that takes longer than `seconds` the engine has failed."""
+        """End the step thread after the steps in flight. If that takes longer than `seconds` the engine has failed."""
         if self._stopping:
             return
         with self._inbox_changed:
@@ -307,7 +320,8 @@ class Engine:
                     self._step_once()
                     for command in self._take_inbox():
                         command()
-                self._busy_since = None
+                self._read_steps(keep=0)  # an idle scheduler has left none
+                self._busy_since = math.inf
         except Exception:
             log.exception("the step loop failed")
             self._call_loop(self._give_up)
@@ -321,7 +335,7 @@ class Engine:
         return [] if self._stopping else self._take_inbox()
 
     def _check_accounts(self) -> None:
-        for fault in self._scheduler.cache.faults():
+        for fault in self._scheduler.faults():
             self._metrics.accounting_faults.inc()
             log.error("page accounting: %s", fault)
 
@@ -331,32 +345,53 @@ class Engine:
         return commands
 
     def _step_once(self) -> None:
+        """Schedule and launch a step, then read the one that is `steps_ahead` older: this one itself if that is 0."""
         now = time.monotonic()
-        deltas = self._scheduler.expire(now)
+        self._report(self._scheduler.expire(now))
         step = self._scheduler.schedule(now)
         if step is not None:
-            deltas += self._run_step(step)
+            self._launch(step)
+        self._read_steps(keep=0 if step is None else self._steps_ahead)
+
+    def _launch(self, step: StepInput) -> None:
+        launched = time.monotonic()
+        try:
+            self._in_flight.append(InFlight(step, self._runner.launch(step), launched))
+        except Exception:
+            self._read_steps(keep=0)  # steps end in order, and none may be scheduled on top of one that did not run
+            self._fail_step()
+
+    def _read_steps(self, *, keep: int) -> None:
+        """Wait for the oldest steps and commit them, until `keep` are in flight."""
+        while len(self._in_flight) > keep:
+            step, pending, launched = self._in_flight.popleft()
+            try:
+                sampled = pending.result()
+            except Exception:
+                self._fail_step()
+                continue
+            self._failures = 0
+            now = time.monotonic()
+            seconds = now - max(launched, self._busy_since)  # the device was at the step before until that ended
+            self._busy_since = now
+            self._metrics.step_time.observe(seconds)
+            self._metrics.step_tokens.observe(len(step.token_slots))
+            self._report(self._scheduler.commit(sampled, seconds))
+
+    def _fail_step(self) -> None:
+        """The oldest step that the scheduler knows of raised."""
+        deltas = self._scheduler.fail_step()
+        log.exception("a step failed; its %d choices end with an error", len(deltas))
+        self._check_accounts()
+        self._failures += 1
         if self._failures >= MAX_FAILURES:
             raise RuntimeError(f"{self._failures} steps in a row have failed")  # ends every request, these included
         self._busy_since = time.monotonic()
+        self._report(deltas)
+
+    def _report(self, deltas: list[Delta]) -> None:
         if deltas:
             self._call_loop(self._deliver, deltas, self._busy_since)
-
-    def _run_step(self, step: StepInput) -> list[Delta]:
-        started = time.perf_counter()
-        try:
-            sampled = self._runner.launch(step).result()
-        except Exception:
-            log.exception("a step failed; its %d requests end with an error", len(set(step.token_slots)))
-            self._failures += 1
-            deltas = self._scheduler.fail_step()
-            self._check_accounts()
-            return deltas
-        self._failures = 0
-        seconds = time.perf_counter() - started
-        self._metrics.step_time.observe(seconds)
-        self._metrics.step_tokens.observe(len(step.token_slots))
-        return self._scheduler.commit(sampled, seconds)
 
     def _call_loop(self, function: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():

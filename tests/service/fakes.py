@@ -1,7 +1,9 @@
 """An engine without weights: a runner whose tokens are a function of the slot's history, for tests of what surrounds it."""
 
+import functools
 import threading
 from collections.abc import Callable
+from typing import NamedTuple
 
 from model.config import GPTConfig
 from model.step import Sampled, StepInput
@@ -23,37 +25,50 @@ CONFIG = GPTConfig(
 )
 
 
+class FakePending(NamedTuple):
+    result: Callable[[], Sampled]
+
+
 class FakeRunner:
-    """Answers every prompt with `script`, again and again; `gate` holds steps back, `fault` makes them raise."""
+    """Answers every prompt with `script`, again and again. As on a device, a step computes when its result is asked for.
+
+    `gate` holds launches back, `fault` makes them raise, `late_fault` makes results raise.
+    """
 
     def __init__(self, script: list[int]):
         self.script = script
         self.fault: Callable[[StepInput], None] = lambda step: None
+        self.late_fault: Callable[[StepInput], None] = lambda step: None
         self.gate = threading.Event()
         self.gate.set()
         self.steps: list[StepInput] = []
+        self.calls: list[str] = []
         self._given: dict[int, int] = {}
 
-    def launch(self, step: StepInput) -> "FakeRunner":
+    def launch(self, step: StepInput) -> FakePending:
         assert self.gate.wait(20)
         self.steps.append(step)
+        self.calls.append("launch")
         self.fault(step)
+        return FakePending(functools.partial(self._compute, step))
+
+    def _compute(self, step: StepInput) -> Sampled:
+        self.calls.append("result")
+        self.late_fault(step)
         self._given.update(dict.fromkeys((start.slot for start in step.starts), 0))
-        self._tokens = []
+        tokens = []
         for index in step.sampled_tokens:
             slot = step.token_slots[index]
-            self._tokens.append(self.script[self._given[slot] % len(self.script)])
+            tokens.append(self.script[self._given[slot] % len(self.script)])
             self._given[slot] += 1
-        return self
-
-    def result(self) -> Sampled:
-        return Sampled(self._tokens)
+        return Sampled(tokens)
 
 
 class FakeEngine:
     """An engine over a FakeRunner, with what tests look at within reach. `text` is what it answers with."""
 
     tokenizer: Tokenizer = r50k_base()
+    steps_ahead = 0  # a test that holds however far the step loop runs ahead sets it to each
 
     def __init__(
         self,
@@ -80,6 +95,7 @@ class FakeEngine:
             max_slots=max_slots,
             max_queue=max_queue,
             queue_timeout=queue_timeout,
+            steps_ahead=self.steps_ahead,
         )
 
     def metric(self, name: str, **labels: str) -> float:

@@ -1,8 +1,8 @@
-"""The engine with a scripted runner: text, stops, queue limits, aborts, failing steps, drain."""
+"""The engine with a scripted runner: text, stops, queue limits, aborts, failing steps, drain, with 0 and 1 steps ahead."""
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
@@ -14,6 +14,13 @@ from service.scheduler import Sequence
 from tests.service.fakes import FakeEngine
 
 EOS = FakeEngine.tokenizer.eos_id
+
+
+@pytest.fixture(params=[0, 1], autouse=True)
+def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How far every FakeEngine of a test runs ahead: what a client sees does not depend on it."""
+    monkeypatch.setattr(FakeEngine, "steps_ahead", request.param)
+    return int(request.param)
 
 
 def sequence(max_tokens: int = 4, *, num_prompt: int = 3, ignore_eos: bool = False) -> Sequence:
@@ -196,6 +203,143 @@ def fail_once(fake: FakeEngine) -> None:
     fake.runner.fault = fault
 
 
+def test_a_step_is_launched_before_the_tokens_of_the_one_before_it_are_read(steps_ahead: int) -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        async with running(fake) as engine:
+            assert text_of(await collect(engine, [sequence(4)])) == " one two three four"
+        if steps_ahead:
+            assert fake.runner.calls == ["launch", *["launch", "result"] * 3, "result"]
+        else:
+            assert fake.runner.calls == ["launch", "result"] * 4
+
+    run(test)
+
+
+def test_the_end_of_text_in_a_step_drops_the_one_after_it(steps_ahead: int) -> None:
+    async def test() -> None:
+        fake = FakeEngine(" one<|endoftext|>", max_slots=1)
+        async with running(fake) as engine:
+            outputs = await collect(engine, [sequence(9), sequence(9)])
+            assert text_of(outputs, 0) == text_of(outputs, 1) == " one"
+        assert len(fake.runner.steps) == 4 + 2 * steps_ahead, "one for nothing where tokens are read a step later"
+        assert fake.metric("generated_tokens_total") == 4
+        assert fake.metric("page_accounting_faults_total") == 0
+
+    run(test)
+
+
+def test_a_step_time_does_not_count_the_step_before_it(steps_ahead: int) -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        fake.runner.late_fault = lambda step: time.sleep(0.02)
+        async with running(fake) as engine:
+            started = time.monotonic()
+            await collect(engine, [sequence(10)])
+            elapsed = time.monotonic() - started
+        assert fake.metric("step_time_seconds_count") == 10
+        assert 10 * 0.02 <= fake.metric("step_time_seconds_sum") <= elapsed
+
+    run(test)
+
+
+def test_a_step_time_does_not_count_what_came_before_its_launch() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        submit = fake.scheduler.submit
+
+        def slow_submit(sequences: Iterable[Sequence]) -> None:
+            time.sleep(0.3)
+            submit(sequences)
+
+        fake.scheduler.submit = slow_submit  # type: ignore[method-assign]
+        async with running(fake) as engine:
+            await collect(engine, [sequence(1)])
+        assert fake.metric("step_time_seconds_sum") < 0.3
+
+    run(test)
+
+
+def test_a_result_that_raises_fails_its_requests_and_the_step_after_it_is_read() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+
+        def fault(step: StepInput) -> None:
+            if step.decodes:
+                fake.runner.late_fault = lambda step: None
+                time.sleep(0.3)
+                raise RuntimeError("device on fire")
+
+        fake.runner.late_fault = fault
+        async with running(fake) as engine:
+            short = asyncio.create_task(collect(engine, [sequence(1)]))
+            doomed = asyncio.create_task(collect(engine, [sequence(9)]))
+            assert text_of(await short) == " one"
+            with pytest.raises(StepFailedError, match="the engine failed while it ran this request"):
+                await doomed
+            await until(lambda: fake.scheduler.idle)
+            assert fake.runner.calls.count("result") == len(fake.runner.steps)
+            assert text_of(await collect(engine, [sequence(2)])) == " one two"
+        assert fake.metric("requests_total", outcome="error") == 1
+        assert fake.metric("page_accounting_faults_total") == 0
+        assert fake.metric("step_time_seconds_sum") < 0.3, "the failed step's time is not the next one's"
+
+    run(test)
+
+
+def test_a_launch_that_raises_comes_after_the_tokens_of_the_steps_before_it() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+
+        def fault(step: StepInput) -> None:
+            if len(fake.runner.steps) == 3:
+                raise RuntimeError("device on fire")
+
+        fake.runner.fault = fault
+        async with running(fake) as engine:
+            outputs = engine.generate([sequence(9)])
+            assert text_of([await anext(outputs), await anext(outputs)]) == " one two"
+            with pytest.raises(StepFailedError):
+                await anext(outputs)
+            await until(lambda: fake.scheduler.idle)
+            assert fake.runner.calls.count("result") == 2
+            assert len(fake.runner.steps) == 3, "nothing runs on top of a step that did not"
+            assert text_of(await collect(engine, [sequence(2)])) == " one two"
+
+    run(test)
+
+
+def test_two_failing_results_in_a_row_end_the_engine(steps_ahead: int) -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=1)
+
+        def fault(step: StepInput) -> None:
+            raise RuntimeError("again")
+
+        fake.runner.late_fault = fault
+        async with running(fake) as engine:
+            results = await asyncio.gather(*(collect(engine, [sequence()]) for _ in range(4)), return_exceptions=True)
+            assert [type(result) for result in results] == [StepFailedError] * 4
+            await engine.failed()
+        assert len(fake.runner.steps) == 2 + steps_ahead
+
+    run(test)
+
+
+def test_an_engine_that_stops_reads_what_is_in_flight() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        slow_down(fake, 0.01)
+        async with running(fake) as engine:
+            endless = asyncio.create_task(collect(engine, [sequence(200)]))
+            await until(lambda: len(fake.runner.steps) > 3)
+        assert fake.runner.calls.count("result") == fake.runner.calls.count("launch")
+        endless.cancel()
+        await asyncio.gather(endless, return_exceptions=True)
+
+    run(test)
+
+
 def test_a_step_that_raises_fails_its_requests_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
@@ -260,7 +404,7 @@ def test_a_failed_step_has_its_accounts_checked() -> None:
             fail_once(fake)
             with pytest.raises(StepFailedError):
                 await busy
-            await until(lambda: fake.metric("page_accounting_faults_total") >= 1)
+            await until(lambda: fake.metric("page_accounting_faults_total") == 2)  # with the failure and when idle
 
     run(test)
 

@@ -1,0 +1,102 @@
+"""The served CPU path of sampling: the likeliest tokens first, the whole vocabulary only where they are not enough."""
+
+import torch
+from torch import Tensor
+
+from kernels.noise import gumbel, row_keys
+from kernels.sampling_state import SamplingState
+
+# Candidates looked at before the whole vocabulary is sorted; truncation rarely leaves more.
+SHORTLIST = 1024
+
+
+def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+    """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens.
+
+    Rows never influence each other. A row of NaN or of -inf gets some token of the vocabulary.
+    """
+    adjusted = state.adjusted[slots]
+    if not adjusted.any():
+        return pick(logits, state, slots, positions)
+    tokens = torch.empty_like(slots)
+    rows = torch.nonzero(~adjusted).squeeze(1)
+    tokens[rows] = pick(logits[rows], state, slots[rows], positions[rows])
+    rows = torch.nonzero(adjusted).squeeze(1)
+    tokens[rows] = pick(adjust(logits[rows], state, slots[rows]), state, slots[rows], positions[rows])
+    return tokens
+
+
+def adjust(logits: Tensor, state: SamplingState, slots: Tensor) -> Tensor:
+    """Logits (B, V) after the penalties and the bias of their slots (B,)."""
+    generated = state.generated[slots]
+    penalty = state.repetition_penalty[slots, None]
+    damped = torch.where(logits > 0, logits / penalty, logits * penalty)
+    logits = torch.where((generated > 0) | state.in_prompt[slots], damped, logits)
+    logits = logits - state.frequency_penalty[slots, None] * generated
+    logits = logits - state.presence_penalty[slots, None] * (generated > 0)
+    return logits + state.bias[slots]
+
+
+def pick(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+    """Token ids (B,) for adjusted logits (B, V). A temperature of 0 takes the first maximum."""
+    tokens = logits.argmax(-1)
+    drawn = torch.nonzero(state.temperature[slots]).squeeze(1)
+    if len(drawn):
+        tokens[drawn] = draw(logits[drawn], state, slots[drawn], positions[drawn])
+    return tokens
+
+
+def draw(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+    """Token ids (B,) drawn from softmax(logits / temperature), truncated by top-k and min-p, then by top-p of what is left.
+
+    The draw takes the maximum of logit + Gumbel noise, where each token of a row has noise of its own. Logits that differ
+    in their last bits then hardly ever change the token, which an inverted running sum over the vocabulary would do often.
+    """
+    # Subtracting the maximum first keeps tiny temperatures from overflowing.
+    scaled = (logits - logits.amax(-1, keepdim=True)) / state.temperature[slots, None]
+    keys = row_keys(state.seed[slots], state.choice[slots], positions)
+    top_k, top_p, min_p = state.top_k[slots], state.top_p[slots], state.min_p[slots]
+    truncated = (top_k > 0) | (top_p < 1) | (min_p > 0)
+    tokens = torch.empty_like(slots)
+    vocab_size = logits.shape[1]
+    whole = torch.nonzero(~truncated).squeeze(1)
+    if len(whole):
+        tokens[whole] = (scaled[whole] + gumbel(keys[whole], torch.arange(vocab_size, device=logits.device))).argmax(-1)
+    pending = torch.nonzero(truncated).squeeze(1)
+    for width in (min(SHORTLIST, vocab_size), vocab_size):
+        if not len(pending):
+            break
+        ids, kept, enough = shortlist(scaled[pending], top_k[pending], top_p[pending], min_p[pending], width)
+        noised = kept + gumbel(keys[pending], ids)
+        # The lowest id of the maxima, as argmax over the whole vocabulary would take; NaN equals nothing.
+        best = torch.where(noised == noised.amax(-1, keepdim=True), ids, vocab_size - 1).amin(-1)
+        tokens[pending[enough]] = best[enough]
+        pending = pending[~enough]
+    return tokens
+
+
+def shortlist(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `width` likeliest tokens, likeliest first: ids and logits (B, width), and whether they hold all that stay (B,).
+
+    Logits outside the truncated set are -inf. Equal logits stay or go together, and the likeliest always stay. The list is
+    long enough when its last token goes: all behind it go too.
+    """
+    vocab_size = scaled.shape[1]
+    values, ids = torch.topk(scaled, width)
+    last = torch.where(top_k > 0, top_k, width).clamp_max(width) - 1
+    weights = values.double().exp()
+    kept = (values >= values.gather(1, last[:, None])) & (weights >= min_p[:, None])
+    weights = weights.masked_fill(~kept, 0.0)
+    total = weights.sum(-1)
+    enough = ~kept[:, -1]
+    beyond = torch.nonzero(kept[:, -1] & (top_k == 0) & (top_p < 1)).squeeze(1)
+    if len(beyond) and width < vocab_size:
+        mass = scaled[beyond].double().exp()
+        total[beyond] = mass.masked_fill(mass < min_p[beyond, None], 0.0).sum(-1)
+        enough[beyond] = True  # as far as top-k and min-p go
+    limit = torch.where(top_p < 1, top_p * total, float("inf"))
+    heavier = weights.cumsum(-1) - weights
+    last = (kept & (heavier < limit[:, None])).sum(-1).clamp_min(1) - 1
+    kept &= values >= values.gather(1, last[:, None])
+    enough = (enough & ~kept[:, -1]) | (width == vocab_size)
+    return ids, values.masked_fill(~kept, float("-inf")), enough

@@ -56,7 +56,10 @@ def _sample(
     ALIGNED: tl.constexpr,  # rows start at 16 bytes and have readable elements up to the next 16
     BLOCK: tl.constexpr,
 ):
-    """One row: its maximum, the distance from it within which tokens stay, and the maximum of these with noise."""
+    """One row: its maximum, the distance from it within which tokens stay, and the maximum of these with noise.
+
+    NaN needs no care: it loses every comparison, and no reduction sees one.
+    """
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + row)
     temperature = tl.load(temperature_ptr + slot)
@@ -115,7 +118,7 @@ def _sample(
     key = _mix(key ^ tl.load(choice_ptr + slot).to(tl.uint64, bitcast=True))
     key = _mix(key ^ tl.load(positions_ptr + row).to(tl.uint64, bitcast=True))
     best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_token = tl.zeros([BLOCK], tl.int32) + token  # stays where all is NaN
+    best_token = tl.zeros([BLOCK], tl.int32) + token  # stays where nothing compares
     for start in range(0, vocab_size, BLOCK):
         ids = start + lanes
         x = tl.div_rn(_load(source, ids, vocab_size, float("-inf"), ALIGNED) - peak, temperature)
@@ -129,11 +132,11 @@ def _sample(
 
 @triton.jit
 def _load(row_ptr, ids, vocab_size, other: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tile of a row, `other` for NaN and beyond the vocabulary."""
+    """A tile of a row, `other` beyond the vocabulary."""
     # Lanes loaded together need one mask: a vocabulary of odd size would otherwise be loaded one by one.
     mask = ids // VECTOR * VECTOR < vocab_size if ALIGNED else ids < vocab_size
     values = tl.load(row_ptr + ids, mask=mask, other=other)
-    return tl.where((ids < vocab_size) & (values == values), values, other)
+    return tl.where(ids < vocab_size, values, other)
 
 
 @triton.jit
@@ -204,8 +207,8 @@ def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tenso
     """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens.
 
     Rows of logits may lie apart, and so may those of the state's tables, equally far in all three. Loads are 16 bytes wide
-    where both distances are multiples of 16 elements. Rows never influence each other: NaN counts as -inf, and a row of
-    nothing else gets token 0. Launches one kernel and waits for nothing, so a CUDA graph can capture it.
+    where both distances are multiples of 16 elements. Rows never influence each other: NaN counts as -inf, a row of nothing
+    else gets token 0, one with +inf the first of these. Launches one kernel and waits for nothing, as CUDA graphs demand.
     """
     batch, vocab_size = logits.shape
     assert logits.dtype == torch.float32, f"logits are {logits.dtype}, not float32"

@@ -100,7 +100,7 @@ def _sample(
     min_p = tl.load(min_p_ptr + slot)
     bound = tl.full([], INFINITY, tl.uint32)
     if (top_k > 0) | (top_p < 1) | (min_p > 0):
-        # A search reads the row 8 times, so x is computed once. What follows takes it for logits: (x - 0) / 1.
+        # A search reads the row 16 times, so x is computed once. What follows takes it for logits: (x - 0) / 1.
         for start in range(0, vocab_size, BLOCK):
             ids = start + lanes
             x = tl.div_rn(_load(source, ids, vocab_size, float("-inf"), ALIGNED) - peak, temperature)

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test lint check bench lock
+.PHONY: install serve test lint check aot bench lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -28,6 +28,10 @@ lint: install
 check: lint
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# Every kernel, compiled for GPUs that this machine need not have; takes minutes.
+aot: install
+	$(BIN)/python -m kernels.aot
 
 bench: install
 	$(BIN)/python -m tests.bench.run

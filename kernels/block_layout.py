@@ -37,5 +37,5 @@ def block_layout(pattern: Pattern, num_positions: int, device: torch.device) -> 
     row_ptr = torch.cat((padding, counts.cumsum(0)))
     col_idx = torch.cat((columns, padding))
     partial = torch.cat(((~every)[rows, columns].long(), padding))
-    tensors = (x.to(device, torch.int32) for x in (row_ptr, col_idx, partial))
-    return BlockLayout(pattern, *tensors, max_blocks=int(counts.max()))
+    row_ptr, col_idx, partial = (x.to(device, torch.int32) for x in (row_ptr, col_idx, partial))
+    return BlockLayout(pattern, row_ptr, col_idx, partial, max_blocks=int(counts.max()))

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE, pages_spanned, query_blocks
-from kernels.ops import Activation
+from kernels.cpu_sampling import sample as sample
+from kernels.names import Activation
 from kernels.plan import DecodePlan, PageList, PrefillPlan
 
 # Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
@@ -111,6 +112,12 @@ def gather_keys(pages: Tensor, page_ids: Tensor) -> Tensor:
     return pages.index_select(0, page_ids).transpose(0, 1).flatten(1, 2)
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias is added apart: with it inside, one row alone has other bits in bf16 than among others."""
+    product = F.linear(x, weight)
+    return product if bias is None else product + bias.to(product.dtype)
+
+
 def add_layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -122,7 +129,7 @@ def add_layernorm(
 def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
     """activation(x + bias) of x (..., C) and bias (C,). Differentiable, so never in place."""
     if bias is not None:
-        x = x + bias
+        x = x + bias.to(x.dtype)  # under autocast x is 16 bits wide and the bias is not
     if activation == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")

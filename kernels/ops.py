@@ -5,16 +5,14 @@ the other two are held to. The model gets one as an argument; nothing falls back
 """
 
 import os
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from kernels.names import Activation, KernelChoice
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
-
-Activation = Literal["gelu_new", "gelu", "relu"]
-Choice = Literal["auto", "triton"]
 
 
 class Ops(Protocol):
@@ -35,6 +33,9 @@ class Ops(Protocol):
     def block_sparse_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
         """prefill_attention for a pattern that a block layout describes."""
 
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x @ weight.T + bias of x (..., C), weight (O, C) and bias (O,): the vendor's library, no kernel of ours."""
+
     def add_layernorm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
@@ -47,7 +48,7 @@ class Ops(Protocol):
         """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens."""
 
 
-def choose(device: torch.device, choice: Choice) -> Ops:
+def choose(device: torch.device, choice: KernelChoice) -> Ops:
     """The implementation that serves `device`. "triton" runs the GPU path on CPU tensors, for tests.
 
     Raises ValueError where that is asked for without Triton's interpreter.

@@ -3,9 +3,9 @@
 `sees` takes positions as plain numbers or as tensors that broadcast.
 """
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-PatternKind = Literal["dense", "banded", "strided", "fixed"]
+from kernels.names import PatternKind
 
 
 class Pattern(NamedTuple):
@@ -42,6 +42,3 @@ class Pattern(NamedTuple):
         if self.kind == "strided":
             return (q >= k) & ((q - k < self.size) | ((q - k) % self.size == 0))
         return (q >= k) & ((q // self.size == k // self.size) | (k % self.size >= self.size - self.summary))
-
-
-DENSE = Pattern()

@@ -73,4 +73,6 @@ class PrefillPlan:
         for start, length in zip(self.starts, self.lengths, strict=True):
             rows.append((start, length, begin))
             begin += length
-        return torch.tensor(rows, dtype=torch.int32).reshape(-1, 3).to(self.page_table.device)
+        device = self.page_table.device
+        host = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
+        return host.reshape(-1, 3).to(device, non_blocking=True)

@@ -3,11 +3,12 @@
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
+from kernels.names import Activation
 from kernels.noise import gumbel, row_keys
-from kernels.ops import Activation
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
@@ -52,6 +53,10 @@ def attend(
     v = v.masked_fill(~seen.any(0)[:, None, None], 0.0)
     scores = (torch.einsum("thd,khd->htk", q.double(), k) * scale).masked_fill(~seen, float("-inf"))
     return torch.einsum("htk,khd->thd", scores.softmax(-1), v).to(q.dtype)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight, bias)
 
 
 def add_layernorm(

@@ -1,10 +1,13 @@
 """The dimensions of a GPT-3-style decoder, frozen, and the literal table of GPT-3's sizes."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
-Activation = Literal["gelu_new", "gelu", "relu"]
-AttentionKind = Literal["dense", "banded"]
+from kernels.names import Activation, PatternKind
+from kernels.patterns import Pattern
+
+# Layers of one group keep the same keys, in pools of the same pages: sparse patterns reach back to the first.
+KVGroup = Literal["dense", "banded"]
 
 # Rows of the token embedding are padded to a multiple of this so that the output projection is a round matrix.
 # Nobody outside gpt.py sees the padding.
@@ -16,7 +19,8 @@ class GPTConfig:
     """What the decoder in gpt.py needs to know, and nothing about where the weights came from.
 
     `attention` is repeated over the layers: ("dense", "banded") alternates as GPT-3 does. A banded layer lets position
-    i see the keys j with 0 <= i - j < band, that is `band` keys including itself.
+    i see the keys j with 0 <= i - j < band, that is `band` keys including itself. "strided" and "fixed" are the patterns of
+    the Sparse Transformer, with its l and c as `stride` and `summary`: see kernels.patterns.Pattern.
 
     Raises ValueError naming the field when the dimensions contradict each other.
     """
@@ -27,8 +31,10 @@ class GPTConfig:
     n_layer: int
     n_head: int
     n_inner: int
-    attention: tuple[AttentionKind, ...] = ("dense",)
+    attention: tuple[PatternKind, ...] = ("dense",)
     band: int | None = None
+    stride: int | None = None
+    summary: int | None = None
     activation: Activation = "gelu_new"
     # None means head_dim ** -0.5; GPT-Neo does not scale at all (1.0).
     softmax_scale: float | None = None
@@ -57,10 +63,17 @@ class GPTConfig:
             raise ValueError(f"position_offset must not be negative, got {self.position_offset}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if not self.attention or set(self.attention) - {"dense", "banded"}:
-            raise ValueError(f"attention must name 'dense' or 'banded' for each layer, got {self.attention!r}")
-        if "banded" in self.attention and (self.band is None or self.band < 1):
-            raise ValueError(f"band must be at least 1 when a layer is banded, got {self.band}")
+        kinds = get_args(PatternKind)
+        if not self.attention or set(self.attention) - set(kinds):
+            raise ValueError(f"attention must name one of {', '.join(kinds)} for each layer, got {self.attention!r}")
+        needs = {"banded": ["band"], "strided": ["stride"], "fixed": ["stride", "summary"], "dense": []}
+        for kind in self.attention:
+            for name in needs[kind]:
+                value = getattr(self, name)
+                if value is None or value < 1:
+                    raise ValueError(f"{name} must be at least 1 when a layer is {kind}, got {value}")
+        if "fixed" in self.attention and (self.summary or 0) > (self.stride or 0):
+            raise ValueError(f"summary {self.summary} is more than the stride {self.stride} that it is a part of")
 
     @property
     def head_dim(self) -> int:
@@ -75,13 +88,18 @@ class GPTConfig:
         """Width of one row of the token embedding."""
         return self.embedding_width or self.n_embd
 
-    def kind(self, layer: int) -> AttentionKind:
-        """How layer `layer` attends: the one place that knows the pattern."""
+    def kind(self, layer: int) -> PatternKind:
+        """How layer `layer` attends: the one place that knows which."""
         return self.attention[layer % len(self.attention)]
 
-    def band_of(self, layer: int) -> int | None:
-        """Keys that a query of this layer may see, including itself; None is all of them."""
-        return self.band if self.kind(layer) == "banded" else None
+    def pattern(self, kind: PatternKind) -> Pattern:
+        """Which keys a query sees in the layers of a kind."""
+        sizes = {"dense": 0, "banded": self.band, "strided": self.stride, "fixed": self.stride}
+        return Pattern(kind, sizes[kind] or 0, (self.summary or 0) if kind == "fixed" else 0)
+
+    def group(self, layer: int) -> KVGroup:
+        """Whose pages the keys of this layer live in."""
+        return "banded" if self.kind(layer) == "banded" else "dense"
 
     def scale_of(self, layer: int) -> float:
         """Factor on the attention scores of this layer."""

@@ -12,21 +12,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import ops
+from kernels.names import PatternKind
+from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan
-from model.config import Activation, AttentionKind, GPTConfig
+from model.config import GPTConfig
 
 # attend(layer, q, k, v) -> out, all (..., H, D): how the tokens of this call see each other and what came before.
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 # Logits that are exact in fp32 whatever the dtype of the weights.
 RESCORED = 8
-
-ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu": F.gelu,
-    "relu": F.relu,
-}
 
 
 class WindowAttention:
@@ -36,12 +31,16 @@ class WindowAttention:
         self.config = config
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        band, scale = self.config.band_of(layer), self.config.scale_of(layer)
+        pattern, scale = self.config.pattern(self.config.kind(layer)), self.config.scale_of(layer)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, T, D)
-        if band is None or q.shape[2] <= band:
+        if pattern.is_sparse:
+            positions = torch.arange(q.shape[2], device=q.device)
+            seen = pattern.sees(positions[:, None], positions)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale)
+        elif pattern.band is None or q.shape[2] <= pattern.band:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
         else:
-            out = banded_window_attention(q, k, v, band, scale)
+            out = banded_window_attention(q, k, v, pattern.band, scale)
         return out.transpose(1, 2)
 
 
@@ -78,35 +77,36 @@ class KVPool(NamedTuple):
     v: Tensor
 
 
-class GroupPlan(NamedTuple):
-    """What the layers of one KV group share in a step: where new keys go and which pages each token reads."""
+class StepPlan(NamedTuple):
+    """What the layers of one kind share in a step: where new keys go and which pages each token reads."""
 
     slot_mapping: Tensor  # (N,) page * PAGE_SIZE + offset of each token's key
-    decode: DecodePlan
-    prefill: PrefillPlan
+    decode: DecodePlan | None
+    prefill: PrefillPlan | None
+    num_decodes: int
 
 
 class PagedAttention:
     """Attention over the paged KV cache, q, k and v (N, H, D): decode rows first, then the prompt chunks."""
 
-    def __init__(self, config: GPTConfig, pools: list[KVPool], plans: dict[AttentionKind, GroupPlan], num_decodes: int):
+    def __init__(self, config: GPTConfig, ops: Ops, pools: list[KVPool], plans: dict[PatternKind, StepPlan]):
         self.config = config
+        self.ops = ops
         self.pools = pools
         self.plans = plans
-        self.num_decodes = num_decodes
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool, plan = self.pools[layer], self.plans[self.config.kind(layer)]
         scale = self.config.scale_of(layer)
-        ops.kv_write(k, v, pool.k, pool.v, plan.slot_mapping)
-        out = torch.empty_like(q)
-        if self.num_decodes:
-            rows = slice(None, self.num_decodes)
-            out[rows] = ops.decode_attention(q[rows], pool.k, pool.v, plan.decode, scale)
-        if self.num_decodes < q.shape[0]:
-            rows = slice(self.num_decodes, None)
-            out[rows] = ops.prefill_attention(q[rows], pool.k, pool.v, plan.prefill, scale)
-        return out
+        self.ops.kv_write(k, v, pool.k, pool.v, plan.slot_mapping)
+        parts = []
+        if plan.decode:
+            parts.append(self.ops.decode_attention(q[: plan.num_decodes], pool.k, pool.v, plan.decode, scale))
+        if plan.prefill:
+            sparse = plan.prefill.pattern.is_sparse
+            attend = self.ops.block_sparse_attention if sparse else self.ops.prefill_attention
+            parts.append(attend(q[plan.num_decodes :], pool.k, pool.v, plan.prefill, scale))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 class Attention(nn.Module):
@@ -116,10 +116,12 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.qkv_bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
-        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, self.head_dim))  # (..., 3, H, D)
+    def forward(self, x: Tensor, layer: int, attend: Attend, ops: Ops) -> Tensor:
+        qkv = ops.linear(x, self.c_attn.weight, self.c_attn.bias).unflatten(
+            -1, (3, self.n_head, self.head_dim)
+        )  # (..., 3, H, D)
         q, k, v = qkv.unbind(-3)
-        return self.c_proj(attend(layer, q, k, v).flatten(-2))
+        return ops.linear(attend(layer, q, k, v).flatten(-2), self.c_proj.weight, self.c_proj.bias)
 
 
 class MLP(nn.Module):
@@ -127,10 +129,17 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = nn.Linear(config.n_embd, config.n_inner, bias=config.bias)
         self.c_proj = nn.Linear(config.n_inner, config.n_embd, bias=config.bias)
-        self.activation = ACTIVATIONS[config.activation]
+        self.activation = config.activation
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(self.activation(self.c_fc(x)))
+    def forward(self, x: Tensor, ops: Ops) -> Tensor:
+        # The bias is added with the activation, so that the product's output is read and written once more only.
+        inner = ops.bias_activation(ops.linear(x, self.c_fc.weight, None), self.c_fc.bias, self.activation)
+        return ops.linear(inner, self.c_proj.weight, self.c_proj.bias)
+
+
+def add_norm(norm: nn.LayerNorm, x: Tensor, update: Tensor | None, ops: Ops) -> tuple[Tensor, Tensor]:
+    """The norm of x + update, and the sum, both (..., C): the residual stream takes an update with the norm behind it."""
+    return ops.add_layernorm(x, update, norm.weight, norm.bias, norm.eps)
 
 
 class Block(nn.Module):
@@ -142,12 +151,17 @@ class Block(nn.Module):
         self.ln_2 = layer_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, layer: int, attend: Attend) -> Tensor:
+    def forward(
+        self, x: Tensor, update: Tensor | None, layer: int, attend: Attend, ops: Ops
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream x (..., C), and what is still to be added to it: the next norm adds it in the same pass."""
         if self.pre_norm:
-            x = x + self.attn(self.ln_1(x), layer, attend)
-            return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(x + self.attn(x, layer, attend))
-        return self.ln_2(x + self.mlp(x))
+            normed, x = add_norm(self.ln_1, x, update, ops)
+            normed, x = add_norm(self.ln_2, x, self.attn(normed, layer, attend, ops), ops)
+            return x, self.mlp(normed, ops)
+        x, _ = add_norm(self.ln_1, x, self.attn(x, layer, attend, ops), ops)
+        x, _ = add_norm(self.ln_2, x, self.mlp(x, ops), ops)
+        return x, None
 
 
 class GPT(nn.Module):
@@ -162,15 +176,18 @@ class GPT(nn.Module):
         projected = config.token_width != config.n_embd
         self.project_in = nn.Linear(config.token_width, config.n_embd, bias=False) if projected else nn.Identity()
         self.project_out = nn.Linear(config.n_embd, config.token_width, bias=False) if projected else nn.Identity()
-        self.ln_f = layer_norm(config) if config.final_norm else nn.Identity()
+        self.ln_f = layer_norm(config) if config.final_norm else None
         self.lm_head = None if config.tied_head else nn.Linear(config.token_width, config.padded_vocab_size, bias=False)
 
-    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, ops: Ops) -> Tensor:
         """Hidden states (..., C) of `tokens` (...) at `positions` (...), counted from 0."""
         x = self.project_in(self.wte(tokens)) + self.wpe(positions + self.config.position_offset)
+        update = None
         for layer, block in enumerate(self.h):
-            x = block(x, layer, attend)
-        return self.ln_f(x)
+            x, update = block(x, update, layer, attend, ops)
+        if self.ln_f is not None:
+            return add_norm(self.ln_f, x, update, ops)[0]
+        return x if update is None else x + update
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (..., V) fp32 of hidden states (..., C). The padding of the vocabulary is cut off.
@@ -179,10 +196,11 @@ class GPT(nn.Module):
         """
         head = (self.wte if self.lm_head is None else self.lm_head).weight
         hidden = self.project_out(hidden)
-        logits = F.linear(hidden, head)[..., : self.config.vocab_size].float()
+        logits = F.linear(hidden, head).float()[..., : self.config.vocab_size]  # rows stay 16-byte aligned
         if head.dtype != torch.float32 and not logits.requires_grad:
             highest = logits.topk(min(RESCORED, self.config.vocab_size)).indices  # (..., RESCORED)
-            exact = torch.matmul(head[highest].float(), hidden.float().unsqueeze(-1)).squeeze(-1)
+            # Not a matrix product: that has other bits for one row than for several.
+            exact = (head[highest].float() * hidden.float().unsqueeze(-2)).sum(-1)
             logits.scatter_(-1, highest, exact)
         return logits
 

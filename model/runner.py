@@ -1,15 +1,24 @@
-"""Owns what lives on the device: weights, KV pools, one row of state per slot. StepInput in, Sampled out."""
+"""Owns what lives on the device: weights, KV pools, one row of state per slot. StepInput in, Sampled out.
 
-from collections.abc import Mapping
+Steps that only decode run over buffers of fixed address and size: the batch is padded to a bucket, and on CUDA each
+bucket is one captured graph. Everything else is the same code on every device.
+"""
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
-from kernels.plan import PrefillPlan, plan_decode
-from model.config import AttentionKind
-from model.gpt import GPT, GroupPlan, KVPool, PagedAttention
-from model.sampling import SamplingRows, sample
+from kernels.block_layout import block_layout
+from kernels.names import PatternKind
+from kernels.ops import Ops
+from kernels.plan import DecodePlan, PrefillPlan
+from kernels.sampling_state import SamplingState
+from model.config import KVGroup
+from model.gpt import GPT, KVPool, PagedAttention, StepPlan
 from model.step import NewPages, Sampled, SlotStart, StepInput
 
 
@@ -17,86 +26,219 @@ class PendingStep:
     """A launched step; `result` waits for its tokens."""
 
     def __init__(self, tokens: Tensor):
-        self._tokens = tokens
+        """Starts the step's one copy to the host, of `tokens` (B,), which later steps may overwrite."""
+        on_gpu = tokens.is_cuda
+        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=on_gpu)
+        self._tokens.copy_(tokens, non_blocking=True)
+        self._copied = torch.cuda.Event() if on_gpu else None
+        if self._copied:
+            self._copied.record()
 
     def result(self) -> Sampled:
+        if self._copied:
+            self._copied.synchronize()
         return Sampled(self._tokens.tolist())
 
 
-class Runner:
-    """Runs steps on one set of weights. It trusts the scheduler: every slot, page id and position is in range."""
+def decode_buckets(num_slots: int) -> list[int]:
+    """Batch sizes that decode steps are padded to, up to `num_slots`: at most a quarter of a batch is padding."""
+    buckets = [1]
+    while buckets[-1] < num_slots:
+        buckets.append(min(num_slots, buckets[-1] + max(1, buckets[-1] // 4)))
+    return buckets
 
-    def __init__(self, model: GPT, num_slots: int, num_pages: Mapping[AttentionKind, int]):
-        """`num_pages[kind]` is the size of each KV group's pool, for every kind that the model's layers use."""
+
+class Runner:
+    """Runs steps on one set of weights. It trusts the scheduler: every slot, page id and position is in range.
+
+    Behind the slots that the scheduler knows stands one more, with a page of its own in every pool: the rows that pad a
+    bucket are sequences of one token in it, so nothing has to treat them apart.
+    """
+
+    def __init__(self, model: GPT, ops: Ops, num_slots: int, num_pages: Mapping[KVGroup, int]):
+        """`num_pages[group]` is the size of each KV group's pools, for every group that the model's layers use.
+
+        `ops` must run on the device of the weights.
+        """
         config = model.config
         weight = model.wte.weight
         self.model = model
+        self.ops = ops
         self.device, self.dtype = weight.device, weight.dtype
         shape = (config.n_head, PAGE_SIZE, config.head_dim)
         # zeros, not empty: the memory is committed page by page as it is first written.
         self.pools = [
-            KVPool(*(torch.zeros(num_pages[config.kind(i)], *shape, dtype=self.dtype, device=self.device) for _ in "kv"))
+            KVPool(*(self._zeros(num_pages[config.group(i)] + 1, *shape, dtype=self.dtype) for _ in "kv"))
             for i in range(config.n_layer)
         ]
-        width = -(-config.n_positions // PAGE_SIZE)
-        self.page_tables = {kind: self._slot_rows(num_slots, width, dtype=torch.int32) for kind in num_pages}
-        self.last_token = self._slot_rows(num_slots, dtype=torch.int64)
-        self.sampling = SamplingRows(
-            temperature=self._slot_rows(num_slots, dtype=torch.float32),
-            top_k=self._slot_rows(num_slots, dtype=torch.int64),
-            top_p=self._slot_rows(num_slots, dtype=torch.float32),
-            seed=self._slot_rows(num_slots, dtype=torch.int64),
-            choice=self._slot_rows(num_slots, dtype=torch.int64),
-            position=self._slot_rows(num_slots, dtype=torch.int64),
+        kinds: dict[PatternKind, KVGroup] = {config.kind(i): config.group(i) for i in range(config.n_layer)}
+        self.patterns = {kind: config.pattern(kind) for kind in kinds}
+        self.layouts = {
+            kind: block_layout(pattern, config.n_positions, self.device) if pattern.is_sparse else None
+            for kind, pattern in self.patterns.items()
+        }
+        self.scratch_slot = num_slots
+        # One column more than a context has pages: kernels read one entry ahead.
+        width = -(-config.n_positions // PAGE_SIZE) + 1
+        self.page_tables = {group: self._zeros(num_slots + 1, width, dtype=torch.int32) for group in num_pages}
+        for group, table in self.page_tables.items():
+            table[self.scratch_slot] = num_pages[group]
+        self.groups = kinds
+        self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
+        self.sampling = self._sampling_state(num_slots + 1)
+        self.buckets = decode_buckets(num_slots)
+        # What a decode step reads and writes, at addresses that never change: slots, then positions; sampled tokens.
+        self._decode_input = self._zeros(2 * num_slots, dtype=torch.int64)
+        self._decode_output = self._zeros(num_slots, dtype=torch.int64)
+        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
+
+    def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def _sampling_state(self, num_slots: int) -> SamplingState:
+        vocab_size, padded = self.model.config.vocab_size, self.model.config.padded_vocab_size
+        floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        columns = {name: self._zeros(num_slots, dtype=torch.float32) for name in floats}
+        columns |= {name: self._zeros(num_slots, dtype=torch.int64) for name in ("top_k", "seed", "choice")}
+        return SamplingState(
+            **columns,
+            adjusted=self._zeros(num_slots, dtype=torch.bool),
+            # Rows of the padded vocabulary, so that each is aligned to 16 bytes.
+            bias=self._zeros(num_slots, padded, dtype=torch.float32)[:, :vocab_size],
+            generated=self._zeros(num_slots, padded, dtype=torch.int32)[:, :vocab_size],
+            in_prompt=self._zeros(num_slots, padded, dtype=torch.bool)[:, :vocab_size],
         )
 
-    def _slot_rows(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.zeros(shape, dtype=dtype, device=self.device)
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record one CUDA graph for each decode bucket. Until then, and on a CPU, the same steps run op by op."""
+        pool = None
+        for bucket in reversed(self.buckets):  # the largest first: the others share its memory
+            self._stage([self.scratch_slot] * bucket, [0] * bucket)
+            self._decode(bucket)  # compiles the kernels, which must not happen while a graph is recorded
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool):
+                self._decode(bucket)
+            pool = pool or graph.pool()
+            self._graphs[bucket] = graph
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> PendingStep:
         """Apply the step's slot and page updates, run the model over its tokens and sample."""
-        for start in step.starts:
-            self._start_slot(start)
-        for pages in step.pages:
-            self._add_pages(pages)
-        slots, positions = torch.tensor(step.token_slots), torch.tensor(step.token_positions)
-        prompt = [token for chunk in step.chunks for token in chunk.tokens]
-        tokens = torch.cat((self.last_token[slots[: len(step.decodes)]], torch.tensor(prompt, dtype=torch.int64)))
-        plans = self._plans(step, slots, positions)
-        hidden = self.model(tokens, positions, PagedAttention(self.model.config, self.pools, plans, len(step.decodes)))
-        rows = torch.tensor(step.sampled_tokens, dtype=torch.int64)
-        return PendingStep(self._sample(hidden[rows], slots[rows], positions[rows] + 1))
+        if step.starts:
+            self._start_slots(step.starts)
+        if step.pages:
+            self._add_pages(step.pages)
+        return PendingStep(self._run_mixed(step) if step.chunks else self._run_decode(step))
 
-    def _start_slot(self, start: SlotStart) -> None:
-        for name, value in start.sampling._asdict().items():
-            getattr(self.sampling, name)[start.slot] = value
+    def _to_device(self, *columns: Sequence[float], dtype: torch.dtype = torch.int64) -> list[Tensor]:
+        """Lists of numbers as tensors on the device, in one transfer that nobody waits for."""
+        pinned = torch.tensor(list(chain(*columns)), dtype=dtype, pin_memory=self.device.type == "cuda")
+        return list(pinned.to(self.device, non_blocking=True).split([len(column) for column in columns]))
 
-    def _add_pages(self, pages: NewPages) -> None:
-        row = self.page_tables[pages.kind][pages.slot]
-        row[pages.first : pages.first + len(pages.page_ids)] = torch.tensor(pages.page_ids, dtype=torch.int32)
+    def _start_slots(self, starts: list[SlotStart]) -> None:
+        params = [start.sampling for start in starts]
+        slots, top_k, seed, choice, adjusted = self._to_device(
+            [start.slot for start in starts],
+            [p.top_k for p in params],
+            [p.seed for p in params],
+            [p.choice for p in params],
+            [p.is_adjusted for p in params],
+        )
+        floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+        columns = self._to_device(*([getattr(p, name) for p in params] for name in floats), dtype=torch.float32)
+        state = self.sampling
+        for column, values in zip(
+            (state.top_k, state.seed, state.choice, state.adjusted), (top_k, seed, choice, adjusted), strict=True
+        ):
+            column[slots] = values.to(column.dtype)
+        for name, values in zip(floats, columns, strict=True):
+            getattr(state, name)[slots] = values
+        for start in starts:
+            if start.sampling.is_adjusted:  # of the others nobody reads the tables
+                for table in (state.bias, state.generated, state.in_prompt):
+                    table[start.slot] = 0
+                tokens, bias = zip(*start.sampling.logit_bias, strict=True) if start.sampling.logit_bias else ((), ())
+                state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
 
-    def _plans(self, step: StepInput, slots: Tensor, positions: Tensor) -> dict[AttentionKind, GroupPlan]:
-        """What each KV group writes and reads in this step; slots and positions (N,) of its tokens."""
-        decoding = len(step.decodes)
-        chunk_slots = [chunk.slot for chunk in step.chunks]
-        starts, counts = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]
-        plans: dict[AttentionKind, GroupPlan] = {}
-        for kind, table in self.page_tables.items():
-            band = self.model.config.band if kind == "banded" else None
-            plans[kind] = GroupPlan(
-                slot_mapping=table[slots, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE,
-                decode=plan_decode(table[slots[:decoding]], positions[:decoding] + 1, band),
-                prefill=PrefillPlan(table[chunk_slots], starts, counts, band),
+    def _add_pages(self, pages: list[NewPages]) -> None:
+        for group, table in self.page_tables.items():
+            rows = [
+                (new.slot, new.first + i, page_id)
+                for new in pages
+                if new.group == group
+                for i, page_id in enumerate(new.page_ids)
+            ]
+            if rows:
+                slots, places, page_ids = self._to_device(*zip(*rows, strict=True))
+                table[slots, places] = page_ids.to(torch.int32)
+
+    def _run_decode(self, step: StepInput) -> Tensor:
+        """A step without prompt tokens: padded to a bucket."""
+        count = len(step.decodes)
+        bucket = self.buckets[bisect_left(self.buckets, count)]
+        padding = bucket - count
+        slots, positions = zip(*step.decodes, strict=True)
+        self._stage([*slots] + [self.scratch_slot] * padding, [*positions] + [0] * padding)
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self._decode(bucket)
+        return self._decode_output[:count]
+
+    def _stage(self, slots: list[int], positions: list[int]) -> None:
+        """Put a bucket's rows where `_decode` reads them."""
+        pinned = torch.tensor(slots + positions, pin_memory=self.device.type == "cuda")
+        self._decode_input[: len(pinned)].copy_(pinned, non_blocking=True)
+
+    def _decode(self, bucket: int) -> None:
+        """The rows in the buffers, one token each: what a graph holds. Nothing here may wait for the device."""
+        slots, positions = self._decode_input[: 2 * bucket].split(bucket)
+        plans = {
+            kind: StepPlan(
+                self._slot_mapping(kind, slots, positions), self._decode_plan(kind, slots, positions), None, bucket
             )
-        return plans
+            for kind in self.patterns
+        }
+        attend = PagedAttention(self.model.config, self.ops, self.pools, plans)
+        hidden = self.model(self.last_token[slots], positions, attend, self.ops)
+        self._decode_output[:bucket] = self._sample(hidden, slots, positions + 1)
+
+    def _run_mixed(self, step: StepInput) -> Tensor:
+        """A step with prompt chunks, behind decode rows or alone."""
+        count = len(step.decodes)
+        prompt = [token for chunk in step.chunks for token in chunk.tokens]
+        slots, positions, prompt_tokens, sampled, chunk_slots = self._to_device(
+            step.token_slots, step.token_positions, prompt, step.sampled_tokens, [chunk.slot for chunk in step.chunks]
+        )
+        self.sampling.in_prompt[slots[count:], prompt_tokens] = True
+        starts, lengths = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]
+        plans = {}
+        for kind, pattern in self.patterns.items():
+            table = self.page_tables[self.groups[kind]]
+            plans[kind] = StepPlan(
+                slot_mapping=self._slot_mapping(kind, slots, positions),
+                decode=self._decode_plan(kind, slots[:count], positions[:count]) if count else None,
+                prefill=PrefillPlan(table[chunk_slots], starts, lengths, pattern, self.layouts[kind]),
+                num_decodes=count,
+            )
+        tokens = torch.cat((self.last_token[slots[:count]], prompt_tokens))
+        hidden = self.model(tokens, positions, PagedAttention(self.model.config, self.ops, self.pools, plans), self.ops)
+        if not len(sampled):
+            return sampled
+        return self._sample(hidden[sampled], slots[sampled], positions[sampled] + 1)
+
+    def _slot_mapping(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> Tensor:
+        pages = self.page_tables[self.groups[kind]][slots, positions // PAGE_SIZE]
+        return pages.long() * PAGE_SIZE + positions % PAGE_SIZE
+
+    def _decode_plan(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> DecodePlan:
+        table = self.page_tables[self.groups[kind]]
+        return DecodePlan(table[slots], positions + 1, self.patterns[kind], self.layouts[kind])
 
     def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
         """Sample the tokens at `positions` (B,) of `slots` (B,) from hidden states (B, C), and remember them."""
-        if not len(slots):
-            return self.last_token[:0]
-        self.sampling.position[slots] = positions
-        logits = self.model.logits(hidden)
-        tokens = sample(logits, SamplingRows(*(column[slots] for column in self.sampling)))
+        tokens = self.ops.sample(self.model.logits(hidden), self.sampling, slots, positions)
         self.last_token[slots] = tokens
+        self.sampling.generated[slots, tokens] += 1
         return tokens

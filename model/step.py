@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-from model.config import AttentionKind
+from model.config import KVGroup
 
 
 class SamplingParams(NamedTuple):
@@ -13,6 +13,17 @@ class SamplingParams(NamedTuple):
     top_p: float = 1.0
     seed: int = 0  # 64-bit signed
     choice: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+
+    @property
+    def is_adjusted(self) -> bool:
+        """Whether logits are changed before the temperature applies."""
+        penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias) or any(penalties)
 
 
 class SlotStart(NamedTuple):
@@ -26,7 +37,7 @@ class NewPages(NamedTuple):
     """Pages that join a slot's table: page_ids[i] holds positions (first + i) * 64 and on."""
 
     slot: int
-    kind: AttentionKind
+    group: KVGroup
     first: int
     page_ids: list[int]
 

@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from model.config import Activation, AttentionKind, GPTConfig
+from kernels.names import Activation, PatternKind
+from model.config import GPTConfig
 from model.gpt import GPT
 
 CONFIG_FILE = "config.json"
@@ -204,10 +205,10 @@ GPT2 = {
 }
 
 
-NEO_KINDS: dict[str, AttentionKind] = {"global": "dense", "local": "banded"}
+NEO_KINDS: dict[str, PatternKind] = {"global": "dense", "local": "banded"}
 
 
-def neo_attention(raw: Raw, num_layers: int) -> tuple[AttentionKind, ...]:
+def neo_attention(raw: Raw, num_layers: int) -> tuple[PatternKind, ...]:
     """`attention_types`, [[["global", "local"], 12]] for 24 layers in turn, written out layer by layer."""
     types: Any = [[["global", "local"], 12]] if raw.get("attention_types") is None else raw["attention_types"]
     try:
@@ -337,6 +338,11 @@ def optional(read: Callable[[Raw, str], Any]) -> Callable[[Raw, str], Any]:
     return lambda raw, name: None if name in raw and raw[name] is None else read(raw, name)
 
 
+def if_given(read: Callable[[Raw, str], Any]) -> Callable[[Raw, str], Any]:
+    """For fields that checkpoints written before they came don't have."""
+    return lambda raw, name: None if raw.get(name) is None else read(raw, name)
+
+
 BANDED_FIELDS: dict[str, Callable[[Raw, str], Any]] = {
     "vocab_size": integer,
     "n_positions": integer,
@@ -346,6 +352,8 @@ BANDED_FIELDS: dict[str, Callable[[Raw, str], Any]] = {
     "n_inner": integer,
     "attention": attention_kinds,
     "band": optional(integer),
+    "stride": if_given(integer),
+    "summary": if_given(integer),
     "activation": activation,
     "softmax_scale": optional(number),
     "scale_by_inverse_layer": flag,

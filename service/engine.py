@@ -18,7 +18,7 @@ from collections.abc import Sequence as Items
 from contextlib import suppress
 from typing import NamedTuple, Protocol
 
-from model.config import AttentionKind
+from model.config import KVGroup
 from model.step import Sampled, StepInput
 from model.tokenizer import Tokenizer
 from service.choice import Choice, Output
@@ -398,5 +398,5 @@ class Engine:
             self._loop.call_soon_threadsafe(function, *args)
 
 
-def held_pages(scheduler: Scheduler, group: AttentionKind) -> int:
+def held_pages(scheduler: Scheduler, group: KVGroup) -> int:
     return scheduler.cache.usage()[group].held

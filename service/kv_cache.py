@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from kernels.band import PAGE_SIZE, first_key
-from model.config import AttentionKind, GPTConfig
+from model.config import GPTConfig, KVGroup
 from model.step import NewPages
 
 
@@ -27,33 +27,31 @@ def chunk_slack(band: int | None, step_tokens: int) -> int:
     return 0 if band is None else pages_for(step_tokens)
 
 
-def page_bytes(config: GPTConfig, kind: AttentionKind, item_bytes: int) -> int:
+def page_bytes(config: GPTConfig, group: KVGroup, item_bytes: int) -> int:
     """Bytes of one page across the layers of a group: keys and values of 64 positions."""
-    layers = sum(config.kind(layer) == kind for layer in range(config.n_layer))
+    layers = sum(config.group(layer) == group for layer in range(config.n_layer))
     return 2 * layers * config.n_embd * PAGE_SIZE * item_bytes
 
 
 def sequence_bytes(config: GPTConfig, num_tokens: int, item_bytes: int) -> int:
     """Bytes of KV cache that a sequence of `num_tokens` holds at rest, over all groups."""
-    return sum(resting_pages(num_tokens, band) * page_bytes(config, kind, item_bytes) for kind, band in groups(config))
+    return sum(resting_pages(num_tokens, band) * page_bytes(config, group, item_bytes) for group, band in groups(config))
 
 
-def groups(config: GPTConfig) -> list[tuple[AttentionKind, int | None]]:
+def groups(config: GPTConfig) -> list[tuple[KVGroup, int | None]]:
     """The KV groups that the layers of a model need, with their bands."""
-    kinds = {config.kind(layer) for layer in range(config.n_layer)}
-    return [(kind, config.band if kind == "banded" else None) for kind in ("dense", "banded") if kind in kinds]
+    used = {config.group(layer) for layer in range(config.n_layer)}
+    return [(group, config.band if group == "banded" else None) for group in ("dense", "banded") if group in used]
 
 
-def pool_sizes(
-    config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_slots: int, step_tokens: int
-) -> dict[AttentionKind, int]:
+def pool_sizes(config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_slots: int, step_tokens: int) -> dict[KVGroup, int]:
     """Pages of each group's pool: as many full-context sequences as fit `kv_bytes`, at most `max_slots`.
 
     Banded pools get the pages that one step's prompt chunks may add on top (see KVCache).
     Raises ValueError with the numbers when not even one sequence of the whole context fits.
     """
-    slack = {kind: chunk_slack(band, step_tokens) for kind, band in groups(config)}
-    slack_bytes = sum(slack[kind] * page_bytes(config, kind, item_bytes) for kind in slack)
+    slack = {group: chunk_slack(band, step_tokens) for group, band in groups(config)}
+    slack_bytes = sum(slack[group] * page_bytes(config, group, item_bytes) for group in slack)
     one = sequence_bytes(config, config.n_positions, item_bytes)
     if kv_bytes < one + slack_bytes:
         raise ValueError(
@@ -61,7 +59,7 @@ def pool_sizes(
             f"and a step of {step_tokens} prompt tokens {slack_bytes} more"
         )
     sequences = min(max_slots, (kv_bytes - slack_bytes) / one)
-    return {kind: int(sequences * resting_pages(config.n_positions, band)) + slack[kind] for kind, band in groups(config)}
+    return {group: int(sequences * resting_pages(config.n_positions, band)) + slack[group] for group, band in groups(config)}
 
 
 class HeldPages:
@@ -120,33 +118,35 @@ class KVCache:
     and all but the first begin one, and a chunk that begins a prompt exceeds its reservation by whole pages of its own.
     """
 
-    def __init__(self, config: GPTConfig, num_pages: Mapping[AttentionKind, int], *, step_tokens: int):
-        self.pools = {kind: PagePool(band, num_pages[kind], chunk_slack(band, step_tokens)) for kind, band in groups(config)}
+    def __init__(self, config: GPTConfig, num_pages: Mapping[KVGroup, int], *, step_tokens: int):
+        self.pools = {
+            group: PagePool(band, num_pages[group], chunk_slack(band, step_tokens)) for group, band in groups(config)
+        }
 
     def fits_when_empty(self, num_tokens: int) -> bool:
         """Whether a sequence that writes `num_tokens` positions can ever be admitted."""
         return all(resting_pages(num_tokens, pool.band) <= pool.capacity for pool in self.pools.values())
 
     def capacity_text(self) -> str:
-        return " and ".join(f"{pool.capacity} {kind} pages" for kind, pool in self.pools.items())
+        return " and ".join(f"{pool.capacity} {group} pages" for group, pool in self.pools.items())
 
     def try_reserve(self, slot: int, num_tokens: int) -> bool:
         """Promise a slot the pages for `num_tokens` positions in every group, or change nothing."""
-        needs = {kind: resting_pages(num_tokens, pool.band) for kind, pool in self.pools.items()}
-        if any(pool.reserved + needs[kind] > pool.capacity for kind, pool in self.pools.items()):
+        needs = {group: resting_pages(num_tokens, pool.band) for group, pool in self.pools.items()}
+        if any(pool.reserved + needs[group] > pool.capacity for group, pool in self.pools.items()):
             return False
-        for kind, pool in self.pools.items():
-            pool.held[slot] = HeldPages(needs[kind])
-            pool.reserved += needs[kind]
+        for group, pool in self.pools.items():
+            pool.held[slot] = HeldPages(needs[group])
+            pool.reserved += needs[group]
         return True
 
     def extend(self, slot: int, stop: int) -> list[NewPages]:
         """Back every position before `stop` with a page in every group; what was added."""
         added = []
-        for kind, pool in self.pools.items():
+        for group, pool in self.pools.items():
             first, page_ids = pool.extend(slot, stop)
             if page_ids:
-                added.append(NewPages(slot, kind, first, page_ids))
+                added.append(NewPages(slot, group, first, page_ids))
         return added
 
     def release_behind(self, slot: int, next_position: int) -> None:
@@ -157,25 +157,25 @@ class KVCache:
         for pool in self.pools.values():
             pool.release(slot)
 
-    def held(self, slot: int) -> dict[AttentionKind, int]:
+    def held(self, slot: int) -> dict[KVGroup, int]:
         """Pages a slot holds now."""
-        return {kind: len(pool.held[slot].page_ids) for kind, pool in self.pools.items()}
+        return {group: len(pool.held[slot].page_ids) for group, pool in self.pools.items()}
 
-    def usage(self) -> dict[AttentionKind, Usage]:
-        return {kind: Usage(pool.num_pages - len(pool.free), pool.num_pages) for kind, pool in self.pools.items()}
+    def usage(self) -> dict[KVGroup, Usage]:
+        return {group: Usage(pool.num_pages - len(pool.free), pool.num_pages) for group, pool in self.pools.items()}
 
     def faults(self) -> list[str]:
         """What is wrong with the accounts, in words; empty when every page is in exactly one place. Call between steps."""
         found = []
-        for kind, pool in self.pools.items():
+        for group, pool in self.pools.items():
             pages = pool.free + [page for held in pool.held.values() for page in held.page_ids]
             if sorted(pages) != list(range(pool.num_pages)):
-                found.append(f"{kind}: {len(pages)} pages accounted for, {len(set(pages))} distinct, of {pool.num_pages}")
+                found.append(f"{group}: {len(pages)} pages accounted for, {len(set(pages))} distinct, of {pool.num_pages}")
             promised = sum(held.reserved for held in pool.held.values())
             if promised != pool.reserved or promised > pool.capacity:
-                found.append(f"{kind}: {promised} pages promised to slots, {pool.reserved} booked, of {pool.capacity}")
+                found.append(f"{group}: {promised} pages promised to slots, {pool.reserved} booked, of {pool.capacity}")
             found += [
-                f"{kind}: slot {slot} holds {len(held.page_ids)} pages but reserved {held.reserved}"
+                f"{group}: slot {slot} holds {len(held.page_ids)} pages but reserved {held.reserved}"
                 for slot, held in pool.held.items()
                 if len(held.page_ids) > held.reserved
             ]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from kernels import ops
 from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams
@@ -24,6 +25,11 @@ from service.settings import Settings
 log = logging.getLogger("banded")
 
 DEMO_DIRECTORY = Path(__file__).parent.parent / "model" / "data" / "demo"
+# The kernels multiply bfloat16 on tensor cores and copy asynchronously: Ampere and later.
+MIN_CAPABILITY = (8, 0)
+# Default budget for KV pages on a CPU, and the share of a GPU's memory that is left to activations and captured graphs.
+CPU_KV_BYTES = 2 << 30
+CUDA_RESERVE = 0.1
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -50,16 +56,37 @@ def served_name(model: str) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    if device == "cuda":
-        raise LoadError("device cuda: the CUDA kernels are not built yet; use --device cpu")
-    return torch.device("cpu")
+    """auto is the GPU where PyTorch sees one. Raises LoadError where none can be used."""
+    available = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise LoadError("device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        raise LoadError(
+            f"device cuda: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
+            f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}; use --device cpu"
+        )
+    return torch.device("cuda")
 
 
-def choose_dtype(dtype: str) -> torch.dtype:
-    """auto is bfloat16 where the CPU multiplies it natively, float32 elsewhere."""
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto is bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
     if dtype != "auto":
         return DTYPES[dtype]
-    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
+    """Bytes for KV pages: what the settings say, or what `device`, which already holds the weights, has to spare."""
+    if kv_bytes is not None:
+        return kv_bytes
+    if device.type == "cpu":
+        return CPU_KV_BYTES
+    free, total = torch.cuda.mem_get_info(device)
+    return max(0, free - int(total * CUDA_RESERVE))
 
 
 def load_checkpoint(settings: Settings) -> Checkpoint:
@@ -68,7 +95,8 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     Raises CheckpointError or TokenizerError naming what is wrong with the directory, LoadError for device or dtype.
     """
     directory = model_directory(settings.model)
-    device, dtype = choose_device(settings.device), choose_dtype(settings.dtype)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
     log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, str(dtype)[6:], device)
     model = load_model(directory, dtype, device)
     tokenizer = load_tokenizer(directory)
@@ -77,10 +105,11 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
 
 def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -> Engine:
     """An engine, warmed up and not yet started. Raises ValueError when the KV budget can't hold one sequence."""
-    config, dtype = checkpoint.model.config, checkpoint.model.wte.weight.dtype
+    config, weight = checkpoint.model.config, checkpoint.model.wte.weight
+    device, dtype = weight.device, weight.dtype
     sizes = pool_sizes(
         config,
-        kv_bytes=settings.kv_bytes,
+        kv_bytes=kv_budget(settings.kv_bytes, device),
         item_bytes=dtype.itemsize,
         max_slots=settings.max_slots,
         step_tokens=settings.step_tokens,
@@ -94,10 +123,12 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
         min(settings.max_slots, total / sequence_bytes(config, config.n_positions, dtype.itemsize)),
         config.n_positions,
     )
-    runner = Runner(checkpoint.model, settings.max_slots, sizes)
+    runner = Runner(checkpoint.model, ops.choose(device, settings.kernels), settings.max_slots, sizes)
     cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
     scheduler = Scheduler(cache, max_slots=settings.max_slots, step_tokens=settings.step_tokens)
     warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
+    if device.type == "cuda":
+        runner.capture()
     return Engine(
         runner,
         scheduler,
@@ -106,6 +137,7 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
         max_slots=settings.max_slots,
         max_queue=settings.max_queue,
         queue_timeout=settings.queue_timeout,
+        steps_ahead=1 if device.type == "cuda" else 0,  # a CPU has nothing to run beside the host
     )
 
 

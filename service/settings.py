@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from kernels.names import KernelChoice
 from service.scheduler import MIN_CHUNK
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -25,7 +26,10 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
     dtype: Dtype = Field("auto", description="auto: bfloat16 where the hardware multiplies it, else float32")
     device: Device = "auto"
-    kv_bytes: int = Field(2 << 30, gt=0, description="memory for KV pages, in bytes")
+    kernels: KernelChoice = Field("auto", description="triton: run the GPU path in Triton's interpreter on a CPU, for tests")
+    kv_bytes: int | None = Field(
+        None, gt=0, description="memory for KV pages, in bytes; by default 2 GiB on a CPU, what weights leave free on a GPU"
+    )
     max_slots: int = Field(32, ge=1, le=1024, description="sequences that run at once")
     max_queue: int = Field(1024, ge=0, description="choices that may wait for a slot; one more is a 429")
     step_tokens: int = Field(512, ge=1, description="tokens computed in one step, prompt and generated together")

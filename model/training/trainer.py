@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+from kernels import cpu
 from model.gpt import GPT, WindowAttention
 from model.training.data import consecutive_windows, random_windows
 from model.training.loss import linear_cross_entropy
@@ -94,7 +95,7 @@ def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
     """Mean next-token loss in nats over windows (B, T), matrix work in bf16."""
     positions = torch.arange(inputs.shape[1])
     with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(inputs, positions, WindowAttention(model.config))
+        hidden = model(inputs, positions, WindowAttention(model.config), cpu)
         hidden = model.project_out(hidden).to(torch.bfloat16)
     head = model.wte if model.lm_head is None else model.lm_head
     return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), model.config.vocab_size)
@@ -109,7 +110,7 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
     total = 0.0
     windows = list(consecutive_windows(tokens, model.config.n_positions))
     for inputs, targets in tqdm(windows, desc="held-out", unit="window"):
-        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(model.config))
+        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(model.config), cpu)
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
             total += F.cross_entropy(model.logits(rows), labels, reduction="sum").item()
     return math.exp(total / (len(tokens) - 1))

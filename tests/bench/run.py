@@ -86,13 +86,14 @@ def bench_kv_pages() -> None:
     scheduler.submit([Sequence([0] * 2000, 48, SamplingParams(), None)])
     peak = at_rest = dict.fromkeys(sizes, 0)
     while step := scheduler.schedule(0.0):
-        peak = {kind: max(peak[kind], pages) for kind, pages in scheduler.cache.held(0).items()}
+        held = scheduler.cache.held(0)
+        peak = {group: max(peak[group], pages) for group, pages in held.items()}
+        if step.decodes:
+            at_rest = held
         scheduler.commit(Sampled([0] * len(step.sampled_tokens)), 0.01)
-        if scheduler.running and not step.decodes and not scheduler.running[0].in_prompt:
-            at_rest = scheduler.cache.held(0)
     print("\nKV pages of 64 held by a 2000-token prompt, band 256, chunks of 512")
-    for kind in sizes:
-        print(f"{kind:>8}: {at_rest[kind]} at rest, {peak[kind]} at the peak of its prefill")
+    for group in sizes:
+        print(f"{group:>8}: {at_rest[group]} at rest, {peak[group]} at the peak of its prefill")
 
 
 def main() -> None:

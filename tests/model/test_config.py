@@ -3,6 +3,8 @@ from typing import Any
 
 import pytest
 
+from kernels.names import PatternKind
+from kernels.patterns import Pattern
 from model.config import DEMO, GPT3_SIZES, GPTConfig
 
 SMALL = GPTConfig(vocab_size=331, n_positions=256, n_embd=64, n_layer=4, n_head=4, n_inner=256)
@@ -42,17 +44,29 @@ def test_sizes_share_the_shape_of_gpt3(config: GPTConfig) -> None:
     assert (config.vocab_size, config.n_positions, config.n_inner) == (50257, 2048, 4 * config.n_embd)
     assert config.head_dim in (64, 80, 96, 128)
     assert [config.kind(layer) for layer in range(4)] == ["dense", "banded", "dense", "banded"]
-    assert [config.band_of(layer) for layer in range(4)] == [None, 256, None, 256]
+    assert [config.pattern(config.kind(layer)).band for layer in range(4)] == [None, 256, None, 256]
 
 
 def test_pattern_repeats_over_the_layers() -> None:
     config = dataclasses.replace(SMALL, attention=("dense", "dense", "banded"), band=16, n_layer=7)
     assert [config.kind(layer) for layer in range(7)] == ["dense", "dense", "banded"] * 2 + ["dense"]
-    assert [config.band_of(layer) for layer in range(3)] == [None, None, 16]
+    assert [config.pattern(config.kind(layer)).band for layer in range(3)] == [None, None, 16]
 
 
 def test_dense_layers_have_no_band_even_if_the_config_has() -> None:
-    assert dataclasses.replace(SMALL, band=16).band_of(0) is None
+    assert dataclasses.replace(SMALL, band=16).pattern("dense").band is None
+
+
+def test_sparse_layers_keep_their_keys_with_the_dense_ones() -> None:
+    kinds: tuple[PatternKind, ...] = ("dense", "banded", "strided", "fixed")
+    config = dataclasses.replace(SMALL, attention=kinds, band=16, stride=32, summary=4)
+    assert [config.group(layer) for layer in range(4)] == ["dense", "banded", "dense", "dense"]
+    assert [config.pattern(config.kind(layer)) for layer in range(4)] == [
+        Pattern("dense"),
+        Pattern("banded", 16),
+        Pattern("strided", 32),
+        Pattern("fixed", 32, 4),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -89,10 +103,13 @@ def test_token_width_is_the_models_unless_projected() -> None:
         ({"n_head": 0}, "n_head must be at least 1, got 0"),
         ({"n_inner": 0}, "n_inner must be at least 1, got 0"),
         ({"n_head": 5}, "n_embd 64 is not a multiple of n_head 5"),
-        ({"attention": ()}, r"attention must name 'dense' or 'banded' for each layer, got \(\)"),
-        ({"attention": ("dense", "sparse")}, "attention must name 'dense' or 'banded' for each layer, got .*'sparse'"),
+        ({"attention": ()}, r"attention must name one of dense, banded, strided, fixed for each layer, got \(\)"),
+        ({"attention": ("dense", "sparse")}, "attention must name one of .* for each layer, got .*'sparse'"),
         ({"attention": ("banded",)}, "band must be at least 1 when a layer is banded, got None"),
         ({"attention": ("banded",), "band": 0}, "band must be at least 1 when a layer is banded, got 0"),
+        ({"attention": ("strided",)}, "stride must be at least 1 when a layer is strided, got None"),
+        ({"attention": ("fixed",), "stride": 8}, "summary must be at least 1 when a layer is fixed, got None"),
+        ({"attention": ("fixed",), "stride": 8, "summary": 9}, "summary 9 is more than the stride 8 that it is a part of"),
         ({"embedding_width": 0}, "embedding_width must be at least 1, got 0"),
         ({"position_offset": -1}, "position_offset must not be negative, got -1"),
     ],

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT, WindowAttention, banded_window_attention
 from tests.model.checkpoints import randomise
@@ -26,7 +27,7 @@ def some_tokens(*shape: int) -> Tensor:
 
 def logits(model: GPT, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config)))
+    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu))
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:
@@ -90,7 +91,11 @@ def test_window_attention_takes_band_and_scale_from_the_config(layer: int, lengt
     q, k, v = torch.randn(3, 2, length, 4, 16)
     out = WindowAttention(config)(layer, q, k, v)
     expected = masked_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), config.band_of(layer), config.scale_of(layer)
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        config.pattern(config.kind(layer)).band,
+        config.scale_of(layer),
     )
     torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
@@ -129,11 +134,13 @@ def test_a_banded_stack_forgets_what_no_layer_can_reach() -> None:
 
 def test_positions_may_be_any_shape_and_offset_into_the_table() -> None:
     model = small_model(position_offset=2)
-    x = model.wte.weight[torch.tensor([5])] + model.wpe.weight[torch.tensor([7 + 2])]
+    x, update = model.wte.weight[torch.tensor([[5]])] + model.wpe.weight[torch.tensor([[7 + 2]])], None
     for layer, block in enumerate(model.h):
-        x = block(x[None], layer, WindowAttention(model.config))[0]
-    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), WindowAttention(model.config))
-    torch.testing.assert_close(hidden[0], model.ln_f(x))
+        x, update = block(x, update, layer, WindowAttention(model.config), cpu)
+    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), WindowAttention(model.config), cpu)
+    assert model.ln_f is not None
+    assert update is not None
+    torch.testing.assert_close(hidden, model.ln_f(x + update))
 
 
 def test_initialisation_is_gpt2s_and_follows_its_seed() -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels import cpu
 from kernels.band import PAGE_SIZE
-from model.config import AttentionKind
+from kernels.ops import Ops
+from model.config import KVGroup
 from model.runner import Runner
 from model.step import DecodeRow, NewPages, PromptChunk, SamplingParams, SlotStart, StepInput
 from model.weights import load_model
@@ -26,17 +28,19 @@ class PagedRun:
     All pages that no slot holds are NaN before every step, so a single read of a dead key would show.
     """
 
-    def __init__(self, directory: Path, sequences: list[Tensor], dtype: torch.dtype = torch.float32):
+    def __init__(self, directory: Path, sequences: list[Tensor], dtype: torch.dtype = torch.float32, ops: Ops = cpu):
         self.model = load_model(directory, dtype)
         config = self.model.config
         self.sequences = sequences
-        kinds: dict[AttentionKind, int | None] = {config.kind(i): config.band_of(i) for i in range(config.n_layer)}
+        bands: dict[KVGroup, int | None] = {
+            config.group(i): config.pattern(config.kind(i)).band for i in range(config.n_layer)
+        }
         sizes = {
-            kind: sum(resting_pages(len(tokens), band) for tokens in sequences) + pages_for(STEP_TOKENS)
-            for kind, band in kinds.items()
+            group: sum(resting_pages(len(tokens), band) for tokens in sequences) + pages_for(STEP_TOKENS)
+            for group, band in bands.items()
         }
         self.cache = KVCache(config, sizes, step_tokens=STEP_TOKENS)
-        self.runner = Runner(self.model, len(sequences), sizes)
+        self.runner = Runner(self.model, ops, len(sequences), sizes)
         self.model.register_forward_hook(self._record)
         self.hidden: list[Tensor] = []
         self.done = [0] * len(sequences)
@@ -49,7 +53,7 @@ class PagedRun:
 
     def poison(self) -> None:
         for layer, pool in enumerate(self.runner.pools):
-            free = self.cache.pools[self.model.config.kind(layer)].free
+            free = self.cache.pools[self.model.config.group(layer)].free
             pool.k[free] = float("nan")
             pool.v[free] = float("nan")
 

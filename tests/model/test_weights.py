@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kernels import cpu
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.weights import BANDED_FIELDS, CheckpointError, load_model, read_config, save_model
@@ -32,7 +33,7 @@ def some_tokens(length: int) -> Tensor:
 def our_logits(directory: Path, tokens: Tensor) -> Tensor:
     model = load(directory)
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config)))
+    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu))
 
 
 @torch.no_grad()
@@ -311,6 +312,8 @@ def test_every_field_of_our_config_is_written_and_read(tmp_path: Path) -> None:
         n_inner=96,
         attention=("banded", "dense", "dense"),
         band=16,
+        stride=32,
+        summary=4,
         activation="relu",
         softmax_scale=0.5,
         scale_by_inverse_layer=True,
@@ -587,7 +590,7 @@ ATTENTION_TYPES = "attention_types must be like"
         (
             "banded",
             {"attention": ["sparse"]},
-            r"attention must name 'dense' or 'banded' for each layer, got \('sparse',\)",
+            r"attention must name one of dense, banded, strided, fixed for each layer, got \('sparse',\)",
         ),
         ("banded", {"activation": "silu"}, "activation 'silu' is not supported"),
         ("banded", {"softmax_scale": -1}, "softmax_scale must be a positive number, got -1"),

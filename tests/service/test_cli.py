@@ -82,10 +82,13 @@ def test_a_vocabulary_that_does_not_suit_the_model(tmp_path: Path, capsys: pytes
     assert line == f"{tmp_path / 'banded'}: config.json: vocab_size is 331, r50k_base needs 50257"
 
 
+NO_GPU = "device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build of torch"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["serve", "--device", "cuda"], "device cuda: the CUDA kernels are not built yet; use --device cpu"),
+        (["serve", "--device", "cuda"], NO_GPU),
         (["serve", "--device", "tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
         (["serve", "--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         (["serve", "--port", "70000"], "port: Input should be less than or equal to 65535"),
@@ -94,7 +97,10 @@ def test_a_vocabulary_that_does_not_suit_the_model(tmp_path: Path, capsys: pytes
             ["serve", "--host", "0.0.0.0"],
             "host 0.0.0.0 can be reached from outside: set BANDED_API_KEYS, or say --allow-unauthenticated",
         ),
-        (["complete", "a", "--device", "cuda"], "device cuda: the CUDA kernels are not built yet; use --device cpu"),
+        (
+            ["complete", "a", "--device", "cuda"],
+            NO_GPU,
+        ),
         (["complete", "a", "--max-tokens", "-1"], "max_tokens: Input should be greater than or equal to 0"),
         (["complete", "a", "--temperature", "2.5"], "temperature: Input should be less than or equal to 2"),
         (["complete", "a", "--temperature", "nan"], "temperature: Input should be a finite number"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model.step import SamplingParams
-from service.loading import LoadError, choose_device, choose_dtype, load_served
+from service.loading import LoadError, choose_device, choose_dtype, kv_budget, load_served
 from service.metrics import Metrics
 from service.scheduler import Sequence
 from service.served import ServedModel
@@ -84,14 +84,46 @@ def test_a_kv_budget_below_one_sequence_is_refused_with_the_numbers(tmp_path: Pa
         served(directory, kv_bytes=1000)
 
 
-def test_cuda_is_refused_until_its_kernels_are_there() -> None:
-    with pytest.raises(LoadError, match="the CUDA kernels are not built yet; use --device cpu"):
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some GPU")
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LoadError, match="device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build"):
         choose_device("cuda")
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
+def test_with_a_gpu_auto_is_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (9, 0))
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (7, 5))
+    for device in ("cuda", "auto"):
+        with pytest.raises(LoadError, match=r"Some GPU has compute capability 7\.5, the kernels need 8\.0"):
+            choose_device(device)
+
+
 @pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_dtype_is_what_the_cpu_multiplies(native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_dtype_is_what_the_hardware_multiplies(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    assert choose_dtype("auto") is expected
-    assert choose_dtype("float16") is torch.float16
+    assert choose_dtype("auto", torch.device("cpu")) is expected
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("float16", torch.device("cpu")) is torch.float16
+
+
+def test_kv_pages_get_what_the_weights_leave_of_a_gpu_and_a_fixed_share_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
+    assert kv_budget(None, torch.device("cuda")) == 62 * 10**9
+    assert kv_budget(None, torch.device("cpu")) == 2 << 30
+    assert kv_budget(5000, torch.device("cuda")) == kv_budget(5000, torch.device("cpu")) == 5000
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
+    assert kv_budget(None, torch.device("cuda")) == 0, "no room is no room, not a negative size"

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.band import PAGE_SIZE, first_key
-from model.config import AttentionKind, GPTConfig
+from model.config import GPTConfig, KVGroup
 from model.step import Sampled, SamplingParams, StepInput
 from service.kv_cache import KVCache, chunk_slack, resting_pages
 from service.scheduler import MIN_CHUNK, Delta, Pace, Scheduler, Sequence
@@ -44,7 +44,7 @@ def make(
     sizes = {"dense": dense_sequences * resting_pages(n_positions, None)}
     if band is not None:
         sizes["banded"] = banded_sequences * resting_pages(n_positions, band) + chunk_slack(band, step_tokens)
-    cache = KVCache(shape, cast(dict[AttentionKind, int], sizes), step_tokens=step_tokens)
+    cache = KVCache(shape, cast(dict[KVGroup, int], sizes), step_tokens=step_tokens)
     return Scheduler(cache, max_slots=max_slots, step_tokens=step_tokens)
 
 
@@ -65,8 +65,8 @@ class Device:
     def __init__(self, scheduler: Scheduler, rng: random.Random):
         self.scheduler = scheduler
         self.rng = rng
-        self.table: dict[tuple[AttentionKind, int, int], int] = {}
-        self.content: dict[tuple[AttentionKind, int, int], tuple[Sequence, int]] = {}
+        self.table: dict[tuple[KVGroup, int, int], int] = {}
+        self.content: dict[tuple[KVGroup, int, int], tuple[Sequence, int]] = {}
         self.num_computed: dict[Sequence, int] = {}
         self.num_sampled: dict[Sequence, int] = {}
 
@@ -74,7 +74,7 @@ class Device:
         """Write the step's keys, then check that every key its queries see is where the table says; sample at random."""
         for pages in step.pages:
             for i, page_id in enumerate(pages.page_ids):
-                self.table[pages.kind, pages.slot, pages.first + i] = page_id
+                self.table[pages.group, pages.slot, pages.first + i] = page_id
         running = self.scheduler.running
         tokens = list(zip(step.token_slots, step.token_positions, strict=True))
         for slot, position in tokens:
@@ -98,8 +98,8 @@ class Device:
             return Row(sequence, None)
         return Row(sequence, [] if token is None else [token])
 
-    def place(self, kind: AttentionKind, slot: int, position: int) -> tuple[AttentionKind, int, int]:
-        return kind, self.table[kind, slot, position // PAGE_SIZE], position % PAGE_SIZE
+    def place(self, group: KVGroup, slot: int, position: int) -> tuple[KVGroup, int, int]:
+        return group, self.table[group, slot, position // PAGE_SIZE], position % PAGE_SIZE
 
 
 def step_slots(step: StepInput) -> list[int]:

@@ -33,6 +33,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "port": "0",
         "dtype": "float32",
         "device": "cpu",
+        "kernels": "triton",
         "kv_bytes": "1000000",
         "max_slots": "4",
         "max_queue": "0",
@@ -49,7 +50,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     read = settings()
     assert (read.model, read.host, read.port, read.dtype) == ("/models/small", "::1", 0, "float32")
     assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
-    assert (read.device, read.kv_bytes, read.drain_timeout) == ("cpu", 1_000_000, 0)
+    assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
     assert read.api_keys == ("one", "two", "three")
     assert read.open_metrics is read.allow_unauthenticated is True
     assert settings(port=8123, api_keys=("x",)).port == 8123  # given values win

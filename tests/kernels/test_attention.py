@@ -1,6 +1,6 @@
-"""The CPU path against the reference: values, and that only live keys are read."""
+"""Attention of every path against the reference: values, bits, and that nothing but live keys is read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -8,40 +8,139 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels import cpu, reference
-from kernels.band import PAGE_SIZE, first_key, pages_spanned, query_blocks
-from kernels.plan import PrefillPlan, plan_decode
+from kernels import cpu, gpu, reference
+from kernels.band import PAGE_SIZE, pages_spanned, query_blocks
+from kernels.ops import Ops
+from kernels.patterns import Pattern
+from kernels.plan import DecodePlan, PrefillPlan
+from tests.kernels.interpreter import exact_bf16
+from tests.kernels.paged import Cache, DecodeCase, PrefillCase, cache_of, decode_case, prefill_case
+from tests.kernels.paths import ServedPath, served_paths
 
-HEADS, DIM, MAX_PAGES = 2, 16, 40
-BANDS = [None, 1, 63, 64, 65, 100, 256]
+DENSE = Pattern("dense")
+BANDS = [Pattern("banded", band) for band in (1, 63, 64, 65, 100, 256)]
+SPARSE = [Pattern("strided", 64), Pattern("strided", 37), Pattern("fixed", 128, 32), Pattern("fixed", 50, 3)]
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lambda p: f"{p.kind}{p.size or ''}")
+one_of_each = pytest.mark.parametrize("pattern", [DENSE, BANDS[4], SPARSE[0], SPARSE[2]], ids=lambda p: p.kind)
+dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d)[6:])
 
 
-class Cache:
-    """Sequences of random keys in scattered pages; everything that is not a live key is NaN."""
+@pytest.fixture(autouse=True)
+def bf16_is_right() -> Iterator[None]:
+    torch.manual_seed(0)
+    with exact_bf16():
+        yield
 
-    def __init__(
-        self,
-        lengths: list[int],
-        first_keys: list[int],
-        dtype: torch.dtype = torch.float32,
-        heads: int = HEADS,
-        dim: int = DIM,
-    ):
-        num_pages = sum(-(-length // PAGE_SIZE) for length in lengths) + 3
-        shape = (num_pages, heads, PAGE_SIZE, dim)
-        self.k = torch.full(shape, float("nan"), dtype=dtype)
-        self.v = torch.full(shape, float("nan"), dtype=dtype)
-        order = iter(torch.randperm(num_pages).tolist())
-        self.page_table = torch.full((len(lengths), MAX_PAGES), num_pages - 1, dtype=torch.int32)
-        for i, (length, first) in enumerate(zip(lengths, first_keys, strict=True)):
-            # A banded layer still holds the whole page in which its first live key stands.
-            first_page = first // PAGE_SIZE
-            for page in range(first_page, -(-length // PAGE_SIZE)):
-                page_id = next(order)
-                self.page_table[i, page] = page_id
-                written = min(length - page * PAGE_SIZE, PAGE_SIZE)
-                for pages in (self.k, self.v):
-                    pages[page_id, :, :written] = torch.randn(heads, written, dim).to(dtype)
+
+def prefill(ops: Ops, case: PrefillCase, scale: float = 0.3) -> Tensor:
+    attend = ops.block_sparse_attention if case.plan.layout else ops.prefill_attention
+    return attend(case.q, case.cache.k, case.cache.v, case.plan, scale)
+
+
+def decode(ops: Ops, case: DecodeCase, scale: float = 0.3) -> Tensor:
+    return ops.decode_attention(case.q, case.cache.k, case.cache.v, case.plan, scale)
+
+
+def assert_close(ours: Tensor, expected: Tensor) -> None:
+    tolerance = TOLERANCE[expected.dtype]
+    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
+
+
+@served_paths
+@patterns
+def test_decode_equals_reference(path: ServedPath, pattern: Pattern) -> None:
+    # Around the borders of pages, splits and bands; 2048 is what a split of 8 is for.
+    case = decode_case([1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern, device=path.device)
+    assert_close(decode(path.ops, case), decode(reference, case))
+
+
+@served_paths
+@patterns
+def test_prefill_equals_reference(path: ServedPath, pattern: Pattern) -> None:
+    starts, counts = [0, 0, 200, 513, 64, 255], [1, 130, 70, 5, 64, 2]
+    case = prefill_case(starts, counts, pattern, device=path.device)
+    assert_close(prefill(path.ops, case), prefill(reference, case))
+
+
+@served_paths
+@one_of_each
+@dtypes
+@pytest.mark.parametrize("dim", [64, 80, 96, 128])
+def test_every_head_size_in_every_dtype(path: ServedPath, pattern: Pattern, dtype: torch.dtype, dim: int) -> None:
+    shape: dict[str, Any] = {"dim": dim, "dtype": dtype, "device": path.device}
+    chunks = prefill_case([0, 150], [70, 9], pattern, **shape)
+    assert_close(prefill(path.ops, chunks, dim**-0.5), prefill(reference, chunks, dim**-0.5))
+    rows = decode_case([70, 3, 300], pattern, **shape)
+    assert_close(decode(path.ops, rows, dim**-0.5), decode(reference, rows, dim**-0.5))
+
+
+@served_paths
+def test_scores_far_from_0_do_not_overflow(path: ServedPath) -> None:
+    # fp32 rounds a score of 1000 by up to 6e-5, which is then the relative error of its weight.
+    case = prefill_case([0], [70], DENSE, device=path.device)
+    torch.testing.assert_close(prefill(path.ops, case, 100.0), prefill(reference, case, 100.0), atol=1e-3, rtol=1e-3)
+    rows = decode_case([300], DENSE, device=path.device)
+    torch.testing.assert_close(decode(path.ops, rows, 100.0), decode(reference, rows, 100.0), atol=1e-3, rtol=1e-3)
+
+
+def alone(case: DecodeCase, i: int) -> DecodeCase:
+    row = slice(i, i + 1)
+    plan = DecodePlan(case.plan.page_table[row], case.plan.lengths[row], case.plan.pattern, case.plan.layout)
+    return DecodeCase(case.q[row], case.cache, plan)
+
+
+@served_paths
+@one_of_each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_decode_row_has_the_same_bits_in_any_batch(path: ServedPath, pattern: Pattern, dtype: torch.dtype) -> None:
+    lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
+    case = decode_case(lengths, pattern, heads=3, dim=64, dtype=dtype, device=path.device)
+    together = decode(path.ops, case)
+    for i in range(len(lengths)):
+        assert torch.equal(decode(path.ops, alone(case, i))[0], together[i])
+
+
+@served_paths
+@one_of_each
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_has_the_same_bits_however_it_is_cut(path: ServedPath, pattern: Pattern, dtype: torch.dtype) -> None:
+    """On the CPU where the cuts are multiples of 16, as the scheduler's are; in Triton wherever they are."""
+    whole = prefill_case([0], [200], pattern, heads=1, dim=64, dtype=dtype, device=path.device)
+    expected = prefill(path.ops, whole)
+    for cuts in [[16, 64, 128], [96]] if path.ops is cpu else [[1, 2, 70, 130], [63, 65, 199]]:
+        for start, stop in zip([0, *cuts], [*cuts, 200], strict=True):
+            plan = PrefillPlan(whole.plan.page_table, [start], [stop - start], pattern, whole.plan.layout)
+            part = prefill(path.ops, PrefillCase(whole.q[start:stop], whole.cache, plan))
+            if path.ops is cpu and dtype == torch.float32:  # its matrix products have other bits at other sizes
+                assert_close(part, expected[start:stop])
+            else:
+                assert torch.equal(part, expected[start:stop]), (start, stop)
+
+
+@served_paths
+@one_of_each
+def test_a_prompt_has_the_same_bits_beside_others(path: ServedPath, pattern: Pattern) -> None:
+    starts, counts = [30, 0, 128], [70, 9, 64]
+    case = prefill_case(starts, counts, pattern, dtype=torch.bfloat16, dim=64, heads=1, device=path.device)
+    together = prefill(path.ops, case)
+    begin = 0
+    for i, count in enumerate(counts):
+        rows = slice(begin, begin + count)
+        plan = PrefillPlan(case.plan.page_table[i : i + 1], [starts[i]], [count], pattern, case.plan.layout)
+        assert torch.equal(prefill(path.ops, PrefillCase(case.q[rows], case.cache, plan)), together[rows])
+        begin += count
+
+
+@served_paths
+@one_of_each
+def test_the_last_query_of_a_prompt_is_near_the_same_query_decoded(path: ServedPath, pattern: Pattern) -> None:
+    """Two kernels, or two paths through PyTorch: a tolerance, not the same bits."""
+    case = prefill_case([0], [150], pattern, dim=64, device=path.device)
+    plan = DecodePlan(case.plan.page_table, torch.tensor([150], device=path.device), pattern, case.plan.layout)
+    row = decode(path.ops, DecodeCase(case.q[-1:], case.cache, plan))
+    assert_close(row, prefill(path.ops, case)[-1:])
 
 
 class PagesRead(TorchDispatchMode):
@@ -60,83 +159,47 @@ class PagesRead(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def decode_case(lengths: list[int], band: int | None, dtype: torch.dtype) -> tuple[Tensor, Cache]:
-    cache = Cache(lengths, [first_key(length - 1, band) for length in lengths], dtype)
-    return torch.randn(len(lengths), HEADS, DIM).to(dtype), cache
-
-
-def prefill_case(starts: list[int], counts: list[int], band: int | None, dtype: torch.dtype) -> tuple[Tensor, Cache]:
-    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
-    cache = Cache(lengths, [first_key(start, band) for start in starts], dtype)
-    return torch.randn(sum(counts), HEADS, DIM).to(dtype), cache
-
-
-@pytest.mark.parametrize("band", BANDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
-def test_decode_equals_reference(band: int | None, dtype: torch.dtype, tolerance: float) -> None:
-    lengths = [1, 63, 64, 65, 257, 2048, 700, 320]
-    q, cache = decode_case(lengths, band, dtype)
-    plan = plan_decode(cache.page_table, torch.tensor(lengths), band)
-    out = cpu.decode_attention(q, cache.k, cache.v, plan, 0.3)
-    expected = reference.decode_attention(q, cache.k, cache.v, plan, 0.3)
-    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("band", BANDS)
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 1.5e-2)])
-def test_prefill_equals_reference(band: int | None, dtype: torch.dtype, tolerance: float) -> None:
-    starts, counts = [0, 0, 200, 513, 64], [1, 130, 300, 5, 64]
-    q, cache = prefill_case(starts, counts, band, dtype)
-    plan = PrefillPlan(cache.page_table, starts, counts, band)
-    out = cpu.prefill_attention(q, cache.k, cache.v, plan, 0.3)
-    expected = reference.prefill_attention(q, cache.k, cache.v, plan, 0.3)
-    torch.testing.assert_close(out, expected, atol=tolerance, rtol=tolerance)
-
-
-@pytest.mark.parametrize("band", [None, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_decode_row_has_the_same_bits_in_any_batch(band: int | None, dtype: torch.dtype) -> None:
-    lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
-    heads, dim = 12, 64
-    cache = Cache(lengths, [first_key(length - 1, band) for length in lengths], dtype, heads, dim)
-    q = torch.randn(len(lengths), heads, dim).to(dtype)
-    together = cpu.decode_attention(q, cache.k, cache.v, plan_decode(cache.page_table, torch.tensor(lengths), band), 0.25)
-    for i, length in enumerate(lengths):
-        plan = plan_decode(cache.page_table[i : i + 1], torch.tensor([length]), band)
-        alone = cpu.decode_attention(q[i : i + 1], cache.k, cache.v, plan, 0.25)
-        assert torch.equal(alone[0], together[i])
-
-
 @pytest.mark.parametrize("band", [1, 64, 100, 256])
-def test_banded_decode_reads_at_most_band_and_a_page(band: int) -> None:
+def test_banded_decode_on_the_cpu_reads_at_most_band_and_a_page(band: int) -> None:
     for length in (1, 64, 204, 300, 330, 2047, 2048):
-        q, cache = decode_case([length], band, torch.float32)
-        plan = plan_decode(cache.page_table, torch.tensor([length]), band)
-        with PagesRead(cache) as read:
-            cpu.decode_attention(q, cache.k, cache.v, plan, 1.0)
+        case = decode_case([length], Pattern("banded", band))
+        with PagesRead(case.cache) as read:
+            decode(cpu, case)
         # Pages are read whole: a band that is no multiple of the page is rounded up to one.
         assert 0 < read.keys / 2 <= -(-band // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 
-def test_dense_decode_reads_each_key_once() -> None:
-    q, cache = decode_case([1000, 130], None, torch.float32)
-    plan = plan_decode(cache.page_table, torch.tensor([1000, 130]), None)
-    with PagesRead(cache) as read:
-        cpu.decode_attention(q, cache.k, cache.v, plan, 1.0)
+def test_dense_decode_on_the_cpu_reads_each_key_once() -> None:
+    case = decode_case([1000, 130], DENSE)
+    with PagesRead(case.cache) as read:
+        decode(cpu, case)
     assert read.keys / 2 == (16 + 3) * PAGE_SIZE
 
 
 @pytest.mark.parametrize(("start", "count"), [(0, 700), (1000, 300), (1983, 65), (512, 1)])
-def test_banded_prefill_reads_what_the_planner_names(start: int, count: int) -> None:
+def test_banded_prefill_on_the_cpu_reads_what_the_planner_names(start: int, count: int) -> None:
     band = 256
-    q, cache = prefill_case([start], [count], band, torch.float32)
-    with PagesRead(cache) as read:
-        cpu.prefill_attention(q, cache.k, cache.v, PrefillPlan(cache.page_table, [start], [count], band), 1.0)
+    case = prefill_case([start], [count], Pattern("banded", band))
+    with PagesRead(case.cache) as read:
+        prefill(cpu, case)
     named = {
         page for block in query_blocks(start, start + count, band) for page in pages_spanned(block.first_key, block.stop)
     }
     assert 0 < read.keys / 2 <= len(named) * PAGE_SIZE
     assert len(named) * PAGE_SIZE <= band + count + 2 * PAGE_SIZE
+
+
+def test_sparse_attention_on_the_cpu_reads_the_listed_blocks() -> None:
+    pattern = Pattern("strided", 256)
+    case = prefill_case([640], [64], pattern)
+    with PagesRead(case.cache) as read:
+        prefill(cpu, case)
+    # Row 10: distances 0 to 256 in blocks 6 to 10, then multiples of 256: block 2.
+    assert read.keys / 2 == 6 * PAGE_SIZE
+    rows = decode_case([700], pattern)
+    with PagesRead(rows.cache) as read:
+        decode(cpu, rows)
+    assert read.keys / 2 == 6 * PAGE_SIZE
 
 
 def gather_and_mask(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
@@ -145,18 +208,50 @@ def gather_and_mask(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: f
 
 
 def test_the_count_would_catch_a_path_that_gathers_the_whole_history() -> None:
-    q, cache = prefill_case([1000], [10], 64, torch.float32)
-    plan = PrefillPlan(cache.page_table, [1000], [10], 64)
+    case = prefill_case([1000], [10], Pattern("banded", 64))
     op: Callable[..., Tensor] = gather_and_mask
-    with PagesRead(cache) as read:
-        op(q, cache.k, cache.v, plan, 1.0)
+    with PagesRead(case.cache) as read:
+        op(case.q, case.cache.k, case.cache.v, case.plan, 1.0)
     assert read.keys > 64 + 10 + 2 * PAGE_SIZE
 
 
+def refused(message: str, op: Callable[..., Tensor], case: DecodeCase | PrefillCase, **changed: Any) -> None:
+    arguments = {"q": case.q, "k_pages": case.cache.k, "v_pages": case.cache.v, "plan": case.plan, "scale": 1.0}
+    with pytest.raises(AssertionError, match=message):
+        op(**arguments | changed)
+
+
+def test_launchers_refuse_what_their_kernels_do_not_expect() -> None:
+    chunks, rows = prefill_case([0], [9], DENSE), decode_case([9], DENSE)
+    sparse = prefill_case([0], [9], SPARSE[0])
+    for op, case in ((gpu.prefill_attention, chunks), (gpu.decode_attention, rows)):
+        transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
+        refused("heads of q must lie side by side, strides are", op, case, q=transposed)
+        refused(r"k_pages has shape \(\d+, 3, 64, 16\)", op, case, k_pages=cache_of([9], [0], heads=3).k)
+        refused("v_pages is torch.float16, q torch.float32", op, case, v_pages=case.cache.v.half())
+        spread = torch.empty(*case.cache.k.shape[:3], 32)[..., ::2]
+        refused("k_pages is not contiguous", op, case, k_pages=spread)
+        refused("scale must be positive, got -1.0", op, case, scale=-1.0)
+    table = rows.plan.page_table
+    wide = DecodePlan(table.long(), rows.plan.lengths, DENSE, None)
+    refused("page_table is torch.int64, not int32", gpu.decode_attention, rows, plan=wide)
+    strided = DecodePlan(table.T.contiguous().T.expand(-1, 41), rows.plan.lengths, DENSE, None)
+    assert strided.page_table.stride(1) == 1 or strided.page_table.shape[0] == 1
+    refused(r"\(1,\) lengths for 2 queries", gpu.decode_attention, rows, q=rows.q.expand(2, -1, -1))
+    refused("q has 9 rows for chunks of", gpu.prefill_attention, chunks, plan=prefill_case([0], [8], DENSE).plan)
+    refused("a strided pattern needs block_sparse_attention", gpu.prefill_attention, sparse)
+    refused("a dense pattern has no block layout", gpu.block_sparse_attention, chunks)
+    no_layout = DecodePlan(table, rows.plan.lengths, SPARSE[0], None)
+    refused("a strided pattern and its layout disagree", gpu.decode_attention, rows, plan=no_layout)
+    big = prefill_case([0], [3], DENSE, dim=144)
+    with pytest.raises(ValueError, match="the attention kernels take heads of up to 128, got 144"):
+        gpu.prefill_attention(big.q, big.cache.k, big.cache.v, big.plan, 1.0)
+
+
 def test_kv_write_equals_reference_and_touches_nothing_else() -> None:
-    k, v = torch.randn(5, HEADS, DIM), torch.randn(5, HEADS, DIM)
+    k, v = torch.randn(2, 5, 2, 16)
     slots = torch.tensor([0, 63, 64, 200, 129])
-    pools = [torch.full((4, HEADS, PAGE_SIZE, DIM), float("nan")) for _ in range(4)]
+    pools = [torch.full((4, 2, PAGE_SIZE, 16), float("nan")) for _ in range(4)]
     cpu.kv_write(k, v, pools[0], pools[1], slots)
     reference.kv_write(k, v, pools[2], pools[3], slots)
     for ours, expected in zip(pools[:2], pools[2:], strict=True):

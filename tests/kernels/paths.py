@@ -1,0 +1,31 @@
+"""The paths that serve, as parameters of a test: the CPU's, Triton's on CPU tensors in its interpreter, Triton's on a GPU."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from kernels import cpu, gpu
+from kernels.ops import Ops
+
+
+class ServedPath(NamedTuple):
+    ops: Ops
+    device: torch.device
+
+
+CPU_PATH = ServedPath(cpu, torch.device("cpu"))
+INTERPRETED = ServedPath(gpu, torch.device("cpu"))
+CUDA = ServedPath(gpu, torch.device("cuda"))
+
+triton_paths = pytest.mark.parametrize(
+    "path", [pytest.param(INTERPRETED, id="interpreted"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)]
+)
+served_paths = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(CPU_PATH, id="cpu"),
+        pytest.param(INTERPRETED, id="interpreted"),
+        pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu),
+    ],
+)

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from tests.model.checkpoints import tiny
-from tests.model.test_runner import ARCHITECTURES, PagedRun, random_steps
+from tests.model.paged_run import PagedRun, random_steps
+from tests.model.test_runner import ARCHITECTURES
 from tests.model.test_weights import our_logits, transformers_logits
 
 

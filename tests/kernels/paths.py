@@ -1,4 +1,4 @@
-"""The paths that serve, as parameters of a test: the CPU's, Triton's on CPU tensors in its interpreter, Triton's on a GPU."""
+"""The paths that serve, as parameters of a test: the CPU's, and Triton's in its interpreter and on a GPU."""
 
 from typing import NamedTuple
 

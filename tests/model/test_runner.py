@@ -1,105 +1,28 @@
 """The whole path of a step, weights to logits, through the paged cache: against transformers, with poisoned free pages."""
 
 import random
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from kernels import cpu
 from kernels.band import PAGE_SIZE
-from kernels.ops import Ops
-from model.config import KVGroup
-from model.runner import Runner
-from model.step import DecodeRow, NewPages, PromptChunk, SamplingParams, SlotStart, StepInput
-from model.weights import load_model
-from service.kv_cache import KVCache, pages_for, resting_pages
+from model.runner import decode_buckets
+from model.step import DecodeRow, PromptChunk, SamplingParams, SlotStart, StepInput
+from tests.kernels.interpreter import exact_bf16
+from tests.kernels.paths import CPU_PATH, CUDA, ServedPath, served_paths, triton_paths
 from tests.model.checkpoints import tiny
-from tests.model.test_weights import transformers_logits
-
-STEP_TOKENS = 96
-
-
-class PagedRun:
-    """Drives a runner over given tokens, any mix of chunks and decode rows, and collects every position's logits.
-
-    All pages that no slot holds are NaN before every step, so a single read of a dead key would show.
-    """
-
-    def __init__(self, directory: Path, sequences: list[Tensor], dtype: torch.dtype = torch.float32, ops: Ops = cpu):
-        self.model = load_model(directory, dtype)
-        config = self.model.config
-        self.sequences = sequences
-        bands: dict[KVGroup, int | None] = {
-            config.group(i): config.pattern(config.kind(i)).band for i in range(config.n_layer)
-        }
-        sizes = {
-            group: sum(resting_pages(len(tokens), band) for tokens in sequences) + pages_for(STEP_TOKENS)
-            for group, band in bands.items()
-        }
-        self.cache = KVCache(config, sizes, step_tokens=STEP_TOKENS)
-        self.runner = Runner(self.model, ops, len(sequences), sizes)
-        self.model.register_forward_hook(self._record)
-        self.hidden: list[Tensor] = []
-        self.done = [0] * len(sequences)
-        self.logits = [torch.full((len(tokens), config.vocab_size), float("nan")) for tokens in sequences]
-        for slot, tokens in enumerate(sequences):
-            assert self.cache.try_reserve(slot, len(tokens))
-
-    def _record(self, module: Any, args: Any, output: Tensor) -> None:
-        self.hidden.append(output)
-
-    def poison(self) -> None:
-        for layer, pool in enumerate(self.runner.pools):
-            free = self.cache.pools[self.model.config.group(layer)].free
-            pool.k[free] = float("nan")
-            pool.v[free] = float("nan")
-
-    def step(self, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
-        """Decode one token of each slot in `decodes`, and a chunk of the given length of each (slot, length)."""
-        self.poison()
-        pages: list[NewPages] = []
-        for slot, length in [(slot, 1) for slot in decodes] + chunks:
-            pages += self.cache.extend(slot, self.done[slot] + length)
-        starts = [SlotStart(slot, SamplingParams(temperature=0.0)) for slot, _ in chunks if self.done[slot] == 0]
-        for slot in decodes:
-            # The runner would feed its own last token; these sequences are given.
-            self.runner.last_token[slot] = self.sequences[slot][self.done[slot]]
-        rows = [DecodeRow(slot, self.done[slot]) for slot in decodes]
-        prompt = [
-            PromptChunk(slot, self.done[slot], self.sequences[slot][self.done[slot] :][:length].tolist(), True)
-            for slot, length in chunks
-        ]
-        step = StepInput(starts, pages, rows, prompt)
-        sampled = self.runner.launch(step).result()
-        with torch.inference_mode():
-            logits = self.model.logits(self.hidden.pop()).float()
-        assert sampled.tokens == logits[step.sampled_tokens].argmax(-1).tolist()
-        for row, (slot, position) in enumerate(zip(step.token_slots, step.token_positions, strict=True)):
-            self.logits[slot][position] = logits[row]
-        for slot, length in [(slot, 1) for slot in decodes] + chunks:
-            self.done[slot] += length
-            self.cache.release_behind(slot, self.done[slot])
-        assert self.cache.faults() == []
+from tests.model.paged_run import PagedRun, random_steps
+from tests.model.test_weights import our_logits, transformers_logits
 
 
-def random_steps(run: PagedRun, rng: random.Random) -> None:
-    """Ragged steps as the scheduler would make them: any slots decode, prompts in chunks, first come, first served."""
-    prompts = [rng.randrange(1, len(tokens) + 1) for tokens in run.sequences]
-    while any(done < len(tokens) for done, tokens in zip(run.done, run.sequences, strict=True)):
-        budget, decodes, chunks = rng.choice([5, 16, STEP_TOKENS]), [], []
-        for slot, tokens in enumerate(run.sequences):
-            if prompts[slot] <= run.done[slot] < len(tokens):
-                decodes.append(slot)
-                budget -= 1
-        for slot in range(len(run.sequences)):
-            length = min(budget, prompts[slot] - run.done[slot])
-            if length > 0:
-                chunks.append((slot, length))
-                budget -= length
-        run.step(decodes, chunks)
+@pytest.fixture(autouse=True)
+def bf16_is_right() -> Iterator[None]:
+    with exact_bf16():
+        yield
 
 
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -175,3 +98,130 @@ def test_a_slot_starts_afresh_for_its_next_sequence(tmp_path: Path) -> None:
         random_steps(run, random.Random(3))
     assert torch.equal(used.logits[0], fresh.logits[0])
     assert PAGE_SIZE < 90, "the second sequence must reuse more than one page"
+
+
+FOUR_KINDS: dict[str, Any] = {"attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5}
+
+
+@served_paths
+def test_every_pattern_in_one_model_gives_the_logits_of_whole_windows(path: ServedPath, tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, **FOUR_KINDS)
+    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (138, 20)]
+    run = PagedRun(directory, sequences, path=path)
+    run.step([], [(0, 90)])
+    run.step([], [(0, 6), (1, 15)])
+    run.step([1], [(0, 36)])
+    while run.done[0] < 138:
+        run.step([0, 1] if run.done[1] < 20 else [0], [])
+    for logits, tokens in zip(run.logits, sequences, strict=True):
+        assert (logits - our_logits(directory, tokens[None])[0]).abs().max() <= 1e-4
+
+
+@triton_paths
+@pytest.mark.parametrize("band", [16, 70])
+def test_the_triton_path_gives_the_logits_of_whole_windows(path: ServedPath, band: int, tmp_path: Path) -> None:
+    """Prompts that end around the borders of bands, pages and tiles, in ragged batches of chunks and decode rows."""
+    directory = tiny("banded", tmp_path, n_layer=2, band=band)
+    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (band + 1, 63, 65, 130, 1)]
+    run = PagedRun(directory, sequences, path=path)
+    random_steps(run, random.Random(band), budgets=(33, 96))
+    for logits, tokens in zip(run.logits, sequences, strict=True):
+        assert (logits - our_logits(directory, tokens[None])[0]).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 5, 8, 32, 100, 1024])
+def test_buckets_end_at_the_slots_and_pad_a_quarter_at_most(num_slots: int) -> None:
+    buckets = decode_buckets(num_slots)
+    assert buckets == sorted(set(buckets))
+    assert (buckets[0], buckets[-1]) == (1, num_slots)
+    assert all(b - a - 1 <= max(0, a // 4) for a, b in pairwise(buckets))
+    assert len(buckets) <= 32
+
+
+@served_paths
+def test_rows_that_pad_a_bucket_change_nothing(path: ServedPath, tmp_path: Path) -> None:
+    """bf16, in which the CPU's matrix products have the same bits at every batch size; Triton's path here has them too."""
+    directory = tiny("banded", tmp_path, n_layer=2)
+    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (36, 33, 30)]
+    runs = [PagedRun(directory, sequences, torch.bfloat16, path) for _ in range(2)]
+    runs[0].runner.buckets = [1, 2, 3]
+    runs[1].runner.buckets = [3]
+    sizes: list[list[int]] = [[], []]
+    for run, seen in zip(runs, sizes, strict=True):
+        decode = run.runner._decode
+        run.runner._decode = lambda bucket, decode=decode, seen=seen: (seen.append(bucket), decode(bucket))[1]  # type: ignore[misc, method-assign]
+        run.step([], [(0, 30), (1, 29), (2, 28)])
+        while any(done < len(tokens) for done, tokens in zip(run.done, sequences, strict=True)):
+            run.step([slot for slot, tokens in enumerate(sequences) if run.done[slot] < len(tokens)], [])
+    assert set(sizes[0]) == {1, 2, 3}
+    assert set(sizes[1]) == {3}
+    for exact, padded in zip(runs[0].logits, runs[1].logits, strict=True):
+        assert torch.equal(exact, padded)
+
+
+def decoded(path: ServedPath, sampling: SamplingParams, directory: Path, *, capture: bool = False) -> list[int]:
+    """Tokens that a runner samples after a prompt of 20, fed by nothing but its own state."""
+    run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)], path=path)
+    if capture:
+        run.runner.capture()
+    pages = run.cache.extend(0, 60)
+    prompt = PromptChunk(0, 0, list(range(20)), True)
+    step = StepInput([SlotStart(0, sampling)], pages, [], [prompt])
+    tokens = run.runner.launch(step).result().tokens
+    for position in range(20, 35):
+        tokens += run.runner.launch(StepInput([], [], [DecodeRow(0, position)], [])).result().tokens
+    return tokens
+
+
+SAMPLINGS = [
+    SamplingParams(temperature=0.0),
+    SamplingParams(temperature=0.9, top_p=0.9, seed=3),
+    SamplingParams(temperature=0.9, top_k=40, min_p=0.02, seed=4, logit_bias=((7, 5.0), (9, -100.0))),
+    SamplingParams(temperature=0.7, seed=5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.7),
+]
+
+
+@triton_paths
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_the_triton_path_samples_what_the_cpu_does(path: ServedPath, sampling: SamplingParams, tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, n_layer=1)
+    assert decoded(path, sampling, directory) == decoded(CPU_PATH, sampling, directory)
+
+
+def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, n_layer=1)
+    greedy = SamplingParams(temperature=0.0)
+    plain = decoded(CPU_PATH, greedy, directory)
+    assert decoded(CPU_PATH, greedy._replace(logit_bias=((7, 100.0),)), directory) == [7] * 16
+    free_of_plain = decoded(CPU_PATH, greedy._replace(logit_bias=tuple((token, -100.0) for token in set(plain))), directory)
+    assert not set(free_of_plain) & set(plain)
+    never_twice = decoded(CPU_PATH, greedy._replace(presence_penalty=100.0), directory)
+    assert len(set(never_twice)) == 16
+    not_from_prompt = decoded(CPU_PATH, greedy._replace(repetition_penalty=1e6), directory)
+    assert len(set(not_from_prompt) | set(range(20))) == 36, "neither tokens of the prompt nor one's own again"
+    run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)])
+    pages = run.cache.extend(0, 60)
+    prompt = [PromptChunk(0, 0, list(range(20)), True)]
+    biased = greedy._replace(logit_bias=((7, 100.0),))
+    for sampling, expected in ((biased, 7), (greedy, plain[0]), (greedy._replace(presence_penalty=0.1), plain[0])):
+        step = StepInput([SlotStart(0, sampling)], pages, [], prompt)
+        assert run.runner.launch(step).result().tokens == [expected]
+
+
+def test_a_steps_tokens_outlive_the_next_step(tmp_path: Path) -> None:
+    """The loop may launch a step before it reads the one before."""
+    directory = tiny("banded", tmp_path, n_layer=1)
+    run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)])
+    pages = run.cache.extend(0, 60)
+    prompt = PromptChunk(0, 0, list(range(20)), True)
+    steps = [StepInput([SlotStart(0, SAMPLINGS[1])], pages, [], [prompt])]
+    steps += [StepInput([], [], [DecodeRow(0, position)], []) for position in range(20, 35)]
+    pending = [run.runner.launch(step) for step in steps]
+    assert [token for step in pending for token in step.result().tokens] == decoded(CPU_PATH, SAMPLINGS[1], directory)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_captured_graphs_sample_what_the_same_steps_do_op_by_op(sampling: SamplingParams, tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path)
+    assert decoded(CUDA, sampling, directory, capture=True) == decoded(CUDA, sampling, directory)

@@ -1,0 +1,111 @@
+"""Drives a runner over given tokens, for tests and benchmarks of the whole path from weights to logits."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import KVGroup
+from model.runner import Runner
+from model.step import DecodeRow, NewPages, PromptChunk, SamplingParams, SlotStart, StepInput
+from model.weights import load_model
+from service.kv_cache import KVCache, pages_for, resting_pages
+from tests.kernels.paths import CPU_PATH, ServedPath
+
+STEP_TOKENS = 96
+
+
+class PagedRun:
+    """Drives a runner over given tokens, any mix of chunks and decode rows, and collects every position's logits.
+
+    All pages that no slot holds are NaN before every step, so a single read of a dead key would show. So is all that the
+    rows which pad a bucket could leave behind.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        sequences: list[Tensor],
+        dtype: torch.dtype = torch.float32,
+        path: ServedPath = CPU_PATH,
+    ):
+        self.model = load_model(directory, dtype, path.device)
+        config = self.model.config
+        self.sequences = sequences
+        bands: dict[KVGroup, int | None] = {
+            config.group(i): config.pattern(config.kind(i)).band for i in range(config.n_layer)
+        }
+        sizes = {
+            group: sum(resting_pages(len(tokens), band) for tokens in sequences) + pages_for(STEP_TOKENS)
+            for group, band in bands.items()
+        }
+        self.cache = KVCache(config, sizes, step_tokens=STEP_TOKENS)
+        self.runner = Runner(self.model, path.ops, len(sequences), sizes)
+        self.model.register_forward_hook(self._record)
+        self.hidden: list[Tensor] = []
+        self.done = [0] * len(sequences)
+        self.logits = [torch.full((len(tokens), config.vocab_size), float("nan")) for tokens in sequences]
+        for slot, tokens in enumerate(sequences):
+            assert self.cache.try_reserve(slot, len(tokens))
+
+    def _record(self, module: Any, args: Any, output: Tensor) -> None:
+        self.hidden.append(output)
+
+    def poison(self) -> None:
+        for layer, pool in enumerate(self.runner.pools):
+            free = self.cache.pools[self.model.config.group(layer)].free
+            for pages in pool:
+                pages[free] = float("nan")
+                pages[-1] = float("nan")
+        scratch = self.runner.scratch_slot
+        self.runner.last_token[scratch] = int(torch.randint(self.model.config.vocab_size, ()))
+        sampling = self.runner.sampling
+        sampling.adjusted[scratch] = True
+        sampling.repetition_penalty[scratch] = 1.0
+        sampling.bias[scratch] = float("nan")
+
+    def step(self, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
+        """Decode one token of each slot in `decodes`, and a chunk of the given length of each (slot, length)."""
+        self.poison()
+        pages: list[NewPages] = []
+        for slot, length in [(slot, 1) for slot in decodes] + chunks:
+            pages += self.cache.extend(slot, self.done[slot] + length)
+        starts = [SlotStart(slot, SamplingParams(temperature=0.0)) for slot, _ in chunks if self.done[slot] == 0]
+        for slot in decodes:
+            # The runner would feed its own last token; these sequences are given.
+            self.runner.last_token[slot] = self.sequences[slot][self.done[slot]]
+        rows = [DecodeRow(slot, self.done[slot]) for slot in decodes]
+        prompt = [
+            PromptChunk(slot, self.done[slot], self.sequences[slot][self.done[slot] :][:length].tolist(), True)
+            for slot, length in chunks
+        ]
+        step = StepInput(starts, pages, rows, prompt)
+        sampled = self.runner.launch(step).result()
+        with torch.inference_mode():
+            logits = self.model.logits(self.hidden.pop()).cpu()
+        assert sampled.tokens == logits[step.sampled_tokens].argmax(-1).tolist()
+        for row, (slot, position) in enumerate(zip(step.token_slots, step.token_positions, strict=True)):
+            self.logits[slot][position] = logits[row]
+        for slot, length in [(slot, 1) for slot in decodes] + chunks:
+            self.done[slot] += length
+            self.cache.release_behind(slot, self.done[slot])
+        assert self.cache.faults() == []
+
+
+def random_steps(run: PagedRun, rng: random.Random, budgets: tuple[int, ...] = (5, 16, STEP_TOKENS)) -> None:
+    """Ragged steps as the scheduler would make them: any slots decode, prompts in chunks, first come, first served."""
+    prompts = [rng.randrange(1, len(tokens) + 1) for tokens in run.sequences]
+    while any(done < len(tokens) for done, tokens in zip(run.done, run.sequences, strict=True)):
+        budget, decodes, chunks = rng.choice(budgets), [], []
+        for slot, tokens in enumerate(run.sequences):
+            if prompts[slot] <= run.done[slot] < len(tokens):
+                decodes.append(slot)
+                budget -= 1
+        for slot in range(len(run.sequences)):
+            length = min(budget, prompts[slot] - run.done[slot])
+            if length > 0:
+                chunks.append((slot, length))
+                budget -= length
+        run.step(decodes, chunks)

@@ -66,6 +66,40 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tm
         assert alone[0] == together[seed]
 
 
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_the_triton_path_generates_what_the_cpu_does(steps_ahead: int, tmp_path: Path) -> None:
+    """The whole engine, with prompts around the borders of bands and pages, in chunks beside decode rows."""
+    directory = tiny("banded", tmp_path, n_layer=2, vocab_size=50257, attention=("dense", "banded", "strided"), stride=32)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (64, 1, 17, 70)]
+    tokens = []
+    for kernels in ("auto", "triton"):
+        model = served(directory, max_slots=3, step_tokens=40, kernels=kernels)
+        model.engine._steps_ahead = steps_ahead
+        sequences = [Sequence(prompt, 5, SamplingParams(temperature=0.0), None) for prompt in prompts]
+        tokens.append(asyncio.run(generate(model, sequences)))
+    assert tokens[0] == tokens[1]
+
+
+def test_looking_a_step_ahead_changes_no_token(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
+
+    def run(steps_ahead: int, ends: list[int | None]) -> list[list[int]]:
+        model = served(directory, dtype="bfloat16", max_slots=3, step_tokens=40)
+        model.engine._steps_ahead = steps_ahead
+        prompts = [[seed] * (30 * seed + 1) for seed in range(6)]
+        params = [SamplingParams(0.9, seed=seed) for seed in range(6)]
+        sequences = [Sequence(prompt, 30, p, end) for prompt, p, end in zip(prompts, params, ends, strict=True)]
+        return asyncio.run(generate(model, sequences))
+
+    whole = run(0, [None] * 6)
+    assert run(1, [None] * 6) == whole
+    # Some end by their end-of-text token, when the next step has been launched and the slot goes to another at once.
+    ends = [tokens[3 * i] if i % 2 else None for i, tokens in enumerate(whole)]
+    ended = [tokens[: tokens.index(end) + 1] if end is not None else tokens for tokens, end in zip(whole, ends, strict=True)]
+    assert run(0, ends) == run(1, ends) == ended
+
+
 def test_start_up_tells_what_is_loaded_and_how_much_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     directory = tiny("banded", tmp_path, vocab_size=50257)

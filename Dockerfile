@@ -50,10 +50,12 @@ sys.exit(health.getresponse().status != 200)"]
 ENTRYPOINT ["banded"]
 CMD ["serve"]
 
-# torch's CUDA build; its wheels bring the CUDA libraries, the host its driver. Banded's CUDA kernels are not built yet:
-# --device cuda is refused, and this image serves on the CPU. The kernels will need a C compiler here, because Triton
-# compiles their launchers when they first run.
+# torch's CUDA build; its wheels bring the CUDA libraries, the host its driver. Triton compiles the kernels, and with a C
+# compiler their launchers, when they first run; both stay in its cache under the home. Never run on a GPU yet.
 FROM runtime AS cuda
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=install-cuda /opt/banded /opt/banded
 
 FROM runtime AS cpu

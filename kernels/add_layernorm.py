@@ -1,7 +1,5 @@
 """Residual sum and LayerNorm in one pass over memory."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Bias and activation of the MLP in one pass over memory."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 import math
 from typing import get_args
 

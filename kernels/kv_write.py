@@ -1,7 +1,5 @@
 """Scatter a step's keys and values into the pages of the cache."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 import torch
 import triton
 import triton.language as tl

@@ -1,7 +1,5 @@
 """Penalties, bias, truncation and the draw in one program a row: nothing is sorted, and no row knows of the others."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 import torch
 import triton
 import triton.language as tl

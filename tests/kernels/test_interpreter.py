@@ -1,7 +1,5 @@
 """The counter counts what a toy kernel is known to do, and bf16 in the interpreter is what the hardware computes."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 import pytest
 import torch
 import triton

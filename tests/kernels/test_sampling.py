@@ -1,7 +1,5 @@
 """Sampling: three implementations against values worked out by hand, against each other, and against their distribution."""
 
-# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
-
 import math
 from collections.abc import Callable
 from typing import Any

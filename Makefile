@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test lint check aot bench lock
+.PHONY: install serve test lint check aot bench gpu-check lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -35,6 +35,10 @@ aot: install
 
 bench: install
 	$(BIN)/python -m tests.bench.run
+
+# For whoever has a GPU. `make gpu-check DRY=1` runs the same command at toy size on a CPU.
+gpu-check: install
+	$(BIN)/python -m tests.bench.gpu_check $(if $(DRY),--dry)
 
 # Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.
 lock: install

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,18 +50,23 @@ def write_random_gpt2(directory: Path) -> Path:
 
 @contextmanager
 def server(model: Path, *options: str) -> Iterator[str]:
-    """The URL of `banded serve` on a free port, stopped at the end."""
+    """The URL of `banded serve` on a free port, stopped at the end. An error inside gets the end of its log as a note."""
     command = [sys.executable, "-c", "import sys; from service.cli import main; sys.exit(main())", "serve"]
     process = subprocess.Popen([*command, "--model", str(model), "--port", "0", *options], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
+    log: deque[str] = deque(maxlen=30)
     try:
         for line in process.stderr:
+            log.append(line)
             if found := re.search(r"running on (http://\S+)", line):
                 # The access log must be read, or its pipe fills up and the server waits.
-                threading.Thread(target=process.stderr.read, daemon=True).start()
+                threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
                 yield found.group(1)
                 return
         raise RuntimeError("the server ended before it listened")
+    except Exception as error:
+        error.add_note("".join(log.copy()))
+        raise
     finally:
         process.terminate()
         process.wait()

@@ -40,7 +40,7 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
     """Scatter k and v (N, H, D) into contiguous pages (P, H, PAGE_SIZE, D) of the same dtype.
 
     Rows of k and v may lie apart, as in slices of a fused qkv, the heads of a row not. slot_mapping (N,) int64 is
-    page * PAGE_SIZE + offset of each token; all differ and are inside the pages, which nothing checks.
+    page * PAGE_SIZE + offset of each token, inside the pages, which nothing checks; of tokens that share one, any may win.
     """
     num_tokens, num_heads, head_dim = k.shape
     assert v.shape == k.shape, f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}"

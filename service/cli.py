@@ -1,4 +1,4 @@
-"""`banded serve | complete | train`: the composition root. Each command imports what it needs when it runs."""
+"""`banded serve | complete | doctor | train`: the composition root. Each command imports what it needs when it runs."""
 
 import argparse
 import asyncio
@@ -43,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument("--host")
     serve.add_argument("--port", type=int)
     serve.add_argument("--allow-unauthenticated", action="store_true", default=None)
+    serve.add_argument(
+        "--doctor", action="store_true", default=None, help="check the kernels first, as `banded doctor` does"
+    )
     serve.set_defaults(command=run_serve)
 
     complete = commands.add_parser("complete", help="complete a prompt on the terminal, without a server")
@@ -53,6 +56,10 @@ def parser() -> argparse.ArgumentParser:
     complete.add_argument("--top-p", type=float, default=0.95)
     complete.add_argument("--seed", type=int)
     complete.set_defaults(command=run_complete)
+
+    doctor = commands.add_parser("doctor", help="compare the kernels with the reference on a model's weights")
+    add_model_options(doctor)
+    doctor.set_defaults(command=run_doctor)
 
     train = commands.add_parser("train", help="train a demo-sized model on text files")
     train.add_argument("corpus", nargs="+", type=Path, help="text; a line <|endoftext|> separates documents")
@@ -157,6 +164,29 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
         await served.engine.stop()
     print()
     return 0
+
+
+def run_doctor(args: argparse.Namespace) -> int:
+    """0 where all kernels are within the limit, 1 where one is not."""
+    settings = settings_from(args, host="127.0.0.1")
+    logging.getLogger().setLevel(logging.WARNING)
+    from model.doctor import percent
+    from service.loading import kernels_in_words, load_checkpoint, measure_kernels
+
+    checkpoint = load_checkpoint(settings)
+    measured = measure_kernels(checkpoint, settings.kernels)
+    device, dtype = checkpoint.model.wte.weight.device, str(measured.dtype)[6:]
+    print(f"{checkpoint.name}, {dtype}: {kernels_in_words(device, settings.kernels)}, against the reference")
+    print(f"logits of the last {measured.num_rows} of {measured.num_tokens} random tokens, ", end="")
+    print(f"standard deviation {measured.deviation:.3g}")
+    print(f"\n{'kernels':<10}{'max |Δ logit|':>14}{'of the deviation':>18}")
+    for kind, error in measured.errors.items():
+        print(f"{kind:<10}{error:>14.3g}{percent(measured.share(kind)):>18}")
+    print(f"{'limit':<10}{measured.limit * measured.deviation:>14.3g}{percent(measured.limit):>18}")
+    faults = measured.faults()
+    for fault in faults:
+        print(f"banded: {fault}", file=sys.stderr)
+    return 1 if faults else 0
 
 
 def run_train(args: argparse.Namespace) -> int:

@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 
 from kernels import ops
+from kernels.names import KernelChoice
+from model.doctor import KernelErrors, kernel_errors
 from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams
@@ -103,6 +105,30 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     return Checkpoint(served_name(settings.model), model, tokenizer)
 
 
+def measure_kernels(checkpoint: Checkpoint, kernels: KernelChoice) -> KernelErrors:
+    """How far the kernels that would serve these weights are from the reference. Raises ValueError where neither can run."""
+    return kernel_errors(checkpoint.model, ops.choose(checkpoint.model.wte.weight.device, kernels))
+
+
+def kernels_in_words(device: torch.device, kernels: KernelChoice) -> str:
+    """Which implementation `ops.choose` takes."""
+    if device.type == "cuda":
+        return f"Triton on {torch.cuda.get_device_name(device)}"
+    return "Triton, interpreted on CPU" if kernels == "triton" else "PyTorch on CPU"
+
+
+def check_kernels(checkpoint: Checkpoint, kernels: KernelChoice, metrics: Metrics) -> None:
+    """Measure the kernels and export what they miss the reference by. Raises LoadError where it is above the limit."""
+    measured = measure_kernels(checkpoint, kernels)
+    for kind, error in measured.errors.items():
+        metrics.kernel_logit_error(kind).set(error)
+    if faults := measured.faults():
+        raise LoadError(f"doctor: {'; '.join(faults)}")
+    log.info("doctor: %s within the limit", ", ".join(measured.errors))
+    # kv_budget asks what is free on the GPU; torch keeps what was used.
+    torch.cuda.empty_cache()
+
+
 def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -> Engine:
     """An engine, warmed up and not yet started. Raises ValueError when the KV budget can't hold one sequence."""
     config, weight = checkpoint.model.config, checkpoint.model.wte.weight
@@ -155,6 +181,8 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
     keep_freed_memory()
     with one_torch_thread():
         checkpoint = load_checkpoint(settings)
+        if settings.doctor:
+            check_kernels(checkpoint, settings.kernels, metrics)
         engine = build_engine(checkpoint, settings, metrics)
     seconds = time.perf_counter() - started
     metrics.load_time.set(seconds)

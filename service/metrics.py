@@ -49,6 +49,12 @@ class Metrics:
         )
         self._http = Counter("banded_http_requests", "HTTP responses", ["model", "route", "status"], registry=self.registry)
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")
+        self._logit_error = Gauge(
+            "banded_kernel_logit_error",
+            "Largest difference of a logit by these kernels from the reference, as measured at start",
+            ["model", "kind"],
+            registry=self.registry,
+        )
         self.accounting_faults = self._counter("page_accounting_faults", "Faults found by the KV accounting's self-check")
         for outcome in OUTCOMES:
             self.outcome(outcome)  # a counter that appears with its first event hides that event from rate()
@@ -70,6 +76,10 @@ class Metrics:
 
     def kv_total(self, group: str) -> Gauge:
         return self._kv_total.labels(self._model, group)
+
+    def kernel_logit_error(self, kind: str) -> Gauge:
+        """Of the rows of model.doctor.KernelErrors; without samples where nothing was measured."""
+        return self._logit_error.labels(self._model, kind)
 
     def outcome(self, outcome: str) -> Counter:
         """Counter of choices that ended in one of OUTCOMES."""

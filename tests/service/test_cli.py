@@ -10,8 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
-import kernels
+import kernels.cpu
+from model.weights import load_model, save_model
 from service.cli import main
 from tests.model.checkpoints import tiny
 
@@ -71,7 +73,7 @@ def test_directories_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFix
         ): "A pickle can run code and is never opened here",
         make(tmp_path / "cut", config__json=GPT2, model__safetensors="x"): "can't be read as safetensors",
     }.items():
-        for command in (("serve",), ("complete", "hello")):
+        for command in (("serve",), ("complete", "hello"), ("doctor",)):
             line = refused(capsys, *command, "--model", directory)
             assert line.startswith(str(directory))
             assert message in line
@@ -90,6 +92,7 @@ NO_GPU = "device cuda: PyTorch sees no GPU here; use --device cpu, or install a 
     [
         (["serve", "--device", "cuda"], NO_GPU),
         (["serve", "--device", "tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["doctor", "--device", "cuda"], NO_GPU),
         (["serve", "--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         (["serve", "--port", "70000"], "port: Input should be less than or equal to 65535"),
         (["serve", "--port", "-1"], "port: Input should be greater than or equal to 0"),
@@ -197,3 +200,71 @@ def test_complete_prints_the_text_as_it_comes(checkpoint: Path, monkeypatch: pyt
     assert once.endswith("\n")
     assert main(command) == 0
     assert stdout.getvalue() == once + once  # same seed, same text
+
+
+def table(out: str) -> dict[str, list[str]]:
+    """The rows of what the doctor prints, by their first column."""
+    return {name: cells for name, *cells in (line.split() for line in out.split("\n\n")[1].splitlines()[1:])}
+
+
+def test_the_doctor_prints_a_row_for_each_kind(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", str(checkpoint), "--dtype", "float32"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert out.startswith(
+        "banded, float32: PyTorch on CPU, against the reference\n"
+        "logits of the last 64 of 151 random tokens, standard deviation 1.6\n\n"
+        "kernels    max |Δ logit|  of the deviation\n"
+        "dense     "
+    )
+    rows = table(out)
+    assert list(rows) == ["dense", "banded", "pointwise", "all", "limit"]
+    assert rows["limit"] == ["0.0016", "0.1%"]
+    assert all(float(error) < 1e-4 for error, _ in list(rows.values())[:-1])
+
+
+def test_the_doctor_names_wrong_kernels(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels.cpu, "add_layernorm", lambda x, *rest: (x, x))
+    assert main(["doctor", "--model", str(checkpoint), "--dtype", "float32"]) == 1
+    out, err = capsys.readouterr()
+    rows = table(out)
+    assert float(rows["dense"][0]) < 1e-4
+    for line, kind in zip(err.splitlines(), ("pointwise", "all"), strict=True):
+        error, share = rows[kind]
+        assert line == (
+            f"banded: kernels of kind {kind}: max |Δ logit| {error} is {share} of the logits' standard deviation 1.6, "
+            "the limit for float32 is 0.1%"
+        )
+
+
+def test_the_doctor_on_the_interpreted_triton_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BANDED_KERNELS", "triton")
+    directory = tiny("banded", tmp_path, vocab_size=50257, n_layer=2)
+    assert main(["doctor", "--model", str(directory), "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.startswith("banded, float32: Triton, interpreted on CPU, against the reference\n")
+
+
+def test_serve_with_the_doctor_refuses_wrong_kernels(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(kernels.cpu, "add_layernorm", lambda x, *rest: (x, x))
+    line = refused(capsys, "serve", "--doctor", "--model", checkpoint, "--dtype", "float32")
+    assert line.startswith("doctor: kernels of kind pointwise: max |Δ logit| ")
+    assert line.endswith("of the logits' standard deviation 1.6, the limit for float32 is 0.1%")
+
+
+def test_the_doctor_has_nothing_to_compare_with_where_weights_overflow(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    model = load_model(directory, torch.float32)
+    with torch.no_grad():
+        model.wte.weight.fill_(60_000)
+        model.wpe.weight.fill_(60_000)
+    save_model(directory, model, torch.float32)
+    line = refused(capsys, "doctor", "--model", directory, "--dtype", "float16")
+    assert line == "the reference's logits are not finite: the weights are not, or too large for float16"

@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from kernels import cpu
+from kernels.names import KernelChoice
 from model.step import SamplingParams
-from service.loading import LoadError, choose_device, choose_dtype, kv_budget, load_served
+from service.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
 from service.metrics import Metrics
 from service.scheduler import Sequence
 from service.served import ServedModel
@@ -18,8 +20,8 @@ from service.settings import Settings
 from tests.model.checkpoints import tiny
 
 
-def served(directory: Path, **settings: Any) -> ServedModel:
-    return load_served(Settings(**{"model": str(directory), "dtype": "float32"} | settings), Metrics("tiny"))
+def served(directory: Path, metrics: Metrics | None = None, **settings: Any) -> ServedModel:
+    return load_served(Settings(**{"model": str(directory), "dtype": "float32"} | settings), metrics or Metrics("tiny"))
 
 
 async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[int]]:
@@ -116,6 +118,57 @@ def test_a_kv_budget_below_one_sequence_is_refused_with_the_numbers(tmp_path: Pa
     directory = tiny("banded", tmp_path, vocab_size=50257)
     with pytest.raises(ValueError, match="kv_bytes is 1000, but one sequence of 256 tokens needs"):
         served(directory, kv_bytes=1000)
+
+
+def test_without_the_flag_no_kernel_is_measured(tmp_path: Path) -> None:
+    metrics = Metrics("tiny")
+    served(tiny("banded", tmp_path, vocab_size=50257), metrics)
+    assert logit_errors(metrics) == {}
+
+
+def test_the_doctor_measures_every_kind_before_serving(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    metrics = Metrics("tiny")
+    model = served(tiny("banded", tmp_path, vocab_size=50257), metrics, doctor=True)
+    assert "doctor: dense, banded, pointwise, all within the limit" in caplog.text
+    errors = logit_errors(metrics)
+    assert list(errors) == ["dense", "banded", "pointwise", "all"]
+    assert all(0 <= error < 1e-3 for error in errors.values())
+    assert asyncio.run(generate(model, [Sequence([1, 2, 3], 4, SamplingParams(), None)]))[0]
+
+
+def test_the_doctor_refuses_wrong_kernels_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "decode_attention", lambda q, *rest: torch.zeros_like(q))
+    metrics = Metrics("tiny")
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    with pytest.raises(LoadError) as caught:
+        served(directory, metrics, doctor=True)
+    errors = logit_errors(metrics)
+    faults = str(caught.value).removeprefix("doctor: ").split("; ")
+    for fault, kind in zip(faults, ("dense", "banded", "all"), strict=True):
+        assert fault.startswith(f"kernels of kind {kind}: max |Δ logit| {errors[kind]:.3g} is ")
+        assert fault.endswith(", the limit for float32 is 0.1%")
+    assert errors["pointwise"] < 1e-3
+
+
+def logit_errors(metrics: Metrics) -> dict[str, float]:
+    """Samples of banded_kernel_logit_error by kind."""
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    return {s.labels["kind"]: s.value for s in samples if s.name == "banded_kernel_logit_error"}
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "words"),
+    [
+        ("cpu", "auto", "PyTorch on CPU"),
+        ("cpu", "triton", "Triton, interpreted on CPU"),
+        ("cuda", "auto", "Triton on Some GPU"),
+        ("cuda", "triton", "Triton on Some GPU"),
+    ],
+)
+def test_kernels_in_words(device: str, kernels: KernelChoice, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (9, 0))
+    assert kernels_in_words(torch.device(device), kernels) == words
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

@@ -34,6 +34,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "dtype": "float32",
         "device": "cpu",
         "kernels": "triton",
+        "doctor": "1",
         "kv_bytes": "1000000",
         "max_slots": "4",
         "max_queue": "0",
@@ -52,7 +53,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
     assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
     assert read.api_keys == ("one", "two", "three")
-    assert read.open_metrics is read.allow_unauthenticated is True
+    assert read.doctor is read.open_metrics is read.allow_unauthenticated is True
     assert settings(port=8123, api_keys=("x",)).port == 8123  # given values win
 
 

@@ -96,3 +96,13 @@ def test_metrics_show_a_completed_request() -> None:
                 assert float(samples[name]) == value, name
 
     run(test)
+
+
+def test_kernel_errors_show_where_they_were_measured() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            assert "banded_kernel_logit_error{" not in (await api.client.get("/metrics")).text
+            api.fake.metrics.kernel_logit_error("banded").set(0.25)
+            assert 'banded_kernel_logit_error{kind="banded",model="fake"} 0.25' in (await api.client.get("/metrics")).text
+
+    run(test)

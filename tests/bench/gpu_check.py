@@ -156,7 +156,6 @@ def describe(setting: Setting) -> Section:
 def run_tests(setting: Setting) -> Section:
     """pytest in a process of its own: Triton decides when it is first imported whether it interprets."""
     arguments, results = setting.run.tests, setting.scratch / "tests.xml"
-    # Where there is no device tests/conftest.py turns the interpreter on.
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", *arguments, f"--junit-xml={results}"]
     status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode

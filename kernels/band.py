@@ -7,6 +7,9 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 PAGE_SIZE = 64  # keys in a page, and in a key tile: a tile never straddles pages
+# Pages that one program of Triton's decode attention reads. Splits begin at absolute multiples of it (in a sparse pattern:
+# of the row's list), so that the order in which a sequence's keys are added depends on nothing but its length.
+SPLIT_PAGES = 4
 QUERY_BLOCK = 256  # queries that the CPU path computes against one range of keys
 
 

@@ -17,7 +17,6 @@ class BlockLayout:
     is every row's last. col_idx and partial have one entry of padding, which kernels load ahead and never use.
     """
 
-    pattern: Pattern
     row_ptr: Tensor  # (rows + 1,) int32
     col_idx: Tensor  # (blocks + 1,) int32
     partial: Tensor  # (blocks + 1,) int32: 0 where every query of the block sees every key
@@ -38,4 +37,4 @@ def block_layout(pattern: Pattern, num_positions: int, device: torch.device) -> 
     col_idx = torch.cat((columns, padding))
     partial = torch.cat(((~every)[rows, columns].long(), padding))
     row_ptr, col_idx, partial = (x.to(device, torch.int32) for x in (row_ptr, col_idx, partial))
-    return BlockLayout(pattern, row_ptr, col_idx, partial, max_blocks=int(counts.max()))
+    return BlockLayout(row_ptr, col_idx, partial, max_blocks=int(counts.max()))

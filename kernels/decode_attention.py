@@ -4,15 +4,11 @@ import triton
 import triton.language as tl
 from torch import Tensor, empty, float32
 
-from kernels.band import PAGE_SIZE
+from kernels.band import PAGE_SIZE, SPLIT_PAGES
 from kernels.checks import check_attention, scale_log2
 from kernels.online_softmax import attend_page, normalised
 from kernels.plan import DecodePlan
 from kernels.tuning import capability_of, padded_head_dim, tile_of
-
-# Pages that one program reads. Splits begin at absolute multiples of it (in a sparse pattern: of the row's list), so that
-# the order in which a sequence's keys are added depends on nothing but its length.
-SPLIT_PAGES = 4
 
 
 @triton.jit

@@ -51,11 +51,14 @@ class Ops(Protocol):
 def choose(device: torch.device, choice: KernelChoice) -> Ops:
     """The implementation that serves `device`. "triton" runs the GPU path on CPU tensors, for tests.
 
-    Raises ValueError where that is asked for without Triton's interpreter.
+    Raises ValueError where that is asked for without Triton's interpreter, and where the interpreter would run on a GPU.
     """
     if device.type == "cuda" or choice == "triton":
-        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        if device.type == "cpu" and not interpreted:
             raise ValueError("the Triton kernels run on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1")
+        if device.type == "cuda" and interpreted:
+            raise ValueError("TRITON_INTERPRET=1 is set: the kernels would be interpreted, not run on the GPU; unset it")
         from kernels import gpu  # Triton decides at import whether it compiles or interprets, and takes a second
 
         return gpu

@@ -45,12 +45,12 @@ class DecodePlan:
             counts = ends - first_entry
         sequences = torch.repeat_interleave(counts)
         ends = counts.cumsum(0)
-        index_in_sequence = torch.arange(len(sequences)) - (ends - counts)[sequences]
+        index_in_sequence = torch.arange(len(sequences), device=rows.device) - (ends - counts)[sequences]
         if self.layout is None:
             page_index = first_page[sequences] + index_in_sequence
         else:
             page_index = self.layout.col_idx[first_entry[sequences] + index_in_sequence].long()
-        keys = page_index[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)  # (R, PAGE_SIZE)
+        keys = page_index[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=rows.device)  # (R, PAGE_SIZE)
         visible = self.pattern.sees(self.lengths[sequences, None] - 1, keys)
         page_ids = self.page_table[sequences, page_index].long()
         return PageList(page_ids, sequences, visible, ends - 1)

@@ -85,7 +85,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> T
 
 def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
     rows = zip(logits, slots.tolist(), positions.tolist(), strict=True)
-    return torch.tensor([sample_row(row, state, slot, position) for row, slot, position in rows], dtype=torch.int64)
+    return torch.tensor([sample_row(row, state, slot, position) for row, slot, position in rows], device=logits.device)
 
 
 def sample_row(logits: Tensor, state: SamplingState, slot: int, position: int) -> int:
@@ -96,8 +96,8 @@ def sample_row(logits: Tensor, state: SamplingState, slot: int, position: int) -
         return int(logits.argmax())
     x = (logits - logits.max()) / state.temperature[slot]
     stays = truncate(x, int(state.top_k[slot]), float(state.top_p[slot]), float(state.min_p[slot]))
-    key = row_keys(state.seed[slot, None], state.choice[slot, None], torch.tensor([position]))
-    noised = x + gumbel(key, torch.arange(len(x)))[0]
+    key = row_keys(state.seed[slot, None], state.choice[slot, None], torch.tensor([position], device=x.device))
+    noised = x + gumbel(key, torch.arange(len(x), device=x.device))[0]
     return int(noised.masked_fill(~stays, float("-inf")).argmax())
 
 

@@ -1,5 +1,6 @@
 """The dimensions of a GPT-3-style decoder, frozen, and the literal table of GPT-3's sizes."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -59,6 +60,8 @@ class GPTConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.embedding_width is not None and self.embedding_width < 1:
             raise ValueError(f"embedding_width must be at least 1, got {self.embedding_width}")
+        if self.softmax_scale is not None and not 0 < self.softmax_scale < math.inf:
+            raise ValueError(f"softmax_scale must be positive, got {self.softmax_scale}")
         if self.position_offset < 0:
             raise ValueError(f"position_offset must not be negative, got {self.position_offset}")
         if self.n_embd % self.n_head:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference
-from kernels.band import PAGE_SIZE, first_key
+from kernels.band import PAGE_SIZE, SPLIT_PAGES, first_key
 from kernels.block_layout import BlockLayout, block_layout
 from kernels.names import PatternKind
 from kernels.ops import Ops
@@ -31,7 +31,8 @@ LIMITS = {torch.float32: 0.001, torch.float16: 0.1, torch.bfloat16: 0.5}
 class KernelErrors(NamedTuple):
     """max |Δ logit| between active ops and the reference; infinite where the difference is not finite."""
 
-    # Of each kind of attention in the model, that alone being active; of "pointwise", all but attention; and of "all".
+    # Of each kind of attention in the model, that alone being active, with the writing of its keys; of "pointwise", norms,
+    # activations and products; and of "all". Sampling is not measured.
     errors: dict[str, float]
     deviation: float  # standard deviation of the reference's logits over the vocabulary, mean over positions
     dtype: torch.dtype
@@ -97,7 +98,10 @@ def steps_of(n_positions: int, size: int) -> list[range]:
     Where the context is long enough, the second chunk and the decoding begin where a band of `size` keys has just left a
     page: there a single key too many is one of a page given back.
     """
-    length = min(n_positions, size + 2 * PAGE_SIZE - 1 + DECODES)
+    length = size + 2 * PAGE_SIZE - 1 + DECODES
+    # Whole pages more, as far as they fit, where the pattern is so short that decoding would have no two splits to merge.
+    wanted, room = SPLIT_PAGES - size // PAGE_SIZE, (n_positions - length) // PAGE_SIZE
+    length = min(n_positions, length + max(0, min(wanted, room)) * PAGE_SIZE)
     prompt = max(length - DECODES, 1)
     cut = size + PAGE_SIZE - 1
     if cut >= prompt:

@@ -4,6 +4,7 @@ Steps that only decode run over buffers of fixed address and size: the batch is 
 bucket is one captured graph. Everything else is the same code on every device.
 """
 
+import gc
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -66,7 +67,7 @@ class Runner:
         self.ops = ops
         self.device, self.dtype = weight.device, weight.dtype
         shape = (config.n_head, PAGE_SIZE, config.head_dim)
-        # zeros, not empty: the memory is committed page by page as it is first written.
+        # zeros, not empty: a CPU commits the memory page by page as it is first written.
         self.pools = [
             KVPool(*(self._zeros(num_pages[config.group(i)] + 1, *shape, dtype=self.dtype) for _ in "kv"))
             for i in range(config.n_layer)
@@ -83,7 +84,7 @@ class Runner:
         self.page_tables = {group: self._zeros(num_slots + 1, width, dtype=torch.int32) for group in num_pages}
         for group, table in self.page_tables.items():
             table[self.scratch_slot] = num_pages[group]
-        self.groups = kinds
+        self.group_of = kinds
         self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
         self.sampling = self._sampling_state(num_slots + 1)
         self.buckets = decode_buckets(num_slots)
@@ -112,6 +113,7 @@ class Runner:
     @torch.inference_mode()
     def capture(self) -> None:
         """Record one CUDA graph for each decode bucket. Until then, and on a CPU, the same steps run op by op."""
+        gc.collect()  # a dead graph freed while another is recorded would end the recording
         pool = None
         for bucket in reversed(self.buckets):  # the largest first: the others share its memory
             self._stage([self.scratch_slot] * bucket, [0] * bucket)
@@ -158,8 +160,9 @@ class Runner:
             if start.sampling.is_adjusted:  # of the others nobody reads the tables
                 for table in (state.bias, state.generated, state.in_prompt):
                     table[start.slot] = 0
-                tokens, bias = zip(*start.sampling.logit_bias, strict=True) if start.sampling.logit_bias else ((), ())
-                state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
+                if start.sampling.logit_bias:
+                    tokens, bias = zip(*start.sampling.logit_bias, strict=True)
+                    state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
 
     def _add_pages(self, pages: list[NewPages]) -> None:
         for group, table in self.page_tables.items():
@@ -211,11 +214,12 @@ class Runner:
         slots, positions, prompt_tokens, sampled, chunk_slots = self._to_device(
             step.token_slots, step.token_positions, prompt, step.sampled_tokens, [chunk.slot for chunk in step.chunks]
         )
+        # Of every slot: which ones have penalties only the device remembers, and nobody reads the others'.
         self.sampling.in_prompt[slots[count:], prompt_tokens] = True
         starts, lengths = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]
         plans = {}
         for kind, pattern in self.patterns.items():
-            table = self.page_tables[self.groups[kind]]
+            table = self.page_tables[self.group_of[kind]]
             plans[kind] = StepPlan(
                 slot_mapping=self._slot_mapping(kind, slots, positions),
                 decode=self._decode_plan(kind, slots[:count], positions[:count]) if count else None,
@@ -229,11 +233,11 @@ class Runner:
         return self._sample(hidden[sampled], slots[sampled], positions[sampled] + 1)
 
     def _slot_mapping(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> Tensor:
-        pages = self.page_tables[self.groups[kind]][slots, positions // PAGE_SIZE]
+        pages = self.page_tables[self.group_of[kind]][slots, positions // PAGE_SIZE]
         return pages.long() * PAGE_SIZE + positions % PAGE_SIZE
 
     def _decode_plan(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> DecodePlan:
-        table = self.page_tables[self.groups[kind]]
+        table = self.page_tables[self.group_of[kind]]
         return DecodePlan(table[slots], positions + 1, self.patterns[kind], self.layouts[kind])
 
     def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> Tensor:

@@ -70,6 +70,10 @@ class StepInput(NamedTuple):
     chunks: list[PromptChunk]
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.decodes) + sum(len(chunk.tokens) for chunk in self.chunks)
+
+    @property
     def token_slots(self) -> list[int]:
         """The slot of every token."""
         return [row.slot for row in self.decodes] + [chunk.slot for chunk in self.chunks for _ in chunk.tokens]

@@ -78,9 +78,9 @@ class StepRunner(Protocol):
 
 
 class InFlight(NamedTuple):
-    """A step that was launched at `time` and whose tokens have not been read."""
+    """A step of `num_tokens` that was launched at `time` and whose tokens have not been read."""
 
-    step: StepInput
+    num_tokens: int
     pending: Pending
     time: float
 
@@ -356,7 +356,7 @@ class Engine:
     def _launch(self, step: StepInput) -> None:
         launched = time.monotonic()
         try:
-            self._in_flight.append(InFlight(step, self._runner.launch(step), launched))
+            self._in_flight.append(InFlight(step.num_tokens, self._runner.launch(step), launched))
         except Exception:
             self._read_steps(keep=0)  # steps end in order, and none may be scheduled on top of one that did not run
             self._fail_step()
@@ -364,7 +364,7 @@ class Engine:
     def _read_steps(self, *, keep: int) -> None:
         """Wait for the oldest steps and commit them, until `keep` are in flight."""
         while len(self._in_flight) > keep:
-            step, pending, launched = self._in_flight.popleft()
+            num_tokens, pending, launched = self._in_flight.popleft()
             try:
                 sampled = pending.result()
             except Exception:
@@ -375,7 +375,7 @@ class Engine:
             seconds = now - max(launched, self._busy_since)  # the device was at the step before until that ended
             self._busy_since = now
             self._metrics.step_time.observe(seconds)
-            self._metrics.step_tokens.observe(len(step.token_slots))
+            self._metrics.step_tokens.observe(num_tokens)
             self._report(self._scheduler.commit(sampled, seconds))
 
     def _fail_step(self) -> None:

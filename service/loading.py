@@ -82,13 +82,24 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
-    """Bytes for KV pages: what the settings say, or what `device`, which already holds the weights, has to spare."""
-    if kv_bytes is not None:
-        return kv_bytes
+    """Bytes for KV pages: what the settings say, or what `device`, which already holds the weights, has to spare.
+
+    Raises LoadError with the numbers where a GPU has less.
+    """
     if device.type == "cpu":
-        return CPU_KV_BYTES
+        return CPU_KV_BYTES if kv_bytes is None else kv_bytes
     free, total = torch.cuda.mem_get_info(device)
-    return max(0, free - int(total * CUDA_RESERVE))
+    if kv_bytes is not None:
+        if kv_bytes > free:
+            raise LoadError(f"kv_bytes is {kv_bytes}, but the weights leave {free} of the GPU's {total} bytes")
+        return kv_bytes
+    reserve = int(total * CUDA_RESERVE)
+    if free <= reserve:
+        raise LoadError(
+            f"the weights leave {free / 1e9:.1f} GB of the GPU's {total / 1e9:.1f} GB; {reserve / 1e9:.1f} GB are kept for "
+            "activations, so none are left for KV pages"
+        )
+    return free - reserve
 
 
 def load_checkpoint(settings: Settings) -> Checkpoint:
@@ -179,11 +190,14 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
     """Everything between a model's directory and its engine."""
     started = time.perf_counter()
     keep_freed_memory()
-    with one_torch_thread():
-        checkpoint = load_checkpoint(settings)
-        if settings.doctor:
-            check_kernels(checkpoint, settings.kernels, metrics)
-        engine = build_engine(checkpoint, settings, metrics)
+    try:
+        with one_torch_thread():
+            checkpoint = load_checkpoint(settings)
+            if settings.doctor:
+                check_kernels(checkpoint, settings.kernels, metrics)
+            engine = build_engine(checkpoint, settings, metrics)
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"the GPU is out of memory: {error}") from error
     seconds = time.perf_counter() - started
     metrics.load_time.set(seconds)
     config = checkpoint.model.config

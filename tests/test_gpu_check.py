@@ -110,7 +110,7 @@ def test_a_case_that_cannot_be_built_fails_alone(monkeypatch: pytest.MonkeyPatch
     use(monkeypatch, "sampling")
     monkeypatch.setattr(cpu, "sample", lambda *args: 1 / 0)
     text, failures = gpu_check.time_kernels(setting(tmp_path))
-    assert failures == ["sampling ('greedy', 0.0, 0, 1.0): division by zero"]
+    assert failures == ["sampling ('greedy', 0.0, 0, 1.0, 0.0, False): division by zero"]
     assert text.startswith("## Kernels")
 
 

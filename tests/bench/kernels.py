@@ -253,26 +253,35 @@ def bias_activation(shapes: Shapes, ops: Ops, device: torch.device) -> Case:
 
 
 def sampling(
-    kind: str, temperature: float, top_k: int, top_p: float, shapes: Shapes, ops: Ops, device: torch.device
+    kind: str,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    min_p: float,
+    adjusted: bool,
+    shapes: Shapes,
+    ops: Ops,
+    device: torch.device,
 ) -> Case:
     """Held to kernels.cpu: the reference compares every two tokens of a vocabulary."""
     rows = shapes.sampled
     logits = 3 * torch.randn(rows, shapes.vocab, device=device)
-    off, empty, slots = torch.zeros(rows, device=device), torch.zeros_like(logits), torch.arange(rows, device=device)
+    off, slots = torch.zeros(rows, device=device), torch.arange(rows, device=device)
+    often = torch.randint(3, logits.shape, device=device)
     state = SamplingState(
         temperature=off + temperature,
         top_k=slots * 0 + top_k,
         top_p=off + top_p,
-        min_p=off,
-        repetition_penalty=off + 1,
-        presence_penalty=off,
-        frequency_penalty=off,
-        adjusted=off.bool(),
+        min_p=off + min_p,
+        repetition_penalty=off + 1.2,
+        presence_penalty=off + 0.3,
+        frequency_penalty=off + 0.2,
+        adjusted=off.bool() | adjusted,
         seed=slots,
         choice=slots * 0,
-        bias=empty,
-        generated=empty.int(),
-        in_prompt=empty.bool(),
+        bias=torch.randn_like(logits),
+        generated=often.int(),
+        in_prompt=often == 2,
     )
     task = Task(f"sample {kind}, {rows} x {shapes.vocab}", 4 * logits.numel(), "TB/s", 0.0)
     return beside_pytorch(task, lambda ops: lambda: ops.sample(logits, state, slots, slots + 100), ops, oracle=cpu)
@@ -291,7 +300,12 @@ def cases(shapes: Shapes, ops: Ops, device: torch.device) -> list[partial[Case]]
         ("block_sparse_attention", strided),
         ("block_sparse_attention", fixed),
     ]
-    samplers = [("greedy", 0.0, 0, 1.0), ("untruncated", 1.0, 0, 1.0), ("top-p 0.9 + top-k 50", 1.0, 50, 0.9)]
+    samplers = [
+        ("greedy", 0.0, 0, 1.0, 0.0, False),
+        ("untruncated", 1.0, 0, 1.0, 0.0, False),
+        ("top-p 0.9 + top-k 50", 1.0, 50, 0.9, 0.0, False),
+        ("min-p 0.05, penalties and bias", 1.0, 0, 1.0, 0.05, True),
+    ]
     return [
         *(
             partial(attention, op, pattern, dim, shapes, ops, device)

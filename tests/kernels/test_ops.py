@@ -9,7 +9,8 @@ import torch
 from kernels import cpu, gpu, ops, reference
 
 
-def test_a_cpu_is_served_by_pytorch_and_a_gpu_by_triton() -> None:
+def test_a_cpu_is_served_by_pytorch_and_a_gpu_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     assert ops.choose(torch.device("cpu"), "auto") is cpu
     assert ops.choose(torch.device("cuda"), "auto") is gpu
     assert ops.choose(torch.device("cuda"), "triton") is gpu
@@ -21,6 +22,12 @@ def test_triton_runs_on_a_cpu_in_its_interpreter_only(monkeypatch: pytest.Monkey
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="run on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1"):
         ops.choose(torch.device("cpu"), "triton")
+
+
+def test_the_interpreter_left_on_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 is set: the kernels would be interpreted, not run"):
+        ops.choose(torch.device("cuda"), "auto")
 
 
 @pytest.mark.parametrize("implementation", [cpu, gpu, reference])

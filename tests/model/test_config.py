@@ -111,6 +111,7 @@ def test_token_width_is_the_models_unless_projected() -> None:
         ({"attention": ("fixed",), "stride": 8}, "summary must be at least 1 when a layer is fixed, got None"),
         ({"attention": ("fixed",), "stride": 8, "summary": 9}, "summary 9 is more than the stride 8 that it is a part of"),
         ({"embedding_width": 0}, "embedding_width must be at least 1, got 0"),
+        ({"softmax_scale": 0.0}, "softmax_scale must be positive, got 0.0"),
         ({"position_offset": -1}, "position_offset must not be negative, got -1"),
     ],
 )

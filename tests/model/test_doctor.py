@@ -188,10 +188,17 @@ def test_logits_that_are_all_equal_have_no_deviation_and_still_a_verdict(tmp_pat
 @pytest.mark.parametrize("n_positions", [1, 2, 3, 9, 10, 64, 65, 200, 256, 2048])
 def test_steps_are_the_positions_in_order(n_positions: int, size: int) -> None:
     steps = steps_of(n_positions, size)
-    length = min(n_positions, size + 135)
-    assert [position for step in steps for position in step] == list(range(length))
-    if length == size + 135:
-        assert [len(step) for step in steps] == [size + 63, 64, *[1] * DECODES]
+    positions = [position for step in steps for position in step]
+    assert positions == list(range(len(positions)))
+    assert len(positions) <= n_positions
+    if n_positions < size + 135:
+        assert len(positions) == n_positions
+        return
+    first, second, *decodes = steps
+    assert (len(first), len(decodes)) == (size + 63, DECODES)
+    assert len(second) % 64 == 0, "decoding begins where the band has just left a page"
+    if n_positions == 2048:
+        assert decodes[0].start >= 256, "decoding reads more than a split of 256 keys"
 
 
 @pytest.mark.parametrize("n_positions", [1, 2, 9, 65])

@@ -213,13 +213,13 @@ def test_the_doctor_prints_a_row_for_each_kind(checkpoint: Path, capsys: pytest.
     assert err == ""
     assert out.startswith(
         "banded, float32: PyTorch on CPU, against the reference\n"
-        "logits of the last 64 of 151 random tokens, standard deviation 1.6\n\n"
+        "logits of the last 64 of 215 random tokens, standard deviation 1.62\n\n"
         "kernels    max |Δ logit|  of the deviation\n"
         "dense     "
     )
     rows = table(out)
     assert list(rows) == ["dense", "banded", "pointwise", "all", "limit"]
-    assert rows["limit"] == ["0.0016", "0.1%"]
+    assert rows["limit"] == ["0.00162", "0.1%"]
     assert all(float(error) < 1e-4 for error, _ in list(rows.values())[:-1])
 
 
@@ -234,7 +234,7 @@ def test_the_doctor_names_wrong_kernels(
     for line, kind in zip(err.splitlines(), ("pointwise", "all"), strict=True):
         error, share = rows[kind]
         assert line == (
-            f"banded: kernels of kind {kind}: max |Δ logit| {error} is {share} of the logits' standard deviation 1.6, "
+            f"banded: kernels of kind {kind}: max |Δ logit| {error} is {share} of the logits' standard deviation 1.62, "
             "the limit for float32 is 0.1%"
         )
 
@@ -254,7 +254,7 @@ def test_serve_with_the_doctor_refuses_wrong_kernels(
     monkeypatch.setattr(kernels.cpu, "add_layernorm", lambda x, *rest: (x, x))
     line = refused(capsys, "serve", "--doctor", "--model", checkpoint, "--dtype", "float32")
     assert line.startswith("doctor: kernels of kind pointwise: max |Δ logit| ")
-    assert line.endswith("of the logits' standard deviation 1.6, the limit for float32 is 0.1%")
+    assert line.endswith("of the logits' standard deviation 1.62, the limit for float32 is 0.1%")
 
 
 def test_the_doctor_has_nothing_to_compare_with_where_weights_overflow(

@@ -12,6 +12,7 @@ import torch
 from kernels import cpu
 from kernels.names import KernelChoice
 from model.step import SamplingParams
+from service import loading
 from service.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
 from service.metrics import Metrics
 from service.scheduler import Sequence
@@ -212,5 +213,20 @@ def test_kv_pages_get_what_the_weights_leave_of_a_gpu_and_a_fixed_share_of_a_cpu
     assert kv_budget(None, torch.device("cuda")) == 62 * 10**9
     assert kv_budget(None, torch.device("cpu")) == 2 << 30
     assert kv_budget(5000, torch.device("cuda")) == kv_budget(5000, torch.device("cpu")) == 5000
+    with pytest.raises(LoadError, match="kv_bytes is 71000000000, but the weights leave 70000000000 of the GPU's"):
+        kv_budget(71 * 10**9, torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
-    assert kv_budget(None, torch.device("cuda")) == 0, "no room is no room, not a negative size"
+    message = (
+        r"the weights leave 1\.0 GB of the GPU's 80\.0 GB; 8\.0 GB are kept for activations, so none are left for KV pages"
+    )
+    with pytest.raises(LoadError, match=message):
+        kv_budget(None, torch.device("cuda"))
+
+
+def test_weights_larger_than_the_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(settings: Settings) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+
+    monkeypatch.setattr(loading, "load_checkpoint", allocate)
+    with pytest.raises(LoadError, match=r"the GPU is out of memory: CUDA out of memory\. Tried to allocate 3 GiB"):
+        served(tmp_path)

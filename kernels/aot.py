@@ -31,8 +31,7 @@ from kernels.block_layout import block_layout
 from kernels.names import Activation
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
-from kernels.sampling import COLUMNS, TABLES
-from kernels.sampling_state import SamplingState
+from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from kernels.tuning import Capability, padded_head_dim
 
 # Heads of the GPT-3 model that has this head size: Brown et al. 2020, table 2.1.

@@ -5,26 +5,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.sampling_state import SamplingState
+from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
 BLOCK = 4096  # tokens of a tile: 16 bytes a thread; never timed on a GPU
 NUM_WARPS = 32
 VECTOR = tl.constexpr(4)  # logits in 16 bytes
 INFINITY = tl.constexpr(0x7F800000)  # the bits of fp32's
-
-COLUMNS = {
-    "temperature": torch.float32,
-    "top_k": torch.int64,
-    "top_p": torch.float32,
-    "min_p": torch.float32,
-    "repetition_penalty": torch.float32,
-    "presence_penalty": torch.float32,
-    "frequency_penalty": torch.float32,
-    "adjusted": torch.bool,
-    "seed": torch.int64,
-    "choice": torch.int64,
-}
-TABLES = {"bias": torch.float32, "generated": torch.int32, "in_prompt": torch.bool}
 
 
 @triton.jit

@@ -17,7 +17,7 @@ from kernels.block_layout import block_layout
 from kernels.names import PatternKind
 from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan
-from kernels.sampling_state import SamplingState
+from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, KVPool, PagedAttention, StepPlan
 from model.step import NewPages, Sampled, SlotStart, StepInput
@@ -98,17 +98,10 @@ class Runner:
 
     def _sampling_state(self, num_slots: int) -> SamplingState:
         vocab_size, padded = self.model.config.vocab_size, self.model.config.padded_vocab_size
-        floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        columns = {name: self._zeros(num_slots, dtype=torch.float32) for name in floats}
-        columns |= {name: self._zeros(num_slots, dtype=torch.int64) for name in ("top_k", "seed", "choice")}
-        return SamplingState(
-            **columns,
-            adjusted=self._zeros(num_slots, dtype=torch.bool),
-            # Rows of the padded vocabulary, so that each is aligned to 16 bytes.
-            bias=self._zeros(num_slots, padded, dtype=torch.float32)[:, :vocab_size],
-            generated=self._zeros(num_slots, padded, dtype=torch.int32)[:, :vocab_size],
-            in_prompt=self._zeros(num_slots, padded, dtype=torch.bool)[:, :vocab_size],
-        )
+        columns = {name: self._zeros(num_slots, dtype=dtype) for name, dtype in COLUMNS.items()}
+        # Rows of the padded vocabulary, so that each is aligned to 16 bytes.
+        tables = {name: self._zeros(num_slots, padded, dtype=dtype)[:, :vocab_size] for name, dtype in TABLES.items()}
+        return SamplingState(**columns, **tables)
 
     @torch.inference_mode()
     def capture(self) -> None:
@@ -139,30 +132,21 @@ class Runner:
         return list(pinned.to(self.device, non_blocking=True).split([len(column) for column in columns]))
 
     def _start_slots(self, starts: list[SlotStart]) -> None:
-        params = [start.sampling for start in starts]
-        slots, top_k, seed, choice, adjusted = self._to_device(
-            [start.slot for start in starts],
-            [p.top_k for p in params],
-            [p.seed for p in params],
-            [p.choice for p in params],
-            [p.is_adjusted for p in params],
-        )
-        floats = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
-        columns = self._to_device(*([getattr(p, name) for p in params] for name in floats), dtype=torch.float32)
         state = self.sampling
-        for column, values in zip(
-            (state.top_k, state.seed, state.choice, state.adjusted), (top_k, seed, choice, adjusted), strict=True
-        ):
-            column[slots] = values.to(column.dtype)
-        for name, values in zip(floats, columns, strict=True):
-            getattr(state, name)[slots] = values
+        (slots,) = self._to_device([start.slot for start in starts])
+        for dtype in (torch.int64, torch.float32):
+            names = [name for name, column in COLUMNS.items() if column.is_floating_point == dtype.is_floating_point]
+            values = self._to_device(*([getattr(start.sampling, name) for start in starts] for name in names), dtype=dtype)
+            for name, column in zip(names, values, strict=True):
+                getattr(state, name)[slots] = column.to(COLUMNS[name])
         for start in starts:
-            if start.sampling.is_adjusted:  # of the others nobody reads the tables
-                for table in (state.bias, state.generated, state.in_prompt):
-                    table[start.slot] = 0
-                if start.sampling.logit_bias:
-                    tokens, bias = zip(*start.sampling.logit_bias, strict=True)
-                    state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
+            if not start.sampling.adjusted:
+                continue  # nobody reads its tables
+            for table in (state.bias, state.generated, state.in_prompt):
+                table[start.slot] = 0
+            if start.sampling.logit_bias:
+                tokens, bias = zip(*start.sampling.logit_bias, strict=True)
+                state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
 
     def _add_pages(self, pages: list[NewPages]) -> None:
         for group, table in self.page_tables.items():

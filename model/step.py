@@ -20,7 +20,7 @@ class SamplingParams(NamedTuple):
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
 
     @property
-    def is_adjusted(self) -> bool:
+    def adjusted(self) -> bool:
         """Whether logits are changed before the temperature applies."""
         penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
         return bool(self.logit_bias) or any(penalties)

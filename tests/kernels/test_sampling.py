@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels import cpu_sampling, noise, reference, sampling
-from kernels.sampling_state import SamplingState
+from kernels.sampling_state import TABLES, SamplingState
 from tests.kernels.interpreter import Work
 
 Sample = Callable[[Tensor, SamplingState, Tensor, Tensor], Tensor]
@@ -368,7 +368,7 @@ def test_truncation_that_keeps_all_changes_nothing(sample: Sample, given: dict[s
 )
 def test_adjusted_logits_worked_out_by_hand(sample: Sample, given: dict[str, float], logit: float, expected: float) -> None:
     """Token 2 beats a rival just below what it should get, and loses to one just above. Only token 2 has table entries."""
-    tables = {name: torch.tensor([0, 0, value]) for name, value in given.items() if name in sampling.TABLES}
+    tables = {name: torch.tensor([0, 0, value]) for name, value in given.items() if name in TABLES}
     state = adjusted_state(1, 3, temperature=0, **{**given, **tables})
     logits = torch.tensor([[expected - 0.01, -99.0, logit], [expected + 0.01, -99.0, logit]])
     assert sample(logits, state, torch.zeros(2, dtype=torch.int64), torch.arange(2)).tolist() == [2, 0]

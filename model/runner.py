@@ -72,8 +72,8 @@ class Runner:
             KVPool(*(self._zeros(num_pages[config.group(i)] + 1, *shape, dtype=self.dtype) for _ in "kv"))
             for i in range(config.n_layer)
         ]
-        kinds: dict[PatternKind, KVGroup] = {config.kind(i): config.group(i) for i in range(config.n_layer)}
-        self.patterns = {kind: config.pattern(kind) for kind in kinds}
+        self.group_of: dict[PatternKind, KVGroup] = {config.kind(i): config.group(i) for i in range(config.n_layer)}
+        self.patterns = {kind: config.pattern(kind) for kind in self.group_of}
         self.layouts = {
             kind: block_layout(pattern, config.n_positions, self.device) if pattern.is_sparse else None
             for kind, pattern in self.patterns.items()
@@ -84,7 +84,6 @@ class Runner:
         self.page_tables = {group: self._zeros(num_slots + 1, width, dtype=torch.int32) for group in num_pages}
         for group, table in self.page_tables.items():
             table[self.scratch_slot] = num_pages[group]
-        self.group_of = kinds
         self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
         self.sampling = self._sampling_state(num_slots + 1)
         self.buckets = decode_buckets(num_slots)

@@ -31,10 +31,11 @@ class SlotStart(NamedTuple):
 
     slot: int
     sampling: SamplingParams
+    prompt: list[int]  # all of it, whatever part the step computes: penalties look at it
 
 
 class NewPages(NamedTuple):
-    """Pages that join a slot's table: page_ids[i] holds positions (first + i) * 64 and on."""
+    """Pages that join a slot's table: page_ids[i] holds positions (first + i) * 64 and on. Other slots may share them."""
 
     slot: int
     group: KVGroup
@@ -42,32 +43,61 @@ class NewPages(NamedTuple):
     page_ids: list[int]
 
 
+class PageCopy(NamedTuple):
+    """What page `source` holds once the step's keys are written is copied to `target`, in every layer of the group."""
+
+    group: KVGroup
+    source: int
+    target: int
+
+
 class DecodeRow(NamedTuple):
-    """The slot's last sampled token, at `position`, is computed and the next one sampled."""
+    """The slot's last sampled token, at `position`, is computed."""
 
     slot: int
     position: int
 
 
 class PromptChunk(NamedTuple):
-    """Prompt tokens from position `start` on; `samples` when the prompt ends here and a token is wanted."""
+    """Prompt tokens from position `start` on are computed."""
 
     slot: int
     start: int
     tokens: list[int]
-    samples: bool
+
+
+class SampleRow(NamedTuple):
+    """A token is sampled for `slot` from the logits of the step's token `index`, which may stand in another slot: choices
+    with one prompt share its last row."""
+
+    slot: int
+    index: int
+    top_logprobs: int | None = None  # how many of the likeliest tokens to report beside it; None: no logprobs at all
+    banned: tuple[int, ...] = ()  # tokens that must not be sampled this time
+
+
+class ScoreRows(NamedTuple):
+    """Log probabilities of given tokens: targets[i] follows the step's token `first + i`."""
+
+    first: int
+    targets: list[int]
+    top_logprobs: int
 
 
 class StepInput(NamedTuple):
-    """Everything the runner needs for one step, in the order it is applied.
+    """Everything the runner needs for one step, in the order it is applied: first `starts` and `pages`, last `copies`.
 
-    The tokens of a step stand in one row: those of `decodes`, then those of each chunk.
+    The tokens of a step stand in one row: those of `decodes`, then those of each chunk. `samples` begins with one row for
+    each of `decodes`, in order.
     """
 
     starts: list[SlotStart]
     pages: list[NewPages]
     decodes: list[DecodeRow]
     chunks: list[PromptChunk]
+    samples: list[SampleRow]
+    scores: list[ScoreRows]
+    copies: list[PageCopy]
 
     @property
     def num_tokens(self) -> int:
@@ -86,19 +116,17 @@ class StepInput(NamedTuple):
             positions += range(chunk.start, chunk.start + len(chunk.tokens))
         return positions
 
-    @property
-    def sampled_tokens(self) -> list[int]:
-        """Indices of the tokens whose successor is sampled."""
-        indices = list(range(len(self.decodes)))
-        end = len(indices)
-        for chunk in self.chunks:
-            end += len(chunk.tokens)
-            if chunk.samples:
-                indices.append(end - 1)
-        return indices
+
+class TokenLogprobs(NamedTuple):
+    """Of one token, under the model's own distribution: before temperature, penalties, bias and bans."""
+
+    logprob: float
+    top: list[tuple[int, float]]  # (token, logprob) of the likeliest tokens, likeliest first
 
 
 class Sampled(NamedTuple):
-    """One token for each of StepInput.sampled_tokens."""
+    """What a step brought forth."""
 
-    tokens: list[int]
+    tokens: list[int]  # one for each of StepInput.samples
+    logprobs: list[TokenLogprobs | None]  # of these tokens, where asked for
+    scores: list[list[TokenLogprobs]]  # for each of StepInput.scores, one for each of its targets

@@ -3,11 +3,24 @@
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence as Items
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal, NamedTuple
 
-from model.step import DecodeRow, PromptChunk, Sampled, SamplingParams, SlotStart, StepInput
-from service.kv_cache import KVCache
+from kernels.band import PAGE_SIZE
+from model.step import (
+    DecodeRow,
+    PromptChunk,
+    Sampled,
+    SampleRow,
+    SamplingParams,
+    ScoreRows,
+    SlotStart,
+    StepInput,
+    TokenLogprobs,
+)
+from service.kv_cache import FilledPage, KVCache, PageKey, page_keys
 
 # "stop" and "length" are the client's; "error": the step raised; "timeout": waited too long to start.
 FinishReason = Literal["stop", "length", "error", "timeout"]
@@ -22,6 +35,10 @@ MOST_PACE = 3.0
 NEWEST = 0.2
 
 
+class Family:
+    """Sequences of one request whose prompts begin alike: the first to run computes what they have in common for all."""
+
+
 @dataclass(eq=False)
 class Sequence:
     """One choice: a prompt and what has become of it. Made by the caller, then touched by the scheduler only.
@@ -33,14 +50,22 @@ class Sequence:
     prompt: list[int]
     max_tokens: int
     sampling: SamplingParams
-    # Ends the choice when sampled; None generates on.
-    eos_id: int | None
+    stop_ids: frozenset[int] = frozenset()  # tokens that end the choice when sampled
+    min_tokens: int = 0  # none of them is sampled before so many others
+    # How many of the likeliest tokens to report beside each generated one; None: no logprobs at all.
+    top_logprobs: int | None = None
+    # First position of the prompt whose token gets logprobs too, at least 1. Its forerunners may come from the cache.
+    scored_from: int | None = None
+    family: Family | None = None
+    num_common: int = 0  # leading prompt tokens that the whole family has
     # When to give up waiting for a slot, on the caller's clock.
     deadline: float = math.inf
     slot: int = -1  # while running
     started: float = 0.0  # when it got its slot, on the same clock
     num_computed: int = 0  # booked when a step is scheduled
     num_generated: int = 0  # tokens known, booked when a step is committed
+    num_looked_up: int = 0  # prompt tokens for which the prefix cache was asked
+    num_cached: int = 0  # and that it had
 
     @property
     def num_written(self) -> int:
@@ -57,6 +82,26 @@ class Sequence:
         Should a token in flight turn out to be the end, the one after it is dropped."""
         return len(self.prompt) <= self.num_computed < self.num_written
 
+    @property
+    def is_fork(self) -> bool:
+        """Whether the family's prompts are all the same, so that one that has been computed is everyone's."""
+        return self.family is not None and self.num_common == len(self.prompt)
+
+    @cached_property
+    def page_keys(self) -> list[PageKey]:
+        return page_keys(self.prompt)
+
+    @property
+    def usable_keys(self) -> list[PageKey]:
+        """Pages that may come from the cache: at least one token is computed, and all whose successors get logprobs."""
+        computed = len(self.prompt) if self.scored_from is None else self.scored_from
+        return self.page_keys[: (computed - 1) // PAGE_SIZE]
+
+    def banned(self) -> tuple[int, ...]:
+        """What must not be sampled behind the last token that has been scheduled."""
+        few = self.num_computed - len(self.prompt) < self.min_tokens
+        return tuple(sorted(self.stop_ids)) if few else ()
+
 
 class Delta(NamedTuple):
     """What one step did to one sequence: at most one token now, and why it ended if it did."""
@@ -64,14 +109,20 @@ class Delta(NamedTuple):
     sequence: Sequence
     tokens: list[int]
     finish_reason: FinishReason | None
+    logprobs: Items[TokenLogprobs] = ()  # of `tokens`, where asked for
+    scores: Items[TokenLogprobs] = ()  # of the prompt's next tokens, from scored_from on
 
 
-class Scheduled(NamedTuple):
+@dataclass
+class Scheduled:
     """A step in flight: scheduled, not yet committed. It remembers its sequences, since their slots may change hands."""
 
-    step: StepInput
-    sequences: list[Sequence]  # of step.decodes, then of step.chunks
-    past_prompt: list[Sequence]  # those whose prompt is computed with this step, in the order of its sampled tokens
+    step: StepInput = field(default_factory=lambda: StepInput([], [], [], [], [], [], []))
+    sequences: list[Sequence] = field(default_factory=list)  # all that it would harm by failing
+    sampling: list[Sequence] = field(default_factory=list)  # of step.samples
+    scoring: list[Sequence] = field(default_factory=list)  # of step.scores
+    unsampled: list[Sequence] = field(default_factory=list)  # whose prompt ends with it, and with max_tokens 0 they do
+    filled: list[tuple[Sequence, list[FilledPage]]] = field(default_factory=list)
 
 
 class Pace:
@@ -158,22 +209,22 @@ class Scheduler:
         """The next step, or None when nothing can run. Sequences that get a slot remember `now`."""
         self._release_behind()
         self._admit(now)
-        decodes = [sequence for sequence in self.running.values() if sequence.is_decoding]
-        chunks = self._chunks(len(decodes))
-        if not decodes and not chunks:
+        scheduled = Scheduled()
+        for sequence in [sequence for sequence in self.running.values() if sequence.is_decoding]:
+            self._add_decode(scheduled, sequence)
+        num_decodes = len(scheduled.step.decodes)
+        prompts = self._prompts()
+        budget = self.step_tokens - num_decodes
+        if num_decodes:
+            budget = min(budget, self._pace.chunk_limit(num_decodes, len(prompts)))
+        for sequence in prompts:
+            left = budget - (scheduled.step.num_tokens - num_decodes)
+            if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left):
+                break
+        if not scheduled.sequences:
             return None
-        starts = [SlotStart(c.slot, self.running[c.slot].sampling) for c in chunks if c.start == 0]
-        rows = [DecodeRow(sequence.slot, sequence.num_computed) for sequence in decodes]
-        sequences = decodes + [self.running[chunk.slot] for chunk in chunks]
-        counts = [1] * len(decodes) + [len(chunk.tokens) for chunk in chunks]
-        pages = []
-        for sequence, count in zip(sequences, counts, strict=True):
-            sequence.num_computed += count
-            pages += self.cache.extend(sequence.slot, sequence.num_computed)
-        step = StepInput(starts, pages, rows, chunks)
-        past_prompt = [sequence for sequence in sequences if not sequence.in_prompt]
-        self._in_flight.append(Scheduled(step, sequences, past_prompt))
-        return step
+        self._in_flight.append(scheduled)
+        return scheduled.step
 
     def _release_behind(self) -> None:
         """Return the pages that no later step will see, which leaves every sequence with what it holds at rest."""
@@ -184,7 +235,7 @@ class Scheduler:
         self.blocked = False
         while self.waiting and self._free_slots:
             sequence = self.waiting[0]
-            if not self.cache.try_reserve(self._free_slots[-1], sequence.num_written):
+            if not self._try_reserve(sequence, self._free_slots[-1]):
                 self.blocked = True
                 break
             self.waiting.popleft()
@@ -192,41 +243,139 @@ class Scheduler:
             sequence.started = now
             self.running[sequence.slot] = sequence
 
-    def _chunks(self, num_decodes: int) -> list[PromptChunk]:
-        """Prompt chunks of this step: first come, first served, so at most one prompt is left half done."""
+    def _try_reserve(self, sequence: Sequence, slot: int) -> bool:
+        leader = self._leaders().get(sequence.family) if sequence.family and sequence.is_fork else None
+        if leader and leader.in_prompt:
+            return self.cache.try_join(slot, leader.slot, len(sequence.prompt), sequence.num_written)
+        return self.cache.try_reserve(slot, sequence.num_written)
+
+    def _leaders(self) -> dict[Family, Sequence]:
+        """The first sequence of each family whose prompt is not known to be computed."""
+        leaders: dict[Family, Sequence] = {}
+        for sequence in self.running.values():
+            if sequence.family and sequence.num_generated == 0:
+                leaders.setdefault(sequence.family, sequence)
+        return leaders
+
+    def _prompts(self) -> list[Sequence]:
+        """Sequences whose prompts this step may go on with, the one left half done first, the others in order."""
+        leaders = self._leaders()
         in_prompt = [sequence for sequence in self.running.values() if sequence.in_prompt]
-        budget = self.step_tokens - num_decodes
-        if num_decodes:
-            budget = min(budget, self._pace.chunk_limit(num_decodes, len(in_prompt)))
-        chunks = []
-        for sequence in in_prompt:
-            start, end = sequence.num_computed, len(sequence.prompt)
-            if start + budget < end:
-                end = (start + budget) // MIN_CHUNK * MIN_CHUNK
-            if end <= start:
-                break
-            samples = end == len(sequence.prompt) and sequence.max_tokens > 0
-            chunks.append(PromptChunk(sequence.slot, start, sequence.prompt[start:end], samples))
-            budget -= end - start
-            if end < len(sequence.prompt):
-                break
-        return chunks
+        in_prompt.sort(key=lambda sequence: sequence.num_computed == 0)
+        return [s for s in in_prompt if s.family is None or not self._waits(s, leaders[s.family])]
+
+    def _waits(self, sequence: Sequence, leader: Sequence) -> bool:
+        """Whether the leader of its family is about to compute what the sequence would."""
+        if leader is sequence or sequence.num_computed:
+            return False
+        if sequence.is_fork:
+            return leader.in_prompt
+        common = sequence.usable_keys[: sequence.num_common // PAGE_SIZE]
+        return self.cache.prefix(common) < len(common)
+
+    def _add_decode(self, scheduled: Scheduled, sequence: Sequence) -> None:
+        step = scheduled.step
+        step.decodes.append(DecodeRow(sequence.slot, sequence.num_computed))
+        self._compute(scheduled, sequence, 1)
+        self._add_sample(scheduled, sequence, step.num_tokens - 1)
+
+    def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
+        scheduled.sequences.append(sequence)
+        sequence.num_computed += num_tokens
+        scheduled.step.pages.extend(self.cache.extend(sequence.slot, sequence.num_computed))
+
+    def _add_sample(self, scheduled: Scheduled, sequence: Sequence, index: int) -> None:
+        scheduled.step.samples.append(SampleRow(sequence.slot, index, sequence.top_logprobs, sequence.banned()))
+        scheduled.sampling.append(sequence)
+
+    def _add_chunk(self, scheduled: Scheduled, sequence: Sequence, budget: int) -> bool:
+        """Add as much of a prompt as the budget allows; whether it ends there, so that the next one may follow."""
+        step, prompt = scheduled.step, sequence.prompt
+        start = sequence.num_computed
+        keys: list[PageKey] = []
+        if start == 0 and (usable := sequence.usable_keys):
+            keys = usable[: self.cache.prefix(usable)]
+            start = len(keys) * PAGE_SIZE
+        end = len(prompt)
+        if start + budget < end:
+            end = (start + budget) // MIN_CHUNK * MIN_CHUNK
+        if end <= start:
+            return False
+        if sequence.num_computed == 0:
+            step.starts.append(SlotStart(sequence.slot, sequence.sampling, prompt))
+            sequence.num_looked_up = len(prompt) if sequence.scored_from is None else 0
+        if keys:
+            step.pages.extend(self.cache.start_behind(sequence.slot, keys))
+            sequence.num_computed = sequence.num_cached = start
+        step.chunks.append(PromptChunk(sequence.slot, start, prompt[start:end]))
+        self._compute(scheduled, sequence, end - start)
+        scheduled.filled.append((sequence, self.cache.fill(sequence.slot, start, end, sequence.page_keys)))
+        if sequence.scored_from is not None:
+            self._add_scores(scheduled, sequence, range(max(sequence.scored_from, start + 1), min(end + 1, len(prompt))))
+        if end < len(prompt):
+            return False
+        self._end_prompt(scheduled, sequence)
+        if sequence.is_fork:
+            for fork in [s for s in self.running.values() if s.family is sequence.family and s.num_computed == 0]:
+                self._fork(scheduled, fork, sequence)
+        return True
+
+    def _add_scores(self, scheduled: Scheduled, sequence: Sequence, positions: range) -> None:
+        """Ask for the logprobs of prompt tokens, whose forerunners are computed last in the step so far."""
+        if positions:
+            first = scheduled.step.num_tokens - (sequence.num_computed - (positions.start - 1))
+            targets = sequence.prompt[positions.start : positions.stop]
+            scheduled.step.scores.append(ScoreRows(first, targets, sequence.top_logprobs or 0))
+            scheduled.scoring.append(sequence)
+
+    def _fork(self, scheduled: Scheduled, sequence: Sequence, leader: Sequence) -> None:
+        step = scheduled.step
+        step.starts.append(SlotStart(sequence.slot, sequence.sampling, sequence.prompt))
+        pages, copies = self.cache.fork(sequence.slot, leader.slot, len(sequence.prompt))
+        step.pages.extend(pages)
+        step.copies.extend(copies)
+        sequence.num_computed = len(sequence.prompt)
+        scheduled.sequences.append(sequence)
+        self._end_prompt(scheduled, sequence)
+
+    def _end_prompt(self, scheduled: Scheduled, sequence: Sequence) -> None:
+        """The step's last token so far is the last of the sequence's prompt."""
+        if sequence.max_tokens:
+            self._add_sample(scheduled, sequence, scheduled.step.num_tokens - 1)
+        else:
+            scheduled.unsampled.append(sequence)
 
     def commit(self, sampled: Sampled, seconds: float) -> list[Delta]:
-        """Take in the tokens of the oldest step in flight, which ran for `seconds`; what each sequence gained.
+        """Take in what the oldest step in flight brought, which ran for `seconds`; what each sequence gained.
 
         Tokens of sequences that ended after the step was scheduled are dropped.
         """
-        step, _, past_prompt = self._in_flight.popleft()
+        scheduled = self._in_flight.popleft()
+        step = scheduled.step
         self._pace.observe(len(step.decodes), sum(len(chunk.tokens) for chunk in step.chunks), seconds)
-        tokens = iter(sampled.tokens)
-        # With max_tokens 0 the prompt was all there is to compute.
-        gains = [(sequence, [next(tokens)] if sequence.max_tokens else []) for sequence in past_prompt]
-        return [self._advance(sequence, gained) for sequence, gained in gains if self._is_running(sequence)]
+        for sequence, filled in scheduled.filled:
+            if self._is_running(sequence):
+                self.cache.publish(filled)
+            else:
+                self.cache.discard(filled)
+        past_prompt = {*scheduled.unsampled, *scheduled.sampling}
+        gains = {sequence: Delta(sequence, [], None) for sequence in scheduled.sequences}
+        for sequence, token, logprobs in zip(scheduled.sampling, sampled.tokens, sampled.logprobs, strict=True):
+            gains[sequence] = Delta(sequence, [token], None, () if logprobs is None else (logprobs,))
+        for sequence, scores in zip(scheduled.scoring, sampled.scores, strict=True):
+            gains[sequence] = gains[sequence]._replace(scores=scores)
+        return [
+            self._advance(delta) if sequence in past_prompt else delta
+            for sequence, delta in gains.items()
+            if self._is_running(sequence) and (sequence in past_prompt or delta.scores)
+        ]
 
     def fail_step(self) -> list[Delta]:
         """End the sequences of the oldest step in flight, which raised, with an error; the others are not harmed."""
-        deltas = [Delta(s, [], "error") for s in self._in_flight.popleft().sequences if self._is_running(s)]
+        scheduled = self._in_flight.popleft()
+        for _, filled in scheduled.filled:
+            self.cache.discard(filled)
+        deltas = [Delta(s, [], "error") for s in scheduled.sequences if self._is_running(s)]
         for delta in deltas:
             self._retire(delta.sequence)
         return deltas
@@ -239,16 +388,18 @@ class Scheduler:
     def _is_running(self, sequence: Sequence) -> bool:
         return self.running.get(sequence.slot) is sequence
 
-    def _advance(self, sequence: Sequence, tokens: list[int]) -> Delta:
+    def _advance(self, delta: Delta) -> Delta:
+        """Book what a sequence gained, and end it where that was the last."""
+        sequence, tokens = delta.sequence, delta.tokens
         sequence.num_generated += len(tokens)
         finish: FinishReason | None = None
-        if tokens and tokens[-1] == sequence.eos_id:
+        if tokens and tokens[-1] in sequence.stop_ids:
             finish = "stop"
         elif sequence.num_generated == sequence.max_tokens:
             finish = "length"
         if finish:
             self._retire(sequence)
-        return Delta(sequence, tokens, finish)
+        return delta._replace(finish_reason=finish)
 
     def _retire(self, sequence: Sequence) -> None:
         del self.running[sequence.slot]

@@ -1,5 +1,6 @@
 """The scheduler against a slow oracle that remembers, key by key, what stands in every page."""
 
+import itertools
 import random
 from collections import deque
 from typing import NamedTuple, cast
@@ -10,11 +11,12 @@ from hypothesis import strategies as st
 
 from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
-from model.step import Sampled, SamplingParams, StepInput
+from model.step import Sampled, SamplingParams, StepInput, TokenLogprobs
 from service.kv_cache import KVCache, chunk_slack, resting_pages
-from service.scheduler import MIN_CHUNK, Delta, Pace, Scheduler, Sequence
+from service.scheduler import MIN_CHUNK, Delta, Family, Pace, Scheduler, Sequence
 
 EOS = 7
+STOP = frozenset({EOS})
 
 
 def config(band: int | None, n_positions: int = 512) -> GPTConfig:
@@ -49,64 +51,154 @@ def make(
 
 
 def sequence(num_prompt: int, max_tokens: int, *, deadline: float = float("inf")) -> Sequence:
-    return Sequence(list(range(num_prompt)), max_tokens, SamplingParams(), EOS, deadline)
+    """Of which no two have a prompt that begins alike."""
+    return Sequence([next(fresh_tokens), *range(1, num_prompt)], max_tokens, SamplingParams(), STOP, deadline=deadline)
+
+
+fresh_tokens = itertools.count(100)
 
 
 class Row(NamedTuple):
     """What a sequence is to gain from a step, noted when the step is scheduled."""
 
     sequence: Sequence
-    gains: list[int] | None  # None while its prompt lasts
+    past_prompt: bool
+    tokens: list[int]
+    scores: list[TokenLogprobs]
 
 
 class Device:
-    """Runs every step when it is scheduled, that is, in stream order, and remembers key by key whose it is."""
+    """Runs every step when it is scheduled, that is, in stream order, and remembers key by key what it belongs to."""
 
     def __init__(self, scheduler: Scheduler, rng: random.Random):
         self.scheduler = scheduler
         self.rng = rng
         self.table: dict[tuple[KVGroup, int, int], int] = {}
-        self.content: dict[tuple[KVGroup, int, int], tuple[Sequence, int]] = {}
+        self.content: dict[tuple[KVGroup, int, int], object] = {}
         self.num_computed: dict[Sequence, int] = {}
         self.num_sampled: dict[Sequence, int] = {}
+        self.num_scored: dict[Sequence, int] = {}
 
     def run(self, step: StepInput) -> tuple[list[Row], Sampled]:
         """Write the step's keys, then check that every key its queries see is where the table says; sample at random."""
+        running = self.scheduler.running
         for pages in step.pages:
             for i, page_id in enumerate(pages.page_ids):
                 self.table[pages.group, pages.slot, pages.first + i] = page_id
-        running = self.scheduler.running
+        starting = {start.slot for start in step.starts}
+        for chunk in step.chunks:
+            if chunk.slot in starting:
+                self.num_computed[running[chunk.slot]] = chunk.start  # behind what is cached
         tokens = list(zip(step.token_slots, step.token_positions, strict=True))
         for slot, position in tokens:
-            assert position == self.num_computed.get(running[slot], 0), "not the next position"
+            assert position == self.num_computed[running[slot]], "not the next position"
             self.num_computed[running[slot]] = position + 1
-        for kind, pool in self.scheduler.cache.pools.items():
+        for group, pool in self.scheduler.cache.pools.items():
             for slot, position in tokens:
-                self.content[self.place(kind, slot, position)] = (running[slot], position)
+                self.content[self.place(group, slot, position)] = key_of(running[slot], position)
             for slot, position in tokens:
                 for key in range(first_key(position, pool.band), position + 1):
-                    assert self.content[self.place(kind, slot, key)] == (running[slot], key), f"{kind} key {key} is gone"
-        samples = {step.token_slots[index]: EOS if self.rng.random() < 0.02 else 1 for index in step.sampled_tokens}
-        for slot in samples:
+                    found = self.content[self.place(group, slot, key)]
+                    assert found == key_of(running[slot], key), f"{group} key {key} is not there"
+        for group, source, target in step.copies:
+            for offset in range(PAGE_SIZE):
+                self.content[group, target, offset] = self.content.get((group, source, offset))
+        rows = {slot: Row(running[slot], False, [], []) for slot, _ in tokens}
+        for slot in starting - {chunk.slot for chunk in step.chunks}:  # forks
             sequence = running[slot]
-            self.num_sampled[sequence] = self.num_sampled.get(sequence, 0) + 1
-            assert self.num_sampled[sequence] <= sequence.max_tokens
-        return [self.row(running[slot], samples.get(slot)) for slot in step_slots(step)], Sampled(list(samples.values()))
-
-    def row(self, sequence: Sequence, token: int | None) -> Row:
-        if self.num_computed[sequence] < len(sequence.prompt):
-            return Row(sequence, None)
-        return Row(sequence, [] if token is None else [token])
+            rows[slot] = Row(sequence, False, [], [])
+            self.num_computed[sequence] = len(sequence.prompt)
+        sampled = Sampled([], [], [])
+        for sample in step.samples:
+            sequence = running[sample.slot]
+            slot, position = tokens[sample.index]
+            assert position == self.num_computed[sequence] - 1
+            assert slot == sample.slot or (running[slot].prompt == sequence.prompt and sample.slot in starting)
+            count = self.num_sampled[sequence] = self.num_sampled.get(sequence, 0) + 1
+            assert count <= sequence.max_tokens
+            assert sample.banned == (tuple(sequence.stop_ids) if count <= sequence.min_tokens else ())
+            token = EOS if not sample.banned and self.rng.random() < 0.02 else 1
+            sampled.tokens.append(token)
+            sampled.logprobs.append(None if sample.top_logprobs is None else TokenLogprobs(count, []))
+            rows[sample.slot].tokens.append(token)
+        for score in step.scores:
+            slot, _ = tokens[score.first]
+            sequence = running[slot]
+            scored = self.num_scored.get(sequence, sequence.scored_from or 0)
+            for i, target in enumerate(score.targets):
+                assert tokens[score.first + i] == (slot, scored + i - 1)
+                assert sequence.prompt[scored + i] == target
+            self.num_scored[sequence] = scored + len(score.targets)
+            sampled.scores.append([TokenLogprobs(scored + i, []) for i in range(len(score.targets))])
+            rows[slot].scores.extend(sampled.scores[-1])
+        ended = [row._replace(past_prompt=not row.sequence.in_prompt) for row in rows.values()]
+        for row in ended:
+            if row.past_prompt and row.sequence.scored_from is not None:
+                assert self.num_scored.get(row.sequence, row.sequence.scored_from) == len(row.sequence.prompt)
+        return ended, sampled
 
     def place(self, group: KVGroup, slot: int, position: int) -> tuple[KVGroup, int, int]:
         return group, self.table[group, slot, position // PAGE_SIZE], position % PAGE_SIZE
 
 
-def step_slots(step: StepInput) -> list[int]:
-    return [row.slot for row in step.decodes] + [chunk.slot for chunk in step.chunks]
+def key_of(sequence: Sequence, position: int) -> object:
+    """What the key at a position depends on: all tokens up to it."""
+    if position < len(sequence.prompt):
+        return tuple(sequence.prompt[max(0, position - 3) : position + 1]), position, sequence.prompt[0]
+    return sequence, position
 
 
-requests = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 100)), min_size=1, max_size=12)
+class Request(NamedTuple):
+    base: int  # prompts with one base begin alike
+    num_common: int
+    num_own: int
+    max_tokens: int
+    min_tokens: int
+    num_choices: int
+    scored: bool
+    differ: bool  # the choices differ in their last tokens, as continuations to be scored do
+
+
+requests = st.lists(
+    st.builds(
+        Request,
+        base=st.integers(0, 2),
+        num_common=st.integers(1, 320),
+        num_own=st.integers(0, 80),
+        max_tokens=st.integers(0, 100),
+        min_tokens=st.sampled_from([0, 0, 3]),
+        num_choices=st.sampled_from([1, 1, 2, 5]),
+        scored=st.booleans(),
+        differ=st.booleans(),
+    ),
+    min_size=1,
+    max_size=8,
+)
+
+
+def sequences_of(request: Request) -> list[Sequence]:
+    common = [request.base * 1000 + i for i in range(request.num_common)]
+    own = [[next(fresh_tokens) for _ in range(request.num_own)] for _ in range(request.num_choices)]
+    family = Family() if request.num_choices > 1 else None
+    if not request.differ:
+        own = own[:1] * request.num_choices
+    made = [
+        Sequence(
+            common + own[i],
+            request.max_tokens,
+            SamplingParams(choice=i),
+            STOP,
+            min_tokens=request.min_tokens,
+            top_logprobs=2 if request.scored else None,
+            family=family,
+            num_common=request.num_common + (0 if request.differ else request.num_own),
+        )
+        for i in range(request.num_choices)
+    ]
+    for i, sequence in enumerate(made):
+        if request.scored and (i == 0 or request.differ):
+            sequence.scored_from = request.num_common if request.differ else 1
+    return made
 
 
 @given(
@@ -120,7 +212,7 @@ requests = st.lists(st.tuples(st.integers(1, 400), st.integers(0, 100)), min_siz
     seed=st.integers(0, 1000),
 )
 def test_every_sequence_is_computed_once_in_order_and_finishes(
-    requests: list[tuple[int, int]],
+    requests: list[Request],
     band: int | None,
     max_slots: int,
     step_tokens: int,
@@ -142,11 +234,11 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
         scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: chunk_limit  # type: ignore[method-assign]
     device = Device(scheduler, rng)
     in_flight: deque[tuple[StepInput, list[Row], Sampled]] = deque()
-    todo = [sequence(prompt, tokens) for prompt, tokens in requests]
-    submitted = list(todo)
+    todo = [sequences_of(request) for request in requests]
+    submitted = [sequence for group in todo for sequence in group]
     began: list[Sequence] = []
     ended: dict[Sequence, str] = {}
-    generated = dict.fromkeys(todo, 0)
+    generated = dict.fromkeys(submitted, 0)
 
     def abort_one() -> None:
         if rng.random() < 0.05 and (scheduler.running or scheduler.waiting):
@@ -155,23 +247,24 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             scheduler.abort(victim)
             ended[victim] = "abort"
 
-    def expected(row: Row) -> Delta:
-        assert row.gains is not None
-        generated[row.sequence] += len(row.gains)
-        length = generated[row.sequence] == row.sequence.max_tokens
-        return Delta(row.sequence, row.gains, "stop" if row.gains == [EOS] else "length" if length else None)
+    def expected(row: Row, logprobs: list[TokenLogprobs]) -> Delta:
+        sequence, past_prompt, tokens, scores = row
+        generated[sequence] += len(tokens)
+        length = past_prompt and generated[sequence] == sequence.max_tokens
+        reason = "stop" if tokens == [EOS] else "length" if length else None
+        return Delta(sequence, tokens, reason, tuple(logprobs), scores or ())  # type: ignore[arg-type]
 
     while todo or not scheduler.idle:
         while todo and rng.random() < 0.3:
-            scheduler.submit([todo.pop(0)])
+            scheduler.submit(todo.pop(0))
         abort_one()
         step = scheduler.schedule(0.0)
         if step is None:
             assert in_flight or not scheduler.running
         else:
-            assert len(step.token_slots) <= step_tokens
+            assert step.num_tokens <= step_tokens
+            assert {start.slot for start in step.starts} >= {chunk.slot for chunk in step.chunks if chunk.start == 0}
             began += [scheduler.running[start.slot] for start in step.starts]
-            assert {start.slot for start in step.starts} == {chunk.slot for chunk in step.chunks if chunk.start == 0}
             for chunk in step.chunks:
                 end = chunk.start + len(chunk.tokens)
                 assert end % MIN_CHUNK == 0 or end == len(scheduler.running[chunk.slot].prompt)
@@ -184,24 +277,45 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             rows = [row for row in rows if row.sequence not in ended]
             if rng.random() < 0.02:
                 deltas = scheduler.fail_step()
-                assert deltas == [Delta(row.sequence, [], "error") for row in rows]
+                assert by_sequence(deltas) == {row.sequence: Delta(row.sequence, [], "error") for row in rows}
+                failed = {row.sequence.family for row in rows if row.sequence.family}
+                for other in [*scheduler.running.values(), *scheduler.waiting]:
+                    if other.family in failed:  # a request ends with the first of its choices that fails
+                        scheduler.abort(other)
+                        ended[other] = "abort"
             else:
-                deltas = scheduler.commit(sampled, len(step.token_slots) * 1e-3)
-                assert deltas == [expected(row) for row in rows if row.gains is not None]
+                by_slot = {sample.slot: sampled.logprobs[i] for i, sample in enumerate(step.samples)}
+                slots = {row.sequence: row.sequence.slot for row in rows}
+                wanted = [
+                    expected(row, [found] if row.tokens and (found := by_slot[slots[row.sequence]]) else [])
+                    for row in rows
+                    if row.past_prompt or row.scores
+                ]
+                deltas = scheduler.commit(sampled, step.num_tokens * 1e-3)
+                assert by_sequence(deltas) == by_sequence(wanted)
             ended |= {delta.sequence: delta.finish_reason for delta in deltas if delta.finish_reason}
             if rng.random() < 0.5:  # not always: a check leaves all sequences at rest, which `schedule` has to do itself
                 assert scheduler.faults() == []
     assert set(ended) == set(submitted)
-    assert began == [s for s in submitted if s in set(began)], "a sequence overtook another"
+    alone = [s for s in submitted if s in set(began) and s.family is None]
+    assert [s for s in began if s.family is None] == alone, "a sequence overtook another"
     assert all(generated[s] == s.num_generated for s in submitted)
     assert scheduler.faults() == []
     assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
 
 
+def by_sequence(deltas: list[Delta]) -> dict[Sequence, Delta]:
+    return {delta.sequence: delta for delta in deltas}
+
+
 def drive(scheduler: Scheduler, token: int = 1, seconds: float = 0.01) -> list[Delta]:
     step = scheduler.schedule(0.0)
     assert step is not None
-    return scheduler.commit(Sampled([token] * len(step.sampled_tokens)), seconds)
+    return scheduler.commit(answer(step, token), seconds)
+
+
+def answer(step: StepInput, token: int = 1) -> Sampled:
+    return Sampled([token] * len(step.samples), [None] * len(step.samples), [[] for _ in step.scores])
 
 
 def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_runs() -> None:
@@ -214,7 +328,7 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
         held = scheduler.cache.held(0)["banded"]
         peak = max(peak, held)
         assert step.chunks or held <= 5
-        scheduler.commit(Sampled([1] * len(step.sampled_tokens)), 0.01)
+        scheduler.commit(answer(step), 0.01)
     assert peak <= 5 + 512 // PAGE_SIZE
 
 
@@ -230,7 +344,7 @@ def test_the_slack_for_chunks_is_needed_to_its_last_page() -> None:
         step = scheduler.schedule(0.0)
         assert step is not None
         most = max(most, scheduler.cache.usage()["banded"].held)
-        scheduler.commit(Sampled([1] * len(step.sampled_tokens)), 0.01)
+        scheduler.commit(answer(step), 0.01)
     assert most == scheduler.cache.usage()["banded"].total == 8
 
 
@@ -304,6 +418,10 @@ def test_a_failed_step_ends_its_own_sequences_only() -> None:
     assert [start.slot for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
 
 
+def sampled(tokens: list[int]) -> Sampled:
+    return Sampled(tokens, [None] * len(tokens), [])
+
+
 def launch(scheduler: Scheduler) -> StepInput:
     step = scheduler.schedule(0.0)
     assert step is not None
@@ -316,11 +434,11 @@ def test_the_token_after_the_end_is_dropped_though_its_slot_has_a_new_sequence()
     scheduler.submit([first, second])
     launch(scheduler)
     assert launch(scheduler).decodes == [(0, 5)], "launched before the token of the first step is known"
-    assert scheduler.commit(Sampled([EOS]), 0.01) == [Delta(first, [EOS], "stop")]
+    assert scheduler.commit(sampled([EOS]), 0.01) == [Delta(first, [EOS], "stop")]
     assert [start.slot for start in launch(scheduler).starts] == [0]
-    assert scheduler.commit(Sampled([3]), 0.01) == []
+    assert scheduler.commit(sampled([3]), 0.01) == []
     assert first.num_generated == 1
-    assert scheduler.commit(Sampled([4]), 0.01) == [Delta(second, [4], None)]
+    assert scheduler.commit(sampled([4]), 0.01) == [Delta(second, [4], None)]
 
 
 def test_nothing_is_scheduled_past_max_tokens_and_a_step_in_flight_is_work() -> None:
@@ -329,9 +447,9 @@ def test_nothing_is_scheduled_past_max_tokens_and_a_step_in_flight_is_work() -> 
     launch(scheduler)
     launch(scheduler)
     assert scheduler.schedule(0.0) is None
-    assert [delta.finish_reason for delta in scheduler.commit(Sampled([1]), 0.01)] == [None]
+    assert [delta.finish_reason for delta in scheduler.commit(sampled([1]), 0.01)] == [None]
     assert scheduler.schedule(0.0) is None
-    assert [delta.finish_reason for delta in scheduler.commit(Sampled([1]), 0.01)] == ["length"]
+    assert [delta.finish_reason for delta in scheduler.commit(sampled([1]), 0.01)] == ["length"]
     assert scheduler.idle
 
 
@@ -340,8 +458,8 @@ def test_max_tokens_0_ends_with_the_last_chunk_not_with_one_before_it() -> None:
     scheduler.submit([sequence(100, 0)])
     launch(scheduler)
     launch(scheduler)
-    assert scheduler.commit(Sampled([]), 0.01) == []
-    assert [delta.finish_reason for delta in scheduler.commit(Sampled([]), 0.01)] == ["length"]
+    assert scheduler.commit(sampled([]), 0.01) == []
+    assert [delta.finish_reason for delta in scheduler.commit(sampled([]), 0.01)] == ["length"]
     assert scheduler.idle
 
 
@@ -355,8 +473,8 @@ def test_abort_gives_pages_and_slot_back_at_once_and_drops_what_is_in_flight() -
     assert not scheduler.idle, "a step is in flight"
     scheduler.submit([other])
     launch(scheduler)
-    assert scheduler.commit(Sampled([1]), 0.01) == []
-    assert scheduler.commit(Sampled([1]), 0.01) == [Delta(other, [1], "length")]
+    assert scheduler.commit(sampled([1]), 0.01) == []
+    assert scheduler.commit(sampled([1]), 0.01) == [Delta(other, [1], "length")]
     assert scheduler.idle
 
 
@@ -369,13 +487,159 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     assert [row.slot for row in launch(scheduler).decodes] == [0]
     assert scheduler.fail_step() == [Delta(failing, [], "error")]
     assert scheduler.faults() == [], "though the chunk in flight holds more pages than its sequence reserved"
-    assert scheduler.commit(Sampled([1, 2]), 0.01) == [Delta(joined, [2], "length")]
+    assert scheduler.commit(sampled([1, 2]), 0.01) == [Delta(joined, [2], "length")]
     assert scheduler.idle
     scheduler.submit([sequence(5, 9)])
     launch(scheduler)
     launch(scheduler)
     assert len(scheduler.fail_step()) == 1
     assert scheduler.fail_step() == [], "it has ended with the step before"
+
+
+def alike(prompt: list[int], max_tokens: int = 5) -> Sequence:
+    return Sequence(list(prompt), max_tokens, SamplingParams(), STOP)
+
+
+def finish(scheduler: Scheduler) -> list[StepInput]:
+    steps = []
+    while step := scheduler.schedule(0.0):
+        steps.append(step)
+        scheduler.commit(answer(step), 0.01)
+    assert scheduler.idle
+    assert scheduler.faults() == []
+    return steps
+
+
+def prompt_tokens(steps: list[StepInput]) -> int:
+    return sum(len(chunk.tokens) for step in steps for chunk in step.chunks)
+
+
+def test_600_shared_tokens_are_found_though_the_first_ran_past_them_by_more_than_the_band() -> None:
+    scheduler = make(256, step_tokens=512, n_positions=2048)
+    shared = list(range(600))
+    first, second = alike([*shared, *range(5000, 5400)], 500), alike([*shared, *range(6000, 6100)])
+    scheduler.submit([first])
+    assert prompt_tokens(finish(scheduler)) == 1000
+    scheduler.submit([second])
+    steps = finish(scheduler)
+    assert second.num_cached == 576, "9 full pages"
+    assert prompt_tokens(steps) == 700 - 576
+    assert (second.num_looked_up, first.num_cached) == (700, 0)
+    given = {(new.group, new.first, len(new.page_ids)) for new in steps[0].pages[:2]}
+    assert given == {("dense", 0, 9), ("banded", 5, 4)}, "of the banded ones those that position 576 sees"
+
+
+def test_at_least_one_token_is_computed_and_all_behind_the_first_scored_one() -> None:
+    scheduler = make(None)
+    prompt = list(range(128))
+    scheduler.submit([alike(prompt)])
+    finish(scheduler)
+    same, scored = alike(prompt), alike(prompt)
+    scored.scored_from = 66
+    whole = alike(prompt)
+    whole.scored_from = 1
+    for each in (same, scored, whole):
+        scheduler.submit([each])
+        finish(scheduler)
+    assert [each.num_cached for each in (same, scored, whole)] == [64, 64, 0]
+
+
+def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
+    scheduler = make(100, max_slots=4, step_tokens=128, dense_sequences=4, banded_sequences=4)
+    family, prompt = Family(), list(range(200))
+    choices = [Sequence(prompt, 100, SamplingParams(choice=i), STOP, family=family, num_common=200) for i in range(4)]
+    scheduler.submit(choices)
+    assert launch(scheduler).samples == []
+    scheduler.commit(sampled([]), 0.01)
+    step = launch(scheduler)
+    assert [(chunk.slot, chunk.start, len(chunk.tokens)) for chunk in step.chunks] == [(0, 128, 72)]
+    assert [(row.slot, row.index) for row in step.samples] == [(0, 71), (1, 71), (2, 71), (3, 71)]
+    assert [start.slot for start in step.starts] == [1, 2, 3]
+    assert len(step.copies) == 6, "the last page of each group, for each fork"
+    scheduler.commit(sampled([1, 1, 1, 1]), 0.01)
+    assert scheduler.cache.usage()["dense"].held == 3 + 4, "3 full pages once, and one of each choice"
+    assert scheduler.faults() == []
+    steps = finish(scheduler)
+    assert prompt_tokens(steps) == 0
+    assert {len(step.decodes) for step in steps} == {4}
+
+
+def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
+    scheduler = make(100, max_slots=2)
+    family, prompt = Family(), list(range(200))
+    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family, num_common=200) for i in range(5)]
+    scheduler.submit(choices)
+    assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 rounds of slots; the second of each forks"
+    assert [choice.num_cached for choice in choices] == [0, 0, 192, 0, 192]
+
+
+def test_the_family_goes_on_when_its_first_is_aborted_in_the_prompt() -> None:
+    scheduler = make(100, step_tokens=128)
+    family, prompt = Family(), list(range(200))
+    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family, num_common=200) for i in range(3)]
+    scheduler.submit(choices)
+    drive(scheduler)
+    scheduler.abort(choices[0])
+    assert scheduler.faults() == []
+    steps = finish(scheduler)
+    assert [choice.num_generated for choice in choices] == [0, 9, 9]
+    assert sum(len(step.starts) for step in steps) == 2
+
+
+def test_forks_reserve_the_prompt_once() -> None:
+    scheduler = make(None, max_slots=8, dense_sequences=1)  # 8 pages
+    family, prompt = Family(), list(range(320))  # 5 full pages
+    choices = [Sequence(prompt, 30, SamplingParams(choice=i), STOP, family=family, num_common=320) for i in range(4)]
+    scheduler.submit(choices)
+    scheduler.schedule(0.0)
+    assert len(scheduler.running) == 3, "5 pages and one of each"
+    assert scheduler.blocked
+
+
+def test_continuations_wait_for_what_they_have_in_common() -> None:
+    scheduler = make(100, step_tokens=256)
+    family, common = Family(), list(range(150))
+    choices = [
+        Sequence([*common, *own], 0, SamplingParams(), top_logprobs=1, scored_from=150, family=family, num_common=150)
+        for own in ([500], [600, 601], [700, 701, 702])
+    ]
+    scheduler.submit(choices)
+    steps = finish(scheduler)
+    assert [chunk.slot for chunk in steps[0].chunks] == [0]
+    assert prompt_tokens(steps) == 151 + (152 - 128) + (153 - 128)
+    assert [row.targets for step in steps for row in step.scores] == [[500], [600, 601], [700, 701, 702]]
+
+
+def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
+    scheduler = make(None, step_tokens=256)
+    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 256  # type: ignore[method-assign]
+    prompt = list(range(128))
+    scheduler.submit([alike(prompt)])
+    launch(scheduler)
+    scheduler.submit([alike(prompt)])
+    launch(scheduler)
+    assert len(scheduler.fail_step()) == 1
+    assert scheduler.running[1].num_cached == 0
+    scheduler.commit(sampled([1]), 0.01)
+    assert scheduler.faults() == []
+    last = alike(prompt)
+    scheduler.submit([last])
+    launch(scheduler)
+    assert last.num_cached == 64, "from the second, which did not fail"
+
+
+def test_cached_pages_make_room_the_longest_unused_first() -> None:
+    scheduler = make(None, max_slots=1, step_tokens=512, dense_sequences=1)  # 8 pages
+    old, new = list(range(1000, 1128)), list(range(2000, 2128))
+    for prompt in (old, new, list(range(3000, 3256))):
+        scheduler.submit([alike(prompt)])
+        finish(scheduler)
+    assert scheduler.cache.usage()["dense"].held == 0
+    again = [alike([*prompt, 1]) for prompt in (new, old)]
+    for each in again:
+        scheduler.submit([each])
+        finish(scheduler)
+    assert [each.num_cached for each in again] == [128, 64], "a prefix loses its end before its beginning"
 
 
 def test_step_tokens_must_let_every_stream_advance() -> None:

@@ -1,10 +1,31 @@
-"""One choice on the client's side: its text so far, its clock and its metrics."""
+"""One choice on the client's side: its text and logprobs so far, its clock and its metrics."""
 
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+from model.step import TokenLogprobs
+from model.tokenizer import Tokenizer
 from service.metrics import Metrics
 from service.scheduler import Delta, FinishReason, Sequence
 from service.text import TextStream
+
+
+class ChoiceRequest(NamedTuple):
+    """A sequence, and what of it the client wants to see."""
+
+    sequence: Sequence
+    stops: tuple[str, ...] = ()
+    include_stop: bool = False  # the stop string, or the token in stop_ids, is part of the text
+    echo: bool = False  # the prompt's text and tokens come first
+    num_implicit: int = 0  # leading prompt tokens that nobody wrote, so that they have no text
+
+
+class ShownToken(NamedTuple):
+    """A token of the text that a client has by now."""
+
+    token: int
+    logprobs: TokenLogprobs | None  # None for the first of a prompt
+    offset: int  # characters from the start of the prompt to the character in which the token begins
 
 
 class Output(NamedTuple):
@@ -12,17 +33,35 @@ class Output(NamedTuple):
 
     choice: int
     text: str
-    tokens: list[int]
+    tokens: list[int]  # sampled by now, shown or not
     finish_reason: FinishReason | None
+    logprobs: Items[TokenLogprobs] = ()  # of `tokens`, where asked for
+    scores: Items[TokenLogprobs] = ()  # of the prompt's next tokens, from the sequence's scored_from on
+    shown: Items[ShownToken] = ()  # where logprobs are asked for: the tokens that `text` makes visible
 
 
 class Choice:
     """Turns the deltas of one sequence into outputs. Times are those of the steps, however late a slow client reads."""
 
-    def __init__(self, index: int, sequence: Sequence, text: TextStream, submitted: float, metrics: Metrics):
+    def __init__(
+        self,
+        index: int,
+        request: ChoiceRequest,
+        prompt_scores: list[TokenLogprobs],
+        tokenizer: Tokenizer,
+        submitted: float,
+        metrics: Metrics,
+    ):
+        """`prompt_scores` belongs to all choices of a prompt: the first of them gets the logprobs and adds them to it."""
         self._index = index
-        self._sequence = sequence
-        self._text = text
+        self._request = request
+        self._sequence = request.sequence
+        self._tokenizer = tokenizer
+        self._prompt_scores = prompt_scores
+        self._text = TextStream(request.stops, include_stop=request.include_stop, start=self._length_before())
+        self._tokens: list[tuple[int, TokenLogprobs | None]] = []  # that `_text` has taken in
+        self._num_shown = 0
+        self._began = False
         self._submitted = submitted
         self._metrics = metrics
         self._num_tokens = 0
@@ -30,20 +69,54 @@ class Choice:
         self._last_token = submitted
 
     def advance(self, delta: Delta, now: float) -> Output:
-        """Take in what a step that ended at `now` did. The end-of-text token counts but has no text; a stop string ends
-        the choice."""
+        """Take in what a step that ended at `now` did. A stop string ends the choice."""
         finish, pieces = delta.finish_reason, []
-        for token in delta.tokens:
+        self._prompt_scores.extend(delta.scores)
+        if not self._began and (delta.tokens or finish):
+            self._began = True
+            self._metrics.prefix_cache_queries.inc(self._sequence.num_looked_up)
+            self._metrics.prefix_cache_hits.inc(self._sequence.num_cached)
+            if self._request.echo:
+                pieces += self._echo()
+        logprobs = delta.logprobs or [None] * len(delta.tokens)
+        for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
+            pieces.append(self._push(token, token_logprobs))
             self._count(now)
-            if token != self._sequence.eos_id:
-                pieces.append(self._text.push(token))
         if self._text.stopped:
             finish = "stop"
         elif finish:
             pieces.append(self._text.finish())
         if finish:
             self._end(finish, now)
-        return Output(self._index, "".join(pieces), delta.tokens, finish)
+        shown = self._shown() if self._sequence.top_logprobs is not None else ()
+        return Output(self._index, "".join(pieces), delta.tokens, finish, delta.logprobs, delta.scores, shown)
+
+    def _prompt_bytes(self) -> list[bytes]:
+        """What each prompt token adds to the text. Special ones that the user asked for by id are spelt out."""
+        implicit = self._request.num_implicit
+        return [b""] * implicit + [self._tokenizer.name_bytes(token) for token in self._sequence.prompt[implicit:]]
+
+    def _length_before(self) -> int:
+        """Characters before the text that the choice begins with."""
+        return 0 if self._request.echo else len(b"".join(self._prompt_bytes()).decode(errors="replace"))
+
+    def _echo(self) -> list[str]:
+        scores = [None, *self._prompt_scores] if self._prompt_scores else [None] * len(self._sequence.prompt)
+        self._tokens += zip(self._sequence.prompt, scores, strict=True)
+        return [self._text.push(data, searched=False) for data in self._prompt_bytes()]
+
+    def _push(self, token: int, logprobs: TokenLogprobs | None) -> str:
+        self._tokens.append((token, logprobs))
+        silent = token in self._sequence.stop_ids and not self._request.include_stop
+        data = b"" if silent else self._tokenizer.text_bytes(token)
+        return self._text.push(data, searched=self._num_tokens >= self._sequence.min_tokens)
+
+    def _shown(self) -> list[ShownToken]:
+        """Tokens that the client sees since the last call."""
+        new = slice(self._num_shown, self._text.shown)
+        self._num_shown = self._text.shown
+        pairs = zip(self._tokens[new], self._text.offsets[new], strict=True)
+        return [ShownToken(token, logprobs, offset) for (token, logprobs), offset in pairs]
 
     def _count(self, now: float) -> None:
         metrics = self._metrics

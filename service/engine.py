@@ -19,12 +19,11 @@ from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 from model.config import KVGroup
-from model.step import Sampled, StepInput
+from model.step import Sampled, StepInput, TokenLogprobs
 from model.tokenizer import Tokenizer
-from service.choice import Choice, Output
+from service.choice import Choice, ChoiceRequest, Output
 from service.metrics import Metrics
-from service.scheduler import Delta, FinishReason, Scheduler, Sequence
-from service.text import TextStream
+from service.scheduler import Delta, Family, FinishReason, Scheduler, Sequence
 
 log = logging.getLogger("banded.engine")
 
@@ -161,19 +160,22 @@ class Engine:
         """Returns when the engine has given up; the process should end then."""
         await self._failed.wait()
 
-    async def generate(self, sequences: Items[Sequence], stops: Items[str] = ()) -> AsyncGenerator[Output, None]:
-        """Run a request's choices; Output.choice counts `sequences`. Closing the iterator aborts what still runs.
+    async def generate(self, requests: Items[ChoiceRequest]) -> AsyncGenerator[Output, None]:
+        """Run a request's choices; Output.choice counts them. Closing the iterator aborts what still runs.
 
         Raises DoesNotFitError, QueueFullError or UnavailableError before the first output, UnavailableError when a
         choice waited too long for a slot, StepFailedError when a step raised.
         """
+        sequences = [request.sequence for request in requests]
         self._check_admission(sequences)
         submitted = time.monotonic()
         mailbox: Mailbox = asyncio.Queue()
-        choices = {
-            sequence: Choice(i, sequence, TextStream(self.tokenizer.text_bytes, stops), submitted, self._metrics)
-            for i, sequence in enumerate(sequences)
-        }
+        scores: dict[Family | Sequence, list[TokenLogprobs]] = {}
+        choices = {}
+        for i, request in enumerate(requests):
+            sequence = request.sequence
+            prompt_scores = scores.setdefault(sequence.family if sequence.family and sequence.is_fork else sequence, [])
+            choices[sequence] = Choice(i, request, prompt_scores, self.tokenizer, submitted, self._metrics)
         self._open(sequences, mailbox, submitted)
         unfinished = set(sequences)
         outcome = "abort"
@@ -206,6 +208,7 @@ class Engine:
             sequence.deadline = submitted + self._queue_timeout
             self._mailboxes[sequence] = mailbox
             self._active.add(sequence)
+        for sequence in one_of_each_prompt(sequences):
             self._metrics.prompt_tokens.inc(len(sequence.prompt))
             self._metrics.request_prompt_tokens.observe(len(sequence.prompt))
         self._send(lambda: self._scheduler.submit(sequences))
@@ -396,6 +399,11 @@ class Engine:
     def _call_loop(self, function: Callable[..., None], *args: object) -> None:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *args)
+
+
+def one_of_each_prompt(sequences: Items[Sequence]) -> list[Sequence]:
+    """The sequences without those that share the prompt of another."""
+    return list({s.family if s.family and s.is_fork else s: s for s in reversed(sequences)}.values())
 
 
 def held_pages(scheduler: Scheduler, group: KVGroup) -> int:

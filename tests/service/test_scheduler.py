@@ -620,7 +620,7 @@ def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
     launch(scheduler)
     assert len(scheduler.fail_step()) == 1
     assert scheduler.running[1].num_cached == 0
-    scheduler.commit(sampled([1]), 0.01)
+    scheduler.commit(sampled([1, 1]), 0.01)
     assert scheduler.faults() == []
     last = alike(prompt)
     scheduler.submit([last])

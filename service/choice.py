@@ -94,7 +94,9 @@ class Choice:
     def _prompt_bytes(self) -> list[bytes]:
         """What each prompt token adds to the text. Special ones that the user asked for by id are spelt out."""
         implicit = self._request.num_implicit
-        return [b""] * implicit + [self._tokenizer.name_bytes(token) for token in self._sequence.prompt[implicit:]]
+        tokens = self._sequence.prompt[implicit:]
+        known = (token in self._tokenizer for token in tokens)
+        return [b""] * implicit + [self._tokenizer.token_bytes(t) if k else b"" for t, k in zip(tokens, known, strict=True)]
 
     def _length_before(self) -> int:
         """Characters before the text that the choice begins with."""

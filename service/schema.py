@@ -1,17 +1,17 @@
 """Request and response bodies: type, bounds and default of every field."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    ModelWrapValidatorHandler,
     PlainValidator,
+    PrivateAttr,
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationInfo,
-    field_validator,
     model_validator,
 )
 from pydantic.json_schema import WithJsonSchema
@@ -23,6 +23,18 @@ MAX_STOPS = 4
 MAX_STOP_LENGTH = 1024
 # The largest number that a 64-bit integer holds.
 MAX_INT = 2**63 - 1
+MAX_BIAS = 100
+MAX_REPETITION_PENALTY = 10
+MAX_STOP_TOKENS = 1024
+MAX_EXAMPLES = 2048  # as many as a context has tokens
+MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
+
+
+def shown(text: str) -> str:
+    """`text`, cut so that an error stays small whatever was sent, and without lone surrogates, which no answer can hold."""
+    cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    return cut.encode(errors="backslashreplace").decode()
+
 
 PROMPT_SCHEMA = {
     "description": "Text, token ids, or a list of either.",
@@ -120,98 +132,118 @@ Stop = Annotated[
 ]
 
 
+def check_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict):
+        raise ValueError("must be an object that maps token ids to numbers")
+    pairs = []
+    for key, bias in value.items():
+        if not (key.isascii() and key.isdecimal() and len(key) < 20):
+            raise ValueError(f"key {shown(key)!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise ValueError(f"the bias of token {key} must be a number from -{MAX_BIAS} to {MAX_BIAS}")
+        pairs.append((int(key), float(bias)))
+    if len({token for token, _ in pairs}) < len(pairs):
+        raise ValueError("names a token id twice")
+    return tuple(pairs)
+
+
+LogitBias = Annotated[
+    tuple[tuple[int, float], ...],
+    PlainValidator(check_logit_bias),
+    WithJsonSchema(
+        {
+            "type": "object",
+            "propertyNames": {"pattern": "^[0-9]{1,19}$"},
+            "additionalProperties": {"type": "number", "minimum": -MAX_BIAS, "maximum": MAX_BIAS},
+        }
+    ),
+]
+
+
+def unsupported(message: str) -> PydanticCustomError:
+    return PydanticCustomError("unsupported_parameter", message)  # type: ignore[arg-type]
+
+
 class Body(BaseModel):
-    """A JSON object of a request. null stands for the default everywhere."""
+    """A JSON object of a request. null stands for the default everywhere; `unknown_fields` names what has no meaning."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
 
-    @model_validator(mode="before")
+    _unknown: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
     @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
+    def _set_unknown_aside(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(body, dict):
-            return body
-        for name in body:
-            # Left to pydantic, every unknown field of a hostile body would become an error of its own.
-            if name not in cls.model_fields:
-                param = name.encode(errors="backslashreplace").decode()  # pydantic can't hold lone surrogates
-                raise PydanticCustomError("extra_forbidden", "unknown field", {"param": param})
-        return {name: value for name, value in body.items() if value is not None}
+            return validate(body)
+        # Left to pydantic, every unknown field of a hostile body would become an error of its own.
+        read = validate({name: value for name, value in body.items() if name in cls.model_fields and value is not None})
+        read._unknown += [name for name in body if name not in cls.model_fields]
+        return read
 
-
-def refuse_not_built(value: Any, neutral: tuple[Any, ...]) -> Any:
-    """`value` if it is one of those that change nothing. True is not 1 here."""
-    if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral):
-        raise PydanticCustomError("unsupported_parameter", "not supported yet")
-    return value
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Names of the fields that the contract doesn't know, those of objects inside as "stream_options.x"."""
+        found = list(self._unknown)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for place, part in enumerate(value) if isinstance(value, list | tuple) else [(None, value)]:
+                if isinstance(part, Body):
+                    path = name if place is None else f"{name}.{place}"
+                    found += [f"{path}.{inner}" for inner in part.unknown_fields]
+        return found
 
 
 class StreamOptions(Body):
     include_usage: StrictBool = False
-    include_obfuscation: Any = None
-
-    @field_validator("include_obfuscation")
-    @classmethod
-    def _refuse_not_built(cls, value: Any) -> Any:
-        return refuse_not_built(value, (False,))
+    include_obfuscation: StrictBool = False
 
 
-# Fields of the contract that this version can't honour yet, with the values beside null that change nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "stop_token_ids": ([],),
-    "include_stop_str_in_output": (False,),
-    "repetition_penalty": (1,),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "logit_bias": ({},),
-    "logprobs": (),
-    "echo": (False,),
-    "suffix": (),
-    "few_shot": (),
-}
+class Example(Body):
+    input: StrictStr
+    output: StrictStr
 
 
-class CompletionRequest(Body):
-    """Body of POST /v1/completions."""
+class FewShot(Body):
+    """How to lay out worked examples before the prompt; what is not given comes from the model's card."""
 
-    model: StrictStr
-    prompt: Prompt = None
-    max_tokens: StrictInt = Field(16, ge=0, le=MAX_INT)
-    temperature: float = Field(1.0, ge=0, le=2, strict=True, allow_inf_nan=False)
-    top_p: float = Field(1.0, ge=0, le=1, strict=True, allow_inf_nan=False)
+    instruction: StrictStr | None = None
+    examples: list[Example] = Field(default_factory=list, max_length=MAX_EXAMPLES)
+    input_prefix: StrictStr | None = None
+    output_prefix: StrictStr | None = None
+    separator: StrictStr | None = Field(None, min_length=1)
+    on_overflow: Literal["drop", "error"] = Field("drop", description="drop: leave out the oldest examples, and say so")
+
+
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]
+
+
+class SamplingFields(Body):
+    """How tokens are picked and where the text ends: the same in completions and chat."""
+
+    temperature: Number = Field(1.0, ge=0, le=2)
+    top_p: Number = Field(1.0, ge=0, le=1)
     top_k: StrictInt = Field(0, ge=-1, le=MAX_INT, description="0 and -1 keep every token")
+    min_p: Number = Field(0.0, ge=0, le=1)
+    presence_penalty: Penalty = 0.0
+    frequency_penalty: Penalty = 0.0
+    repetition_penalty: Number = Field(1.0, gt=0, le=MAX_REPETITION_PENALTY, description="over prompt and completion")
+    logit_bias: LogitBias = ()
     n: StrictInt = Field(1, ge=1, le=128)
-    stop: Stop = ()
     seed: StrictInt | None = Field(None, ge=-MAX_INT - 1, le=MAX_INT)
+    stop: Stop = ()
+    stop_token_ids: list[StrictInt] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
+    min_tokens: StrictInt = Field(0, ge=0, le=MAX_INT, description="no end of text and no stop before so many tokens")
     ignore_eos: StrictBool = False
+    include_stop_str_in_output: StrictBool = False
     stream: StrictBool = False
     stream_options: StreamOptions | None = None
     user: StrictStr | None = None
-    allow_special: StrictBool = False
-
-    best_of: Any = None
-    min_p: Any = None
-    min_tokens: Any = None
-    stop_token_ids: Any = None
-    include_stop_str_in_output: Any = None
-    repetition_penalty: Any = None
-    presence_penalty: Any = None
-    frequency_penalty: Any = None
-    logit_bias: Any = None
-    logprobs: Any = None
-    echo: Any = None
-    suffix: Any = None
-    few_shot: Any = None
-
-    @field_validator(*NEUTRAL)
-    @classmethod
-    def _refuse_not_built(cls, value: Any, info: ValidationInfo) -> Any:
-        return refuse_not_built(value, NEUTRAL[str(info.field_name)])
+    allow_special: StrictBool = Field(False, description="special-token text in a string becomes the token")
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> "CompletionRequest":
+    def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
             raise PydanticCustomError("value_error", "allowed only with stream true", {"param": "stream_options"})
         return self
@@ -220,17 +252,86 @@ class CompletionRequest(Body):
     def include_usage(self) -> bool:
         return bool(self.stream_options and self.stream_options.include_usage)
 
+    @property
+    def include_obfuscation(self) -> bool:
+        return bool(self.stream_options and self.stream_options.include_obfuscation)
+
+
+class EngineCompletionRequest(SamplingFields):
+    """Body of POST /v1/engines/{name}/completions: the path names the model."""
+
+    model: StrictStr | None = None
+    prompt: Prompt = None
+    max_tokens: StrictInt = Field(16, ge=0, le=MAX_INT)
+    best_of: StrictInt | None = Field(None, ge=1, le=20)
+    logprobs: StrictInt | None = Field(None, ge=0, le=5)
+    echo: StrictBool = False
+    suffix: StrictStr | None = None
+    few_shot: FewShot | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise PydanticCustomError("value_error", f"is {self.best_of}, less than n {self.n}", {"param": "best_of"})  # type: ignore[arg-type]
+        if self.stream and (self.best_of or 1) > 1:
+            message = "can't be streamed: which candidates are best is known at the end"
+            raise PydanticCustomError("value_error", message, {"param": "best_of"})
+        if self.min_tokens > self.max_tokens:
+            message = f"is {self.min_tokens}, more than max_tokens {self.max_tokens}"
+            raise PydanticCustomError("value_error", message, {"param": "min_tokens"})  # type: ignore[arg-type]
+        if self.few_shot is not None:
+            if not isinstance(self.prompt, str):
+                raise PydanticCustomError("value_error", "few_shot needs a single string", {"param": "prompt"})
+            if self.suffix is not None:
+                raise PydanticCustomError("value_error", "can't be used together with suffix", {"param": "few_shot"})
+        return self
+
+    @property
+    def num_candidates(self) -> int:
+        """Choices generated for each prompt."""
+        return self.best_of or self.n
+
+
+class CompletionRequest(EngineCompletionRequest):
+    """Body of POST /v1/completions."""
+
+    model: StrictStr
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class FewShotUsage(BaseModel):
+    examples_used: int
+    examples_dropped: int
+
+
+def is_absent(value: object) -> bool:
+    return value is None
+
 
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    few_shot: FewShotUsage | None = Field(None, exclude_if=is_absent)
+
+
+class Logprobs(BaseModel):
+    """One entry a token in each list; null for the first token of a prompt, before which there is nothing."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="characters from the start of the prompt")
 
 
 class CompletionChoice(BaseModel):
     text: str
     index: int
-    logprobs: None = None
+    logprobs: Logprobs | None
     finish_reason: Literal["stop", "length"] | None
 
 
@@ -241,8 +342,11 @@ class CompletionResponse(BaseModel):
     object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
+    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
+    warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
+    obfuscation: str | None = Field(None, exclude_if=is_absent, description="padding, with include_obfuscation")
 
 
 class ModelCard(BaseModel):

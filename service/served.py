@@ -1,14 +1,18 @@
 """What a served name stands for, and how a request's choices become sequences of its engine."""
 
 import secrets
+from collections.abc import Sequence as Items
 from typing import NamedTuple
 
+from model.card import Card
 from model.config import GPTConfig
 from model.step import SamplingParams
 from model.tokenizer import Tokenizer
+from service.choice import ChoiceRequest
 from service.engine import Engine
-from service.scheduler import Sequence
-from service.schema import CompletionRequest
+from service.prompts import Prompt
+from service.scheduler import Family, Sequence
+from service.schema import SamplingFields
 
 
 class ServedModel(NamedTuple):
@@ -18,17 +22,61 @@ class ServedModel(NamedTuple):
     created: int  # Unix time at which serving began
     config: GPTConfig
     tokenizer: Tokenizer
+    card: Card
+    fingerprint: str  # changes with the weights, the kernels and the dtype
     engine: Engine
 
 
-def sequences_of(body: CompletionRequest, prompts: list[list[int]], tokenizer: Tokenizer) -> list[Sequence]:
-    """A sequence for each choice of each prompt, in the order of their index: prompt * n + k."""
-    seed = body.seed if body.seed is not None else secrets.randbits(63)
-    eos = None if body.ignore_eos else tokenizer.eos_id
-    # -1 is what some clients send for no top-k.
-    top_k = max(body.top_k, 0)
-    return [
-        Sequence(prompt, body.max_tokens, SamplingParams(body.temperature, top_k, body.top_p, seed, i * body.n + k), eos)
-        for i, prompt in enumerate(prompts)
-        for k in range(body.n)
-    ]
+def choice_requests(
+    fields: SamplingFields,
+    prompts: Items[Prompt],
+    tokenizer: Tokenizer,
+    *,
+    max_tokens: int,
+    num_candidates: int,
+    top_logprobs: int | None = None,
+    echo: bool = False,
+) -> list[ChoiceRequest]:
+    """`num_candidates` choices of each prompt, in the order of their index: prompt * num_candidates + k.
+
+    With `echo` and `top_logprobs` the first choice of a prompt brings the prompt's logprobs, for all of them.
+    """
+    seed = fields.seed if fields.seed is not None else secrets.randbits(63)
+    requests = []
+    for i, prompt in enumerate(prompts):
+        stop_ids = {*fields.stop_token_ids, *prompt.stop_token_ids}
+        if not fields.ignore_eos:
+            stop_ids.add(tokenizer.eos_id)
+        family = Family() if num_candidates > 1 else None
+        for k in range(num_candidates):
+            sequence = Sequence(
+                prompt.tokens,
+                max_tokens,
+                sampling_params(fields, seed, i * num_candidates + k),
+                frozenset(stop_ids),
+                min_tokens=fields.min_tokens,
+                top_logprobs=top_logprobs,
+                scored_from=1 if echo and top_logprobs is not None and k == 0 else None,
+                family=family,
+                num_common=len(prompt.tokens),
+            )
+            stops = (*fields.stop, *prompt.stops)
+            requests.append(
+                ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit)
+            )
+    return requests
+
+
+def sampling_params(fields: SamplingFields, seed: int, choice: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=fields.temperature,
+        top_k=max(fields.top_k, 0),  # -1 is what some clients send for no top-k
+        top_p=fields.top_p,
+        seed=seed,
+        choice=choice,
+        min_p=fields.min_p,
+        repetition_penalty=fields.repetition_penalty,
+        presence_penalty=fields.presence_penalty,
+        frequency_penalty=fields.frequency_penalty,
+        logit_bias=fields.logit_bias,
+    )

@@ -1,0 +1,163 @@
+"""What completions, chat and scoring have in common: reading a request against the model, running it, adding it up."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import AsyncGenerator, Callable
+from collections.abc import Sequence as Items
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from fastapi import Request
+
+from service.api.errors import APIError, invalid
+from service.choice import ChoiceRequest, Output, ShownToken
+from service.engine import Engine
+from service.schema import Body, PromptTokensDetails, SamplingFields, Usage, shown
+from service.served import ServedModel
+
+T = TypeVar("T")
+
+log = logging.getLogger("banded.api")
+
+# Characters and token ids of a request that are tokenized and checked at once; more of them in a worker thread, so that
+# the event loop goes on.
+SHORT_PROMPTS = 4096
+
+
+def served_model(request: Request, name: str | None) -> ServedModel:
+    """The model that a request names, or the only one where it names none. Raises APIError 404."""
+    served: ServedModel = request.app.state.served
+    if name is not None and name != served.name:
+        message = f"the model '{shown(name)}' does not exist; this server has '{served.name}'"
+        raise APIError(404, message, param="model", code="model_not_found")
+    return served
+
+
+def warnings_for(body: Body, request: Request) -> list[str] | None:
+    """What the response has to warn of. Raises APIError for a field without a meaning, unless the server is lenient."""
+    unknown = [shown(name) for name in body.unknown_fields]
+    if not unknown:
+        return None
+    if not request.app.state.lenient:
+        raise invalid(f"unknown field '{unknown[0]}'", unknown[0], "unknown_parameter")
+    return [f"the unknown field '{name}' was ignored" for name in unknown[:MAX_WARNINGS]]
+
+
+MAX_WARNINGS = 32
+
+
+def log_user(user: str | None, request: Request) -> None:
+    """Who sent a request, for whoever has to find abuse; hashed, for names are nobody else's business."""
+    if user is not None:
+        digest = hashlib.sha256(user.encode(errors="replace")).hexdigest()
+        log.info("request %s is for user %s", request.state.request_id, digest[:16])
+
+
+async def beside_the_loop(size: int, read: Callable[[], T]) -> T:
+    """The result of `read`, which tokenizes about `size` characters."""
+    return read() if size <= SHORT_PROMPTS else await asyncio.to_thread(read)
+
+
+def check_sampling(fields: SamplingFields, served: ServedModel) -> None:
+    """Refuse token ids that the model doesn't have."""
+    check_token_ids([token for token, _ in fields.logit_bias], served.config.vocab_size, "logit_bias")
+    check_token_ids(fields.stop_token_ids, served.config.vocab_size, "stop_token_ids")
+
+
+def check_token_ids(tokens: Items[int], vocab_size: int, param: str) -> None:
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            message = (
+                f"token id {shown(str(token))} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+            )
+            raise invalid(message, param)
+
+
+def check_text_length(text: str, served: ServedModel, param: str) -> None:
+    """Refuse a text before it is tokenized if not even the longest tokens make it short enough."""
+    least = len(text.encode(errors="replace")) // served.tokenizer.max_token_bytes
+    if least > served.config.n_positions:
+        raise context_error(served.config.n_positions, f"a prompt of at least {least} tokens", param)
+
+
+def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str = "prompt") -> None:
+    if prompt_tokens + max_tokens > context:
+        asked = f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)"
+        raise context_error(context, asked, param)
+
+
+def context_error(context: int, asked: str, param: str) -> APIError:
+    message = f"this model's context is {context} tokens, but the request asks for {asked}"
+    return invalid(message, param, "context_length_exceeded")
+
+
+@dataclass
+class Candidate:
+    """A choice as far as it has come."""
+
+    text: str = ""
+    finish_reason: str | None = None
+    num_tokens: int = 0
+    total_logprob: float = 0.0
+    shown: list[ShownToken] = field(default_factory=list)
+
+    @property
+    def mean_logprob(self) -> float:
+        return self.total_logprob / self.num_tokens if self.num_tokens else 0.0
+
+    def add(self, output: Output) -> None:
+        self.text += output.text
+        self.finish_reason = output.finish_reason
+        self.num_tokens += len(output.tokens)
+        self.total_logprob += sum(found.logprob for found in output.logprobs)
+        self.shown += output.shown
+
+
+class Generation:
+    """A request on its way through the engine. `num_choices` of its choices share each prompt."""
+
+    def __init__(self, requests: Items[ChoiceRequest], num_choices: int, engine: Engine, request: Request):
+        """Raises APIError 429 where the client's limit of tokens does not allow the request."""
+        self._first_of_prompts = [request.sequence for request in requests[::num_choices]]
+        self.candidates = [Candidate() for _ in requests]
+        self.prompt_tokens = sum(len(sequence.prompt) for sequence in self._first_of_prompts)
+        self._most_tokens = sum(request.sequence.max_tokens for request in requests)
+        self._limits = request.state.limits
+        if self._limits:
+            self._limits.charge(self.prompt_tokens + self._most_tokens)
+        self._outputs = engine.generate(requests)
+
+    async def outputs(self) -> AsyncGenerator[Output, None]:
+        """What the choices gain, as it comes; added up in `candidates` as well."""
+        try:
+            async with aclosing(self._outputs) as outputs:
+                async for output in outputs:
+                    self.candidates[output.choice].add(output)
+                    yield output
+        finally:
+            if self._limits:
+                self._limits.refund(self._most_tokens - self.completion_tokens)
+
+    async def finish(self) -> list[Candidate]:
+        """All choices, when they have ended."""
+        async with aclosing(self.outputs()) as outputs:
+            async for _ in outputs:
+                pass
+        return self.candidates
+
+    @property
+    def completion_tokens(self) -> int:
+        return sum(candidate.num_tokens for candidate in self.candidates)
+
+    @property
+    def usage(self) -> Usage:
+        """As far as it has come. A prompt counts once, a candidate though it is not returned."""
+        cached = sum(sequence.num_cached for sequence in self._first_of_prompts)
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.completion_tokens,
+            total_tokens=self.prompt_tokens + self.completion_tokens,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=cached),
+        )

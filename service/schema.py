@@ -12,6 +12,8 @@ from pydantic import (
     StrictBool,
     StrictInt,
     StrictStr,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 from pydantic.json_schema import WithJsonSchema
@@ -27,6 +29,7 @@ MAX_BIAS = 100
 MAX_REPETITION_PENALTY = 10
 MAX_STOP_TOKENS = 1024
 MAX_EXAMPLES = 2048  # as many as a context has tokens
+MAX_MESSAGES = 2048
 MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
 
 
@@ -347,6 +350,241 @@ class CompletionResponse(BaseModel):
     usage: Usage | None = None
     warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
     obfuscation: str | None = Field(None, exclude_if=is_absent, description="padding, with include_obfuscation")
+
+
+# Fields of OpenAI's chat schema that this server can't honour, with the values beside null that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_retention": ("in-memory", "in_memory"),
+    "reasoning_effort": ("none",),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
+NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": (),
+    "name": (),
+    "refusal": ("",),
+    "tool_calls": ([],),
+    "tool_call_id": (),
+}
+
+
+def refuse_effect(value: Any, neutral: tuple[Any, ...]) -> Any:
+    """`value` if it is one of those that change nothing. True is not 1 here."""
+    if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral):
+        raise PydanticCustomError("unsupported_parameter", "not supported by this server")
+    return value
+
+
+class TextPart(Body):
+    type: Literal["text"]
+    text: StrictStr
+
+
+class Message(Body):
+    """A turn of a chat."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: StrictStr | list[TextPart] = ""
+    audio: Any = None
+    function_call: Any = None
+    name: Any = None
+    refusal: Any = None
+    tool_calls: Any = None
+    tool_call_id: Any = None
+
+    @field_validator(*NEUTRAL_IN_MESSAGES)
+    @classmethod
+    def _refuse_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_effect(value, NEUTRAL_IN_MESSAGES[str(info.field_name)])
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class ChatRequest(SamplingFields):
+    """Body of POST /v1/chat/completions."""
+
+    model: StrictStr
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
+    max_completion_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
+    logprobs: StrictBool = False
+    top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
+    # Notes to the service about a request, without an effect on its answer.
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
+
+    audio: Any = None
+    function_call: Any = None
+    functions: Any = None
+    modalities: Any = None
+    parallel_tool_calls: Any = None
+    prediction: Any = None
+    prompt_cache_retention: Any = None
+    reasoning_effort: Any = None
+    response_format: Any = None
+    service_tier: Any = None
+    store: Any = None
+    tool_choice: Any = None
+    tools: Any = None
+    verbosity: Any = None
+    web_search_options: Any = None
+
+    @field_validator(*NEUTRAL)
+    @classmethod
+    def _refuse_effect(cls, value: Any, info: ValidationInfo) -> Any:
+        return refuse_effect(value, NEUTRAL[str(info.field_name)])
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise PydanticCustomError("value_error", "allowed only with logprobs true", {"param": "top_logprobs"})
+        limits = {self.max_tokens, self.max_completion_tokens} - {None}
+        if len(limits) > 1:
+            message = f"is {self.max_completion_tokens}, but max_tokens is {self.max_tokens}"
+            raise PydanticCustomError("value_error", message, {"param": "max_completion_tokens"})  # type: ignore[arg-type]
+        return self
+
+
+class TokenBytes(BaseModel):
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatToken(TokenBytes):
+    top_logprobs: list[TokenBytes]
+
+
+class ChatLogprobs(BaseModel):
+    content: list[ChatToken]
+    refusal: None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["assistant"] = "assistant"
+    content: str
+    refusal: None = None
+
+
+class ChatChoice(BaseModel):
+    index: int
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"]
+
+
+class ChatResponse(BaseModel):
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChoice]
+    usage: Usage
+    warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
+
+
+class ChatDelta(BaseModel):
+    role: Literal["assistant"] | None = Field(None, exclude_if=is_absent)
+    content: str | None = Field(None, exclude_if=is_absent)
+
+
+class ChatChunkChoice(BaseModel):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+
+
+class ChatChunk(BaseModel):
+    id: str
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+    warnings: list[str] | None = Field(None, exclude_if=is_absent)
+    obfuscation: str | None = Field(None, exclude_if=is_absent, description="padding, with include_obfuscation")
+
+
+Continuation = StrictStr | list[StrictInt]
+
+
+class ScoreRequest(Body):
+    """Body of POST /v1/score."""
+
+    model: StrictStr
+    prompt: StrictStr | list[StrictInt] = ""
+    continuations: list[Continuation] = Field(min_length=1, max_length=MAX_PROMPTS)
+    allow_special: StrictBool = False
+    user: StrictStr | None = None
+
+
+class Score(BaseModel):
+    logprob: float = Field(description="natural logarithm, of the whole continuation after the prompt")
+    mean_logprob: float
+    is_greedy: bool = Field(description="every token is the likeliest")
+    bits_per_byte: float | None = Field(description="null where the tokens have no text")
+    tokens: list[str]
+
+
+class ScoreResponse(BaseModel):
+    object: Literal["score"] = "score"
+    model: str
+    system_fingerprint: str
+    results: list[Score]
+    usage: Usage
+    warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
+
+
+class TokenizeRequest(Body):
+    """Body of POST /tokenize: a text, or the messages of a chat."""
+
+    model: StrictStr | None = None
+    prompt: StrictStr | None = None
+    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    add_special_tokens: StrictBool = Field(True, description="begin with bos where the checkpoint asks for it")
+    return_token_strs: StrictBool = False
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise PydanticCustomError("value_error", "exactly one of prompt and messages is needed", {"param": "prompt"})
+        return self
+
+
+class TokenizeResponse(BaseModel):
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None
+
+
+class DetokenizeRequest(Body):
+    """Body of POST /detokenize."""
+
+    model: StrictStr | None = None
+    tokens: list[StrictInt]
+
+
+class DetokenizeResponse(BaseModel):
+    prompt: str
 
 
 class ModelCard(BaseModel):

@@ -122,3 +122,118 @@ def read_insertion(prompt: str, suffix: str, body: EngineCompletionRequest, serv
         message = f"the model '{served.name}' has no insertion format, so that 'suffix' can't be honoured"
         raise invalid(message, "suffix", "unsupported_parameter")
     return insertion_prompt(prompt, suffix, served.card, served.tokenizer, allow_special=body.allow_special)
+
+
+def read_few_shot(query: str, body: EngineCompletionRequest, served: ServedModel) -> Prompt:
+    asked = body.few_shot
+    assert asked is not None
+    for text in (query, *few_shot_texts(body)):
+        check_text_length(text, served, "few_shot")
+    card = served.card
+    layout = Layout(
+        instruction=asked.instruction,
+        examples=[(example.input, example.output) for example in asked.examples],
+        input_prefix=card.input_prefix if asked.input_prefix is None else asked.input_prefix,
+        output_prefix=card.output_prefix if asked.output_prefix is None else asked.output_prefix,
+        separator=card.separator if asked.separator is None else asked.separator,
+    )
+    room = served.config.n_positions - body.max_tokens
+    try:
+        return few_shot_prompt(
+            query, layout, served.tokenizer, room, drop=asked.on_overflow == "drop", allow_special=body.allow_special
+        )
+    except PromptError as error:
+        raise invalid(str(error), "few_shot", "context_length_exceeded") from error
+
+
+class Completion:
+    """The answer to a request, whole or in chunks."""
+
+    def __init__(
+        self,
+        body: EngineCompletionRequest,
+        served: ServedModel,
+        prompts: Items[Prompt],
+        generation: Generation,
+        warnings: list[str] | None,
+    ):
+        self._body = body
+        self._served = served
+        self._prompts = prompts
+        self._generation = generation
+        self._warnings = warnings
+        self._id = f"cmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    async def collect(self) -> CompletionResponse:
+        """The whole completion."""
+        body = self._body
+        candidates = await self._generation.finish()
+        chosen: list[Candidate] = []
+        for first in range(0, len(candidates), body.num_candidates):
+            choices = candidates[first : first + body.num_candidates]
+            if body.num_candidates > body.n:
+                choices = sorted(choices, key=lambda candidate: candidate.mean_logprob, reverse=True)[: body.n]
+            chosen += choices
+        answer = self._response(
+            [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)], self._usage()
+        )
+        answer.warnings = self._warnings
+        return answer
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Chunks as server-sent events, one for each piece of text that is certain."""
+        warnings = self._warnings
+        async with aclosing(self._generation.outputs()) as outputs:
+            async for output in outputs:
+                if output.text or output.shown or output.finish_reason:
+                    choice = self._choice(output.choice, output.text, output.shown, output.finish_reason)
+                    chunk = self._response([choice], None)
+                    chunk.warnings, warnings = warnings, None  # once is enough
+                    yield self._event(chunk)
+        if self._body.include_usage:
+            yield self._event(self._response([], self._usage()))
+
+    def _event(self, chunk: CompletionResponse) -> bytes:
+        left_out = None if self._body.include_usage else {"usage"}
+        return chunk_event(chunk, exclude=left_out, obfuscate=self._body.include_obfuscation)
+
+    def _choice(self, index: int, text: str, shown: Items[ShownToken], finish_reason: str | None) -> CompletionChoice:
+        k = self._body.logprobs
+        logprobs = None if k is None else logprobs_of(shown, k, self._served.tokenizer)
+        return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
+
+    def _response(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:
+        return CompletionResponse(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=choices,
+            usage=usage,
+        )
+
+    def _usage(self) -> Usage:
+        usage = self._generation.usage
+        if self._body.few_shot is not None:
+            (prompt,) = self._prompts
+            usage.few_shot = FewShotUsage(
+                examples_used=prompt.examples_used, examples_dropped=prompt.examples_dropped
+            )
+        return usage
+
+
+def logprobs_of(tokens: Items[ShownToken], k: int, tokenizer: Tokenizer) -> Logprobs:
+    """The four lists; of the likeliest tokens `k`, and the token itself where it is not one of them."""
+    found = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    for token, logprobs, offset in tokens:
+        found.tokens.append(tokenizer.token_name(token))
+        found.text_offset.append(offset)
+        if logprobs is None:
+            found.token_logprobs.append(None)
+            found.top_logprobs.append(None)
+        else:
+            top = {tokenizer.token_name(other): logprob for other, logprob in logprobs.top[:k]}
+            found.token_logprobs.append(logprobs.logprob)
+            found.top_logprobs.append(top | {tokenizer.token_name(token): logprobs.logprob})
+    return found

@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from fastapi import Request
 
+from model.step import TokenLogprobs
 from service.api.errors import APIError, invalid
 from service.choice import ChoiceRequest, Output, ShownToken
 from service.engine import Engine
@@ -102,6 +103,7 @@ class Candidate:
     num_tokens: int = 0
     total_logprob: float = 0.0
     shown: list[ShownToken] = field(default_factory=list)
+    scores: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def mean_logprob(self) -> float:
@@ -113,17 +115,31 @@ class Candidate:
         self.num_tokens += len(output.tokens)
         self.total_logprob += sum(found.logprob for found in output.logprobs)
         self.shown += output.shown
+        self.scores += output.scores
 
 
 class Generation:
     """A request on its way through the engine. `num_choices` of its choices share each prompt."""
 
-    def __init__(self, requests: Items[ChoiceRequest], num_choices: int, engine: Engine, request: Request):
-        """Raises APIError 429 where the client's limit of tokens does not allow the request."""
-        self._first_of_prompts = [request.sequence for request in requests[::num_choices]]
+    def __init__(
+        self,
+        requests: Items[ChoiceRequest],
+        num_choices: int,
+        engine: Engine,
+        request: Request,
+        *,
+        prompt_tokens: int | None = None,
+    ):
+        """`prompt_tokens` are billed: by default those of each prompt once.
+
+        Raises APIError 429 where the client's limit of tokens does not allow the request.
+        """
+        self._first_of_prompts = [each.sequence for each in requests[::num_choices]]
         self.candidates = [Candidate() for _ in requests]
-        self.prompt_tokens = sum(len(sequence.prompt) for sequence in self._first_of_prompts)
-        self._most_tokens = sum(request.sequence.max_tokens for request in requests)
+        if prompt_tokens is None:
+            prompt_tokens = sum(len(sequence.prompt) for sequence in self._first_of_prompts)
+        self.prompt_tokens = prompt_tokens
+        self._most_tokens = sum(each.sequence.max_tokens for each in requests)
         self._limits = request.state.limits
         if self._limits:
             self._limits.charge(self.prompt_tokens + self._most_tokens)

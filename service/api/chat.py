@@ -1,0 +1,173 @@
+"""POST /v1/chat/completions: messages laid out by the model card's template, answered as chat front ends expect."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Items
+from contextlib import aclosing
+from typing import Any, cast
+
+from fastapi import APIRouter, Request, Response
+
+from model.tokenizer import Tokenizer
+from service.api.errors import ERRORS, invalid
+from service.api.generation import (
+    Generation,
+    beside_the_loop,
+    check_length,
+    check_sampling,
+    check_text_length,
+    log_user,
+    served_model,
+    warnings_for,
+)
+from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, chunk_event, unless_disconnected
+from service.choice import ShownToken
+from service.prompts import Prompt, PromptError, chat_prompt
+from service.schema import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+    ChatToken,
+    Message,
+    TokenBytes,
+)
+from service.served import ServedModel, choice_requests
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=ERRORS)
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a chat; with `stream`, as server-sent events."""
+    served = served_model(request, body.model)
+    warnings = warnings_for(body, request)
+    check_sampling(body, served)
+    served.engine.check_size(body.n)
+    prompt = await read_messages(body.messages, served, allow_special=body.allow_special)
+    max_tokens = max_tokens_of(body, len(prompt.tokens), served)
+    log_user(body.user, request)
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = choice_requests(
+        body, [prompt], served.tokenizer, max_tokens=max_tokens, num_candidates=body.n, top_logprobs=top_logprobs
+    )
+    chat = Chat(body, served, Generation(requests, body.n, served.engine, request), warnings)
+    if body.stream:
+        return EventStream(chat.stream())
+    try:
+        answer = await unless_disconnected(request.receive, chat.collect())
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+async def read_messages(messages: Items[Message], served: ServedModel, *, allow_special: bool) -> Prompt:
+    turns = [(message.role, message.text) for message in messages]
+    for _, text in turns:
+        check_text_length(text, served, "messages")
+    size = sum(len(text) for _, text in turns)
+    try:
+        return await beside_the_loop(
+            size, lambda: chat_prompt(turns, served.card, served.tokenizer, allow_special=allow_special)
+        )
+    except PromptError as error:
+        raise invalid(str(error), "messages") from error
+
+
+def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) -> int:
+    """What the client asks for, else the card's default as far as the context has room."""
+    context = served.config.n_positions
+    asked = body.max_completion_tokens or body.max_tokens
+    check_length(prompt_tokens, asked or 1, context, "messages")
+    return asked or min(served.card.default_max_tokens, context - prompt_tokens)
+
+
+class Chat:
+    """The answer to a request, whole or in chunks."""
+
+    def __init__(self, body: ChatRequest, served: ServedModel, generation: Generation, warnings: list[str] | None):
+        self._body = body
+        self._served = served
+        self._generation = generation
+        self._warnings = warnings
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    async def collect(self) -> ChatResponse:
+        """The whole answer."""
+        candidates = await self._generation.finish()
+        choices = [
+            ChatChoice(
+                index=i,
+                message=ChatMessage(content=candidate.text),
+                logprobs=self._logprobs(candidate.shown),
+                finish_reason=cast(Any, candidate.finish_reason),
+            )
+            for i, candidate in enumerate(candidates)
+        ]
+        return ChatResponse(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=choices,
+            usage=self._generation.usage,
+            warnings=self._warnings,
+        )
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
+        begun: set[int] = set()
+        async with aclosing(self._generation.outputs()) as outputs:
+            async for output in outputs:
+                if output.choice not in begun:
+                    begun.add(output.choice)
+                    yield self._event(output.choice, ChatDelta(role="assistant", content=""))
+                if output.text or output.shown:
+                    logprobs = self._logprobs(output.shown)
+                    yield self._event(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
+                if output.finish_reason:
+                    yield self._event(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
+        if self._body.include_usage:
+            chunk = self._chunk([])
+            chunk.usage = self._generation.usage
+            yield self._framed(chunk)
+
+    def _event(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
+        chunk = self._chunk([ChatChunkChoice(index=index, delta=delta, **fields)])
+        chunk.warnings, self._warnings = self._warnings, None  # once is enough
+        return self._framed(chunk)
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=choices,
+        )
+
+    def _framed(self, chunk: ChatChunk) -> bytes:
+        left_out = None if self._body.include_usage else {"usage"}
+        return chunk_event(chunk, exclude=left_out, obfuscate=self._body.include_obfuscation)
+
+    def _logprobs(self, shown: Items[ShownToken]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        tokenizer, content = self._served.tokenizer, []
+        for token, logprobs, _ in shown:
+            assert logprobs is not None, "only the first token of a prompt has none"
+            top = [token_bytes(other, logprob, tokenizer) for other, logprob in logprobs.top]
+            entry = token_bytes(token, logprobs.logprob, tokenizer)
+            content.append(ChatToken(token=entry.token, logprob=entry.logprob, bytes=entry.bytes, top_logprobs=top))
+        return ChatLogprobs(content=content)
+
+
+def token_bytes(token: int, logprob: float, tokenizer: Tokenizer) -> TokenBytes:
+    data = tokenizer.token_bytes(token) if token in tokenizer else b""
+    return TokenBytes(token=tokenizer.token_name(token), logprob=logprob, bytes=list(data))

@@ -141,21 +141,24 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
     from service.engine import EngineError
     from service.loading import load_served
     from service.metrics import Metrics
+    from service.prompts import text_prompt
     from service.schema import CompletionRequest
-    from service.served import sequences_of
+    from service.served import choice_requests
 
     # The bounds of the options are those of the API.
     given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
     body = CompletionRequest.model_validate(given | {"model": settings.model})
     served = load_served(settings, Metrics("terminal"))
-    prompt = served.tokenizer.encode_prompt(args.prompt)
-    room = served.config.n_positions - len(prompt)
+    prompt = text_prompt(args.prompt, served.tokenizer, allow_special=False)
+    num_prompt = len(prompt.tokens)
+    room = served.config.n_positions - num_prompt
     if body.max_tokens > room:
-        raise ValueError(f"--max-tokens {body.max_tokens}: the prompt's {len(prompt)} tokens leave room for {max(room, 0)}")
+        raise ValueError(f"--max-tokens {body.max_tokens}: the prompt's {num_prompt} tokens leave room for {max(room, 0)}")
+    requests = choice_requests(body, [prompt], served.tokenizer, max_tokens=body.max_tokens, num_candidates=1)
     served.engine.start()
     print(args.prompt, end="", flush=True)
     try:
-        async with aclosing(served.engine.generate(sequences_of(body, [prompt], served.tokenizer))) as outputs:
+        async with aclosing(served.engine.generate(requests)) as outputs:
             async for output in outputs:
                 print(output.text, end="", flush=True)
     except EngineError as error:

@@ -9,7 +9,9 @@ import torch
 
 from kernels import ops
 from kernels.names import KernelChoice
+from model.card import Card, load_card
 from model.doctor import KernelErrors, kernel_errors
+from model.fingerprint import weights_fingerprint
 from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams
@@ -45,6 +47,7 @@ class Checkpoint(NamedTuple):
     name: str
     model: GPT
     tokenizer: Tokenizer
+    card: Card
 
 
 def model_directory(model: str) -> Path:
@@ -105,7 +108,8 @@ def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
 def load_checkpoint(settings: Settings) -> Checkpoint:
     """Weights and tokenizer of the model that the settings name.
 
-    Raises CheckpointError or TokenizerError naming what is wrong with the directory, LoadError for device or dtype.
+    Raises CheckpointError, TokenizerError or CardError naming what is wrong with the directory, LoadError for device or
+    dtype.
     """
     directory = model_directory(settings.model)
     device = choose_device(settings.device)
@@ -113,7 +117,7 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, str(dtype)[6:], device)
     model = load_model(directory, dtype, device)
     tokenizer = load_tokenizer(directory)
-    return Checkpoint(served_name(settings.model), model, tokenizer)
+    return Checkpoint(served_name(settings.model), model, tokenizer, load_card(directory))
 
 
 def measure_kernels(checkpoint: Checkpoint, kernels: KernelChoice) -> KernelErrors:
@@ -180,7 +184,7 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
 
 def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
     """Run a prompt chunk and a decode step, so that the first client doesn't pay for what the first step sets up."""
-    scheduler.submit([Sequence([token], 2, SamplingParams(), eos_id=None)])
+    scheduler.submit([Sequence([token], 2, SamplingParams())])
     while step := scheduler.schedule(0.0):
         started = time.perf_counter()
         scheduler.commit(runner.launch(step).result(), time.perf_counter() - started)
@@ -203,4 +207,13 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
     config = checkpoint.model.config
     parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
     log.info("%s: %.1f M parameters, %d layers, ready in %.1f s", checkpoint.name, parameters / 1e6, config.n_layer, seconds)
-    return ServedModel(checkpoint.name, int(time.time()), config, checkpoint.tokenizer, engine)
+    weight = checkpoint.model.wte.weight
+    return ServedModel(
+        checkpoint.name,
+        int(time.time()),
+        config,
+        checkpoint.tokenizer,
+        checkpoint.card,
+        weights_fingerprint(checkpoint.model, kernels_in_words(weight.device, settings.kernels), str(weight.dtype)),
+        engine,
+    )

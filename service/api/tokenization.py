@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from service.api.chat import read_messages
 from service.api.errors import ERRORS
-from service.api.generation import beside_the_loop, check_text_length, check_token_ids, served_model, warnings_for
+from service.api.generation import beside_the_loop, check_token_ids, served_model, warnings_for
 from service.schema import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 router = APIRouter()
@@ -22,7 +22,6 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         tokens = (await read_messages(body.messages, served, allow_special=False)).tokens
     else:
         text = body.prompt or ""
-        check_text_length(text, served, "prompt")
         tokens = await beside_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
         if body.add_special_tokens and tokenizer.bos_id is not None:
             tokens = [tokenizer.bos_id, *tokens]
@@ -40,6 +39,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRes
     served = served_model(request, body.model)
     warnings_for(body, request)
     check_token_ids(body.tokens, served.config.vocab_size, "tokens")
+    # A model may have more rows than its vocabulary has tokens; those stand for no text.
     known = (token for token in body.tokens if token in served.tokenizer)
     return DetokenizeResponse(prompt=served.tokenizer.decode(known))
 

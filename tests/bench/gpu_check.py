@@ -287,7 +287,7 @@ def step_cpu_ms(model: GPT, run: Run) -> float:
         runner.capture()
     scheduler = Scheduler(KVCache(config, sizes, step_tokens=step_tokens), max_slots=run.slots, step_tokens=step_tokens)
     for _ in range(run.slots):
-        scheduler.submit([Sequence([0] * prompt, run.tokens, SamplingParams(temperature=0.0), None)])
+        scheduler.submit([Sequence([0] * prompt, run.tokens, SamplingParams(temperature=0.0))])
     times = []
     start = time.perf_counter()
     while step := scheduler.schedule(0.0):

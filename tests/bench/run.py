@@ -89,14 +89,14 @@ def bench_kv_pages() -> None:
     config = GPT3_SIZES["gpt3-125m"]
     sizes = pool_sizes(config, kv_bytes=1 << 40, item_bytes=2, max_slots=1, step_tokens=512)
     scheduler = Scheduler(KVCache(config, sizes, step_tokens=512), max_slots=1, step_tokens=512)
-    scheduler.submit([Sequence([0] * 2000, 48, SamplingParams(), None)])
+    scheduler.submit([Sequence([0] * 2000, 48, SamplingParams())])
     peak = at_rest = dict.fromkeys(sizes, 0)
     while step := scheduler.schedule(0.0):
         held = scheduler.cache.held(0)
         peak = {group: max(peak[group], pages) for group, pages in held.items()}
         if step.decodes:
             at_rest = held
-        scheduler.commit(Sampled([0] * len(step.sampled_tokens)), 0.01)
+        scheduler.commit(Sampled([0] * len(step.samples), [None] * len(step.samples), []), 0.01)
     print("\nKV pages of 64 held by a 2000-token prompt, band 256, chunks of 512")
     for group in sizes:
         print(f"{group:>8}: {at_rest[group]} at rest, {peak[group]} at the peak of its prefill")

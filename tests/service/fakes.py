@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from model.config import GPTConfig
-from model.step import Sampled, StepInput
+from model.step import Sampled, StepInput, TokenLogprobs
 from model.tokenizer import Tokenizer, r50k_base
 from service.engine import Engine
 from service.kv_cache import KVCache
@@ -57,11 +57,21 @@ class FakeRunner:
         self.late_fault(step)
         self._given.update(dict.fromkeys((start.slot for start in step.starts), 0))
         tokens = []
-        for index in step.sampled_tokens:
-            slot = step.token_slots[index]
-            tokens.append(self.script[self._given[slot] % len(self.script)])
-            self._given[slot] += 1
-        return Sampled(tokens)
+        for row in step.samples:
+            tokens.append(self.script[self._given[row.slot] % len(self.script)])
+            self._given[row.slot] += 1
+        logprobs = [
+            None if row.top_logprobs is None else fake_logprobs(token, row.top_logprobs)
+            for row, token in zip(step.samples, tokens, strict=True)
+        ]
+        scores = [[fake_logprobs(token, rows.top_logprobs) for token in rows.targets] for rows in step.scores]
+        return Sampled(tokens, logprobs, scores)
+
+
+def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """A function of the token alone. The likeliest are the token itself, if it is even, and those behind it."""
+    first = token + token % 2
+    return TokenLogprobs(-1.0 - token % 2, [(first + i, -1.0 - i) for i in range(num_top)])
 
 
 class FakeEngine:

@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 
 from model.step import SamplingParams, StepInput
-from service.choice import Output
+from service.choice import ChoiceRequest, Output
 from service.engine import DoesNotFitError, Engine, QueueFullError, StepFailedError, UnavailableError
 from service.scheduler import Sequence
 from tests.service.fakes import FakeEngine
@@ -24,7 +24,7 @@ def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 def sequence(max_tokens: int = 4, *, num_prompt: int = 3, ignore_eos: bool = False) -> Sequence:
-    return Sequence([1] * num_prompt, max_tokens, SamplingParams(), None if ignore_eos else EOS)
+    return Sequence([1] * num_prompt, max_tokens, SamplingParams(), frozenset() if ignore_eos else frozenset({EOS}))
 
 
 @asynccontextmanager
@@ -38,7 +38,8 @@ async def running(fake: FakeEngine) -> AsyncIterator[Engine]:
 
 
 async def collect(engine: Engine, sequences: list[Sequence], stops: tuple[str, ...] = ()) -> list[Output]:
-    async with aclosing(engine.generate(sequences, stops)) as outputs:
+    requests = [ChoiceRequest(sequence, stops) for sequence in sequences]
+    async with aclosing(engine.generate(requests)) as outputs:
         return [output async for output in outputs]
 
 
@@ -115,7 +116,7 @@ def test_closing_the_iterator_aborts_running_and_waiting_choices() -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
         async with running(fake) as engine:
-            async with aclosing(engine.generate([sequence(200), sequence(200)])) as outputs:
+            async with aclosing(engine.generate([ChoiceRequest(sequence(200)), ChoiceRequest(sequence(200))])) as outputs:
                 await anext(outputs)
             await until(lambda: fake.scheduler.idle)
             assert fake.scheduler.cache.faults() == []
@@ -297,7 +298,7 @@ def test_a_launch_that_raises_comes_after_the_tokens_of_the_steps_before_it() ->
 
         fake.runner.fault = fault
         async with running(fake) as engine:
-            outputs = engine.generate([sequence(9)])
+            outputs = engine.generate([ChoiceRequest(sequence(9))])
             assert text_of([await anext(outputs), await anext(outputs)]) == " one two"
             with pytest.raises(StepFailedError):
                 await anext(outputs)
@@ -418,7 +419,7 @@ def test_only_a_step_that_hangs_makes_a_busy_engine_unready(monkeypatch: pytest.
             await collect(engine, [sequence(1)])
             await asyncio.sleep(0.1)
             assert engine.unready_reason is None, "idle"
-            slow_reader = engine.generate([sequence(4)])
+            slow_reader = engine.generate([ChoiceRequest(sequence(4))])
             await anext(slow_reader)
             await until(lambda: fake.scheduler.idle)
             await asyncio.sleep(0.1)

@@ -15,6 +15,7 @@ from model.step import SamplingParams
 from service import loading
 from service.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
 from service.metrics import Metrics
+from service.choice import ChoiceRequest
 from service.scheduler import Sequence
 from service.served import ServedModel
 from service.settings import Settings
@@ -29,7 +30,7 @@ async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[i
     """The tokens of all sequences, run at once."""
     tokens: list[list[int]] = [[] for _ in sequences]
     model.engine.start()
-    async with asyncio.timeout(120), aclosing(model.engine.generate(sequences)) as outputs:
+    async with asyncio.timeout(120), aclosing(model.engine.generate([ChoiceRequest(sequence) for sequence in sequences])) as outputs:
         async for output in outputs:
             tokens[output.choice] += output.tokens
     await model.engine.stop()
@@ -44,7 +45,7 @@ def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None
     prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (1, 40, 64, 150, 200, 7)]
     # Fewer slots than sequences and small steps: queueing, chunks beside decodes and page release all take place.
     model = served(directory, max_slots=4, step_tokens=48)
-    sequences = [Sequence(prompt, 30, SamplingParams(temperature=0.0), None) for prompt in prompts]
+    sequences = [Sequence(prompt, 30, SamplingParams(temperature=0.0)) for prompt in prompts]
     ours = asyncio.run(generate(model, sequences))
     theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
     for prompt, tokens in zip(prompts, ours, strict=True):
@@ -58,7 +59,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tm
     directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
 
     def sequence(seed: int) -> Sequence:
-        return Sequence([seed] * (3 + 25 * seed), 40, SamplingParams(0.9, 0, 0.95, seed), None)
+        return Sequence([seed] * (3 + 25 * seed), 40, SamplingParams(0.9, 0, 0.95, seed))
 
     # Steps so small that prompts are cut wherever there happens to be room.
     model = served(directory, dtype=dtype, max_slots=8, step_tokens=70)
@@ -79,7 +80,7 @@ def test_the_triton_path_generates_what_the_cpu_does(steps_ahead: int, tmp_path:
     for kernels in ("auto", "triton"):
         model = served(directory, max_slots=3, step_tokens=40, kernels=kernels)
         model.engine._steps_ahead = steps_ahead
-        sequences = [Sequence(prompt, 5, SamplingParams(temperature=0.0), None) for prompt in prompts]
+        sequences = [Sequence(prompt, 5, SamplingParams(temperature=0.0)) for prompt in prompts]
         tokens.append(asyncio.run(generate(model, sequences)))
     assert tokens[0] == tokens[1]
 
@@ -92,7 +93,8 @@ def test_looking_a_step_ahead_changes_no_token(tmp_path: Path) -> None:
         model.engine._steps_ahead = steps_ahead
         prompts = [[seed] * (30 * seed + 1) for seed in range(6)]
         params = [SamplingParams(0.9, seed=seed) for seed in range(6)]
-        sequences = [Sequence(prompt, 30, p, end) for prompt, p, end in zip(prompts, params, ends, strict=True)]
+        stop_ids = [frozenset() if end is None else frozenset({end}) for end in ends]
+        sequences = [Sequence(prompt, 30, *rest) for prompt, *rest in zip(prompts, params, stop_ids, strict=True)]
         return asyncio.run(generate(model, sequences))
 
     whole = run(0, [None] * 6)
@@ -135,7 +137,7 @@ def test_the_doctor_measures_every_kind_before_serving(tmp_path: Path, caplog: p
     errors = logit_errors(metrics)
     assert list(errors) == ["dense", "banded", "pointwise", "all"]
     assert all(0 <= error < 1e-3 for error in errors.values())
-    assert asyncio.run(generate(model, [Sequence([1, 2, 3], 4, SamplingParams(), None)]))[0]
+    assert asyncio.run(generate(model, [Sequence([1, 2, 3], 4, SamplingParams())]))[0]
 
 
 def test_the_doctor_refuses_wrong_kernels_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import httpx
 from fastapi import FastAPI
 
+from model.card import Card
 from service.api.app import create_app
 from service.schema import CompletionRequest
 from service.served import ServedModel
@@ -34,7 +35,7 @@ class Api(NamedTuple):
 
 
 def served(fake: FakeEngine) -> ServedModel:
-    return ServedModel("fake", 1700000000, CONFIG, fake.tokenizer, fake.engine)
+    return ServedModel("fake", 1700000000, CONFIG, fake.tokenizer, Card(), "fp_0123456789", fake.engine)
 
 
 @asynccontextmanager

@@ -35,8 +35,12 @@ MOST_PACE = 3.0
 NEWEST = 0.2
 
 
+@dataclass(eq=False, frozen=True)
 class Family:
     """Sequences of one request whose prompts begin alike: the first to run computes what they have in common for all."""
+
+    num_common: int  # leading tokens of every prompt
+    one_prompt: bool  # all of them, of every prompt: the others fork behind it
 
 
 @dataclass(eq=False)
@@ -57,7 +61,6 @@ class Sequence:
     # First position of the prompt whose token gets logprobs too, at least 1. Its forerunners may come from the cache.
     scored_from: int | None = None
     family: Family | None = None
-    num_common: int = 0  # leading prompt tokens that the whole family has
     # When to give up waiting for a slot, on the caller's clock.
     deadline: float = math.inf
     slot: int = -1  # while running
@@ -84,8 +87,8 @@ class Sequence:
 
     @property
     def is_fork(self) -> bool:
-        """Whether the family's prompts are all the same, so that one that has been computed is everyone's."""
-        return self.family is not None and self.num_common == len(self.prompt)
+        """Whether it may begin behind the prompt of another, which is the same."""
+        return self.family is not None and self.family.one_prompt
 
     @cached_property
     def page_keys(self) -> list[PageKey]:
@@ -262,15 +265,15 @@ class Scheduler:
         leaders = self._leaders()
         in_prompt = [sequence for sequence in self.running.values() if sequence.in_prompt]
         in_prompt.sort(key=lambda sequence: sequence.num_computed == 0)
-        return [s for s in in_prompt if s.family is None or not self._waits(s, leaders[s.family])]
+        return [s for s in in_prompt if s.family is None or not self._waits(s, s.family, leaders[s.family])]
 
-    def _waits(self, sequence: Sequence, leader: Sequence) -> bool:
+    def _waits(self, sequence: Sequence, family: Family, leader: Sequence) -> bool:
         """Whether the leader of its family is about to compute what the sequence would."""
         if leader is sequence or sequence.num_computed:
             return False
-        if sequence.is_fork:
+        if family.one_prompt:
             return leader.in_prompt
-        common = sequence.usable_keys[: sequence.num_common // PAGE_SIZE]
+        common = sequence.usable_keys[: family.num_common // PAGE_SIZE]
         return self.cache.prefix(common) < len(common)
 
     def _add_decode(self, scheduled: Scheduled, sequence: Sequence) -> None:

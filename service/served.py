@@ -2,9 +2,11 @@
 
 import secrets
 from collections.abc import Sequence as Items
+from os.path import commonprefix
 from typing import NamedTuple
 
 from model.card import Card
+
 from model.config import GPTConfig
 from model.step import SamplingParams
 from model.tokenizer import Tokenizer
@@ -43,11 +45,12 @@ def choice_requests(
     """
     seed = fields.seed if fields.seed is not None else secrets.randbits(63)
     requests = []
+    together = Family(len(commonprefix([prompt.tokens for prompt in prompts])), one_prompt=False)
     for i, prompt in enumerate(prompts):
         stop_ids = {*fields.stop_token_ids, *prompt.stop_token_ids}
         if not fields.ignore_eos:
             stop_ids.add(tokenizer.eos_id)
-        family = Family() if num_candidates > 1 else None
+        family = Family(len(prompt.tokens), one_prompt=True) if num_candidates > 1 else together
         for k in range(num_candidates):
             sequence = Sequence(
                 prompt.tokens,
@@ -58,12 +61,9 @@ def choice_requests(
                 top_logprobs=top_logprobs,
                 scored_from=1 if echo and top_logprobs is not None and k == 0 else None,
                 family=family,
-                num_common=len(prompt.tokens),
             )
             stops = (*fields.stop, *prompt.stops)
-            requests.append(
-                ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit)
-            )
+            requests.append(ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit))
     return requests
 
 

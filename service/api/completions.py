@@ -19,7 +19,6 @@ from service.api.generation import (
     check_sampling,
     check_text_length,
     check_token_ids,
-    context_error,
     log_user,
     served_model,
     warnings_for,
@@ -217,9 +216,7 @@ class Completion:
         usage = self._generation.usage
         if self._body.few_shot is not None:
             (prompt,) = self._prompts
-            usage.few_shot = FewShotUsage(
-                examples_used=prompt.examples_used, examples_dropped=prompt.examples_dropped
-            )
+            usage.few_shot = FewShotUsage(examples_used=prompt.examples_used, examples_dropped=prompt.examples_dropped)
         return usage
 
 

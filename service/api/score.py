@@ -35,7 +35,7 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
     size = len(body.prompt) + sum(map(len, body.continuations))
     prompt, continuations = await beside_the_loop(size, lambda: read_texts(body, served))
     log_user(body.user, request)
-    family = Family()
+    family = Family(len(prompt), one_prompt=False)
     sequences = [
         Sequence(
             prompt + continuation,
@@ -44,7 +44,6 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
             top_logprobs=1,
             scored_from=len(prompt),
             family=family,
-            num_common=len(prompt),
         )
         for continuation in continuations
     ]

@@ -13,9 +13,9 @@ from kernels import cpu
 from kernels.names import KernelChoice
 from model.step import SamplingParams
 from service import loading
+from service.choice import ChoiceRequest
 from service.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
 from service.metrics import Metrics
-from service.choice import ChoiceRequest
 from service.scheduler import Sequence
 from service.served import ServedModel
 from service.settings import Settings
@@ -30,7 +30,10 @@ async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[i
     """The tokens of all sequences, run at once."""
     tokens: list[list[int]] = [[] for _ in sequences]
     model.engine.start()
-    async with asyncio.timeout(120), aclosing(model.engine.generate([ChoiceRequest(sequence) for sequence in sequences])) as outputs:
+    async with (
+        asyncio.timeout(120),
+        aclosing(model.engine.generate([ChoiceRequest(sequence) for sequence in sequences])) as outputs,
+    ):
         async for output in outputs:
             tokens[output.choice] += output.tokens
     await model.engine.stop()

@@ -179,9 +179,10 @@ requests = st.lists(
 def sequences_of(request: Request) -> list[Sequence]:
     common = [request.base * 1000 + i for i in range(request.num_common)]
     own = [[next(fresh_tokens) for _ in range(request.num_own)] for _ in range(request.num_choices)]
-    family = Family() if request.num_choices > 1 else None
     if not request.differ:
         own = own[:1] * request.num_choices
+    num_common = request.num_common + (0 if request.differ else request.num_own)
+    family = Family(num_common, not request.differ) if request.num_choices > 1 else None
     made = [
         Sequence(
             common + own[i],
@@ -191,7 +192,6 @@ def sequences_of(request: Request) -> list[Sequence]:
             min_tokens=request.min_tokens,
             top_logprobs=2 if request.scored else None,
             family=family,
-            num_common=request.num_common + (0 if request.differ else request.num_own),
         )
         for i in range(request.num_choices)
     ]
@@ -546,8 +546,8 @@ def test_at_least_one_token_is_computed_and_all_behind_the_first_scored_one() ->
 
 def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
     scheduler = make(100, max_slots=4, step_tokens=128, dense_sequences=4, banded_sequences=4)
-    family, prompt = Family(), list(range(200))
-    choices = [Sequence(prompt, 100, SamplingParams(choice=i), STOP, family=family, num_common=200) for i in range(4)]
+    family, prompt = Family(200, True), list(range(200))
+    choices = [Sequence(prompt, 100, SamplingParams(choice=i), STOP, family=family) for i in range(4)]
     scheduler.submit(choices)
     assert launch(scheduler).samples == []
     scheduler.commit(sampled([]), 0.01)
@@ -566,8 +566,8 @@ def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
 
 def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
     scheduler = make(100, max_slots=2)
-    family, prompt = Family(), list(range(200))
-    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family, num_common=200) for i in range(5)]
+    family, prompt = Family(200, True), list(range(200))
+    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(5)]
     scheduler.submit(choices)
     assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 rounds of slots; the second of each forks"
     assert [choice.num_cached for choice in choices] == [0, 0, 192, 0, 192]
@@ -575,8 +575,8 @@ def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
 
 def test_the_family_goes_on_when_its_first_is_aborted_in_the_prompt() -> None:
     scheduler = make(100, step_tokens=128)
-    family, prompt = Family(), list(range(200))
-    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family, num_common=200) for i in range(3)]
+    family, prompt = Family(200, True), list(range(200))
+    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(3)]
     scheduler.submit(choices)
     drive(scheduler)
     scheduler.abort(choices[0])
@@ -588,8 +588,8 @@ def test_the_family_goes_on_when_its_first_is_aborted_in_the_prompt() -> None:
 
 def test_forks_reserve_the_prompt_once() -> None:
     scheduler = make(None, max_slots=8, dense_sequences=1)  # 8 pages
-    family, prompt = Family(), list(range(320))  # 5 full pages
-    choices = [Sequence(prompt, 30, SamplingParams(choice=i), STOP, family=family, num_common=320) for i in range(4)]
+    family, prompt = Family(320, True), list(range(320))  # 5 full pages
+    choices = [Sequence(prompt, 30, SamplingParams(choice=i), STOP, family=family) for i in range(4)]
     scheduler.submit(choices)
     scheduler.schedule(0.0)
     assert len(scheduler.running) == 3, "5 pages and one of each"
@@ -598,9 +598,9 @@ def test_forks_reserve_the_prompt_once() -> None:
 
 def test_continuations_wait_for_what_they_have_in_common() -> None:
     scheduler = make(100, step_tokens=256)
-    family, common = Family(), list(range(150))
+    family, common = Family(150, False), list(range(150))
     choices = [
-        Sequence([*common, *own], 0, SamplingParams(), top_logprobs=1, scored_from=150, family=family, num_common=150)
+        Sequence([*common, *own], 0, SamplingParams(), top_logprobs=1, scored_from=150, family=family)
         for own in ([500], [600, 601], [700, 701, 702])
     ]
     scheduler.submit(choices)
@@ -608,6 +608,16 @@ def test_continuations_wait_for_what_they_have_in_common() -> None:
     assert [chunk.slot for chunk in steps[0].chunks] == [0]
     assert prompt_tokens(steps) == 151 + (152 - 128) + (153 - 128)
     assert [row.targets for step in steps for row in step.scores] == [[500], [600, 601], [700, 701, 702]]
+
+
+def test_a_prompt_that_is_the_beginning_of_another_is_no_fork() -> None:
+    scheduler = make(100, step_tokens=256)
+    family, common = Family(100, False), list(range(100))
+    prompts = [common, [*common, *range(300, 350)], common]
+    scheduler.submit([Sequence(prompt, 3, SamplingParams(), family=family) for prompt in prompts])
+    steps = finish(scheduler)
+    assert prompt_tokens(steps) == 100 + (150 - 64) + (100 - 64)
+    assert [step.copies for step in steps if step.copies] == []
 
 
 def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import httpx
 from fastapi import FastAPI
-
 from model.card import Card
+
 from service.api.app import create_app
 from service.schema import CompletionRequest
 from service.served import ServedModel

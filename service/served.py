@@ -2,7 +2,7 @@
 
 import secrets
 from collections.abc import Sequence as Items
-from os.path import commonprefix
+from itertools import takewhile
 from typing import NamedTuple
 
 from model.card import Card
@@ -45,7 +45,7 @@ def choice_requests(
     """
     seed = fields.seed if fields.seed is not None else secrets.randbits(63)
     requests = []
-    together = Family(len(commonprefix([prompt.tokens for prompt in prompts])), one_prompt=False)
+    together = Family(num_common([prompt.tokens for prompt in prompts]), one_prompt=False)
     for i, prompt in enumerate(prompts):
         stop_ids = {*fields.stop_token_ids, *prompt.stop_token_ids}
         if not fields.ignore_eos:
@@ -65,6 +65,12 @@ def choice_requests(
             stops = (*fields.stop, *prompt.stops)
             requests.append(ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit))
     return requests
+
+
+def num_common(prompts: Items[list[int]]) -> int:
+    """How many tokens the prompts begin with alike."""
+    columns = zip(*prompts, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def sampling_params(fields: SamplingFields, seed: int, choice: int) -> SamplingParams:

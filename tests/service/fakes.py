@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from model.config import GPTConfig
-from model.step import Sampled, StepInput, TokenLogprobs
+from model.step import Sampled, SlotStart, StepInput, TokenLogprobs
 from model.tokenizer import Tokenizer, r50k_base
 from service.engine import Engine
 from service.kv_cache import KVCache
@@ -32,17 +32,19 @@ class FakePending(NamedTuple):
 class FakeRunner:
     """Answers every prompt with `script`, again and again. As on a device, a step computes when its result is asked for.
 
-    `gate` holds launches back, `fault` makes them raise, `late_fault` makes results raise.
+    `script_of` may give choices scripts of their own, `gate` holds launches back, `fault` makes them raise, `late_fault` makes results raise.
     """
 
     def __init__(self, script: list[int]):
         self.script = script
+        self.script_of: Callable[[SlotStart], list[int]] = lambda start: self.script
         self.fault: Callable[[StepInput], None] = lambda step: None
         self.late_fault: Callable[[StepInput], None] = lambda step: None
         self.gate = threading.Event()
         self.gate.set()
         self.steps: list[StepInput] = []
         self.calls: list[str] = []
+        self._starts: dict[int, SlotStart] = {}
         self._given: dict[int, int] = {}
 
     def launch(self, step: StepInput) -> FakePending:
@@ -55,10 +57,12 @@ class FakeRunner:
     def _compute(self, step: StepInput) -> Sampled:
         self.calls.append("result")
         self.late_fault(step)
-        self._given.update(dict.fromkeys((start.slot for start in step.starts), 0))
+        self._starts |= {start.slot: start for start in step.starts}
+        self._given |= dict.fromkeys((start.slot for start in step.starts), 0)
         tokens = []
         for row in step.samples:
-            tokens.append(self.script[self._given[row.slot] % len(self.script)])
+            script = [token for token in self.script_of(self._starts[row.slot]) if token not in row.banned]
+            tokens.append(script[self._given[row.slot] % len(script)])
             self._given[row.slot] += 1
         logprobs = [
             None if row.top_logprobs is None else fake_logprobs(token, row.top_logprobs)

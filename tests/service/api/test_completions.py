@@ -1,5 +1,6 @@
 """POST /v1/completions where it succeeds: prompts, parameters, choices and the two forms of the answer."""
 
+import hashlib
 import threading
 import time
 from typing import Any
@@ -7,7 +8,8 @@ from typing import Any
 import pytest
 
 from model.step import SamplingParams, StepInput
-from service.schema import NEUTRAL
+from service.schema import CompletionRequest
+from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, post, serving
 from tests.service.fakes import CONFIG, FakeEngine
 from tests.service.test_engine import run
@@ -51,10 +53,15 @@ def test_prompt_forms(fields: dict[str, Any], expected: list[list[int]]) -> None
     assert [choice["index"] for choice in answer["choices"]] == list(range(len(expected)))
     total = sum(map(len, expected))
     generated = len(expected)
-    assert answer["usage"] == {
-        "prompt_tokens": total,
-        "completion_tokens": generated,
-        "total_tokens": total + generated,
+    assert answer["usage"] == usage(total, generated)
+
+
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
     }
 
 
@@ -90,6 +97,15 @@ def test_the_largest_n() -> None:
         ({"seed": 7, "temperature": 0.5, "top_k": 40, "top_p": 0.9}, SamplingParams(0.5, 40, 0.9, 7)),
         ({"seed": -(2**63), "temperature": 0, "top_k": -1, "top_p": 0}, SamplingParams(0.0, 0, 0.0, -(2**63))),
         ({"seed": 2**63 - 1, "temperature": 2, "top_k": 2**63 - 1}, SamplingParams(2.0, 2**63 - 1, 1.0, 2**63 - 1)),
+        ({"seed": 1, "min_p": 0.1, "repetition_penalty": 1.2}, SamplingParams(seed=1, min_p=0.1, repetition_penalty=1.2)),
+        (
+            {"seed": 1, "presence_penalty": -2, "frequency_penalty": 2.0},
+            SamplingParams(seed=1, presence_penalty=-2.0, frequency_penalty=2.0),
+        ),
+        (
+            {"seed": 1, "logit_bias": {"50256": -100, "7": 0.5}},
+            SamplingParams(seed=1, logit_bias=((50256, -100.0), (7, 0.5))),
+        ),
     ],
 )
 def test_sampling_parameters_reach_the_runner(fields: dict[str, Any], sampling: SamplingParams) -> None:
@@ -149,7 +165,8 @@ def test_the_body_of_an_answer() -> None:
     answer = post({"model": "fake", "prompt": "a", "max_tokens": 1, "user": "someone"})
     assert answer.headers["content-type"] == "application/json"
     body = answer.json()
-    assert list(body) == ["id", "object", "created", "model", "choices", "usage"]
+    assert list(body) == ["id", "object", "created", "model", "system_fingerprint", "choices", "usage"]
+    assert body["system_fingerprint"] == "fp_0123456789"
     assert body["id"].startswith("cmpl-")
     assert (body["object"], body["model"]) == ("text_completion", "fake")
     assert before <= body["created"] <= time.time()
@@ -179,7 +196,7 @@ def test_a_stream_adds_up_to_the_answer() -> None:
                 assert [piece["finish_reason"] for piece in pieces] == [None] * (len(pieces) - 1) + ["stop"]
                 assert all("\ufffd" not in piece["text"] and piece["logprobs"] is None for piece in pieces)
             for chunk in chunks:
-                assert list(chunk) == ["id", "object", "created", "model", "choices"]
+                assert list(chunk) == ["id", "object", "created", "model", "system_fingerprint", "choices"]
                 assert (chunk["object"], chunk["model"]) == ("text_completion", "fake")
 
     run(test)
@@ -203,7 +220,7 @@ def test_a_stream_with_usage() -> None:
             *chunks, last = await stream(api, prompt="Once upon", n=2, max_tokens=3, stream_options=options)
             assert [chunk["usage"] for chunk in chunks] == [None] * 6
             assert last["choices"] == []
-            assert last["usage"] == {"prompt_tokens": 2, "completion_tokens": 6, "total_tokens": 8}
+            assert last["usage"] == usage(2, 6)
 
     run(test)
 
@@ -219,12 +236,141 @@ def test_an_empty_completion_streams_its_end() -> None:
     run(test)
 
 
-NEUTRAL_VALUES = [(name, value) for name, values in NEUTRAL.items() for value in (None, *values)]
+@contract("completions", "null", "stands for the default everywhere")
+@pytest.mark.parametrize("name", sorted(CompletionRequest.model_fields.keys() - {"model"}))
+def test_null_is_the_default(name: str) -> None:
+    assert post({"model": "fake", "max_tokens": 1, name: None}).status_code == 200
 
 
-@pytest.mark.parametrize(("name", "value"), [*NEUTRAL_VALUES, ("repetition_penalty", 1.0), ("presence_penalty", 0.0)])
-def test_what_is_not_built_may_be_null_or_its_default(name: str, value: Any) -> None:
-    assert post({"model": "fake", "prompt": "a", "max_tokens": 1, name: value}).status_code == 200
+def ranked() -> FakeEngine:
+    """Choices of which the second is the likeliest and the first the least likely: see fake_logprobs."""
+    fake = FakeEngine()
+    words = {0: " three", 1: " one", 2: " one three", 3: " three one one"}
+    fake.runner.script_of = lambda start: FakeEngine.tokenizer.encode(words[start.sampling.choice % 4])
+    return fake
+
+
+@contract("completions", "best_of", "the n with the highest mean logprob", "usage counts every candidate")
+@pytest.mark.parametrize("logprobs", [None, 1])
+def test_best_of(logprobs: int | None) -> None:
+    body = {"model": "fake", "prompt": ["a", "b"], "n": 2, "best_of": 4, "max_tokens": 3, "logprobs": logprobs}
+    answer = post(body, ranked()).json()
+    assert [choice["text"] for choice in answer["choices"]] == [" one one one", " three one one"] * 2
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    assert all((choice["logprobs"] is None) == (logprobs is None) for choice in answer["choices"])
+    assert answer["usage"] == usage(2, 24)
+
+
+@contract("completions", "best_of", "absent: no ranking")
+def test_no_ranking_without_best_of() -> None:
+    choices = post({"model": "fake", "prompt": "a", "n": 4, "max_tokens": 1}, ranked()).json()["choices"]
+    assert [choice["text"] for choice in choices] == [" three", " one", " one", " three"]
+
+
+@contract("completions", "min_tokens", "no end of text, stop token or stop string before so many tokens")
+def test_min_tokens() -> None:
+    async def test() -> None:
+        async with serving(FakeEngine(" one<|endoftext|>")) as api:
+            choice = (await api.choices(prompt="a", min_tokens=3))[0]
+            # The fake ends as soon as it may: the script without what is banned has one word.
+            assert choice["text"].startswith(" one one one")
+            assert {row.banned for step in api.fake.runner.steps for row in step.samples[:1]} >= {(EOS,), ()}
+        async with serving() as api:
+            choice = (await api.choices(prompt="a", min_tokens=5, stop=" two"))[0]
+            assert (choice["text"], choice["finish_reason"]) == (" one two three four one", "stop")
+
+    run(test)
+
+
+@contract("completions", "stop_token_ids", "end the choice and have no text")
+def test_stop_token_ids() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            three = FakeEngine.tokenizer.encode(" three")
+            choice = (await api.choices(prompt="a", stop_token_ids=three, logprobs=0))[0]
+            assert (choice["text"], choice["finish_reason"]) == (" one two", "stop")
+            assert choice["logprobs"]["tokens"] == [" one", " two", " three"]
+            kept = (await api.choices(prompt="a", stop_token_ids=three, include_stop_str_in_output=True, ignore_eos=True))[0]
+            assert (kept["text"], kept["finish_reason"]) == (" one two three", "stop")
+
+    run(test)
+
+
+@contract("completions", "include_stop_str_in_output", "keeps the stop string in the text")
+def test_the_stop_string_may_be_kept() -> None:
+    choice = post({"model": "fake", "stop": "o thr", "include_stop_str_in_output": True}).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (" one two thr", "stop")
+
+
+@contract("completions", "n", "one shared prefill")
+def test_choices_share_one_prefill() -> None:
+    fake = FakeEngine()
+    answer = post({"model": "fake", "prompt": [7] * 150, "n": 4, "max_tokens": 2}, fake).json()
+    assert sum(len(chunk.tokens) for step in fake.runner.steps for chunk in step.chunks) == 150
+    assert answer["usage"] == usage(150, 8)
+
+
+@contract("completions", "usage", "prompt_tokens_details.cached_tokens", "a list of prompts shares what they begin with")
+def test_cached_tokens() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            body: dict[str, Any] = {"prompt": [7] * 150, "max_tokens": 2}
+            for cached in (0, 128):
+                assert (await api.complete(**body)).json()["usage"] == usage(150, 2, cached)
+            scoring = await api.complete(**body, echo=True, logprobs=0)
+            assert scoring.json()["usage"] == usage(150, 2, 0), "what is scored is computed"
+            listed = await api.complete(prompt=[[8] * 100 + [i] for i in range(3)], max_tokens=1)
+            assert listed.json()["usage"] == usage(303, 3, 128)
+
+    run(test)
+
+
+@contract("completions", "user", "accepted, logged hashed")
+def test_the_user_is_logged_hashed(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "banded.api"):
+        assert post({"model": "fake", "max_tokens": 1, "user": "someone"}).status_code == 200
+    assert f"is for user {hashlib.sha256(b'someone').hexdigest()[:16]}" in caplog.text
+    assert "someone" not in caplog.text
+
+
+@contract("completions", "stream_options", "include_obfuscation pads the chunks")
+def test_obfuscation_pads_the_chunks() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            answer = await api.complete(prompt="a", max_tokens=8, stream=True, stream_options={"include_obfuscation": True})
+            chunks = events_of(answer)
+            assert all(chunk["obfuscation"] for chunk in chunks)
+            lengths = {len(event) for event in answer.text.split("\n\n")[:-3]}
+            assert len(lengths) == 1, "words of different lengths look the same on the wire"
+
+    run(test)
+
+
+@contract("completions", "anything else", "--lenient turns it into an entry of warnings")
+def test_lenient() -> None:
+    async def test() -> None:
+        async with serving(lenient=True) as api:
+            body: dict[str, Any] = {"prompt": "a", "max_tokens": 2, "mirostat": 2, "few_shots": None}
+            answer = (await api.complete(**body)).json()
+            expected = ["the unknown field 'mirostat' was ignored", "the unknown field 'few_shots' was ignored"]
+            assert answer["warnings"] == expected
+            chunks = await stream(api, **body)
+            assert [chunk.get("warnings") for chunk in chunks] == [expected, None]
+            assert "warnings" not in (await api.complete(prompt="a", max_tokens=1)).json()
+
+    run(test)
+
+
+@contract("engines", "path", "names the model, as clients of 2020 do")
+def test_the_engines_alias() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            for body in ({}, {"model": "fake"}, {"model": None}):
+                answer = await api.client.post("/v1/engines/fake/completions", json=body | {"max_tokens": 1})
+                assert answer.json()["choices"][0]["text"] == " one"
+                assert answer.json()["model"] == "fake"
+
+    run(test)
 
 
 def test_long_prompts_are_tokenized_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:

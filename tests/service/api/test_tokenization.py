@@ -1,0 +1,75 @@
+"""/tokenize, /detokenize and /tokenizer_info."""
+
+from typing import Any
+
+import pytest
+
+from tests.conformance import contract
+from tests.service.api.test_app import request
+from tests.service.api.test_errors import error_of
+from tests.service.fakes import FakeEngine
+
+TOKENIZER = FakeEngine.tokenizer
+
+
+def tokenize(**fields: Any) -> Any:
+    answer = request("POST", "/tokenize", json=fields)
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+@contract("tokenize", "prompt", "token ids in vLLM's form, special-token text read as special")
+@pytest.mark.parametrize(
+    ("text", "tokens"), [("Once upon", [7454, 2402]), ("<|endoftext|>", [50256]), ("", []), ("a" * 5000, None)]
+)
+def test_tokenize(text: str, tokens: list[int] | None) -> None:
+    tokens = TOKENIZER.encode(text) if tokens is None else tokens
+    expected = {"count": len(tokens), "max_model_len": 256, "tokens": tokens, "token_strs": None}
+    assert tokenize(prompt=text) == tokenize(prompt=text, model="fake", add_special_tokens=False) == expected
+
+
+@contract("tokenize", "return_token_strs", "lossless names beside the ids")
+def test_token_strs() -> None:
+    assert tokenize(prompt="é<|endoftext|>", return_token_strs=True)["token_strs"] == ["é", "<|endoftext|>"]
+
+
+@contract("tokenize", "messages", "a chat as the template lays it out")
+def test_tokenize_messages() -> None:
+    messages = [{"role": "user", "content": "Hello"}]
+    assert tokenize(messages=messages)["tokens"] == TOKENIZER.encode("User: Hello\nAssistant:")
+
+
+@contract("detokenize", "tokens", "their text, special tokens spelt out")
+@pytest.mark.parametrize(("tokens", "text"), [([7454, 2402], "Once upon"), ([50256], "<|endoftext|>"), ([], "")])
+def test_detokenize(tokens: list[int], text: str) -> None:
+    assert request("POST", "/detokenize", json={"tokens": tokens, "model": "fake"}).json() == {"prompt": text}
+
+
+@contract("tokenizer_info", "response", "special tokens and chat template, as a tokenizer class reads them")
+def test_tokenizer_info() -> None:
+    info = request("GET", "/tokenizer_info").json()
+    assert (info["eos_token"], info["bos_token"]) == ("<|endoftext|>", None)
+    assert info["tokenizer_class"] == "GPT2Tokenizer"
+    assert "Assistant:" in info["chat_template"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status", "message"),
+    [
+        ("/tokenize", {}, 400, "'prompt': exactly one of prompt and messages is needed"),
+        ("/tokenize", {"prompt": "a", "model": "other"}, 404, "the model 'other' does not exist; this server has 'fake'"),
+        ("/tokenize", {"prompt": "a", "colour": 1}, 400, "unknown field 'colour'"),
+        ("/tokenize", {"prompt": 5}, 400, "'prompt': input should be a valid string"),
+        ("/detokenize", {}, 400, "'tokens' is required"),
+        (
+            "/detokenize",
+            {"tokens": [50257]},
+            400,
+            "token id 50257 is outside the model's vocabulary of 50257 (0 to 50256)",
+        ),
+        ("/detokenize", {"tokens": [-1]}, 400, "token id -1 is outside the model's vocabulary of 50257 (0 to 50256)"),
+        ("/detokenize", {"tokens": "abc"}, 400, "'tokens': input should be a valid list"),
+    ],
+)
+def test_what_is_refused(path: str, body: object, status: int, message: str) -> None:
+    assert error_of(request("POST", path, json=body), status)["message"] == message

@@ -32,7 +32,8 @@ class FakePending(NamedTuple):
 class FakeRunner:
     """Answers every prompt with `script`, again and again. As on a device, a step computes when its result is asked for.
 
-    `script_of` may give choices scripts of their own, `gate` holds launches back, `fault` makes them raise, `late_fault` makes results raise.
+    `script_of` may give choices scripts of their own; what is banned is left out of them. `gate` holds launches back,
+    `fault` makes them raise, `late_fault` makes results raise.
     """
 
     def __init__(self, script: list[int]):

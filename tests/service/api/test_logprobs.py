@@ -134,7 +134,7 @@ def test_a_stream_adds_up(fields: dict[str, Any]) -> None:
                 pieces = [piece for piece in chunks if piece["index"] == choice["index"]]
                 assert "".join(piece["text"] for piece in pieces) == choice["text"]
                 for each in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-                    assert sum((piece["logprobs"][each] for piece in pieces), []) == choice["logprobs"][each]
+                    assert [found for piece in pieces for found in piece["logprobs"][each]] == choice["logprobs"][each]
 
     run(test)
 

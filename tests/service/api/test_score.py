@@ -75,7 +75,8 @@ def test_an_empty_prompt(fields: dict[str, Any]) -> None:
         (
             {"continuations": [" a" * 256]},
             "continuations.0",
-            "this model's context is 256 tokens, but the request asks for 257 tokens (257 in the prompt, 0 for the completion)",
+            "this model's context is 256 tokens, but the request asks for 257 tokens "
+            "(257 in the prompt, 0 for the completion)",
         ),
     ],
 )

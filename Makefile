@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test lint check aot bench gpu-check lock
+.PHONY: install serve test lint check conformance aot bench gpu-check lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -28,6 +28,10 @@ lint: install
 check: lint
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The tests that show the HTTP contract, and the table of what they show.
+conformance: install
+	$(BIN)/pytest -m contract -p tests.conformance --conformance CONFORMANCE.md
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.
 aot: install

@@ -1,0 +1,56 @@
+"""CONFORMANCE.md is what `make conformance` would write now, and names every field of every request."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from service.schema import Body, ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
+from tests.conformance import ROUTES, Line, lines_of, table
+
+FILE = Path(__file__).parent.parent / "CONFORMANCE.md"
+
+
+class Collected:
+    def __init__(self) -> None:
+        self.outcomes: dict[Line, list[str]] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for line in lines_of(item):
+                self.outcomes.setdefault(line, []).append("passed")
+
+
+def test_the_table_is_up_to_date() -> None:
+    """All of it passed when it was written, and the lines and tests are those of today."""
+    code = (
+        "import sys, pytest; from tests.test_conformance import Collected, table; found = Collected();"
+        "status = pytest.main(['--collect-only', '-qq', '-m', 'contract', 'tests'], plugins=[found]);"
+        "sys.stderr.write(table(found.outcomes)); sys.exit(status)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FILE.parent)
+    assert made.returncode == 0, made.stdout
+    assert made.stderr.endswith(FILE.read_text()), "run `make conformance`"
+
+
+@pytest.mark.parametrize(
+    ("route", "body"),
+    [
+        ("completions", CompletionRequest),
+        ("chat", ChatRequest),
+        ("score", ScoreRequest),
+        ("tokenize", TokenizeRequest),
+        ("detokenize", DetokenizeRequest),
+    ],
+)
+def test_every_field_has_a_line(route: str, body: type[Body]) -> None:
+    section = FILE.read_text().split(f"## {ROUTES[route]}\n")[1].split("\n## ")[0]
+    fields = {row.split("|")[1].strip() for row in section.splitlines() if row.startswith("|")}
+    named = {name for field in fields for name in field.split(", ")}
+    assert body.model_fields.keys() <= named
+
+
+def test_a_failure_shows() -> None:
+    line = Line("score", "results", "a | b")
+    assert "| results | a \\| b | 2 | FAILED |" in table({line: ["passed", "failed"]})

@@ -5,6 +5,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import tiktoken
 
@@ -16,12 +17,22 @@ END_OF_TEXT = "<|endoftext|>"
 # How GPT-2 cuts text into words before merging bytes inside each.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
+# How a token is named that has no other name; so no other name may begin like that.
+NUMBERED = "token_id:"
+
 # A run of white space (Unicode's, which lacks four separators that Python's \s has) with a word behind it.
 LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{100000,}+(?!\Z)")
 
 
 class TokenizerError(ValueError):
     """A vocabulary that can't be used: which file, and what is wrong with it."""
+
+
+class TextPart(NamedTuple):
+    """A piece of a text, and whether special-token text in it stands for the token."""
+
+    text: str
+    allow_special: bool
 
 
 class Tokenizer:
@@ -61,9 +72,10 @@ class Tokenizer:
         self._id_of_rank = None if list(merge_order) == list(range(len(merge_order))) else list(merge_order)
         ranks = {tokens[token_id]: rank for rank, token_id in enumerate(merge_order)}
         self._bpe = tiktoken.Encoding("banded", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-        self._whole = {**added, **special}
+        self._added = dict(added)
         self._added_in_text = any_of(added)
-        self._special_in_text = any_of(self._whole)
+        self._any_in_text = any_of({**added, **special})
+        self._names = name_tokens(self._tokens, special)
 
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._tokens
@@ -76,11 +88,27 @@ class Tokenizer:
         >>> r50k_base().encode("<|endoftext|>", allow_special=True)
         [50256]
         """
-        pattern = self._special_in_text if allow_special else self._added_in_text
-        tokens = []
-        for is_whole, piece in alternate(pattern.split(text)):
-            tokens += [self._whole[piece]] if is_whole else self._encode_plain(piece)
-        return tokens
+        return self.encode_parts([(text, allow_special)])
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of one text that is given as `TextPart`s, in order.
+
+        Only special tokens inside parts that allow them cut the text: everything else merges across the borders of parts.
+
+        >>> r50k_base().encode_parts([("Once up", False), ("on a time", False), ("<|endoftext|>", True)])
+        [7454, 2402, 257, 640, 50256]
+        """
+        tokens: list[int] = []
+        plain: list[str] = []
+        for text, allow_special in parts:
+            pieces = alternate(self._any_in_text.split(text)) if allow_special else [(False, text)]
+            for is_whole, piece in pieces:
+                if is_whole and piece in self.special_tokens:
+                    tokens += [*self._encode_unsplit("".join(plain)), self.special_tokens[piece]]
+                    plain = []
+                else:
+                    plain.append(piece)
+        return tokens + self._encode_unsplit("".join(plain))
 
     def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
         """What the model is given for `text`: bos where the checkpoint asks for it, then `encode`; never empty.
@@ -92,6 +120,13 @@ class Tokenizer:
         """
         bos = [] if self.bos_id is None else [self.bos_id]
         return bos + self.encode(text, allow_special=allow_special) or [self.eos_id]
+
+    def _encode_unsplit(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is special."""
+        tokens = []
+        for is_whole, piece in alternate(self._added_in_text.split(text)):
+            tokens += [self._added[piece]] if is_whole else self._encode_plain(piece)
+        return tokens
 
     def _encode_plain(self, text: str) -> list[int]:
         ranks = []
@@ -110,9 +145,38 @@ class Tokenizer:
         """What a token adds to a text that people read: its bytes, nothing for special tokens and unused ids."""
         return b"" if token_id in self._special_ids else self._tokens.get(token_id, b"")
 
+    def token_name(self, token_id: int) -> str:
+        """What stands for one token where tokens are listed: no two ids have the same name.
+
+        It is the token's text; its bytes where they are not whole characters; and `token_id:` with the number where
+        neither exists or another token has that name. Special tokens and lower ids choose first.
+
+        >>> [r50k_base().token_name(token) for token in (7454, 447, 50256, 50257)]
+        ['Once', 'bytes:\\xe2\\x80', '<|endoftext|>', 'token_id:50257']
+        """
+        return self._names.get(token_id, f"{NUMBERED}{token_id}")
+
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of whole `tokens`; bytes that are no UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+
+
+def name_tokens(tokens: Mapping[int, bytes], special: Mapping[str, int]) -> dict[int, str]:
+    """The names that `Tokenizer.token_name` gives, without the numbered ones."""
+    wanted = {token_id: name for name, token_id in special.items()}
+    wanted |= {token_id: spelled(tokens[token_id]) for token_id in sorted(tokens.keys() - wanted.keys())}
+    owners: dict[str, int] = {}
+    for token_id, name in wanted.items():
+        if not name.startswith(NUMBERED):
+            owners.setdefault(name, token_id)
+    return {token_id: name for name, token_id in owners.items()}
+
+
+def spelled(token: bytes) -> str:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:

@@ -1,45 +1,96 @@
 """From a choice's tokens to the text a client may see: whole characters only, and nothing of a stop string."""
 
 import codecs
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 
 class TextStream:
-    """Turns one choice's tokens into text, piece by piece.
+    """Turns one choice's tokens into text, piece by piece, and knows where in the text each token begins.
 
     The pieces together are all tokens' bytes decoded at once, with U+FFFD for what is no UTF-8, up to the first stop
-    string (see StopMatcher). A piece may be empty: bytes of an unfinished character, and text that may still become a
-    stop string, wait for what follows. So call `finish` when generation ends otherwise than by a stop string, or the
-    end of the text is lost.
+    string (see StopMatcher), and with it if `include_stop`. A piece may be empty: bytes of an unfinished character, and
+    text that may still become a stop string, wait for what follows. So call `finish` when generation ends otherwise than
+    by a stop string, or the end of the text is lost.
 
-    >>> stream = TextStream({1: b"caf", 2: b"\\xc3", 3: b"\\xa9\\n#", 4: b"##"}.__getitem__, ["\\n###"])
-    >>> [stream.push(token) for token in (1, 2, 3, 4)], stream.stop
+    `offsets` holds for every token the number of characters before the one in which its first byte lies, counted from
+    `start`; a token without bytes stands before the next character to begin.
+
+    >>> stream = TextStream(["\\n###"])
+    >>> [stream.push(token) for token in (b"caf", b"\\xc3", b"\\xa9\\n#", b"##")], stream.stop
     (['caf', '', 'é', ''], '\\n###')
+    >>> stream.offsets, stream.shown
+    ([0, 3, 3, 6], 3)
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes], stops: Sequence[str]):
-        self._token_bytes = token_bytes
+    def __init__(self, stops: Sequence[str], *, include_stop: bool = False, start: int = 0):
+        self.offsets: list[int] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._matcher = StopMatcher(stops)
+        self._include_stop = include_stop
+        self._finished = False
+        # Places in the text: the end of what is decoded, of what is passed on, and of what no stop string begins in.
+        self._decoded_end = start
+        self._passed_end = start
+        self._unsearched_end = start
 
     @property
     def stop(self) -> str | None:
-        """The stop string before which the text ended, if one has been found."""
+        """The stop string at which the text ended, if one has been found."""
         return self._matcher.found
 
     @property
     def stopped(self) -> bool:
         return self.stop is not None
 
-    def push(self, token: int) -> str:
-        """The text that this token makes certain. Not to be called once `stopped`."""
-        return self._matcher.push(self._decoder.decode(self._token_bytes(token)))
+    @property
+    def shown(self) -> int:
+        """How many of the tokens a client may see: up to the last that begins in the text passed on so far, and all of
+        them once the text has ended without a stop string. It never falls."""
+        if self._finished:
+            return len(self.offsets)
+        held = (count for count in range(len(self.offsets), 0, -1) if self.offsets[count - 1] < self._passed_end)
+        return next(held, 0)
+
+    def push(self, data: bytes, *, searched: bool = True) -> str:
+        """The text that a token of these bytes makes certain. Not to be called once `stopped`.
+
+        No stop string begins in a token that is not `searched`; those come first.
+        """
+        assert searched or self._unsearched_end == self._begun_end(), "unsearched text after searched text"
+        first, rest = data[:1], data[1:]
+        text = self._decode(first)
+        self.offsets.append(self._begun_end() - len(first))
+        text += self._decode(rest)
+        if not searched:
+            self._unsearched_end = self._begun_end()
+        return self._pass_on(text)
 
     def finish(self) -> str:
         """The rest, when no more tokens come: an unfinished character becomes U+FFFD. Empty if `stopped`."""
         if self.stopped:
             return ""
-        return self._matcher.push(self._decoder.decode(b"", final=True)) + self._matcher.finish()
+        rest = self._pass_on(self._decode(b"", final=True)) + self._matcher.finish()
+        self._finished = not self.stopped
+        return rest
+
+    def _decode(self, data: bytes, *, final: bool = False) -> str:
+        text = self._decoder.decode(data, final)
+        self._decoded_end += len(text)
+        return text
+
+    def _begun_end(self) -> int:
+        """Where the next character will begin. Bytes of an unfinished one, and of a surrogate, which Python takes for
+        unfinished, become as many characters now as they do in any text in which they stay what they are."""
+        unfinished, _ = self._decoder.getstate()
+        return self._decoded_end + len(unfinished.decode(errors="replace"))
+
+    def _pass_on(self, text: str) -> str:
+        unsearched = max(self._unsearched_end - (self._decoded_end - len(text)), 0)
+        certain = text[:unsearched] + self._matcher.push(text[unsearched:])
+        if self.stop is not None and self._include_stop:
+            certain += self.stop
+        self._passed_end += len(certain)
+        return certain
 
 
 class StopMatcher:

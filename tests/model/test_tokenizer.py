@@ -1,10 +1,10 @@
 """Our tokenizers give the ids and the text that transformers gives, and refuse what they would get wrong."""
 
+import functools
 import json
 import random
 import re
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import model.tokenizer
-from model.tokenizer import END_OF_TEXT, Tokenizer, TokenizerError, r50k_base
+from model.tokenizer import END_OF_TEXT, TextPart, Tokenizer, TokenizerError, r50k_base
 from model.vocabulary import BYTE_OF, load_tokenizer, merge
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
@@ -27,13 +27,13 @@ def spelled(token: bytes) -> str:
     return "".join(CHARACTER_OF[byte] for byte in token)
 
 
-@cache
+@functools.cache
 def r50k_vocab() -> dict[str, int]:
     tokenizer = r50k_base()
     return {spelled(tokenizer.token_bytes(rank)): rank for rank in range(tokenizer.eos_id)}
 
 
-@cache
+@functools.cache
 def r50k_merges() -> list[str]:
     """merges.txt from the ranks: the pair that makes a token is what the ranks below its own leave of it."""
     tokenizer = r50k_base()
@@ -213,6 +213,100 @@ class TestR50k:
             pattern = model.tokenizer.LONG_SPACE.pattern.replace("100000", "2")
             patch.setattr(model.tokenizer, "LONG_SPACE", re.compile(pattern))
             assert r50k.encode(text) == expected
+
+
+class TestNames:
+    def test_docstring_examples(self, r50k: Tokenizer) -> None:
+        names = ["Once", r"bytes:\xe2\x80", END_OF_TEXT, "token_id:50257"]
+        assert [r50k.token_name(token) for token in (7454, 447, 50256, 50257)] == names
+
+    def test_of_the_whole_vocabulary(self, r50k: Tokenizer) -> None:
+        names = [r50k.token_name(token) for token in range(50304)]
+        assert len(set(names)) == 50304
+        for token, name in enumerate(names[:50257]):
+            escaped = name.removeprefix("bytes:").replace(r"\x", "") if name.startswith(r"bytes:\x") else None
+            assert r50k.token_bytes(token) == (name.encode() if escaped is None else bytes.fromhex(escaped))
+        assert names[50257:] == [f"token_id:{token}" for token in range(50257, 50304)]
+
+    def test_of_an_odd_vocabulary(self) -> None:
+        """Tokens that spell the same, or spell what stands for another."""
+        tokens = {byte: bytes([byte]) for byte in range(256)}
+        odd = [b"<s>", b"<s>", rb"bytes:\xff", rb"bytes:\xfe\xfe", b"\xfe\xfe", b"token_id:255", b"token_id:700", b"a", b""]
+        tokens |= dict(enumerate([*odd, b"", "é".encode()], 256))
+        tokenizer = Tokenizer(tokens, range(256), special={"<s>": 257, "token_id:3": 700}, added={}, eos_id=257)
+        names = [tokenizer.token_name(token) for token in range(800)]
+        assert len(set(names)) == 800
+        assert names[255:267] == [
+            r"bytes:\xff",
+            "token_id:256",
+            "<s>",
+            "token_id:258",
+            r"bytes:\xfe\xfe",
+            "token_id:260",
+            "token_id:261",
+            "token_id:262",
+            "token_id:263",
+            "",
+            "token_id:265",
+            "é",
+        ]
+        assert (names[3], names[700]) == ("\x03", "token_id:700")
+
+
+def encode_slowly(tokenizer: Tokenizer, added: list[str], parts: list[tuple[str, bool]]) -> list[int]:
+    """Cut at the special tokens that are found reading each part alone, the rest encoded piece by piece as plain text."""
+    runs: list[str | int] = [""]
+    for text, allow_special in parts:
+        place = 0
+        while place < len(text):
+            found = [name for name in [*tokenizer.special_tokens, *added] if allow_special and text.startswith(name, place)]
+            piece = max([text[place], *found], key=len)
+            if piece in found and piece in tokenizer.special_tokens:
+                runs += [tokenizer.special_tokens[piece], ""]
+            else:
+                runs[-1] = str(runs[-1]) + piece
+            place += len(piece)
+    return [token for run in runs for token in ([run] if isinstance(run, int) else tokenizer.encode(run))]
+
+
+ADDED = {"<bot é>": 50257, "<us": 50260, "<user>s": 50258, "x</s>x": 50261}
+
+
+@pytest.fixture(scope="module")
+def overlapping(r50k: Tokenizer) -> Tokenizer:
+    """A vocabulary in which added tokens begin as special ones do, or contain one."""
+    special = {END_OF_TEXT: 50256, "<user>": 50259, "</s>": 50262}
+    tokens = {token: r50k.token_bytes(token) for token in range(50256)}
+    named = {token: name.encode() for name, token in {**special, **ADDED}.items()}
+    return Tokenizer(tokens | named, range(50256), special=special, added=ADDED, eos_id=50256)
+
+
+class TestParts:
+    PIECES = st.sampled_from(
+        ["User: ", "hello", " ", "\n", "<", "us", "er", ">", "s", "x", "</", "s>", "<user>", "<user>s", "</s>", END_OF_TEXT]
+    )
+    PARTS = st.lists(st.tuples(st.lists(PIECES | st.text(max_size=3), max_size=6).map("".join), st.booleans()), max_size=6)
+
+    @settings(max_examples=500, deadline=None)
+    @given(parts=PARTS)
+    def test_against_the_oracle(self, overlapping: Tokenizer, parts: list[tuple[str, bool]]) -> None:
+        assert overlapping.encode_parts(parts) == encode_slowly(overlapping, list(ADDED), parts)
+
+    @FAST
+    @given(parts=PARTS)
+    def test_plain_parts_are_one_text(self, overlapping: Tokenizer, parts: list[tuple[str, bool]]) -> None:
+        texts = [text for text, _ in parts]
+        assert overlapping.encode_parts((text, False) for text in texts) == overlapping.encode("".join(texts))
+
+    def test_examples(self, overlapping: Tokenizer) -> None:
+        encode, encode_parts = overlapping.encode, overlapping.encode_parts
+        plain, special = functools.partial(TextPart, allow_special=False), functools.partial(TextPart, allow_special=True)
+        assert encode_parts([]) == []
+        assert encode_parts([plain("User: "), special("hello")]) == encode("User: hello")
+        assert encode_parts([plain("</s>"), special("</s>")]) == [*encode("</s>"), 50262]
+        assert encode_parts([special("</s"), special(">")]) == encode("</s>")
+        # An added token is found across a border, also where the text before it was searched for special ones.
+        assert encode_parts([special("</s><bot "), plain("é>")]) == [50262, 50257]
 
 
 class TestAgainstTransformers:

@@ -1,6 +1,7 @@
 """What a stream shows equals a slow, obvious reading of all its bytes, at every moment and not only at the end."""
 
-from itertools import accumulate, pairwise
+import codecs
+from itertools import accumulate, pairwise, product
 
 import pytest
 from hypothesis import example, given, settings
@@ -42,17 +43,69 @@ def certain(text: str, stops: list[str]) -> str:
     return next(text[:end] for end in range(len(text) + 1) if text[end:] in starts or end == len(text))
 
 
-def check_stream(tokens: list[bytes], stops: list[str]) -> None:
+def character_of_bytes(data: bytes) -> list[int]:
+    """For each byte of `data`, decoded as a whole, the index of the character that it is a part of."""
+    replaced: dict[int, int] = {}
+
+    def replace(error: UnicodeError) -> tuple[str, int]:
+        assert isinstance(error, UnicodeDecodeError)
+        replaced[error.start] = error.end
+        return "\ufffd", error.end
+
+    codecs.register_error("tests.replace_and_remember", replace)
+    text = data.decode(errors="tests.replace_and_remember")
+    characters: list[int] = []
+    for index, character in enumerate(text):
+        place = len(characters)
+        length = replaced[place] - place if place in replaced else len(character.encode())
+        characters += [index] * length
+    assert len(characters) == len(data)
+    return characters
+
+
+def offsets_of(tokens: list[bytes]) -> list[int]:
+    """Where each token begins in the text of all of them."""
+    characters = character_of_bytes(b"".join(tokens))
+    starts = [end - len(token) for token, end in zip(tokens, accumulate(map(len, tokens)), strict=True)]
+    return [
+        characters[start] if token else max(characters[:start], default=-1) + 1
+        for token, start in zip(tokens, starts, strict=True)
+    ]
+
+
+def shown_of(offsets: list[int], end: int) -> int:
+    """How many tokens there are up to the last that begins before `end`."""
+    return max((count for count, offset in enumerate(offsets, 1) if offset < end), default=0)
+
+
+def check_stream(
+    tokens: list[bytes], stops: list[str], *, unsearched: int = 0, include_stop: bool = False, start: int = 0
+) -> None:
     """Compares a stream over `tokens` with the oracles after each push and at the end."""
-    stream = TextStream(tokens.__getitem__, stops)
-    shown = ""
-    for token, data in enumerate(accumulate(tokens)):
-        shown += stream.push(token)
-        assert shown == certain(whole_characters(data), stops)
+    stream = TextStream(stops, include_stop=include_stop, start=start)
+    text, shown = "", 0
+    offsets = [start + offset for offset in offsets_of(tokens)]
+    whole = b"".join(tokens).decode(errors="replace")
+    # No stop string begins before this character.
+    free = max(character_of_bytes(b"".join(tokens))[: len(b"".join(tokens[:unsearched]))], default=-1) + 1
+    before, stop = cut_at_stop(whole[free:], stops)
+    end = whole[:free] + before + (stop if stop and include_stop else "")
+
+    for count, data in enumerate(accumulate(tokens), 1):
+        text += stream.push(tokens[count - 1], searched=count > unsearched)
+        so_far = whole_characters(data)
+        known = so_far[:free] + certain(so_far[free:], stops)
+        assert text == (end if stream.stopped else known)
+        assert stream.offsets == offsets[:count]
+        assert stream.shown == shown_of(offsets[:count], start + len(text))
+        assert stream.shown >= shown
+        shown = stream.shown
         if stream.stopped:
             break
-    shown += stream.finish()
-    assert (shown, stream.stop) == cut_at_stop(b"".join(tokens).decode(errors="replace"), stops)
+    text += stream.finish()
+    assert (text, stream.stop) == (end, stop)
+    assert stream.shown == (shown_of(stream.offsets, start + len(text)) if stop else len(tokens))
+    assert stream.shown >= shown
 
 
 ALPHABET = "abé🙂"
@@ -70,26 +123,30 @@ def cut_text(draw: st.DrawFn) -> list[bytes]:
 
 
 @settings(max_examples=1000, deadline=None)
-@given(tokens=cut_text(), stops=STOPS)
-@example(tokens=[b"xabcy"], stops=["ab", "abc"])
-@example(tokens=[b"xabcdy"], stops=["abcd", "bc"])
-@example(tokens=[b"a", b"a", b"b"], stops=["aab", "ab"])
-@example(tokens=[b"\xc3", b"\xa9\xf0\x9f", b"\x99\x82"], stops=["é🙂"])
-@example(tokens=[b"ababab", b"c"], stops=["ababc", "babd"])
-def test_text(tokens: list[bytes], stops: list[str]) -> None:
-    check_stream(tokens, stops)
+@given(tokens=cut_text(), stops=STOPS, unsearched=st.integers(0, 5), include_stop=st.booleans())
+@example(tokens=[b"xabcy"], stops=["ab", "abc"], unsearched=0, include_stop=False)
+@example(tokens=[b"xabcdy"], stops=["abcd", "bc"], unsearched=0, include_stop=True)
+@example(tokens=[b"a", b"a", b"b"], stops=["aab", "ab"], unsearched=1, include_stop=False)
+@example(tokens=[b"\xc3", b"\xa9\xf0\x9f", b"\x99\x82"], stops=["é🙂"], unsearched=0, include_stop=False)
+@example(tokens=[b"\xc3", b"\xa9\xf0\x9f", b"\x99\x82"], stops=["é", "🙂"], unsearched=1, include_stop=True)
+@example(tokens=[b"ababab", b"c"], stops=["ababc", "babd"], unsearched=0, include_stop=False)
+def test_text(tokens: list[bytes], stops: list[str], unsearched: int, include_stop: bool) -> None:
+    check_stream(tokens, stops, unsearched=unsearched, include_stop=include_stop, start=7)
 
 
 @settings(max_examples=1000, deadline=None)
 @given(
     tokens=st.lists(st.lists(BYTES, max_size=4).map(b"".join), max_size=20),
     stops=st.lists(st.text("ab\ufffd", min_size=1, max_size=3), max_size=2),
+    unsearched=st.integers(0, 5),
 )
-@example(tokens=[b"\xe2\x80"], stops=["\ufffd"])
-@example(tokens=[b"a\xed", b"\xa0\x80"], stops=[])
-@example(tokens=[b"\xf0\x9f", b"a"], stops=["\ufffda"])
-def test_bytes_that_are_no_text(tokens: list[bytes], stops: list[str]) -> None:
-    check_stream(tokens, stops)
+@example(tokens=[b"\xe2\x80"], stops=["\ufffd"], unsearched=0)
+@example(tokens=[b"a\xed", b"\xa0\x80"], stops=[], unsearched=0)
+@example(tokens=[b"\xed", b"\xa0", b"\x80"], stops=["\ufffd"], unsearched=2)
+@example(tokens=[b"\xf0\x9f", b"a"], stops=["\ufffda"], unsearched=0)
+@example(tokens=[b"\xf0\x9f", b"a"], stops=["\ufffda"], unsearched=1)
+def test_bytes_that_are_no_text(tokens: list[bytes], stops: list[str], unsearched: int) -> None:
+    check_stream(tokens, stops, unsearched=unsearched)
 
 
 @settings(max_examples=300, deadline=None)
@@ -98,9 +155,15 @@ def test_any_bytes(tokens: list[bytes]) -> None:
     check_stream(tokens, [])
 
 
+def test_every_order_of_bytes_that_mean_something_else() -> None:
+    """Starts of 1 to 4 bytes, those with rules of their own for the next byte, and the borders of these rules."""
+    for data in product(b"a\x80\x90\xa0\xbf\xc1\xc3\xe0\xe2\xed\xf0\xf4\xf5", repeat=4):
+        check_stream([bytes([byte]) for byte in data], [])
+
+
 def pieces(tokens: list[bytes], stops: list[str]) -> list[str]:
-    stream = TextStream(tokens.__getitem__, stops)
-    shown = [stream.push(token) for token in range(len(tokens))]
+    stream = TextStream(stops)
+    shown = [stream.push(token) for token in tokens]
     return [*shown, stream.finish()]
 
 
@@ -139,11 +202,45 @@ def test_long_output_that_is_always_about_to_stop() -> None:
 
 
 def test_text_after_a_stop_is_an_error() -> None:
-    stream = TextStream([b"ab", b"c"].__getitem__, ["b"])
-    assert stream.push(0) == "a"
+    stream = TextStream(["b"])
+    assert stream.push(b"ab") == "a"
     assert stream.stopped
     with pytest.raises(AssertionError, match="text after the stop string 'b'"):
-        stream.push(1)
+        stream.push(b"c")
+
+
+def test_unsearched_text_comes_first() -> None:
+    stream = TextStream(["b"])
+    assert [stream.push(data, searched=False) for data in (b"ab", b"", b"\xc3")] == ["ab", "", ""]
+    assert stream.push(b"\xa9c") == "éc"
+    with pytest.raises(AssertionError, match="unsearched text after searched text"):
+        stream.push(b"b", searched=False)
+
+
+def test_stop_string_across_the_border_of_unsearched_text() -> None:
+    """It would have to begin where none may."""
+    stream = TextStream(["##"])
+    assert [stream.push(b"a#", searched=False), stream.push(b"#b"), stream.push(b"##")] == ["a#", "#b", ""]
+    assert (stream.stop, stream.offsets, stream.shown) == ("##", [0, 2, 4], 2)
+
+
+def test_stop_string_in_the_text() -> None:
+    stream = TextStream(["##"], include_stop=True)
+    assert [stream.push(b"a#"), stream.shown, stream.push(b"#b"), stream.shown] == ["a", 1, "##", 2]
+    assert stream.finish() == ""
+
+
+def test_tokens_without_text() -> None:
+    """They stand before the next character to begin, and are seen when something behind them is, or at the end."""
+    stream = TextStream([], start=10)
+    seen = []
+    for token in (b"", b"\xc3", b"", b"\xa9", b"a", b""):
+        stream.push(token)
+        seen.append(stream.shown)
+    assert stream.offsets == [10, 10, 11, 10, 11, 12]
+    assert seen == [0, 0, 0, 4, 5, 5]
+    assert stream.finish() == ""
+    assert stream.shown == 6
 
 
 def test_empty_stop_string_is_an_error() -> None:

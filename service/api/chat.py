@@ -10,18 +10,19 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 
 from model.tokenizer import Tokenizer
-from service.api.errors import ERRORS, invalid
+from service.api.errors import invalid
 from service.api.generation import (
     Generation,
     beside_the_loop,
     check_length,
     check_sampling,
     check_text_length,
+    chunk_event,
     log_user,
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, chunk_event, unless_disconnected
+from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, unless_disconnected
 from service.choice import ShownToken
 from service.prompts import Prompt, PromptError, chat_prompt
 from service.schema import (
@@ -42,7 +43,7 @@ from service.served import ServedModel, choice_requests
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse, responses=ERRORS)
+@router.post("/v1/chat/completions", response_model=ChatResponse)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat; with `stream`, as server-sent events."""
     served = served_model(request, body.model)
@@ -153,8 +154,7 @@ class Chat:
         )
 
     def _framed(self, chunk: ChatChunk) -> bytes:
-        left_out = None if self._body.include_usage else {"usage"}
-        return chunk_event(chunk, exclude=left_out, obfuscate=self._body.include_obfuscation)
+        return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
     def _logprobs(self, shown: Items[ShownToken]) -> ChatLogprobs | None:
         if not self._body.logprobs:

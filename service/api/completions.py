@@ -10,7 +10,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 
 from model.tokenizer import Tokenizer
-from service.api.errors import ERRORS, invalid
+from service.api.errors import invalid
 from service.api.generation import (
     Candidate,
     Generation,
@@ -19,11 +19,12 @@ from service.api.generation import (
     check_sampling,
     check_text_length,
     check_token_ids,
+    chunk_event,
     log_user,
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, chunk_event, unless_disconnected
+from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, unless_disconnected
 from service.choice import ShownToken
 from service.prompts import Layout, Prompt, PromptError, few_shot_prompt, insertion_prompt, text_prompt
 from service.schema import (
@@ -40,13 +41,13 @@ from service.served import ServedModel, choice_requests
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=CompletionResponse, responses=ERRORS)
+@router.post("/v1/completions", response_model=CompletionResponse)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt, a list of prompts, or token ids; with `stream`, as server-sent events."""
     return await complete(body, body.model, request)
 
 
-@router.post("/v1/engines/{engine:path}/completions", response_model=CompletionResponse, responses=ERRORS)
+@router.post("/v1/engines/{engine:path}/completions", response_model=CompletionResponse)
 async def create_engine_completion(engine: str, body: EngineCompletionRequest, request: Request) -> Response:
     """The same for clients from when a model was called an engine and named in the path."""
     if body.model not in (None, engine):
@@ -194,8 +195,7 @@ class Completion:
             yield self._event(self._response([], self._usage()))
 
     def _event(self, chunk: CompletionResponse) -> bytes:
-        left_out = None if self._body.include_usage else {"usage"}
-        return chunk_event(chunk, exclude=left_out, obfuscate=self._body.include_obfuscation)
+        return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
     def _choice(self, index: int, text: str, shown: Items[ShownToken], finish_reason: str | None) -> CompletionChoice:
         k = self._body.logprobs

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import secrets
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as Items
 from contextlib import aclosing
@@ -13,9 +14,10 @@ from fastapi import Request
 
 from model.step import TokenLogprobs
 from service.api.errors import APIError, invalid
+from service.api.sse import event
 from service.choice import ChoiceRequest, Output, ShownToken
 from service.engine import Engine
-from service.schema import Body, PromptTokensDetails, SamplingFields, Usage, shown
+from service.schema import Body, ChatChunk, CompletionResponse, PromptTokensDetails, SamplingFields, Usage, shown
 from service.served import ServedModel
 
 T = TypeVar("T")
@@ -92,6 +94,19 @@ def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str =
 def context_error(context: int, asked: str, param: str) -> APIError:
     message = f"this model's context is {context} tokens, but the request asks for {asked}"
     return invalid(message, param, "context_length_exceeded")
+
+
+def chunk_event(chunk: CompletionResponse | ChatChunk, *, with_usage: bool, obfuscate: bool) -> bytes:
+    """A chunk as a server-sent event; `obfuscate` pads it, so that its length on the wire tells nothing of its words."""
+    left_out = None if with_usage else {"usage"}
+    if obfuscate:
+        chunk.obfuscation = "x"
+        length = len(chunk.model_dump_json(exclude=left_out).encode())
+        chunk.obfuscation += secrets.token_hex(PADDED_TO)[: -length % PADDED_TO]
+    return event(chunk.model_dump_json(exclude=left_out))
+
+
+PADDED_TO = 64  # bytes
 
 
 @dataclass

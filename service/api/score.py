@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.step import SamplingParams, TokenLogprobs
 from model.tokenizer import Tokenizer
-from service.api.errors import ERRORS, invalid
+from service.api.errors import invalid
 from service.api.generation import (
     Generation,
     beside_the_loop,
@@ -26,7 +26,7 @@ from service.served import ServedModel
 router = APIRouter()
 
 
-@router.post("/v1/score", response_model=ScoreResponse, responses=ERRORS)
+@router.post("/v1/score", response_model=ScoreResponse)
 async def create_score(body: ScoreRequest, request: Request) -> Response:
     """Score continuations, each a text or token ids. A text is tokenized by itself: begin it with its space."""
     served = served_model(request, body.model)

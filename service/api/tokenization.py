@@ -5,14 +5,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from service.api.chat import read_messages
-from service.api.errors import ERRORS
 from service.api.generation import beside_the_loop, check_token_ids, served_model, warnings_for
 from service.schema import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 router = APIRouter()
 
 
-@router.post("/tokenize", responses=ERRORS)
+@router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     """Token ids of a text, in which special-token text is special, or of a chat as its template lays it out."""
     served = served_model(request, body.model)
@@ -33,7 +32,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     )
 
 
-@router.post("/detokenize", responses=ERRORS)
+@router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """Text of token ids, special ones spelt out; what is no UTF-8 becomes U+FFFD."""
     served = served_model(request, body.model)
@@ -44,7 +43,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRes
     return DetokenizeResponse(prompt=served.tokenizer.decode(known))
 
 
-@router.get("/tokenizer_info", responses=ERRORS)
+@router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """What a client's tokenizer class would read from tokenizer_config.json."""
     served = served_model(request, None)

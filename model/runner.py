@@ -8,6 +8,7 @@ import gc
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,26 +20,63 @@ from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
-from model.gpt import GPT, KVPool, PagedAttention, StepPlan
-from model.step import NewPages, Sampled, SlotStart, StepInput
+from model.gpt import GPT, RESCORED, KVPool, PagedAttention, StepPlan
+from model.step import NewPages, PageCopy, Sampled, SampleRow, SlotStart, StepInput, TokenLogprobs
+
+# Rows of logits that exist at a time: those of one token take as much memory as a thousand hidden states.
+LOGIT_ROWS = 256
+
+
+class FoundLogprobs(NamedTuple):
+    """Of R rows of logits: the logprob of a token each, and the K likeliest tokens, likeliest first."""
+
+    chosen: Tensor  # (R,)
+    top_ids: Tensor  # (R, K)
+    top_logprobs: Tensor  # (R, K)
 
 
 class PendingStep:
     """A launched step; `result` waits for its tokens."""
 
-    def __init__(self, tokens: Tensor):
-        """Starts the step's one copy to the host, of `tokens` (B,), which later steps may overwrite."""
-        on_gpu = tokens.is_cuda
-        self._tokens = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=on_gpu)
-        self._tokens.copy_(tokens, non_blocking=True)
-        self._copied = torch.cuda.Event() if on_gpu else None
+    def __init__(self, step: StepInput, tokens: Tensor, found: list[FoundLogprobs]):
+        """Starts the copies to the host: of `tokens` (B,), which later steps may overwrite, and of `found`, the rows of the
+        samples that want logprobs before those of the scores."""
+        self._step = step
+        self._tokens = start_copy(tokens)
+        self._found = [FoundLogprobs(*map(start_copy, each)) for each in found]
+        self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied:
             self._copied.record()
 
     def result(self) -> Sampled:
         if self._copied:
             self._copied.synchronize()
-        return Sampled(self._tokens.tolist())
+        rows = chain.from_iterable(zip(*(column.tolist() for column in each), strict=True) for each in self._found)
+
+        def logprobs(num_top: int) -> TokenLogprobs:
+            chosen, ids, values = next(rows)
+            return TokenLogprobs(chosen, list(zip(ids[:num_top], values[:num_top], strict=True)))
+
+        sampled = [None if row.top_logprobs is None else logprobs(row.top_logprobs) for row in self._step.samples]
+        scores = [[logprobs(score.top_logprobs) for _ in score.targets] for score in self._step.scores]
+        return Sampled(self._tokens.tolist(), sampled, scores)
+
+
+def start_copy(tensor: Tensor) -> Tensor:
+    """A copy on the host that is complete once the device has come so far."""
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return copy.copy_(tensor, non_blocking=True)
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and logits (R, count) of the highest of logits (R, V); equal ones in the order of their ids, as argmax has it.
+
+    That order holds for up to RESCORED equal logits at the end of the list; topk leaves open which of them it finds.
+    """
+    values, ids = logits.topk(min(count + RESCORED, logits.shape[1]))
+    ids, order = ids.sort()
+    values, order = values.gather(1, order).sort(descending=True, stable=True)
+    return ids.gather(1, order)[:, :count], values[:, :count]
 
 
 def decode_buckets(num_slots: int) -> list[int]:
@@ -118,12 +156,15 @@ class Runner:
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> PendingStep:
-        """Apply the step's slot and page updates, run the model over its tokens and sample."""
+        """Apply the step's slot and page updates, run the model over its tokens, sample and score."""
         if step.starts:
             self._start_slots(step.starts)
         if step.pages:
             self._add_pages(step.pages)
-        return PendingStep(self._run_mixed(step) if step.chunks else self._run_decode(step))
+        pending = self._run_mixed(step) if step.chunks else self._run_decode(step)
+        if step.copies:
+            self._copy_pages(step.copies)
+        return pending
 
     def _to_device(self, *columns: Sequence[float], dtype: torch.dtype = torch.int64) -> list[Tensor]:
         """Lists of numbers as tensors on the device, in one transfer that nobody waits for."""
@@ -146,6 +187,7 @@ class Runner:
             if start.sampling.logit_bias:
                 tokens, bias = zip(*start.sampling.logit_bias, strict=True)
                 state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
+            state.in_prompt[start.slot, self._to_device(start.prompt)[0]] = True
 
     def _add_pages(self, pages: list[NewPages]) -> None:
         for group, table in self.page_tables.items():
@@ -159,26 +201,39 @@ class Runner:
                 slots, places, page_ids = self._to_device(*zip(*rows, strict=True))
                 table[slots, places] = page_ids.to(torch.int32)
 
-    def _run_decode(self, step: StepInput) -> Tensor:
-        """A step without prompt tokens: padded to a bucket."""
+    def _copy_pages(self, copies: list[PageCopy]) -> None:
+        for group in self.page_tables:
+            pairs = [(copy.source, copy.target) for copy in copies if copy.group == group]
+            if pairs:
+                sources, targets = self._to_device(*zip(*pairs, strict=True))
+                for layer, pool in enumerate(self.pools):
+                    if self.model.config.group(layer) == group:
+                        for pages in pool:
+                            pages[targets] = pages[sources]
+
+    def _run_decode(self, step: StepInput) -> PendingStep:
+        """A step without prompt tokens: padded to a bucket. Graphs know neither logprobs nor bans."""
         count = len(step.decodes)
         bucket = self.buckets[bisect_left(self.buckets, count)]
         padding = bucket - count
         slots, positions = zip(*step.decodes, strict=True)
         self._stage([*slots] + [self.scratch_slot] * padding, [*positions] + [0] * padding)
-        if bucket in self._graphs:
+        found: list[FoundLogprobs] = []
+        plain = all(row.top_logprobs is None and not row.banned for row in step.samples)
+        if plain and bucket in self._graphs:
             self._graphs[bucket].replay()
         else:
-            self._decode(bucket)
-        return self._decode_output[:count]
+            found = self._decode(bucket, [] if plain else step.samples)
+        return PendingStep(step, self._decode_output[:count], found)
 
     def _stage(self, slots: list[int], positions: list[int]) -> None:
         """Put a bucket's rows where `_decode` reads them."""
         pinned = torch.tensor(slots + positions, pin_memory=self.device.type == "cuda")
         self._decode_input[: len(pinned)].copy_(pinned, non_blocking=True)
 
-    def _decode(self, bucket: int) -> None:
-        """The rows in the buffers, one token each: what a graph holds. Nothing here may wait for the device."""
+    def _decode(self, bucket: int, rows: Sequence[SampleRow] = ()) -> list[FoundLogprobs]:
+        """The rows in the buffers, one token each. Without `rows`, which are what `_sample` says, it is what a graph holds:
+        nothing here may wait for the device."""
         slots, positions = self._decode_input[: 2 * bucket].split(bucket)
         plans = {
             kind: StepPlan(
@@ -188,17 +243,21 @@ class Runner:
         }
         attend = PagedAttention(self.model.config, self.ops, self.pools, plans)
         hidden = self.model(self.last_token[slots], positions, attend, self.ops)
-        self._decode_output[:bucket] = self._sample(hidden, slots, positions + 1)
+        self._decode_output[:bucket], found = self._sample(hidden, slots, positions + 1, rows)
+        return found
 
-    def _run_mixed(self, step: StepInput) -> Tensor:
+    def _run_mixed(self, step: StepInput) -> PendingStep:
         """A step with prompt chunks, behind decode rows or alone."""
         count = len(step.decodes)
         prompt = [token for chunk in step.chunks for token in chunk.tokens]
-        slots, positions, prompt_tokens, sampled, chunk_slots = self._to_device(
-            step.token_slots, step.token_positions, prompt, step.sampled_tokens, [chunk.slot for chunk in step.chunks]
+        slots, positions, prompt_tokens, chunk_slots, sampled, sampling_slots = self._to_device(
+            step.token_slots,
+            step.token_positions,
+            prompt,
+            [chunk.slot for chunk in step.chunks],
+            [row.index for row in step.samples],
+            [row.slot for row in step.samples],
         )
-        # Of every slot: which ones have penalties only the device remembers, and nobody reads the others'.
-        self.sampling.in_prompt[slots[count:], prompt_tokens] = True
         starts, lengths = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]
         plans = {}
         for kind, pattern in self.patterns.items():
@@ -211,9 +270,8 @@ class Runner:
             )
         tokens = torch.cat((self.last_token[slots[:count]], prompt_tokens))
         hidden = self.model(tokens, positions, PagedAttention(self.model.config, self.ops, self.pools, plans), self.ops)
-        if not len(sampled):
-            return sampled
-        return self._sample(hidden[sampled], slots[sampled], positions[sampled] + 1)
+        new_tokens, found = self._sample(hidden[sampled], sampling_slots, positions[sampled] + 1, step.samples)
+        return PendingStep(step, new_tokens, found + self._score(hidden, step))
 
     def _slot_mapping(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> Tensor:
         pages = self.page_tables[self.group_of[kind]][slots, positions // PAGE_SIZE]
@@ -223,9 +281,49 @@ class Runner:
         table = self.page_tables[self.group_of[kind]]
         return DecodePlan(table[slots], positions + 1, self.patterns[kind], self.layouts[kind])
 
-    def _sample(self, hidden: Tensor, slots: Tensor, positions: Tensor) -> Tensor:
-        """Sample the tokens at `positions` (B,) of `slots` (B,) from hidden states (B, C), and remember them."""
-        tokens = self.ops.sample(self.model.logits(hidden), self.sampling, slots, positions)
+    def _sample(
+        self, hidden: Tensor, slots: Tensor, positions: Tensor, rows: Sequence[SampleRow]
+    ) -> tuple[Tensor, list[FoundLogprobs]]:
+        """Sample the tokens at `positions` (B,) of `slots` (B,) from hidden states (B, C), and remember them.
+
+        `rows` say of the first of them, in order, what is banned and who wants logprobs; these come second.
+        """
+        num_top = max((row.top_logprobs or 0 for row in rows), default=0)
+        parts, found = [], []
+        for start in range(0, len(slots), LOGIT_ROWS):
+            part = slice(start, start + LOGIT_ROWS)
+            logits = self.model.logits(hidden[part])
+            wanted = [i for i, row in enumerate(rows[part]) if row.top_logprobs is not None]
+            if wanted:
+                totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
+            banned = [(i, token) for i, row in enumerate(rows[part]) for token in row.banned]
+            if banned:
+                places, tokens = self._to_device(*zip(*banned, strict=True))
+                logits[places, tokens] = float("-inf")
+            tokens = self.ops.sample(logits, self.sampling, slots[part], positions[part])
+            parts.append(tokens)
+            if wanted:
+                chosen = logits.gather(1, tokens[:, None]) - totals
+                (kept,) = self._to_device(wanted)
+                found.append(FoundLogprobs(chosen[kept, 0], top_ids[kept], (top_logits - totals)[kept]))
+            del logits  # or it would live on while the next ones are made
+        tokens = torch.cat(parts) if parts else slots
         self.last_token[slots] = tokens
         self.sampling.generated[slots, tokens] += 1
-        return tokens
+        return tokens, found
+
+    def _score(self, hidden: Tensor, step: StepInput) -> list[FoundLogprobs]:
+        """Logprobs of the targets of step.scores after hidden states (N, C), a slice of rows of logits at a time."""
+        num_top = max((score.top_logprobs for score in step.scores), default=0)
+        after = [score.first + i for score in step.scores for i in range(len(score.targets))]
+        rows, targets = self._to_device(after, [token for score in step.scores for token in score.targets])
+        found = []
+        for some_rows, some_targets in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
+            if not len(some_rows):
+                break  # splitting nothing gives one empty piece
+            logits = self.model.logits(hidden[some_rows])
+            totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
+            chosen = logits.gather(1, some_targets[:, None]) - totals
+            found.append(FoundLogprobs(chosen[:, 0], top_ids, top_logits - totals))
+            del logits
+        return found

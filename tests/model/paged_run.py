@@ -1,15 +1,17 @@
 """Drives a runner over given tokens, for tests and benchmarks of the whole path from weights to logits."""
 
 import random
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from model.config import KVGroup
 from model.runner import Runner
-from model.step import DecodeRow, NewPages, PromptChunk, SamplingParams, SlotStart, StepInput
+from model.step import DecodeRow, NewPages, PromptChunk, Sampled, SampleRow, SamplingParams, ScoreRows, SlotStart, StepInput
 from model.weights import load_model
 from service.kv_cache import KVCache, pages_for, resting_pages
 from tests.kernels.paths import CPU_PATH, ServedPath
@@ -45,6 +47,7 @@ class PagedRun:
         self.runner = Runner(self.model, path.ops, len(sequences), sizes)
         self.model.register_forward_hook(self._record)
         self.hidden: list[Tensor] = []
+        self.num_top: int | None = None  # when set, logprobs of all tokens are asked for and checked
         self.done = [0] * len(sequences)
         self.logits = [torch.full((len(tokens), config.vocab_size), float("nan")) for tokens in sequences]
         for slot, tokens in enumerate(sequences):
@@ -72,26 +75,54 @@ class PagedRun:
         pages: list[NewPages] = []
         for slot, length in [(slot, 1) for slot in decodes] + chunks:
             pages += self.cache.extend(slot, self.done[slot] + length)
-        starts = [SlotStart(slot, SamplingParams(temperature=0.0)) for slot, _ in chunks if self.done[slot] == 0]
+        starts = [
+            SlotStart(slot, SamplingParams(temperature=0.0), self.sequences[slot].tolist())
+            for slot, _ in chunks
+            if self.done[slot] == 0
+        ]
         for slot in decodes:
             # The runner would feed its own last token; these sequences are given.
             self.runner.last_token[slot] = self.sequences[slot][self.done[slot]]
         rows = [DecodeRow(slot, self.done[slot]) for slot in decodes]
         prompt = [
-            PromptChunk(slot, self.done[slot], self.sequences[slot][self.done[slot] :][:length].tolist(), True)
+            PromptChunk(slot, self.done[slot], self.sequences[slot][self.done[slot] :][:length].tolist())
             for slot, length in chunks
         ]
-        step = StepInput(starts, pages, rows, prompt)
+        ends = list(accumulate((length for _, length in chunks), initial=len(rows)))
+        samples = [SampleRow(slot, i, self.num_top) for i, slot in enumerate(decodes)]
+        samples += [SampleRow(slot, end - 1, self.num_top) for (slot, _), end in zip(chunks, ends[1:], strict=True)]
+        scores = []
+        if self.num_top is not None:
+            scores = [ScoreRows(start, c.tokens[1:], self.num_top) for c, start in zip(prompt, ends, strict=False)]
+        step = StepInput(starts, pages, rows, prompt, samples, scores, [])
         sampled = self.runner.launch(step).result()
         with torch.inference_mode():
             logits = self.model.logits(self.hidden.pop()).cpu()
-        assert sampled.tokens == logits[step.sampled_tokens].argmax(-1).tolist()
+        assert sampled.tokens == logits[[row.index for row in samples]].argmax(-1).tolist()
+        if self.num_top is not None:
+            self._check_logprobs(step, sampled, logits)
         for row, (slot, position) in enumerate(zip(step.token_slots, step.token_positions, strict=True)):
             self.logits[slot][position] = logits[row]
         for slot, length in [(slot, 1) for slot in decodes] + chunks:
             self.done[slot] += length
             self.cache.release_behind(slot, self.done[slot])
         assert self.cache.faults() == []
+
+    def _check_logprobs(self, step: StepInput, sampled: Sampled, logits: Tensor) -> None:
+        expected = logits.double().log_softmax(-1)
+        found = [(row.index, token) for row, token in zip(step.samples, sampled.tokens, strict=True)]
+        found += [(score.first + i, token) for score in step.scores for i, token in enumerate(score.targets)]
+        every = [*sampled.logprobs, *(each for scores in sampled.scores for each in scores)]
+        for (index, token), logprobs in zip(found, every, strict=True):
+            assert logprobs is not None
+            assert abs(logprobs.logprob - expected[index, token].item()) < 1e-5
+            highest = expected[index].topk(len(logprobs.top)).values.tolist()
+            assert len(logprobs.top) == self.num_top
+            assert [value for _, value in logprobs.top] == pytest.approx(highest, abs=1e-5)
+            assert dict(logprobs.top).get(token, logprobs.logprob) == logprobs.logprob, "to the last bit"
+        for token, logprobs in zip(sampled.tokens, sampled.logprobs, strict=True):
+            assert logprobs is not None
+            assert not logprobs.top or logprobs.top[0][0] == token, "greedy is the likeliest"
 
 
 def random_steps(run: PagedRun, rng: random.Random, budgets: tuple[int, ...] = (5, 16, STEP_TOKENS)) -> None:

@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,18 @@ import torch
 
 from kernels.band import PAGE_SIZE
 from model.runner import decode_buckets
-from model.step import DecodeRow, PromptChunk, SamplingParams, SlotStart, StepInput
+from model.step import (
+    DecodeRow,
+    NewPages,
+    PageCopy,
+    PromptChunk,
+    Sampled,
+    SampleRow,
+    SamplingParams,
+    ScoreRows,
+    SlotStart,
+    StepInput,
+)
 from tests.kernels.interpreter import exact_bf16
 from tests.kernels.paths import CPU_PATH, CUDA, ServedPath, served_paths, triton_paths
 from tests.model.checkpoints import tiny
@@ -160,10 +171,25 @@ def test_a_bucket_is_the_smallest_that_holds_the_batch(tmp_path: Path, monkeypat
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(9, dtype=torch.int64)] * 7)
     run.runner.buckets = [2, 4, 7]
     seen: list[int] = []
-    monkeypatch.setattr(run.runner, "_decode", seen.append)
+    monkeypatch.setattr(run.runner, "_decode", lambda bucket, rows: seen.append(bucket) or [])
     for count in range(1, 8):
-        run.runner.launch(StepInput([], [], [DecodeRow(slot, 0) for slot in range(count)], []))
+        run.runner.launch(step_of([], [], [DecodeRow(slot, 0) for slot in range(count)], []))
     assert seen == [2, 2, 4, 4, 7, 7, 7]
+
+
+def step_of(
+    starts: list[SlotStart],
+    pages: list[NewPages],
+    decodes: list[DecodeRow],
+    chunks: list[PromptChunk],
+    **fields: Any,
+) -> StepInput:
+    """A step that samples behind every decode row and every chunk, unless `fields` say otherwise."""
+    ends = accumulate((len(chunk.tokens) for chunk in chunks), initial=len(decodes))
+    rows = [SampleRow(row.slot, i) for i, row in enumerate(decodes)]
+    rows += [SampleRow(chunk.slot, end - 1) for chunk, end in zip(chunks, list(ends)[1:], strict=True)]
+    given: dict[str, Any] = {"samples": rows, "scores": [], "copies": []}
+    return StepInput(starts, pages, decodes, chunks, **given | fields)
 
 
 def decoded(path: ServedPath, sampling: SamplingParams, directory: Path, *, capture: bool = False) -> list[int]:
@@ -172,11 +198,11 @@ def decoded(path: ServedPath, sampling: SamplingParams, directory: Path, *, capt
     if capture:
         run.runner.capture()
     pages = run.cache.extend(0, 60)
-    prompt = PromptChunk(0, 0, list(range(20)), True)
-    step = StepInput([SlotStart(0, sampling)], pages, [], [prompt])
+    prompt = PromptChunk(0, 0, list(range(20)))
+    step = step_of([SlotStart(0, sampling, prompt.tokens)], pages, [], [prompt])
     tokens = run.runner.launch(step).result().tokens
     for position in range(20, 35):
-        tokens += run.runner.launch(StepInput([], [], [DecodeRow(0, position)], [])).result().tokens
+        tokens += run.runner.launch(step_of([], [], [DecodeRow(0, position)], [])).result().tokens
     return tokens
 
 
@@ -208,10 +234,10 @@ def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_pa
     assert len(set(not_from_prompt) | set(range(20))) == 36, "neither tokens of the prompt nor one's own again"
     run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)])
     pages = run.cache.extend(0, 60)
-    prompt = [PromptChunk(0, 0, list(range(20)), True)]
+    prompt = [PromptChunk(0, 0, list(range(20)))]
     biased = greedy._replace(logit_bias=((7, 100.0),))
     for sampling, expected in ((biased, 7), (greedy, plain[0]), (greedy._replace(presence_penalty=0.1), plain[0])):
-        step = StepInput([SlotStart(0, sampling)], pages, [], prompt)
+        step = step_of([SlotStart(0, sampling, prompt[0].tokens)], pages, [], prompt)
         assert run.runner.launch(step).result().tokens == [expected]
 
 
@@ -228,12 +254,13 @@ def ragged_steps(run: PagedRun) -> list[StepInput]:
         ([3, 0, 1, 4], []),
         ([0, 1, 2, 3, 4], []),
     ):
-        chunks = [PromptChunk(slot, 0, list(range(slot, 20 + 3 * slot)), True) for slot in starting]
+        chunks = [PromptChunk(slot, 0, list(range(slot, 20 + 3 * slot))) for slot in starting]
         rows = [DecodeRow(slot, lengths[slot]) for slot in live]
         for slot, count in [(slot, 1) for slot in live] + [(chunk.slot, len(chunk.tokens)) for chunk in chunks]:
             lengths[slot] += count
         pages = [page for chunk in chunks for page in run.cache.extend(chunk.slot, 60)]
-        steps.append(StepInput([SlotStart(slot, SAMPLINGS[slot % 4]) for slot in starting], pages, rows, chunks))
+        starts = [SlotStart(chunk.slot, SAMPLINGS[chunk.slot % 4], chunk.tokens) for chunk in chunks]
+        steps.append(step_of(starts, pages, rows, chunks))
     return steps
 
 
@@ -262,3 +289,141 @@ def test_tokens_outlive_the_steps_behind_them(path: ServedPath, capture: bool, t
 def test_captured_graphs_sample_what_the_same_steps_do_op_by_op(sampling: SamplingParams, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path)
     assert decoded(CUDA, sampling, directory, capture=True) == decoded(CUDA, sampling, directory)
+
+
+@pytest.mark.parametrize("num_top", [0, 1, 5, 20])
+@pytest.mark.parametrize("logit_rows", [3, 256])
+def test_logprobs_of_samples_and_targets(
+    num_top: int, logit_rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against a log_softmax of the recorded hidden states' logits, in ragged steps and slices: see PagedRun."""
+    monkeypatch.setattr("model.runner.LOGIT_ROWS", logit_rows)
+    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (150, 1, 64, 70)]
+    run = PagedRun(tiny("banded", tmp_path, n_layer=2), sequences)
+    run.num_top = num_top
+    random_steps(run, random.Random(num_top))
+
+
+@triton_paths
+def test_the_triton_path_finds_the_same_logprobs(path: ServedPath, tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.arange(20)], path=path)
+    run.num_top = 3
+    run.step([], [(0, 18)])
+    run.step([0], [])
+    run.step([0], [])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equal_logits_are_listed_lowest_id_first(dtype: torch.dtype, tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)], dtype)
+    prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
+    step = step_of(
+        [SlotStart(0, SamplingParams(temperature=0.0), prompt.tokens)], pages, [], [prompt], samples=[SampleRow(0, 19, 5)]
+    )
+    (likeliest,) = run.runner.launch(step).result().tokens
+    twins = sorted({30, likeliest, 300})
+    with torch.no_grad():
+        run.model.wte.weight[twins] = run.model.wte.weight[likeliest].clone()
+    found = run.runner.launch(step).result()
+    assert found.tokens == twins[:1]
+    assert found.logprobs[0] is not None
+    assert [token for token, _ in found.logprobs[0].top[: len(twins)]] == twins
+
+
+def test_what_is_banned_is_not_sampled_and_keeps_its_logprob(tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
+    prompt, pages = [PromptChunk(0, 0, list(range(20)))], run.cache.extend(0, 60)
+
+    def sample(banned: tuple[int, ...], decodes: list[DecodeRow], chunks: list[PromptChunk]) -> Sampled:
+        samples = [SampleRow(0, 19 if chunks else 0, 3, banned)]
+        starts = [SlotStart(0, SamplingParams(temperature=0.0), prompt[0].tokens)] if chunks else []
+        return run.runner.launch(step_of(starts, pages, decodes, chunks, samples=samples)).result()
+
+    for decodes, chunks in (([], prompt), ([DecodeRow(0, 20)], [])):
+        run.runner.last_token[0] = 5
+        free = sample((), decodes, chunks)
+        run.runner.last_token[0] = 5
+        assert free.logprobs[0] is not None
+        first, second, third = (token for token, _ in free.logprobs[0].top)
+        assert free.tokens == [first]
+        banned = sample((first, second), decodes, chunks)
+        assert banned.tokens == [third]
+        assert banned.logprobs[0] == free.logprobs[0]._replace(logprob=free.logprobs[0].top[2][1])
+
+
+def test_a_step_of_prompts_alone_may_sample_nothing_and_score(tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
+    prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
+    start = SlotStart(0, SamplingParams(), prompt.tokens)
+    assert run.runner.launch(step_of([start], pages, [], [prompt], samples=[])).result() == Sampled([], [], [])
+    scores = [ScoreRows(3, [4, 5], 0), ScoreRows(19, [7], 2)]
+    sampled = run.runner.launch(step_of([start], [], [], [prompt], samples=[], scores=scores)).result()
+    assert [[len(each.top) for each in score] for score in sampled.scores] == [[0, 0], [2]]
+
+
+def test_graphs_are_replayed_for_plain_steps_only(tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
+    prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
+    run.runner.launch(step_of([SlotStart(0, SamplingParams(), prompt.tokens)], pages, [], [prompt])).result()
+    replayed = []
+
+    class Graph:
+        def replay(self) -> None:
+            replayed.append(1)
+
+    run.runner._graphs[1] = Graph()  # type: ignore[assignment]
+    for row in (SampleRow(0, 0), SampleRow(0, 0, 2), SampleRow(0, 0, None, (5,)), SampleRow(0, 0)):
+        run.runner.launch(step_of([], [], [DecodeRow(0, 20)], [], samples=[row])).result()
+    assert len(replayed) == 2
+
+
+@pytest.mark.parametrize("num_prompt", [1, 63, 64, 150])
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[3]])
+def test_a_fork_goes_on_as_if_it_had_prefilled_alone(num_prompt: int, sampling: SamplingParams, tmp_path: Path) -> None:
+    """In another slot, behind full pages that it shares and a copy of the last, with free pages of NaN."""
+    directory = tiny("banded", tmp_path, n_layer=2, band=70)
+    prompt = list(range(num_prompt))
+    choices = [sampling._replace(choice=choice) for choice in range(2)]
+
+    def start(run: PagedRun, slot: int, choice: int) -> list[int]:
+        run.cache.free(slot)
+        assert run.cache.try_reserve(slot, num_prompt + 12)
+        run.poison()
+        pages = run.cache.extend(slot, num_prompt)
+        chunk = PromptChunk(slot, 0, prompt)
+        return run.runner.launch(step_of([SlotStart(slot, choices[choice], prompt)], pages, [], [chunk])).result().tokens
+
+    def go_on(run: PagedRun, slots: list[int], tokens: list[list[int]]) -> list[list[int]]:
+        for position in range(num_prompt, num_prompt + 12):
+            pages = [new for slot in slots for new in run.cache.extend(slot, position + 1)]
+            run.poison()
+            step = step_of([], pages, [DecodeRow(slot, position) for slot in slots], [])
+            for found, token in zip(tokens, run.runner.launch(step).result().tokens, strict=True):
+                found.append(token)
+            for slot in slots:
+                run.cache.release_behind(slot, position + 1)
+        return tokens
+
+    def fresh() -> PagedRun:
+        return PagedRun(directory, [torch.zeros(num_prompt + 12, dtype=torch.int64)] * 2, torch.bfloat16)
+
+    alone = []
+    for choice in range(2):
+        run = fresh()
+        alone += go_on(run, [0], [start(run, 0, choice)])
+    run = fresh()
+    run.cache.free(0)
+    run.cache.free(1)
+    assert run.cache.try_reserve(0, num_prompt + 12)
+    assert run.cache.try_join(1, 0, num_prompt, num_prompt + 12)
+    run.poison()
+    pages = run.cache.extend(0, num_prompt)
+    shared, copies = run.cache.fork(1, 0, num_prompt)
+    assert {copy.group for copy in copies} == ({"dense", "banded"} if num_prompt % PAGE_SIZE else set())
+    assert all(isinstance(copy, PageCopy) for copy in copies)
+    starts = [SlotStart(slot, choices[slot], prompt) for slot in range(2)]
+    samples = [SampleRow(slot, num_prompt - 1) for slot in range(2)]
+    chunk = PromptChunk(0, 0, prompt)
+    step = step_of(starts, pages + shared, [], [chunk], samples=samples, copies=copies)
+    first = run.runner.launch(step).result().tokens
+    assert go_on(run, [0, 1], [[token] for token in first]) == alone

@@ -36,7 +36,7 @@ class TestLoading:
         assert card.bos_token is None
 
     def test_every_field(self, tmp_path: Path) -> None:
-        fields = {
+        fields: dict[str, Any] = {
             "separator": "<|endoftext|>",
             "input_prefix": "Q: ",
             "output_prefix": "\nA: ",

@@ -205,16 +205,20 @@ def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *
 
 
 def mark_special(text: str, names: Sequence[str], mark: str) -> str:
-    """`text` with `mark` before each character at which one of `names` begins, also one that the text's end cuts off:
-    what comes behind it may complete the name."""
+    """`text` with `mark` before each character at which one of `names` begins, or goes on or stops at the text's borders:
+    what the template puts beside it may be the rest of the name."""
     if not names:
         return text
-    begins = {match.start() for match in re.finditer(f"(?={'|'.join(map(re.escape, names))})", text)}
-    end = text.rstrip()  # as templates do
-    for place in range(max(len(end) - max(map(len, names)), 0), len(end)):
-        if any(name.startswith(end[place:]) for name in names):
-            begins.add(place)
-    return mark.join(text[start:stop] for start, stop in pairwise([0, *sorted(begins), len(text)]))
+    places = {match.start() for match in re.finditer(f"(?={'|'.join(map(re.escape, names))})", text)}
+    # Templates like to strip white space.
+    start, end = len(text) - len(text.lstrip()), text.rstrip()
+    for name in names:
+        for cut in range(1, len(name)):
+            if text.startswith(name[cut:], start):
+                places.add(start)
+            if end.endswith(name[:cut]):
+                places.add(len(end) - cut)
+    return mark.join(text[left:right] for left, right in pairwise([0, *sorted(places), len(text)]))
 
 
 def insertion_prompt(prompt: str, suffix: str, card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:

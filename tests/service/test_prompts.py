@@ -272,12 +272,31 @@ class TestChat:
         assert chat_prompt(messages, card, PLAIN, allow_special=True).tokens == PLAIN.encode_prompt(text, allow_special=True)
 
     @pytest.mark.parametrize(
-        "contents", [["<|im_", "end|>"], ["<|im_ ", " end|>"], ["<", "|im_end|>"], ["<<s>", "<<<s>"], ["§§"], ["<", "s>"]]
+        "contents",
+        [["<|im_", "end|>"], ["<|im_ ", " end|>"], ["<", "|im_end|>"], ["<<s>", "<<<s>"], ["§§"], ["<", "s>"]],
     )
     def test_names_that_contents_make_together(self, contents: list[str]) -> None:
         messages = [Message("user", content) for content in contents]
         tokens = chat_prompt(messages, BORDERLESS, PLAIN).tokens
         assert tokens == PLAIN.encode("".join(content.strip() for content in contents))
+
+    @pytest.mark.parametrize("content", ["s>", " s> b", "|im_end|>", "s><s", "a < "])
+    def test_names_that_template_and_content_make_together(self, content: str) -> None:
+        card = Card(chat_template="<s><{{ messages[0].content | trim }}|im_end|>", stop=())
+        tokens = chat_prompt([Message("user", content)], card, PLAIN).tokens
+        assert tokens == [50257, *PLAIN.encode(f"<{content.strip()}|im_end|>")]
+
+    def test_names_that_begin_with_a_line_break(self) -> None:
+        tokenizer = Tokenizer(
+            {token: R50K.token_bytes(token) for token in range(END)} | {END: b"\n>"},
+            range(END),
+            special={"\n>": END},
+            added={},
+            eos_id=END,
+        )
+        card = Card(chat_template="\n>{{ messages[0].content }}\n>", stop=())
+        tokens = chat_prompt([Message("user", "a\n>b")], card, tokenizer).tokens
+        assert tokens == [END, *R50K.encode("a\n>b"), END]
 
     def test_contents_without_special_text_are_unchanged(self) -> None:
         card = Card(chat_template="{{ messages[0].content | length }} {{ messages[0].content == 'a < b | <s' }}")

@@ -255,7 +255,7 @@ class Runner:
             step.token_positions,
             prompt,
             [chunk.slot for chunk in step.chunks],
-            [row.index for row in step.samples],
+            [row.token for row in step.samples],
             [row.slot for row in step.samples],
         )
         starts, lengths = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]

@@ -67,11 +67,11 @@ class PromptChunk(NamedTuple):
 
 
 class SampleRow(NamedTuple):
-    """A token is sampled for `slot` from the logits of the step's token `index`, which may stand in another slot: choices
-    with one prompt share its last row."""
+    """A token is sampled for `slot` from the logits of the step's token number `token`, which may stand in another slot:
+    choices with one prompt share its last row."""
 
     slot: int
-    index: int
+    token: int
     top_logprobs: int | None = None  # how many of the likeliest tokens to report beside it; None: no logprobs at all
     banned: tuple[int, ...] = ()  # tokens that must not be sampled this time
 

@@ -78,7 +78,7 @@ class Choice:
             self._metrics.prefix_cache_hits.inc(self._sequence.num_cached)
             if self._request.echo:
                 pieces += self._echo()
-        logprobs = delta.logprobs or [None] * len(delta.tokens)
+        logprobs: Items[TokenLogprobs | None] = delta.logprobs or [None] * len(delta.tokens)
         for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
             pieces.append(self._push(token, token_logprobs))
             self._count(now)

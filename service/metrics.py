@@ -37,6 +37,8 @@ class Metrics:
         self.decode_time = self._histogram("decode_time_seconds", "From the first token to the last", REQUEST_SECONDS)
         self.end_to_end_time = self._histogram("e2e_time_seconds", "From submission to the end", REQUEST_SECONDS)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were accepted")
+        self.prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked for in the prefix cache")
+        self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self.generated_tokens = self._counter("generated_tokens", "Tokens sampled for clients")
         self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a choice", TOKEN_COUNTS)
         self.request_generated_tokens = self._histogram(

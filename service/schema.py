@@ -163,10 +163,6 @@ LogitBias = Annotated[
 ]
 
 
-def unsupported(message: str) -> PydanticCustomError:
-    return PydanticCustomError("unsupported_parameter", message)  # type: ignore[arg-type]
-
-
 class Body(BaseModel):
     """A JSON object of a request. null stands for the default everywhere; `unknown_fields` names what has no meaning."""
 
@@ -202,16 +198,16 @@ class StreamOptions(Body):
     include_obfuscation: StrictBool = False
 
 
-class Example(Body):
+class ExampleFields(Body):
     input: StrictStr
     output: StrictStr
 
 
-class FewShot(Body):
+class FewShotFields(Body):
     """How to lay out worked examples before the prompt; what is not given comes from the model's card."""
 
     instruction: StrictStr | None = None
-    examples: list[Example] = Field(default_factory=list, max_length=MAX_EXAMPLES)
+    examples: list[ExampleFields] = Field(default_factory=list, max_length=MAX_EXAMPLES)
     input_prefix: StrictStr | None = None
     output_prefix: StrictStr | None = None
     separator: StrictStr | None = Field(None, min_length=1)
@@ -270,18 +266,18 @@ class EngineCompletionRequest(SamplingFields):
     logprobs: StrictInt | None = Field(None, ge=0, le=5)
     echo: StrictBool = False
     suffix: StrictStr | None = None
-    few_shot: FewShot | None = None
+    few_shot: FewShotFields | None = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:
         if self.best_of is not None and self.best_of < self.n:
-            raise PydanticCustomError("value_error", f"is {self.best_of}, less than n {self.n}", {"param": "best_of"})  # type: ignore[arg-type]
+            raise PydanticCustomError("value_error", f"is {self.best_of}, less than n {self.n}", {"param": "best_of"})
         if self.stream and (self.best_of or 1) > 1:
             message = "can't be streamed: which candidates are best is known at the end"
             raise PydanticCustomError("value_error", message, {"param": "best_of"})
         if self.min_tokens > self.max_tokens:
             message = f"is {self.min_tokens}, more than max_tokens {self.max_tokens}"
-            raise PydanticCustomError("value_error", message, {"param": "min_tokens"})  # type: ignore[arg-type]
+            raise PydanticCustomError("value_error", message, {"param": "min_tokens"})
         if self.few_shot is not None:
             if not isinstance(self.prompt, str):
                 raise PydanticCustomError("value_error", "few_shot needs a single string", {"param": "prompt"})
@@ -319,7 +315,7 @@ class Usage(BaseModel):
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
-    few_shot: FewShotUsage | None = Field(None, exclude_if=is_absent)
+    few_shot: Annotated[FewShotUsage | None, Field(exclude_if=is_absent)] = None
 
 
 class Logprobs(BaseModel):
@@ -348,8 +344,8 @@ class CompletionResponse(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
-    obfuscation: str | None = Field(None, exclude_if=is_absent, description="padding, with include_obfuscation")
+    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
+    obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
 
 
 # Fields of OpenAI's chat schema that this server can't honour, with the values beside null that change nothing.
@@ -456,7 +452,7 @@ class ChatRequest(SamplingFields):
         limits = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(limits) > 1:
             message = f"is {self.max_completion_tokens}, but max_tokens is {self.max_tokens}"
-            raise PydanticCustomError("value_error", message, {"param": "max_completion_tokens"})  # type: ignore[arg-type]
+            raise PydanticCustomError("value_error", message, {"param": "max_completion_tokens"})
         return self
 
 
@@ -496,12 +492,12 @@ class ChatResponse(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
+    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
 
 
 class ChatDelta(BaseModel):
-    role: Literal["assistant"] | None = Field(None, exclude_if=is_absent)
-    content: str | None = Field(None, exclude_if=is_absent)
+    role: Annotated[Literal["assistant"] | None, Field(exclude_if=is_absent)] = None
+    content: Annotated[str | None, Field(exclude_if=is_absent)] = None
 
 
 class ChatChunkChoice(BaseModel):
@@ -519,8 +515,8 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-    warnings: list[str] | None = Field(None, exclude_if=is_absent)
-    obfuscation: str | None = Field(None, exclude_if=is_absent, description="padding, with include_obfuscation")
+    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent)] = None
+    obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
 
 
 Continuation = StrictStr | list[StrictInt]
@@ -550,7 +546,7 @@ class ScoreResponse(BaseModel):
     system_fingerprint: str
     results: list[Score]
     usage: Usage
-    warnings: list[str] | None = Field(None, exclude_if=is_absent, description="with --lenient: what was ignored")
+    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
 
 
 class TokenizeRequest(Body):

@@ -1,7 +1,7 @@
 """Which test shows which line of the HTTP contract: `make conformance` writes CONFORMANCE.md from it.
 
-As a pytest plugin (`-p tests.conformance --conformance FILE`) it writes the table of what ran; the outcome of each line is that
-of its worst test.
+As a pytest plugin (`-p tests.conformance --conformance FILE`) it writes the table of what ran; the outcome of each line is
+that of its worst test.
 """
 
 from collections.abc import Callable, Iterator

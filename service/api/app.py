@@ -6,7 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from service.api import completions, errors, models, operations
+from service.api import chat, completions, errors, models, operations, score, tokenization
 from service.api.middleware import HEALTH, AnswerFaults, CountResponses, RequireKey
 from service.metrics import Metrics
 from service.served import ServedModel
@@ -26,7 +26,8 @@ def create_app(
     app = FastAPI(title="Banded", version=version("banded"), lifespan=lifespan, redirect_slashes=False)
     app.state.served = served
     app.state.metrics = metrics
-    for module in (completions, models, operations):
+    app.state.lenient = lenient
+    for module in (completions, chat, score, tokenization, models, operations):
         app.include_router(module.router)
     errors.install(app)
     # The last one added is the outermost.

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
+from model.card import Message as Turn
 from model.tokenizer import Tokenizer
 from service.api.errors import invalid
 from service.api.generation import (
@@ -24,7 +25,7 @@ from service.api.generation import (
 )
 from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, unless_disconnected
 from service.choice import ShownToken
-from service.prompts import Prompt, PromptError, chat_prompt
+from service.prompts import ChatTemplateError, Prompt, chat_prompt
 from service.schema import (
     ChatChoice,
     ChatChunk,
@@ -68,7 +69,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
 
 
 async def read_messages(messages: Items[Message], served: ServedModel, *, allow_special: bool) -> Prompt:
-    turns = [(message.role, message.text) for message in messages]
+    turns = [Turn(message.role, message.text) for message in messages]
     for _, text in turns:
         check_text_length(text, served, "messages")
     size = sum(len(text) for _, text in turns)
@@ -76,8 +77,8 @@ async def read_messages(messages: Items[Message], served: ServedModel, *, allow_
         return await beside_the_loop(
             size, lambda: chat_prompt(turns, served.card, served.tokenizer, allow_special=allow_special)
         )
-    except PromptError as error:
-        raise invalid(str(error), "messages") from error
+    except ChatTemplateError as error:
+        raise invalid(str(error), error.param) from error
 
 
 def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) -> int:

@@ -26,12 +26,22 @@ from service.api.generation import (
 )
 from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, unless_disconnected
 from service.choice import ShownToken
-from service.prompts import Layout, Prompt, PromptError, few_shot_prompt, insertion_prompt, text_prompt
+from service.prompts import (
+    ContextOverflowError,
+    Example,
+    FewShot,
+    NoInsertionError,
+    Prompt,
+    few_shot_prompt,
+    insertion_prompt,
+    text_prompt,
+)
 from service.schema import (
     CompletionChoice,
     CompletionRequest,
     CompletionResponse,
     EngineCompletionRequest,
+    FewShotFields,
     FewShotUsage,
     Logprobs,
     Usage,
@@ -100,50 +110,46 @@ def few_shot_texts(body: EngineCompletionRequest) -> list[str]:
 
 def read_prompt(prompt: str | list[int], body: EngineCompletionRequest, served: ServedModel) -> Prompt:
     """Tokens of a prompt. Raises APIError naming what does not fit the model."""
-    context, tokenizer = served.config.n_positions, served.tokenizer
+    if body.few_shot is not None:
+        return read_few_shot(str(prompt), body.few_shot, body, served)
     if not isinstance(prompt, str):
         check_token_ids(prompt, served.config.vocab_size, "prompt")
-        read = Prompt(prompt)
-    elif body.few_shot is not None:
-        return read_few_shot(prompt, body, served)
+        read = Prompt(prompt, num_implicit=0)
+    elif body.suffix is None:
+        check_text_length(prompt, served, "prompt")
+        read = text_prompt(prompt, served.tokenizer, allow_special=body.allow_special)
     else:
         check_text_length(prompt, served, "prompt")
-        if body.suffix is None:
-            read = text_prompt(prompt, tokenizer, allow_special=body.allow_special)
-        else:
-            check_text_length(body.suffix, served, "suffix")
-            read = read_insertion(prompt, body.suffix, body, served)
-    check_length(len(read.tokens), body.max_tokens, context)
+        check_text_length(body.suffix, served, "suffix")
+        try:
+            read = insertion_prompt(prompt, body.suffix, served.card, served.tokenizer, allow_special=body.allow_special)
+        except NoInsertionError as error:
+            raise invalid(str(error), error.param, "unsupported_parameter") from error
+    check_length(len(read.tokens), body.max_tokens, served.config.n_positions)
     return read
 
 
-def read_insertion(prompt: str, suffix: str, body: EngineCompletionRequest, served: ServedModel) -> Prompt:
-    if served.card.insertion is None:
-        message = f"the model '{served.name}' has no insertion format, so that 'suffix' can't be honoured"
-        raise invalid(message, "suffix", "unsupported_parameter")
-    return insertion_prompt(prompt, suffix, served.card, served.tokenizer, allow_special=body.allow_special)
-
-
-def read_few_shot(query: str, body: EngineCompletionRequest, served: ServedModel) -> Prompt:
-    asked = body.few_shot
-    assert asked is not None
-    for text in (query, *few_shot_texts(body)):
-        check_text_length(text, served, "few_shot")
-    card = served.card
-    layout = Layout(
-        instruction=asked.instruction,
-        examples=[(example.input, example.output) for example in asked.examples],
-        input_prefix=card.input_prefix if asked.input_prefix is None else asked.input_prefix,
-        output_prefix=card.output_prefix if asked.output_prefix is None else asked.output_prefix,
-        separator=card.separator if asked.separator is None else asked.separator,
+def read_few_shot(query: str, asked: FewShotFields, body: EngineCompletionRequest, served: ServedModel) -> Prompt:
+    few_shot = FewShot(
+        [Example(example.input, example.output) for example in asked.examples],
+        asked.instruction,
+        asked.input_prefix,
+        asked.output_prefix,
+        asked.separator,
+        "error" if asked.on_overflow == "error" else "drop_oldest",
     )
-    room = served.config.n_positions - body.max_tokens
     try:
         return few_shot_prompt(
-            query, layout, served.tokenizer, room, drop=asked.on_overflow == "drop", allow_special=body.allow_special
+            query,
+            few_shot,
+            served.card,
+            served.tokenizer,
+            context=served.config.n_positions,
+            max_tokens=body.max_tokens,
+            allow_special=body.allow_special,
         )
-    except PromptError as error:
-        raise invalid(str(error), "few_shot", "context_length_exceeded") from error
+    except ContextOverflowError as error:
+        raise invalid(str(error), error.param, "context_length_exceeded") from error
 
 
 class Completion:
@@ -214,9 +220,8 @@ class Completion:
 
     def _usage(self) -> Usage:
         usage = self._generation.usage
-        if self._body.few_shot is not None:
-            (prompt,) = self._prompts
-            usage.few_shot = FewShotUsage(examples_used=prompt.examples_used, examples_dropped=prompt.examples_dropped)
+        if counts := self._prompts[0].few_shot:
+            usage.few_shot = FewShotUsage(**counts._asdict())
         return usage
 
 

@@ -98,7 +98,7 @@ class PagedRun:
         sampled = self.runner.launch(step).result()
         with torch.inference_mode():
             logits = self.model.logits(self.hidden.pop()).cpu()
-        assert sampled.tokens == logits[[row.index for row in samples]].argmax(-1).tolist()
+        assert sampled.tokens == logits[[row.token for row in samples]].argmax(-1).tolist()
         if self.num_top is not None:
             self._check_logprobs(step, sampled, logits)
         for row, (slot, position) in enumerate(zip(step.token_slots, step.token_positions, strict=True)):
@@ -110,7 +110,7 @@ class PagedRun:
 
     def _check_logprobs(self, step: StepInput, sampled: Sampled, logits: Tensor) -> None:
         expected = logits.double().log_softmax(-1)
-        found = [(row.index, token) for row, token in zip(step.samples, sampled.tokens, strict=True)]
+        found = [(row.token, token) for row, token in zip(step.samples, sampled.tokens, strict=True)]
         found += [(score.first + i, token) for score in step.scores for i, token in enumerate(score.targets)]
         every = [*sampled.logprobs, *(each for scores in sampled.scores for each in scores)]
         for (index, token), logprobs in zip(found, every, strict=True):

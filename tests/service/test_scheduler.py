@@ -111,7 +111,7 @@ class Device:
         sampled = Sampled([], [], [])
         for sample in step.samples:
             sequence = running[sample.slot]
-            slot, position = tokens[sample.index]
+            slot, position = tokens[sample.token]
             assert position == self.num_computed[sequence] - 1
             assert slot == sample.slot or (running[slot].prompt == sequence.prompt and sample.slot in starting)
             count = self.num_sampled[sequence] = self.num_sampled.get(sequence, 0) + 1
@@ -553,7 +553,7 @@ def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
     scheduler.commit(sampled([]), 0.01)
     step = launch(scheduler)
     assert [(chunk.slot, chunk.start, len(chunk.tokens)) for chunk in step.chunks] == [(0, 128, 72)]
-    assert [(row.slot, row.index) for row in step.samples] == [(0, 71), (1, 71), (2, 71), (3, 71)]
+    assert [(row.slot, row.token) for row in step.samples] == [(0, 71), (1, 71), (2, 71), (3, 71)]
     assert [start.slot for start in step.starts] == [1, 2, 3]
     assert len(step.copies) == 6, "the last page of each group, for each fork"
     scheduler.commit(sampled([1, 1, 1, 1]), 0.01)

@@ -45,6 +45,7 @@ from service.schema import (
     FewShotUsage,
     Logprobs,
     Usage,
+    shown,
 )
 from service.served import ServedModel, choice_requests
 
@@ -60,8 +61,8 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 @router.post("/v1/engines/{engine:path}/completions", response_model=CompletionResponse)
 async def create_engine_completion(engine: str, body: EngineCompletionRequest, request: Request) -> Response:
     """The same for clients from when a model was called an engine and named in the path."""
-    if body.model not in (None, engine):
-        raise invalid(f"is not the engine '{engine}' that the path names", "model")
+    if body.model is not None and body.model != engine:
+        raise invalid(f"'model' is '{shown(body.model)}', but the path names the engine '{shown(engine)}'", "model")
     return await complete(body, engine, request)
 
 
@@ -203,9 +204,9 @@ class Completion:
     def _event(self, chunk: CompletionResponse) -> bytes:
         return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
-    def _choice(self, index: int, text: str, shown: Items[ShownToken], finish_reason: str | None) -> CompletionChoice:
+    def _choice(self, index: int, text: str, tokens: Items[ShownToken], finish_reason: str | None) -> CompletionChoice:
         k = self._body.logprobs
-        logprobs = None if k is None else logprobs_of(shown, k, self._served.tokenizer)
+        logprobs = None if k is None else logprobs_of(tokens, k, self._served.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
 
     def _response(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:

@@ -7,6 +7,7 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.conformance import contract
 from tests.service.api.test_app import post, request, serving
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run
@@ -167,10 +168,10 @@ def test_fields_out_of_type_or_range(fields: dict[str, Any], message: str) -> No
             None,
         ),
         (
-            {"stream": True, "stream_options": {"include_obfuscation": True}},
+            {"stream": True, "stream_options": {"include_obfuscation": "yes"}},
             "stream_options.include_obfuscation",
-            "'stream_options.include_obfuscation': not supported yet",
-            "unsupported_parameter",
+            "'stream_options.include_obfuscation': input should be a valid boolean",
+            None,
         ),
     ],
 )
@@ -179,35 +180,71 @@ def test_missing_and_unknown_fields(fields: dict[str, Any], param: str | None, m
     assert (error["message"], error["param"], error["code"]) == (message, param, code)
 
 
+BIAS = "the bias of token 5 must be a number from -100 to 100"
+NO_TOKEN = "token id 50257 is outside the model's vocabulary of 50257 (0 to 50256)"
+
+
+@contract("completions", "anything else", "400 naming the field", "out of range or of another type: 400, never clamped")
 @pytest.mark.parametrize(
-    ("name", "value"),
+    ("name", "value", "message"),
     [
-        ("best_of", 2),
-        ("best_of", 0),
-        ("min_p", 0.1),
-        ("min_p", float("nan")),
-        ("min_tokens", 1),
-        ("stop_token_ids", [50256]),
-        ("include_stop_str_in_output", True),
-        ("include_stop_str_in_output", 0),
-        ("repetition_penalty", 1.1),
-        ("repetition_penalty", True),
-        ("presence_penalty", -2),
-        ("frequency_penalty", 0.5),
-        ("frequency_penalty", "0"),
-        ("logit_bias", {"50256": -100}),
-        ("logprobs", 0),
-        ("logprobs", False),
-        ("echo", True),
-        ("echo", 0),
-        ("suffix", ""),
-        ("few_shot", {}),
+        ("best_of", 0, "'best_of': input should be greater than or equal to 1"),
+        ("best_of", 21, "'best_of': input should be less than or equal to 20"),
+        ("best_of", True, "'best_of': input should be a valid integer"),
+        ("min_p", 1.1, "'min_p': input should be less than or equal to 1"),
+        ("min_p", float("nan"), "'min_p': input should be a finite number"),
+        ("min_tokens", -1, "'min_tokens': input should be greater than or equal to 0"),
+        ("min_tokens", 17, "'min_tokens': is 17, more than max_tokens 16"),
+        ("stop_token_ids", [50257], NO_TOKEN),
+        ("stop_token_ids", 50256, "'stop_token_ids': input should be a valid list"),
+        ("stop_token_ids", [5] * 1025, "'stop_token_ids': list should have at most 1024 items after validation, not 1025"),
+        ("include_stop_str_in_output", 0, "'include_stop_str_in_output': input should be a valid boolean"),
+        ("repetition_penalty", 0, "'repetition_penalty': input should be greater than 0"),
+        ("repetition_penalty", 10.1, "'repetition_penalty': input should be less than or equal to 10"),
+        ("repetition_penalty", True, "'repetition_penalty': input should be a valid number"),
+        ("presence_penalty", -2.1, "'presence_penalty': input should be greater than or equal to -2"),
+        ("presence_penalty", 2.1, "'presence_penalty': input should be less than or equal to 2"),
+        ("frequency_penalty", float("inf"), "'frequency_penalty': input should be a finite number"),
+        ("frequency_penalty", "0", "'frequency_penalty': input should be a valid number"),
+        ("logit_bias", [], "'logit_bias': must be an object that maps token ids to numbers"),
+        ("logit_bias", {"a": 1}, "'logit_bias': key 'a' is not a token id"),
+        ("logit_bias", {"-1": 1}, "'logit_bias': key '-1' is not a token id"),
+        ("logit_bias", {"x" * 999: 1}, f"'logit_bias': key '{'x' * 80}...' is not a token id"),
+        ("logit_bias", {"5": 100.1}, f"'logit_bias': {BIAS}"),
+        ("logit_bias", {"5": -101}, f"'logit_bias': {BIAS}"),
+        ("logit_bias", {"5": True}, f"'logit_bias': {BIAS}"),
+        ("logit_bias", {"5": None}, f"'logit_bias': {BIAS}"),
+        ("logit_bias", {"5": float("nan")}, f"'logit_bias': {BIAS}"),
+        ("logit_bias", {"5": 1, "05": 2}, "'logit_bias': names a token id twice"),
+        ("logit_bias", {"50257": 1}, NO_TOKEN),
+        ("logprobs", -1, "'logprobs': input should be greater than or equal to 0"),
+        ("logprobs", 6, "'logprobs': input should be less than or equal to 5"),
+        ("logprobs", True, "'logprobs': input should be a valid integer"),
+        ("echo", 0, "'echo': input should be a valid boolean"),
+        ("suffix", 5, "'suffix': input should be a valid string"),
+        ("few_shot", [], "'few_shot': input should be a valid dictionary or object to extract fields from"),
     ],
 )
-def test_what_is_not_built_is_refused_by_name(name: str, value: Any) -> None:
+def test_the_other_fields_out_of_type_or_range(name: str, value: Any, message: str) -> None:
     error = error_of(post({"model": "fake", "prompt": "a", name: value}), 400)
-    assert (error["param"], error["code"]) == (name, "unsupported_parameter")
-    assert error["message"] == f"'{name}': not supported yet"
+    assert (error["message"], error["param"], error["code"]) == (message, name, None)
+
+
+@contract("completions", "best_of", "less than n, or with stream: 400")
+def test_best_of_that_can_not_be() -> None:
+    error = error_of(post({"model": "fake", "n": 3, "best_of": 2}), 400)
+    assert (error["message"], error["param"]) == ("'best_of': is 2, less than n 3", "best_of")
+    error = error_of(post({"model": "fake", "best_of": 2, "stream": True}), 400)
+    assert error["message"] == "'best_of': can't be streamed: which candidates are best is known at the end"
+    assert post({"model": "fake", "best_of": 1, "stream": True, "max_tokens": 1}).status_code == 200
+
+
+@contract("engines", "model", "400 where the body names another than the path")
+def test_an_engine_and_another_model() -> None:
+    error = error_of(request("POST", "/v1/engines/fake/completions", json={"model": "other"}), 400)
+    assert (error["message"], error["param"]) == ("'model' is 'other', but the path names the engine 'fake'", "model")
+    error = error_of(request("POST", "/v1/engines/other/completions", json={}), 404)
+    assert error["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize(
@@ -333,7 +370,7 @@ def test_errors_stay_small(fields: dict[str, Any]) -> None:
 def test_nothing_a_client_sends_is_logged_as_an_error(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         async with serving() as api:
-            for fields in ({"n": 0}, {"model": "x"}, {"prompt": [2**70]}, {"prompt": "a " * 9999}, {"echo": True}):
+            for fields in ({"n": 0}, {"model": "x"}, {"prompt": [2**70]}, {"prompt": "a " * 9999}, {"echo": 1}):
                 assert (await api.complete(**fields)).status_code in (400, 404)
             await api.client.post("/v1/completions", content=b"\xff")
             assert (await api.choices(max_tokens=1))[0]["text"] == " one"

@@ -75,7 +75,8 @@ def test_the_oldest_examples_are_dropped() -> None:
     assert text.startswith(f"Go.\n###\nnumber {counts['examples_dropped']} => x")
     assert answer["usage"]["prompt_tokens"] <= 156
     error = error_of(complete({"examples": examples, "on_overflow": "error"}, max_tokens=100), 400)
-    assert (error["param"], error["code"]) == ("few_shot", "context_length_exceeded")
+    assert (error["param"], error["code"]) == ("prompt", "context_length_exceeded")
+    assert "in the prompt with 40 of its 40 examples, 100 for the completion)" in error["message"]
     too_long = error_of(complete({"instruction": " a" * 300}), 400)
     assert too_long["code"] == "context_length_exceeded"
 
@@ -101,7 +102,7 @@ def test_what_is_refused(few_shot: object, fields: dict[str, Any], message: str)
 def test_suffix_without_an_insertion_format() -> None:
     error = error_of(post({"model": "fake", "prompt": "a", "suffix": "b"}), 400)
     assert (error["param"], error["code"]) == ("suffix", "unsupported_parameter")
-    assert error["message"] == "the model 'fake' has no insertion format, so that 'suffix' can't be honoured"
+    assert error["message"] == "'suffix' is not supported by this model: its card declares no format for insertions"
 
 
 @contract("completions", "suffix", "laid out by the card's insertion format")

@@ -165,7 +165,7 @@ def test_an_unexpected_fault_inside_a_stream_is_an_error_event(stream: bool, mon
     async def test() -> None:
         async with serving() as api:
             names = iter(["first", "second"])
-            monkeypatch.setattr("service.api.completions.event", lambda body: f"data: {next(names)}\n\n".encode())
+            monkeypatch.setattr("service.api.generation.event", lambda body: f"data: {next(names)}\n\n".encode())
             answer = await api.complete(prompt="a", max_tokens=3, stream=stream)
             assert answer.status_code == 200
             if stream:

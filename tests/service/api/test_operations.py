@@ -83,7 +83,9 @@ def test_metrics_show_a_completed_request() -> None:
             for name, value in {
                 'banded_http_requests_total{model="fake",route="/v1/completions",status="200"}': 1,
                 'banded_requests_total{model="fake",outcome="length"}': 2,
-                'banded_prompt_tokens_total{model="fake"}': 4,
+                'banded_prompt_tokens_total{model="fake"}': 2,
+                'banded_prefix_cache_queries_total{model="fake"}': 2,
+                'banded_prefix_cache_hits_total{model="fake"}': 0,
                 'banded_generated_tokens_total{model="fake"}': 6,
                 'banded_time_to_first_token_seconds_count{model="fake"}': 2,
                 'banded_inter_token_latency_seconds_count{model="fake"}': 4,

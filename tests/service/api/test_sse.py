@@ -150,7 +150,8 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": [99999]}, 400, "token id 99999 is outside"),
     ({"max_tokens": 256}, 400, "context_length_exceeded"),
     ({"n": 100}, 400, "asks for 100 choices; this server holds at most 12"),
-    ({"echo": True}, 400, "unsupported_parameter"),
+    ({"best_of": 2}, 400, "'best_of': can't be streamed"),
+    ({"suffix": "x"}, 400, "unsupported_parameter"),
 ]
 
 

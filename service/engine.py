@@ -134,6 +134,7 @@ class Engine:
         for group in scheduler.cache.pools:
             metrics.kv_total(group).set(scheduler.cache.usage()[group].total)
             metrics.kv_held(group).set_function(functools.partial(held_pages, scheduler, group))
+            metrics.kv_usage(group).set_function(functools.partial(held_share, scheduler, group))
 
     # -- event loop ---------------------------------------------------------------------------------------------------
 
@@ -400,3 +401,8 @@ class Engine:
 
 def held_pages(scheduler: Scheduler, group: KVGroup) -> int:
     return scheduler.cache.usage()[group].held
+
+
+def held_share(scheduler: Scheduler, group: KVGroup) -> float:
+    usage = scheduler.cache.usage()[group]
+    return usage.held / usage.total

@@ -39,7 +39,7 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
         tokens = await asyncio.to_thread(read_prompts, prompts, body, served)
     completion = Completion(body, tokens, served.engine)
     if body.stream:
-        return EventStream(completion.stream())
+        return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
     try:
         answer = await unless_disconnected(request.receive, completion.collect())
     except ClientGoneError:

@@ -10,8 +10,23 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from service.engine import DoesNotFitError, EngineError, QueueFullError, StepFailedError
+from service.schema import ErrorResponse
 
 log = logging.getLogger("banded.api")
+
+# For the OpenAPI document: what every route may answer beside its own.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        401: "No key, or a wrong one",
+        404: "No such route or model",
+        405: "A method that the route does not take",
+        413: "The body is too large",
+        429: "A key's limit or the queue's is reached; retry-after says for how many seconds",
+        500: "The server failed",
+        503: "Draining, or no slot was free in time",
+    }.items()
+}
 
 MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
 
@@ -76,12 +91,16 @@ def install(app: FastAPI) -> None:
             known = APIError(404, f"no route {request.method} {shown(request.url.path)}", code="not_found")
         elif error.status_code == 405:
             message = f"{shown(request.url.path)} does not take {request.method}"
-            known = APIError(405, message, code="method_not_allowed")
+            methods = {*dict(error.headers or {})["Allow"].split(", ")}
+            allowed = methods | {"HEAD"} if "GET" in methods else methods  # see AnswerHead
+            known = APIError(405, message, code="method_not_allowed", headers={"allow": ", ".join(sorted(allowed))})
+        elif error.status_code == 413:
+            known = APIError(413, error.detail, code="body_too_large")
         elif type(error.__cause__) in UNREADABLE:
             known = invalid(f"the body {UNREADABLE[type(error.__cause__)]}")
         else:
-            known = APIError(error.status_code, str(error.detail))
-        return JSONResponse(known.body, known.status, error.headers)
+            known = APIError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        return JSONResponse(known.body, known.status, known.headers)
 
     async def answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
         known = validation_error(error.errors()[0])

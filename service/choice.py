@@ -140,3 +140,5 @@ class Choice:
         metrics.request_generated_tokens.observe(self._num_tokens)
         if self._first_token is not None:
             metrics.decode_time.observe(now - self._first_token)
+            if self._num_tokens > 1:
+                metrics.time_per_output_token.observe((now - self._first_token) / (self._num_tokens - 1))

@@ -46,6 +46,10 @@ def parser() -> argparse.ArgumentParser:
     serve.add_argument(
         "--doctor", action="store_true", default=None, help="check the kernels first, as `banded doctor` does"
     )
+    serve.add_argument(
+        "--lenient", action="store_true", default=None, help="warn of unknown fields instead of refusing the request"
+    )
+    serve.add_argument("--metrics-alias", help="vllm: export vLLM's metric names too")
     serve.set_defaults(command=run_serve)
 
     complete = commands.add_parser("complete", help="complete a prompt on the terminal, without a server")
@@ -118,7 +122,18 @@ def run_serve(args: argparse.Namespace) -> int:
 
     metrics = Metrics(served_name(settings.model))
     served = load_served(settings, metrics)
-    app = create_app(served, metrics, api_keys=settings.api_keys, open_metrics=settings.open_metrics)
+    app = create_app(
+        served,
+        metrics,
+        api_keys=settings.api_keys,
+        open_metrics=settings.open_metrics,
+        limit_requests=settings.limit_requests,
+        limit_tokens=settings.limit_tokens,
+        max_body_bytes=settings.max_body_bytes,
+        cors_origins=settings.cors_origins,
+        lenient=settings.lenient,
+        metrics_alias=settings.metrics_alias,
+    )
     server = Server(app, served.engine, host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
     status = asyncio.run(serve(server, served.engine))
     if served.engine.hangs:

@@ -133,6 +133,7 @@ class Engine:
         for group in scheduler.cache.pools:
             metrics.kv_total(group).set(scheduler.cache.usage()[group].total)
             metrics.kv_held(group).set_function(functools.partial(held_pages, scheduler, group))
+            metrics.kv_usage(group).set_function(functools.partial(held_share, scheduler, group))
 
     # -- event loop ---------------------------------------------------------------------------------------------------
 
@@ -408,3 +409,8 @@ def one_of_each_prompt(sequences: Items[Sequence]) -> list[Sequence]:
 
 def held_pages(scheduler: Scheduler, group: KVGroup) -> int:
     return scheduler.cache.usage()[group].held
+
+
+def held_share(scheduler: Scheduler, group: KVGroup) -> float:
+    usage = scheduler.cache.usage()[group]
+    return usage.held / usage.total

@@ -1,6 +1,7 @@
 """Every knob of the server: one frozen object, read from BANDED_* environment variables and the command line."""
 
 import ipaddress
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -11,6 +12,10 @@ from service.scheduler import MIN_CHUNK
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
+MetricsAlias = Literal["vllm"]
+
+DEFAULT_MAX_BODY_BYTES = 16 * 2**20
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
 class Settings(BaseSettings):
@@ -38,12 +43,22 @@ class Settings(BaseSettings):
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), description="comma-separated; one of them opens the API")
     open_metrics: bool = Field(False, description="/metrics needs no key")
+    limit_requests: int = Field(0, ge=0, description="requests that each key may post in a minute; 0: any number")
+    limit_tokens: int = Field(
+        0, ge=0, description="tokens, of prompts and completions, that each key may ask for in a minute; 0: any number"
+    )
+    max_body_bytes: int = Field(DEFAULT_MAX_BODY_BYTES, gt=0, description="bytes of a request's body; one more is a 413")
+    cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated origins whose pages may use the API from a browser; * lets all"
+    )
+    lenient: bool = Field(False, description="an unknown field is a warning in the response instead of a 400")
+    metrics_alias: MetricsAlias | None = Field(None, description="vllm: /metrics has vLLM's names too, for its dashboards")
     allow_unauthenticated: bool = Field(False, description="serve a non-loopback address without keys")
 
-    @field_validator("api_keys", mode="before")
+    @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod
-    def _split_keys(cls, value: object) -> object:
-        return tuple(key.strip() for key in value.split(",") if key.strip()) if isinstance(value, str) else value
+    def _split(cls, value: object) -> object:
+        return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
 
     @field_validator("api_keys")
     @classmethod
@@ -53,6 +68,15 @@ class Settings(BaseSettings):
                 raise ValueError(f"key {place} can't be sent in a header: it may hold printable ASCII only, and no space")
         return keys
 
+    @field_validator("cors_origins")
+    @classmethod
+    def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            # Browsers send exactly this form; anything else would match nothing, in silence.
+            if origin != "*" and (not ORIGIN.fullmatch(origin) or origin != origin.lower()):
+                raise ValueError(f"'{origin[:80]}' is no origin: * or, in lower case and without a path, https://host:port")
+        return origins
+
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.step_tokens < self.max_slots + MIN_CHUNK:
@@ -61,6 +85,8 @@ class Settings(BaseSettings):
             raise ValueError(
                 f"host {self.host} can be reached from outside: set BANDED_API_KEYS, or say --allow-unauthenticated"
             )
+        if (self.limit_requests or self.limit_tokens) and not self.api_keys:
+            raise ValueError("limit_requests and limit_tokens are limits of a key: set BANDED_API_KEYS")
         return self
 
 

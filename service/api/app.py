@@ -5,17 +5,51 @@ from contextlib import asynccontextmanager
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
-from service.api import chat, completions, errors, models, operations, score, tokenization
-from service.api.middleware import HEALTH, AnswerFaults, CountResponses, RequireKey
+from service.api import chat, completions, errors, models, openapi, operations, score, tokenization
+from service.api.middleware import (
+    HEALTH,
+    AnswerFaults,
+    AnswerHead,
+    CountResponses,
+    IdentifyRequests,
+    LimitBody,
+    LimitRates,
+    RequireKey,
+)
+from service.limits import RateLimits
 from service.metrics import Metrics
+from service.metrics_alias import VllmNames
 from service.served import ServedModel
+from service.settings import DEFAULT_MAX_BODY_BYTES, MetricsAlias
+
+ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, operations))
+# What a script of another origin may read beside the body.
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "openai-processing-ms",
+    "openai-version",
+    "retry-after",
+    *(f"x-ratelimit-{what}-{unit}" for unit in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+)
 
 
 def create_app(
-    served: ServedModel, metrics: Metrics, *, api_keys: tuple[str, ...] = (), open_metrics: bool = False
+    served: ServedModel,
+    metrics: Metrics,
+    *,
+    api_keys: tuple[str, ...] = (),
+    open_metrics: bool = False,
+    limit_requests: int = 0,
+    limit_tokens: int = 0,
+    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
+    cors_origins: tuple[str, ...] = (),
+    lenient: bool = False,
+    metrics_alias: MetricsAlias | None = None,
 ) -> FastAPI:
-    """An application over a loaded model. Its lifespan starts and stops the engine; draining is the server's part."""
+    """An application over a loaded model; the options are the settings of those names. Its lifespan starts and stops the
+    engine; draining is the server's part."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
@@ -23,16 +57,37 @@ def create_app(
         yield
         await served.engine.stop()
 
-    app = FastAPI(title="Banded", version=version("banded"), lifespan=lifespan, redirect_slashes=False)
+    app = FastAPI(
+        title="Banded",
+        version=version("banded"),
+        lifespan=lifespan,
+        redirect_slashes=False,
+        responses=errors.RESPONSES,
+    )
     app.state.served = served
     app.state.metrics = metrics
+    app.state.exported = VllmNames(metrics.registry) if metrics_alias == "vllm" else metrics.registry
     app.state.lenient = lenient
-    for module in (completions, chat, score, tokenization, models, operations):
-        app.include_router(module.router)
+    for router in ROUTERS:
+        app.include_router(router)
     errors.install(app)
+    open_paths = (*HEALTH, "/metrics") if open_metrics else HEALTH
+    openapi.install(app, open_paths if api_keys else None)
     # The last one added is the outermost.
     app.add_middleware(AnswerFaults)
+    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
+    app.add_middleware(LimitRates, limits=RateLimits(limit_requests, limit_tokens))
     if api_keys:
-        app.add_middleware(RequireKey, keys=api_keys, open_paths=(*HEALTH, "/metrics") if open_metrics else HEALTH)
+        app.add_middleware(RequireKey, keys=api_keys, open_paths=open_paths)
+    if cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=EXPOSED_HEADERS,
+        )
     app.add_middleware(CountResponses, metrics=metrics)
+    app.add_middleware(AnswerHead)
+    app.add_middleware(IdentifyRequests)
     return app

@@ -60,7 +60,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     )
     chat = Chat(body, served, Generation(requests, body.n, served.engine, request), warnings)
     if body.stream:
-        return EventStream(chat.stream())
+        return EventStream(chat.stream(), request.app.state.metrics.stream_errors)
     try:
         answer = await unless_disconnected(request.receive, chat.collect())
     except ClientGoneError:

@@ -88,7 +88,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     generation = Generation(requests, body.num_candidates, served.engine, request)
     completion = Completion(body, served, read, generation, warnings)
     if body.stream:
-        return EventStream(completion.stream())
+        return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
     try:
         answer = await unless_disconnected(request.receive, completion.collect())
     except ClientGoneError:

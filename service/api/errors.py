@@ -10,10 +10,24 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from service.engine import DoesNotFitError, EngineError, QueueFullError, StepFailedError
+from service.schema import ErrorResponse, shown
 
 log = logging.getLogger("banded.api")
 
-MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
+# For the OpenAPI document: what every route may answer beside its own.
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse, "description": description}
+    for status, description in {
+        400: "Something in the request is wrong; param names it",
+        401: "No key, or a wrong one",
+        404: "No such route or model",
+        405: "A method that the route does not take",
+        413: "The body is too large",
+        429: "A key's limit or the queue's is reached; retry-after says for how many seconds",
+        500: "The server failed",
+        503: "Draining, or no slot was free in time",
+    }.items()
+}
 
 # Why a body can't be parsed, where the parser's exception is not a JSONDecodeError.
 UNREADABLE: dict[type, str] = {
@@ -76,12 +90,16 @@ def install(app: FastAPI) -> None:
             known = APIError(404, f"no route {request.method} {shown(request.url.path)}", code="not_found")
         elif error.status_code == 405:
             message = f"{shown(request.url.path)} does not take {request.method}"
-            known = APIError(405, message, code="method_not_allowed")
+            methods = {*dict(error.headers or {})["Allow"].split(", ")}
+            allowed = methods | {"HEAD"} if "GET" in methods else methods  # see AnswerHead
+            known = APIError(405, message, code="method_not_allowed", headers={"allow": ", ".join(sorted(allowed))})
+        elif error.status_code == 413:
+            known = APIError(413, error.detail, code="body_too_large")
         elif type(error.__cause__) in UNREADABLE:
             known = invalid(f"the body {UNREADABLE[type(error.__cause__)]}")
         else:
-            known = APIError(error.status_code, str(error.detail))
-        return JSONResponse(known.body, known.status, error.headers)
+            known = APIError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+        return JSONResponse(known.body, known.status, known.headers)
 
     async def answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
         known = validation_error(error.errors()[0])
@@ -111,9 +129,3 @@ def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
     message = error["msg"].removeprefix("Value error, ")
     code = error["type"] if error["type"] == "unsupported_parameter" else None
     return invalid(f"'{param}': {message[:1].lower()}{message[1:]}", param, code)
-
-
-def shown(text: str) -> str:
-    """`text`, cut so that an error stays small whatever was sent, and without lone surrogates, which no answer can hold."""
-    cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-    return cut.encode(errors="backslashreplace").decode()

@@ -2,8 +2,8 @@
 
 from fastapi import APIRouter, Request
 
-from service.api.errors import APIError, shown
-from service.schema import ModelCard, ModelList
+from service.api.errors import APIError
+from service.schema import ModelCard, ModelList, shown
 from service.served import ServedModel
 
 router = APIRouter()

@@ -1,5 +1,7 @@
 """What operators and orchestrators ask: is it alive, is it ready, how is it doing."""
 
+from importlib.metadata import version as installed
+
 from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
@@ -24,7 +26,12 @@ async def ready(request: Request) -> dict[str, str]:
     return {"status": "ready"}
 
 
-@router.get("/metrics", response_class=Response)
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": installed("banded"), "torch": installed("torch")}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    return Response(generate_latest(request.app.state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(request.app.state.exported), media_type=CONTENT_TYPE_LATEST)

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from prometheus_client import Counter
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -16,6 +17,9 @@ T = TypeVar("T")
 # nginx's status for a client that left; nobody receives it, but the response counter shows it.
 CLIENT_CLOSED_REQUEST = 499
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+# Proxies close a connection on which nothing comes, some of them after 30 s.
+KEEP_ALIVE_SECONDS = 15.0
 
 
 class ClientGoneError(Exception):
@@ -46,19 +50,39 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-class EventStream(Response):
-    """Sends `events` as they come, then [DONE].
+async def kept_alive(events: AsyncGenerator[bytes, None], seconds: float) -> AsyncGenerator[bytes, None]:
+    """`events`, and a comment whenever nothing has come for `seconds`. Closes `events`."""
+    async with aclosing(events):
+        while True:
+            coming = asyncio.ensure_future(anext(events, None))
+            try:
+                while not (await asyncio.wait((coming,), timeout=seconds))[0]:
+                    yield KEEP_ALIVE
+            finally:
+                # Left in the middle, the generator must stand still before it can be closed.
+                if not coming.done():
+                    coming.cancel()
+                    await asyncio.gather(coming, return_exceptions=True)
+            body = coming.result()
+            if body is None:
+                return
+            yield body
 
-    The status goes out with the first event: an exception before it becomes an ordinary error answer, one after it an
-    error event. However the stream ends, `events` is closed before this returns.
+
+class EventStream(Response):
+    """Sends `events` as they come, then [DONE]; comments while none comes for `keep_alive` seconds.
+
+    The status goes out with the first event or comment: an exception before it becomes an ordinary error answer, one after
+    it an error event that is counted in `errors`. However the stream ends, `events` is closed before this returns.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]):
+    def __init__(self, events: AsyncGenerator[bytes, None], errors: Counter, *, keep_alive: float = KEEP_ALIVE_SECONDS):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events = kept_alive(events, keep_alive)
+        self._errors = errors
         self._started = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,6 +102,7 @@ class EventStream(Response):
                 async for body in events:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             except Exception as error:
+                self._errors.inc()
                 failed = event(json.dumps(api_error(error).body))
                 await send({"type": "http.response.body", "body": failed, "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})

@@ -171,7 +171,12 @@ def test_a_bucket_is_the_smallest_that_holds_the_batch(tmp_path: Path, monkeypat
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(9, dtype=torch.int64)] * 7)
     run.runner.buckets = [2, 4, 7]
     seen: list[int] = []
-    monkeypatch.setattr(run.runner, "_decode", lambda bucket, rows: seen.append(bucket) or [])
+
+    def decode(bucket: int, rows: object) -> list[object]:
+        seen.append(bucket)
+        return []
+
+    monkeypatch.setattr(run.runner, "_decode", decode)
     for count in range(1, 8):
         run.runner.launch(step_of([], [], [DecodeRow(slot, 0) for slot in range(count)], []))
     assert seen == [2, 2, 4, 4, 7, 7, 7]

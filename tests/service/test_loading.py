@@ -97,7 +97,7 @@ def test_looking_a_step_ahead_changes_no_token(tmp_path: Path) -> None:
         prompts = [[seed] * (30 * seed + 1) for seed in range(6)]
         params = [SamplingParams(0.9, seed=seed) for seed in range(6)]
         stop_ids = [frozenset() if end is None else frozenset({end}) for end in ends]
-        sequences = [Sequence(prompt, 30, *rest) for prompt, *rest in zip(prompts, params, stop_ids, strict=True)]
+        sequences = [Sequence(prompt, 30, p, ids) for prompt, p, ids in zip(prompts, params, stop_ids, strict=True)]
         return asyncio.run(generate(model, sequences))
 
     whole = run(0, [None] * 6)

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 
 from service.schema import CompletionRequest, StreamOptions, check_prompt
 
-DEFAULTS = {
+DEFAULTS: dict[str, Any] = {
     "prompt": None,
     "max_tokens": 16,
     "temperature": 1.0,

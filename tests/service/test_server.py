@@ -164,8 +164,10 @@ def test_a_client_that_closes_its_connection_frees_its_slots(caplog: pytest.LogC
 def test_wrong_methods_and_half_requests_leave_the_connection_usable() -> None:
     async def test() -> None:
         async with listening() as running:
-            head = await running.client.head("/v1/models")
-            assert (head.status_code, head.content) == (405, b"")
+            for path, status in (("/v1/models", 200), ("/v1/completions", 405), ("/nope", 404)):
+                head = await running.client.head(path)
+                assert (head.status_code, head.content) == (status, b"")
+                assert int(head.headers["content-length"]) > 0
             assert (await running.client.post("/v1/completions", content=b"x" * 5_000_000)).status_code == 400
             assert (await running.complete(max_tokens=1)).status_code == 200
             _, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)

@@ -43,6 +43,12 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "drain_timeout": "0",
         "api_keys": "one, two ,,three",
         "open_metrics": "true",
+        "limit_requests": "60",
+        "limit_tokens": "90000",
+        "max_body_bytes": "1000",
+        "cors_origins": "https://one.example, http://localhost:3000",
+        "lenient": "1",
+        "metrics_alias": "vllm",
         "allow_unauthenticated": "1",
     }
     assert set(values) == set(Settings.model_fields)
@@ -53,7 +59,10 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
     assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
     assert read.api_keys == ("one", "two", "three")
-    assert read.doctor is read.open_metrics is read.allow_unauthenticated is True
+    assert (read.limit_requests, read.limit_tokens, read.max_body_bytes) == (60, 90000, 1000)
+    assert read.cors_origins == ("https://one.example", "http://localhost:3000")
+    assert read.metrics_alias == "vllm"
+    assert read.doctor is read.open_metrics is read.lenient is read.allow_unauthenticated is True
     assert settings(port=8123, api_keys=("x",)).port == 8123  # given values win
 
 
@@ -75,6 +84,10 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         ("queue_timeout", "nan", "Input should be greater than 0"),
         ("drain_timeout", "-1", "Input should be greater than or equal to 0"),
         ("drain_timeout", "nan", "Input should be greater than or equal to 0"),
+        ("limit_requests", "-1", "Input should be greater than or equal to 0"),
+        ("limit_tokens", "1e3", "Input should be a valid integer, unable to parse string as an integer"),
+        ("max_body_bytes", "0", "Input should be greater than 0"),
+        ("metrics_alias", "tgi", "Input should be 'vllm'"),
         ("open_metrics", "perhaps", "Input should be a valid boolean, unable to interpret input"),
     ],
 )
@@ -111,6 +124,26 @@ def test_loopback(host: str) -> None:
 def test_keys_that_no_header_can_carry_are_refused_and_not_repeated(key: str) -> None:
     message = "Value error, key 2 can't be sent in a header: it may hold printable ASCII only, and no space"
     assert refused(api_keys=f"fine,{key}") == [("api_keys", message)]
+
+
+@pytest.mark.parametrize("name", ["limit_requests", "limit_tokens"])
+def test_limits_of_a_key_need_keys(name: str) -> None:
+    message = "Value error, limit_requests and limit_tokens are limits of a key: set BANDED_API_KEYS"
+    assert refused(**{name: 5}) == [("", message)]
+    assert getattr(settings(**{name: 5}, api_keys="key"), name) == 5
+
+
+@pytest.mark.parametrize(
+    "origin", ["example.org", "https://example.org/", "https://example.org/app", "https://", "HTTPS://Example.org", "null"]
+)
+def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
+    message = f"Value error, '{origin}' is no origin: * or, in lower case and without a path, https://host:port"
+    assert refused(cors_origins=f"*,{origin}") == [("cors_origins", message)]
+
+
+@pytest.mark.parametrize("origin", ["*", "https://example.org", "http://[::1]:8080", "app://obsidian.md"])
+def test_origins(origin: str) -> None:
+    assert settings(cors_origins=origin).cors_origins == (origin,)
 
 
 def test_settings_do_not_change() -> None:

@@ -4,13 +4,16 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import httpx
+import pytest
 from fastapi import FastAPI
-from model.card import Card
 
+from model.card import Card
 from service.api.app import create_app
+from service.api.middleware import HEALTH
 from service.schema import CompletionRequest
 from service.served import ServedModel
 from tests.service.fakes import CONFIG, FakeEngine
@@ -87,6 +90,39 @@ def test_the_lifespan_starts_and_stops_the_engine() -> None:
             assert api.fake.engine._thread.is_alive()
             assert (await api.choices(prompt="hi", max_tokens=2))[0]["text"] == " one two"
         assert not api.fake.engine._thread.is_alive()
+
+    run(test)
+
+
+@pytest.mark.parametrize(("api_keys", "open_metrics"), [((), False), (("key",), False), (("key",), True)])
+def test_the_openapi_document_tells_of_errors_and_keys(api_keys: tuple[str, ...], open_metrics: bool) -> None:
+    async def test() -> None:
+        async with serving(api_keys=api_keys, open_metrics=open_metrics) as api:
+            headers = {"authorization": "Bearer key"}
+            document = (await api.client.get("/openapi.json", headers=headers)).json()
+            assert (await api.client.get("/openapi.json", headers=headers)).json() == document
+            assert document["info"] == {"title": "Banded", "version": version("banded")}
+            for path, operations in document["paths"].items():
+                for operation in operations.values():
+                    errors = {status: answer for status, answer in operation["responses"].items() if status != "200"}
+                    assert set(errors) - {"400"} == {"401", "404", "405", "413", "429", "500", "503"}
+                    for answer in errors.values():
+                        [content] = answer["content"].values()
+                        assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}
+                    is_open = path in HEALTH or (open_metrics and path == "/metrics")
+                    assert operation.get("security") == ([] if api_keys and is_open else None)
+            assert "HTTPValidationError" not in document["components"]["schemas"]
+            schemes = {"key": {"type": "http", "scheme": "bearer"}} if api_keys else None
+            assert document["components"].get("securitySchemes") == schemes
+            assert document.get("security") == ([{"key": []}] if api_keys else None)
+
+    run(test)
+
+
+def test_leniency_is_there_for_the_routes() -> None:
+    async def test() -> None:
+        async with serving() as strict, serving(lenient=True) as lenient:
+            assert (strict.app.state.lenient, lenient.app.state.lenient) == (False, True)
 
     run(test)
 

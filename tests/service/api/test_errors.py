@@ -334,7 +334,10 @@ def test_unknown_routes_and_wrong_methods(method: str, path: str, status: int, m
 
 def test_a_wrong_method_is_told_the_right_one() -> None:
     assert request("PUT", "/v1/completions").headers["allow"] == "POST"
-    assert request("HEAD", "/health/live").status_code == 405
+    for path in ("/v1/models", "/health/live", "/docs"):
+        answer = request("DELETE", path)
+        assert answer.headers["allow"] == "GET, HEAD"
+        assert error_of(answer, 405)["message"] == f"{path} does not take DELETE"
 
 
 MEGABYTE = "x" * 1_000_000

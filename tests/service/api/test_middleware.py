@@ -1,14 +1,21 @@
-"""API keys on every route, and the count of every response."""
+"""What surrounds the routes: ids, HEAD, keys, limits, other origins, the count of every response."""
 
 import asyncio
 import logging
+import re
+from collections.abc import AsyncIterator
 from typing import Any
 
+import httpx
 import pytest
+from fastapi import Request
+from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.middleware import AnswerFaults
-from tests.service.api.test_app import request, serving
+from service.api.app import EXPOSED_HEADERS, ROUTERS
+from service.api.middleware import HEALTH, AnswerFaults
+from tests.service.api.test_app import Api, request, serving
+from tests.service.api.test_errors import error_of
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run
 
@@ -42,6 +49,21 @@ def test_every_route_but_health_needs_a_key(method: str, path: str) -> None:
         "code": "invalid_api_key",
     }
     assert request(method, url, api_keys=KEYS, headers={"authorization": "Bearer second-key"}).status_code != 401
+
+
+def test_of_all_routes_only_health_is_open() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS) as api:
+            routes = [*api.app.routes, *(route for router in ROUTERS for route in router.routes)]
+            found = {(method, route.path) for route in routes if isinstance(route, Route) for method in route.methods or ()}
+            paths = {path.replace(":path}", "}") for _, path in found}
+            assert {*HEALTH, "/v1/completions", "/v1/models", "/metrics", "/version", "/docs", "/openapi.json"} <= paths
+            assert paths >= set(api.app.openapi()["paths"])
+            for method, path in found:
+                answer = await api.client.request(method, path)
+                assert (answer.status_code != 401) == (path in HEALTH), path
+
+    run(test)
 
 
 @pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
@@ -175,5 +197,329 @@ def test_an_unexpected_fault_inside_a_stream_is_an_error_event(stream: bool, mon
                 assert (done, end) == ("data: [DONE]", "")
             await asyncio.sleep(0.05)
             assert api.fake.scheduler.idle
+
+    run(test)
+
+
+# -- ids --------------------------------------------------------------------------------------------------------------
+
+
+async def one_of_each(api: Api) -> AsyncIterator[httpx.Response]:
+    """Answers of every kind: whole, stream, refused, unknown, wrong method, fault, health, without a body."""
+    yield await api.complete(max_tokens=1)
+    yield await api.complete(max_tokens=1, stream=True)
+    yield await api.complete(n=0)
+    yield await api.complete(prompt="a", n=12, max_tokens=0, model="x")
+    for method, path in (("GET", "/nope"), ("PUT", "/v1/models"), ("GET", "/health/ready"), ("HEAD", "/v1/models")):
+        yield await api.client.request(method, path)
+    yield await api.client.post("/v1/completions", content=b"x" * 300_000)
+
+    def broken(step: object) -> None:
+        raise RuntimeError("step")
+
+    api.fake.runner.fault = broken
+    yield await api.complete()
+
+
+def test_every_response_has_an_id_a_time_and_a_version() -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=200_000) as api:
+            ids, statuses = set(), []
+            async for answer in one_of_each(api):
+                statuses.append(answer.status_code)
+                ids.add(answer.headers["x-request-id"])
+                assert re.fullmatch(r"req_[0-9a-f]{32}", answer.headers["x-request-id"])
+                assert 0 <= int(answer.headers["openai-processing-ms"]) < 20_000
+                assert answer.headers["openai-version"] == "2020-10-01"
+            assert statuses == [200, 200, 400, 404, 404, 405, 200, 200, 413, 500]
+            assert len(ids) == len(statuses)
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        (b"my-id", True),
+        (b"!" + b"~" * 127, True),
+        (b"~" * 129, False),
+        (b"", False),
+        (b"two words", False),
+        (b"tab\tbed", False),
+        ("é".encode("latin-1"), False),
+        ("é".encode(), False),
+        (b"del\x7f", False),
+    ],
+)
+def test_a_sane_id_of_the_client_is_kept(given: bytes, taken: bool) -> None:
+    for api_keys in ((), KEYS):
+        answer = request("GET", "/v1/models", api_keys=api_keys, headers={b"x-request-id": given})
+        assert (answer.headers["x-request-id"].encode() == given) == taken
+
+
+def test_routes_and_log_find_the_id() -> None:
+    async def test() -> None:
+        async with serving() as api:
+
+            async def which(request: Request) -> str:
+                return str(request.state.request_id)
+
+            api.app.add_api_route("/which", which)
+            answer = await api.client.get("/which", headers={"x-request-id": "mine"})
+            assert answer.json() == "mine"
+
+    run(test)
+
+
+def test_the_time_is_that_until_the_response_starts() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            api.fake.runner.gate.clear()
+            answering = asyncio.create_task(api.complete(max_tokens=1))
+            await asyncio.sleep(0.1)
+            api.fake.runner.gate.set()
+            assert int((await answering).headers["openai-processing-ms"]) >= 100
+
+    run(test)
+
+
+# -- HEAD -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/models", "/v1/models/fake", "/v1/models/x", "/health/live", "/metrics", "/docs", "/nope"]
+)
+def test_head_is_get_without_the_body(path: str) -> None:
+    async def test() -> None:
+        async with serving() as api:
+            head, get = await api.client.head(path), await api.client.get(path)
+            assert (head.status_code, head.content) == (get.status_code, b"")
+            own = {"x-request-id", "openai-processing-ms"} | ({"content-length"} if path == "/metrics" else set())
+            for name in {*get.headers, *head.headers} - own:
+                assert head.headers[name] == get.headers[name]
+            assert get.content
+
+    run(test)
+
+
+def test_head_needs_the_key_and_is_counted() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS) as api:
+            answer = await api.client.head("/v1/models")
+            assert (answer.status_code, answer.content) == (401, b"")
+            await api.client.head("/v1/models", headers={"authorization": "Bearer first-key"})
+            assert counted(api.fake) == {("other", "401"): 1, ("/v1/models", "200"): 1}
+
+    run(test)
+
+
+def test_head_of_what_is_only_posted_is_a_405() -> None:
+    answer = request("HEAD", "/v1/completions")
+    assert (answer.status_code, answer.content, answer.headers["allow"]) == (405, b"", "POST")
+
+
+# -- bodies -----------------------------------------------------------------------------------------------------------
+
+
+async def chunks(size: int, number: int) -> AsyncIterator[bytes]:
+    for _ in range(number):
+        yield b" " * size
+
+
+def test_a_body_over_the_limit_is_refused_by_its_length() -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=100) as api:
+            for path in ("/v1/completions", "/nope", "/health/live"):
+                error = error_of(await api.client.post(path, content=b"x" * 101), 413)
+                assert error["message"] == "the body is 101 bytes, this server's limit is 100"
+                assert (error["param"], error["code"]) == (None, "body_too_large")
+            assert error_of(await api.client.post("/v1/completions", content=b"x" * 100), 400)["code"] is None
+            assert (await api.complete(max_tokens=1)).status_code == 200
+
+    run(test)
+
+
+def test_a_body_of_unknown_length_is_refused_when_it_is_too_long() -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=100) as api:
+            for stream in (False, True):  # whatever the route is: nothing is known of the request yet
+                error = error_of(await api.client.post("/v1/completions", content=chunks(30, 4 + stream)), 413)
+                assert error["message"] == "the body is longer than this server's limit of 100 bytes"
+                assert (error["param"], error["code"]) == (None, "body_too_large")
+            assert (await api.client.post("/v1/completions", content=chunks(25, 4))).status_code == 400
+            assert counted(api.fake) == {("/v1/completions", "413"): 2, ("/v1/completions", "400"): 1}
+
+    run(test)
+
+
+def test_a_false_length_is_not_believed() -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=100) as api:
+            for length in ("5", "-1", "many", "²"):
+                headers = {b"content-length": length.encode("latin-1")}
+                answer = await api.client.post("/v1/completions", content=chunks(30, 4), headers=headers)
+                assert answer.status_code == 413
+
+    run(test)
+
+
+def test_the_default_limit_is_16_mib() -> None:
+    assert request("POST", "/v1/completions", content=b"x" * 2**24).status_code == 400
+    error = error_of(request("POST", "/v1/completions", content=b"x" * (2**24 + 1)), 413)
+    assert error["message"] == "the body is 16777217 bytes, this server's limit is 16777216"
+
+
+@pytest.mark.parametrize(("expect", "connection"), [({}, None), ({"expect": "100-continue"}, "close")])
+def test_who_waits_to_be_asked_for_the_body_is_not_asked_for_another(expect: dict[str, str], connection: str | None) -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=100) as api:
+            answer = await api.client.post("/v1/completions", content=b"x" * 101, headers=expect)
+            assert answer.status_code == 413
+            assert answer.headers.get("connection") == connection
+
+    run(test)
+
+
+# -- limits of a key --------------------------------------------------------------------------------------------------
+
+FIRST, SECOND = ({"authorization": f"Bearer {key}"} for key in KEYS)
+RATE = {f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")}
+
+
+def test_requests_over_a_keys_limit() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS, limit_requests=2) as api:
+            for remaining in ("1", "0"):
+                answer = await api.client.post("/v1/completions", json={"model": "fake", "max_tokens": 1}, headers=FIRST)
+                assert answer.status_code == 200
+                assert answer.headers["x-ratelimit-limit-requests"] == "2"
+                assert answer.headers["x-ratelimit-remaining-requests"] == remaining
+                assert re.fullmatch(r"1m0s|[\d.]+s", answer.headers["x-ratelimit-reset-requests"])
+            answer = await api.client.post("/v1/completions", json={"model": "fake", "stream": True}, headers=FIRST)
+            error = error_of(answer, 429, "rate_limit_error")
+            assert error["message"].startswith("this key's limit is 2 requests a minute; the request needs 1 and 0 are left")
+            assert error["code"] == "rate_limit_exceeded"
+            assert 25 <= int(answer.headers["retry-after"]) <= 30
+            assert answer.headers["x-ratelimit-remaining-requests"] == "0"
+            assert {name for name in answer.headers if "ratelimit" in name} == {name for name in RATE if "requests" in name}
+            # Reading costs nothing, and the other key has its own.
+            assert (await api.client.get("/v1/models", headers=FIRST)).headers["x-ratelimit-remaining-requests"] == "0"
+            answer = await api.client.post("/v1/completions", json={"model": "x"}, headers=SECOND)
+            assert (answer.status_code, answer.headers["x-ratelimit-remaining-requests"]) == (404, "1")
+            assert counted(api.fake)[("other", "429")] == 1
+
+    run(test)
+
+
+def test_who_has_the_headers() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS, limit_requests=9, limit_tokens=99, max_body_bytes=100) as api:
+            for method, path, status in (
+                ("GET", "/v1/models", 200),
+                ("HEAD", "/v1/models", 200),
+                ("GET", "/metrics", 200),
+                ("GET", "/nope", 404),
+                ("PUT", "/v1/models", 405),
+            ):
+                answer = await api.client.request(method, path, headers=FIRST)
+                assert (answer.status_code, RATE - set(answer.headers)) == (status, set())
+            answer = await api.client.post("/v1/completions", content=b"x" * 101, headers=FIRST)
+            assert (answer.status_code, answer.headers["x-ratelimit-remaining-requests"]) == (413, "8")
+            for answer in (await api.client.get("/health/live", headers=FIRST), await api.client.get("/v1/models")):
+                assert not RATE & set(answer.headers)
+
+    run(test)
+
+
+def test_routes_charge_tokens_and_give_back_what_was_not_used() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS, limit_tokens=100) as api:
+
+            async def spend(request: Request, asked: int, used: int) -> None:
+                request.state.limits.charge(asked)
+                request.state.limits.refund(asked - used)
+
+            api.app.add_api_route("/spend", spend, methods=["POST"])
+
+            async def spent(asked: int, used: int) -> httpx.Response:
+                return await api.client.post("/spend", params={"asked": asked, "used": used}, headers=FIRST)
+
+            answer = await spent(90, 40)
+            assert (answer.status_code, answer.headers["x-ratelimit-remaining-tokens"]) == (200, "60")
+            answer = await spent(70, 0)
+            error = error_of(answer, 429, "rate_limit_error")
+            assert error["code"] == "rate_limit_exceeded"
+            assert 1 <= int(answer.headers["retry-after"]) <= 6
+            assert set(answer.headers) >= {name for name in RATE if "tokens" in name}
+            error = error_of(await spent(101, 0), 400)
+            assert error["message"].startswith("the request asks for 101 tokens")
+            assert (await spent(60, 60)).headers["x-ratelimit-remaining-tokens"] in ("0", "1")
+
+    run(test)
+
+
+@pytest.mark.parametrize("api_keys", [(), KEYS])
+def test_routes_find_no_limits_where_there_are_none(api_keys: tuple[str, ...]) -> None:
+    async def test() -> None:
+        async with serving(api_keys=api_keys) as api:
+
+            async def limited(request: Request) -> bool:
+                return request.state.limits is not None
+
+            api.app.add_api_route("/limited", limited)
+            answer = await api.client.get("/limited", headers=FIRST)
+            assert answer.json() is False
+            assert not RATE & set(answer.headers)
+
+    run(test)
+
+
+# -- other origins ----------------------------------------------------------------------------------------------------
+
+PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+
+
+def test_other_origins_are_shut_out_by_default() -> None:
+    answer = request("GET", "/v1/models", headers={"origin": "https://a.example"})
+    assert answer.status_code == 200
+    assert not [name for name in answer.headers if name.startswith("access-control-")]
+    answer = request("OPTIONS", "/v1/completions", headers={"origin": "https://a.example", **PREFLIGHT})
+    assert answer.status_code == 405
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        (("https://a.example", "https://b.example"), "https://b.example", "https://b.example"),
+        (("https://a.example",), "https://b.example", None),
+        (("https://a.example",), "https://a.example.org", None),
+        (("*",), "https://b.example", "*"),
+    ],
+)
+def test_the_origins_of_the_setting_are_let_in(origins: tuple[str, ...], origin: str, allowed: str | None) -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS, cors_origins=origins) as api:
+            asked = await api.client.options("/v1/completions", headers={"origin": origin, **PREFLIGHT})
+            assert asked.status_code == (200 if allowed else 400)
+            assert asked.headers.get("access-control-allow-origin") == allowed
+            assert "x-request-id" in asked.headers
+            for headers in (FIRST, {}):  # a browser must be able to read a 401 too
+                answer = await api.client.get("/v1/models", headers={"origin": origin, **headers})
+                assert answer.status_code == (200 if headers else 401)
+                assert answer.headers.get("access-control-allow-origin") == allowed
+                assert answer.headers["access-control-expose-headers"].split(", ") == list(EXPOSED_HEADERS)
+
+    run(test)
+
+
+def test_a_preflight_lets_through_what_clients_send() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS, cors_origins=("https://a.example",)) as api:
+            asked = await api.client.options("/v1/completions", headers={"origin": "https://a.example", **PREFLIGHT})
+            assert asked.headers["access-control-allow-headers"] == "authorization,content-type"
+            assert asked.headers["access-control-allow-methods"] == "GET, HEAD, POST"
+            # Without what makes it a preflight it is a request like any other.
+            answer = await api.client.options("/v1/completions", headers={"origin": "https://a.example"})
+            assert answer.status_code == 401
 
     run(test)

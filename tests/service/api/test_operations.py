@@ -1,11 +1,12 @@
-"""Health and metrics."""
+"""Health, versions and metrics."""
 
 import asyncio
+from importlib.metadata import version
 
 import pytest
 
 import service.engine
-from tests.service.api.test_app import Api, serving
+from tests.service.api.test_app import Api, request, serving
 from tests.service.test_engine import run, until
 
 
@@ -73,6 +74,10 @@ def test_not_ready_after_two_failing_steps() -> None:
     run(test)
 
 
+def test_version() -> None:
+    assert request("GET", "/version").json() == {"version": version("banded"), "torch": version("torch")}
+
+
 def test_metrics_show_a_completed_request() -> None:
     async def test() -> None:
         async with serving() as api:
@@ -89,13 +94,56 @@ def test_metrics_show_a_completed_request() -> None:
                 'banded_generated_tokens_total{model="fake"}': 6,
                 'banded_time_to_first_token_seconds_count{model="fake"}': 2,
                 'banded_inter_token_latency_seconds_count{model="fake"}': 4,
+                'banded_request_time_per_output_token_seconds_count{model="fake"}': 2,
                 'banded_e2e_time_seconds_count{model="fake"}': 2,
                 'banded_requests_running{model="fake"}': 0,
                 'banded_requests_waiting{model="fake"}': 0,
                 'banded_queue_limit{model="fake"}': 8,
                 'banded_kv_pages_held{group="dense",model="fake"}': 0,
+                'banded_kv_usage_ratio{group="banded",model="fake"}': 0,
+                'banded_stream_errors_total{model="fake"}': 0,
             }.items():
                 assert float(samples[name]) == value, name
+
+    run(test)
+
+
+def test_metrics_show_a_running_request() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            api.fake.runner.gate.clear()
+            running = asyncio.create_task(api.choices(prompt=[5] * 60, max_tokens=1))
+            await until(lambda: bool(api.fake.scheduler.running))
+            assert api.fake.metric("requests_running") == 1
+            assert api.fake.metric("kv_usage_ratio", group="dense") == 1 / 16
+            assert api.fake.metric("kv_usage_ratio", group="banded") == 1 / 9
+            api.fake.runner.gate.set()
+            await running
+
+    run(test)
+
+
+def test_a_choice_of_one_token_has_no_time_between_tokens() -> None:
+    async def test() -> None:
+        async with serving() as api:
+            await api.choices(prompt="a", max_tokens=1)
+            assert api.fake.metric("request_time_per_output_token_seconds_count") == 0
+            await api.choices(prompt="a", max_tokens=3)
+            assert api.fake.metric("request_time_per_output_token_seconds_count") == 1
+            latency = api.fake.metric("inter_token_latency_seconds_sum")
+            assert api.fake.metric("request_time_per_output_token_seconds_sum") == pytest.approx(latency / 2)
+
+    run(test)
+
+
+@pytest.mark.parametrize(("alias", "expected"), [(None, False), ("vllm", True)])
+def test_vllms_names_are_there_on_demand(alias: str | None, expected: bool) -> None:
+    async def test() -> None:
+        async with serving(metrics_alias=alias) as api:
+            await api.complete(prompt="Once upon", max_tokens=3)
+            text = (await api.client.get("/metrics")).text
+            assert ('vllm:generation_tokens_total{engine="0",model_name="fake"} 3.0' in text) == expected
+            assert 'banded_generated_tokens_total{model="fake"} 3.0' in text
 
     run(test)
 

@@ -1,17 +1,20 @@
 """Streams as they happen, read by hand: order, faults before and after the first byte, and clients that leave."""
 
 import asyncio
+import functools
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from starlette.types import Message
 
-from service.api.sse import DONE, ClientGoneError, event, unless_disconnected
+from service.api.errors import APIError
+from service.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, kept_alive, unless_disconnected
+from service.metrics import Metrics
 from tests.service.api.test_app import Api, serving
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run, until
@@ -249,6 +252,7 @@ def test_a_fault_after_the_first_byte_is_an_error_event() -> None:
             await stream.task
             await assert_all_freed(api)
             assert api.fake.metric("requests_total", outcome="error") == 1
+            assert api.fake.metric("stream_errors_total") == 1
 
     run(test)
 
@@ -343,6 +347,180 @@ def test_cancelling_the_request_frees_everything(stream: bool) -> None:
                 await request.task
             steps.allow(1)
             await assert_all_freed(api)
+
+    run(test)
+
+
+# -- keep-alives ------------------------------------------------------------------------------------------------------
+
+
+class Script:
+    """Events that come when the test says so; what it puts in may also be an exception, or None for the end."""
+
+    def __init__(self) -> None:
+        self.coming: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
+        self.closed = False
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        try:
+            while (item := await self.coming.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            await asyncio.sleep(0)  # an end that takes its time
+            self.closed = True
+
+
+class Played:
+    """An EventStream of a script on a connection read by hand, quick to keep it alive."""
+
+    def __init__(self) -> None:
+        self.script, self.metrics = Script(), Metrics("fake")
+        self.left = asyncio.Event()
+        self.sent: asyncio.Queue[Message] = asyncio.Queue()
+        stream = EventStream(self.script.events(), self.metrics.stream_errors, keep_alive=0.01)
+        self.task = asyncio.create_task(stream({"type": "http", "method": "POST"}, self._receive, self._send))
+
+    async def _receive(self) -> Message:
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Message) -> None:
+        self.sent.put_nowait(message)
+
+    async def started(self) -> int:
+        message = await self.sent.get()
+        assert message["type"] == "http.response.start"
+        status: int = message["status"]
+        return status
+
+    async def body(self) -> bytes:
+        message = await self.sent.get()
+        assert message["type"] == "http.response.body"
+        body: bytes = message["body"]
+        assert message["more_body"] == (body != DONE)
+        return body
+
+    async def after_comments(self) -> bytes:
+        """What comes after any number of comments."""
+        while (body := await self.body()) == KEEP_ALIVE:
+            pass
+        return body
+
+    @property
+    def errors(self) -> float | None:
+        return self.metrics.registry.get_sample_value("banded_stream_errors_total", {"model": "fake"})
+
+
+def test_comments_come_while_nothing_else_does() -> None:
+    async def test() -> None:
+        played = Played()
+        assert await played.started() == 200  # with the first comment
+        assert await played.body() == KEEP_ALIVE
+        assert await played.body() == KEEP_ALIVE
+        for text in (b"one", b"two"):
+            played.script.coming.put_nowait(text)
+            assert await played.after_comments() == text
+            assert await played.body() == KEEP_ALIVE
+        played.script.coming.put_nowait(None)
+        assert await played.after_comments() == DONE
+        await played.task
+        assert played.script.closed
+        assert played.errors == 0
+
+    run(test)
+
+
+def test_a_stream_that_is_never_silent_has_no_comments() -> None:
+    async def test() -> None:
+        played = Played()
+        for number in range(5):
+            played.script.coming.put_nowait(b"%d" % number)
+        played.script.coming.put_nowait(None)
+        assert await played.started() == 200
+        assert [await played.body() for _ in range(6)] == [b"0", b"1", b"2", b"3", b"4", DONE]
+        await played.task
+
+    run(test)
+
+
+def test_a_fault_after_a_comment_is_an_error_event_and_counted() -> None:
+    async def test() -> None:
+        played = Played()
+        assert await played.started() == 200
+        played.script.coming.put_nowait(APIError(503, "waited too long", code="unavailable"))
+        error = {"message": "waited too long", "type": "server_error", "param": None, "code": "unavailable"}
+        assert json.loads((await played.after_comments()).removeprefix(b"data: ")) == {"error": error}
+        assert await played.body() == DONE
+        await played.task
+        assert played.script.closed
+        assert played.errors == 1
+
+    run(test)
+
+
+def test_a_fault_before_the_first_byte_is_no_stream() -> None:
+    async def test() -> None:
+        played = Played()
+        played.script.coming.put_nowait(APIError(503, "waited too long"))
+        with pytest.raises(APIError, match="waited too long"):
+            await played.task
+        assert played.sent.empty()
+        assert played.script.closed
+        assert played.errors == 0
+
+    run(test)
+
+
+@pytest.mark.parametrize("first", [b"one", None])
+def test_leaving_while_comments_come_closes_the_events(first: bytes | None) -> None:
+    async def test() -> None:
+        played = Played()
+        if first:
+            played.script.coming.put_nowait(first)
+        assert await played.started() == 200
+        while await played.body() != KEEP_ALIVE:
+            pass
+        played.left.set()
+        await played.task
+        assert played.script.closed
+        assert played.errors == 0
+
+    run(test)
+
+
+def test_closing_after_a_comment_closes_the_events() -> None:
+    async def test() -> None:
+        script = Script()
+        stream = kept_alive(script.events(), 0.001)
+        assert await anext(stream) == KEEP_ALIVE
+        await stream.aclose()
+        assert script.closed
+
+    run(test)
+
+
+def test_a_waiting_request_is_kept_alive_and_fails_inside_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(EventStream, "__init__", functools.partialmethod(EventStream.__init__, keep_alive=0.01))
+
+    async def test() -> None:
+        async with stepping(max_slots=1, queue_timeout=0.2) as (api, steps):
+            first = Connection(api, stream=True, max_tokens=200)
+            await until(lambda: bool(api.fake.scheduler.running))
+            second = asyncio.create_task(api.complete(prompt="a", stream=True))
+            await until(lambda: len(api.fake.engine._mailboxes) == 2)
+            await asyncio.sleep(0.3)
+            steps.allow(2)
+            answer = await second
+            assert answer.status_code == 200
+            *comments, error, done, end = answer.text.split("\n\n")
+            assert set(comments) == {": keep-alive"}
+            message = json.loads(error.removeprefix("data: "))["error"]["message"]
+            assert message == "the request waited more than 0.2 s for a slot"
+            assert (done, end) == ("data: [DONE]", "")
+            assert api.fake.metric("stream_errors_total") == 1
+            await first.leave()
 
     run(test)
 

@@ -1,0 +1,108 @@
+"""How much a key may ask for: a bucket of requests and a bucket of tokens, each refilled evenly within a minute."""
+
+import math
+import time
+from collections.abc import Callable
+
+from service.api.errors import APIError, invalid
+
+MINUTE = 60.0
+ROUNDING = 1e-6  # seconds by which a difference of two clock readings may be off
+
+
+class Bucket:
+    """Holds up to `limit` units and gains as many in a minute. Times are seconds of one clock that never goes back."""
+
+    def __init__(self, limit: int, now: float):
+        self.limit = limit
+        self._level = float(limit)
+        self._time = now
+
+    def level(self, now: float) -> float:
+        return min(float(self.limit), self._level + (now - self._time) * self.limit / MINUTE)
+
+    def add(self, amount: int, now: float) -> None:
+        self._level = min(float(self.limit), self.level(now) + amount)
+        self._time = now
+
+    def seconds_until(self, level: int, now: float) -> float:
+        return max(0.0, level - self.level(now)) * MINUTE / self.limit
+
+
+class KeyLimits:
+    """What one key may still ask for. A limit of 0 is none."""
+
+    def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float]):
+        limits = {"requests": limit_requests, "tokens": limit_tokens}
+        self._clock = clock
+        self._buckets = {unit: Bucket(limit, clock()) for unit, limit in limits.items() if limit}
+
+    def charge_request(self) -> None:
+        """Take one request; APIError 429 with Retry-After where there is none."""
+        self._charge("requests", 1)
+
+    def charge(self, num_tokens: int) -> None:
+        """Take what a request will use at most. APIError 429 with Retry-After where less is left, and 400 where it is more
+        than a full bucket holds; nothing is taken then."""
+        self._charge("tokens", num_tokens)
+
+    def refund(self, num_tokens: int) -> None:
+        """Give back what a finished request was charged for and did not use."""
+        if bucket := self._buckets.get("tokens"):
+            bucket.add(num_tokens, self._clock())
+
+    def headers(self) -> dict[str, str]:
+        """The state of each bucket, as OpenAI's headers say it; `reset` is when it will be full."""
+        now = self._clock()
+        headers = {}
+        for unit, bucket in self._buckets.items():
+            headers[f"x-ratelimit-limit-{unit}"] = str(bucket.limit)
+            headers[f"x-ratelimit-remaining-{unit}"] = str(remaining(bucket, now))
+            headers[f"x-ratelimit-reset-{unit}"] = duration_text(bucket.seconds_until(bucket.limit, now))
+        return headers
+
+    def _charge(self, unit: str, amount: int) -> None:
+        bucket = self._buckets.get(unit)
+        if bucket is None:
+            return
+        limit = f"this key's limit is {bucket.limit} {unit} a minute"
+        if amount > bucket.limit:
+            message = f"the request asks for {amount} {unit}, prompts and completions together, but {limit}"
+            raise invalid(message, code="request_too_large")
+        now = self._clock()
+        wait = bucket.seconds_until(amount, now)
+        if wait > ROUNDING:
+            seconds = math.ceil(wait)
+            message = f"{limit}; the request needs {amount} and {remaining(bucket, now)} are left: try again in {seconds} s"
+            raise APIError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(seconds)})
+        bucket.add(-amount, now)
+
+
+class RateLimits:
+    """The limits of every key, which is a hash here; all keys have the same. 0 is no limit."""
+
+    def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float] = time.monotonic):
+        self._limits = limit_requests, limit_tokens
+        self._clock = clock
+        self._keys: dict[bytes, KeyLimits] = {}
+
+    def of(self, key: bytes) -> KeyLimits | None:
+        """None where nothing is limited. Only for keys that are configured: each is kept."""
+        if not any(self._limits):
+            return None
+        if key not in self._keys:
+            self._keys[key] = KeyLimits(*self._limits, self._clock)
+        return self._keys[key]
+
+
+def remaining(bucket: Bucket, now: float) -> int:
+    return max(0, int(bucket.level(now) + ROUNDING))
+
+
+def duration_text(seconds: float) -> str:
+    """In OpenAI's form, rounded up to milliseconds: 0s, 6ms, 1.5s, 1m30s."""
+    milliseconds = math.ceil(round(seconds * 1000, 3))
+    if 0 < milliseconds < 1000:
+        return f"{milliseconds}ms"
+    minutes, rest = divmod(milliseconds, 60_000)
+    return f"{f'{minutes}m' if minutes else ''}{rest / 1000:g}s"

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install serve test lint check conformance aot bench gpu-check lock
+.PHONY: install prometheus serve test lint check conformance aot bench gpu-check lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -18,19 +18,28 @@ serve: install
 	$(BIN)/banded serve $(if $(MODEL),--model '$(MODEL)') $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') \
 	  $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(DEVICE),--device '$(DEVICE)')
 
-test: install
+# Prometheus, which some tests run beside the server; Debian's package where it is missing.
+prometheus:
+	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { \
+	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    apt-get update -q && apt-get install -y -q --no-install-recommends prometheus; \
+	  else \
+	    echo "the tests run prometheus and promtool: install Debian's package prometheus, or Prometheus's own archive" >&2; exit 1; \
+	  fi; }
+
+test: install prometheus
 	$(BIN)/pytest
 
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-check: lint
+check: lint prometheus
 	$(BIN)/mypy
 	$(BIN)/pytest
 
 # The tests that show the HTTP contract, and the table of what they show.
-conformance: install
+conformance: install prometheus
 	$(BIN)/pytest -m contract -p tests.conformance --conformance CONFORMANCE.md
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.

@@ -64,6 +64,7 @@ def exported_series() -> Series:
     # What has more labels than the model appears with its first use.
     metrics.kv_held("dense")
     metrics.kv_total("dense")
+    metrics.kv_usage("dense")
     metrics.outcome("stop")
     metrics.http_response("/v1/completions", 200)
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]

@@ -92,6 +92,7 @@ NO_GPU = "device cuda: PyTorch sees no GPU here; use --device cpu, or install a 
     [
         (["serve", "--device", "cuda"], NO_GPU),
         (["serve", "--device", "tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
+        (["serve", "--metrics-alias", "tgi"], "metrics_alias: Input should be 'vllm'"),
         (["doctor", "--device", "cuda"], NO_GPU),
         (["serve", "--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
         (["serve", "--port", "70000"], "port: Input should be less than or equal to 65535"),
@@ -122,6 +123,33 @@ def test_the_environment_is_read_and_checked(monkeypatch: pytest.MonkeyPatch, ca
     assert refused(capsys, "serve").startswith("max_slots: Input should be a valid integer")
     monkeypatch.setenv("BANDED_MAX_SLOTZ", "3")
     assert refused(capsys, "serve").startswith("BANDED_MAX_SLOTZ: no such setting; there are model, host, port,")
+
+
+def test_serve_hands_on_every_setting_of_the_application(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Enough(Exception):
+        pass
+
+    def create_app(*_: object, **options: object) -> None:
+        raise Enough(options)
+
+    monkeypatch.setattr("service.api.app.create_app", create_app)
+    given = {"api_keys": "a,b", "limit_requests": "5", "limit_tokens": "6", "max_body_bytes": "7", "cors_origins": "*"}
+    for name, value in {**given, "open_metrics": "1"}.items():
+        monkeypatch.setenv(f"BANDED_{name.upper()}", value)
+    with pytest.raises(Enough) as caught:
+        main(["serve", "--model", str(checkpoint), "--lenient", "--metrics-alias", "vllm"])
+    assert caught.value.args == (
+        {
+            "api_keys": ("a", "b"),
+            "open_metrics": True,
+            "limit_requests": 5,
+            "limit_tokens": 6,
+            "max_body_bytes": 7,
+            "cors_origins": ("*",),
+            "lenient": True,
+            "metrics_alias": "vllm",
+        },
+    )
 
 
 def test_complete_listens_nowhere_so_the_address_does_not_matter(

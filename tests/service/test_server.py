@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,10 +44,10 @@ class Running(NamedTuple):
 
 
 @asynccontextmanager
-async def listening(*, drain_timeout: float = 20) -> AsyncIterator[Running]:
+async def listening(*, drain_timeout: float = 20, **options: Any) -> AsyncIterator[Running]:
     fake = FakeEngine()
     fake.runner.fault = lambda step: time.sleep(0.002)
-    app = create_app(served(fake), fake.metrics)
+    app = create_app(served(fake), fake.metrics, **options)
     server = Server(app, fake.engine, host="127.0.0.1", port=0, drain_timeout=drain_timeout)
     status = asyncio.create_task(serve(server, fake.engine))
     await until(lambda: server.started)
@@ -179,6 +179,45 @@ def test_wrong_methods_and_half_requests_leave_the_connection_usable() -> None:
     run(test)
 
 
+async def answers(running: Running, *parts: bytes) -> tuple[list[int], bool]:
+    """Statuses of what comes back for bytes written one after another, and whether the server then closed."""
+    reader, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)
+    text = b""
+    for part in parts:
+        writer.write(part)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(0.3):
+                while chunk := await reader.read(65536):
+                    text += chunk
+    closed = reader.at_eof()
+    writer.close()
+    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", text)], closed
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
+GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+BODY = b"x" * 200_000  # more than the server takes in before it is asked to
+
+
+def test_a_body_too_large_does_not_hang_the_connection() -> None:
+    async def test() -> None:
+        async with listening(max_body_bytes=100_000) as running:
+            declared = POST + b"content-length: 200000\r\n\r\n"
+            # Refused before the body comes; when it does, it is read past and the next request answered.
+            assert await answers(running, declared, BODY, GET) == ([413, 200], False)
+            assert await answers(running, declared + BODY + GET) == ([413, 200], False)
+            chunk = b"30d40\r\n" + BODY + b"\r\n"
+            chunked = POST + b"transfer-encoding: chunked\r\n\r\n"
+            assert await answers(running, chunked + chunk, chunk + b"0\r\n\r\n", GET) == ([413, 200], False)
+            # Who is told not to send a body will not, and must not wait for an answer to what comes instead.
+            waiting = POST + b"content-length: 200000\r\nexpect: 100-continue\r\n\r\n"
+            assert await answers(running, waiting) == ([413], True)
+            assert (await running.client.post("/v1/completions", content=BODY)).status_code == 413
+            assert (await running.complete(max_tokens=1)).status_code == 200
+
+    run(test)
+
+
 def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeEngine()
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -207,9 +246,9 @@ class Process(NamedTuple):
 
 
 @contextmanager
-def banded_serve(checkpoint: Path, log: Path) -> Iterator[Process]:
+def banded_serve(checkpoint: Path, log: Path, *options: str) -> Iterator[Process]:
     banded, model = str(Path(sys.executable).with_name("banded")), str(checkpoint)
-    command = [banded, "serve", "--model", model, "--port", "0", "--dtype", "float32"]
+    command = [banded, "serve", "--model", model, "--port", "0", "--dtype", "float32", *options]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
     with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr, env=environment) as process:
         try:

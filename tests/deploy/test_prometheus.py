@@ -1,0 +1,174 @@
+"""Prometheus itself judges what is served and deployed: its linter, and a server that scrapes real ones."""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import pytest
+import yaml
+
+from service.metrics_alias import VLLM
+from tests.deploy.test_deploy import DEPLOY, ROOT, read_yaml
+from tests.model.checkpoints import tiny
+from tests.service.test_server import banded_serve
+
+
+def program(name: str) -> str:
+    found = shutil.which(name)
+    assert found, f"{name} is not installed; `make prometheus` does that"
+    return found
+
+
+def promtool(*arguments: object, text: str | None = None) -> str:
+    """What promtool says; it must be content."""
+    command = [program("promtool"), *map(str, arguments)]
+    checked = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
+    said = checked.stdout + checked.stderr
+    assert checked.returncode == 0, said
+    return said
+
+
+def make_prometheus(path: str) -> subprocess.CompletedProcess[str]:
+    """`make prometheus` where only the programs in `path` are found; without what an outer make may have set."""
+    command = [program("make"), "-C", str(ROOT), "--no-print-directory", "prometheus"]
+    return subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, timeout=60)
+
+
+def test_make_is_silent_where_prometheus_is_and_says_what_to_do_where_it_is_not(tmp_path: Path) -> None:
+    program("prometheus")
+    found = make_prometheus(os.environ["PATH"])
+    assert (found.returncode, found.stdout + found.stderr) == (0, "")
+    (tmp_path / "id").symlink_to(program("id"))
+    missing = make_prometheus(str(tmp_path))
+    assert missing.returncode != 0
+    assert "install Debian's package prometheus, or Prometheus's own archive" in missing.stderr
+
+
+class Scraped(NamedTuple):
+    """Two servers, the second with vLLM's names, and the API of the Prometheus that scrapes both."""
+
+    plain: str
+    aliased: str
+    prometheus: str
+
+    def query(self, expression: str) -> dict[str, float]:
+        """The value of a query at each server that has one, by its URL."""
+        answer = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": expression}).json()
+        assert answer["status"] == "success", answer
+        return {f"http://{item['metric']['instance']}": float(item["value"][1]) for item in answer["data"]["result"]}
+
+
+def until(there: Callable[[], object], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not there():
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="module")
+def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
+    """The deployed configuration, with other targets and in a hurry. Both servers have completed a request."""
+    folder = tmp_path_factory.mktemp("prometheus")
+    checkpoint = tiny("banded", folder, vocab_size=50257)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    with ExitStack() as stack:
+        plain = stack.enter_context(banded_serve(checkpoint, folder / "plain.log")).url
+        aliased = stack.enter_context(banded_serve(checkpoint, folder / "aliased.log", "--metrics-alias", "vllm")).url
+        for url in (plain, aliased):
+            body = {"model": "banded", "prompt": "Once", "max_tokens": 4, "ignore_eos": True}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+
+        config = read_yaml("prometheus.yml")
+        config["global"] = {"scrape_interval": "200ms", "evaluation_interval": "200ms"}
+        config["rule_files"] = [str(DEPLOY / name) for name in config["rule_files"]]
+        targets = [url.removeprefix("http://") for url in (plain, aliased)]
+        config["scrape_configs"][0]["static_configs"][0]["targets"] = targets
+        (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+        command = [
+            program("prometheus"),
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address={address}",
+        ]
+        log = folder / "prometheus.log"
+        process = stack.enter_context(subprocess.Popen(command, stderr=stack.enter_context(log.open("wb"))))
+        stack.callback(process.kill)
+        found = Scraped(plain, aliased, f"http://{address}")
+        until(lambda: answers(f"{found.prometheus}/-/ready"), log)
+        until(lambda: len(found.query("banded_generated_tokens_total > 0")) == 2, log)
+        yield found
+
+
+def test_the_linter_has_nothing_to_say_of_the_page(scraped: Scraped) -> None:
+    page = httpx.get(f"{scraped.plain}/metrics").text
+    assert "vllm" not in page
+    assert promtool("check", "metrics", text=page) == ""
+
+
+def test_the_linter_would_say_so() -> None:
+    with pytest.raises(AssertionError, match="counter metrics should have"):
+        promtool("check", "metrics", text="# HELP banded_tokens Tokens\n# TYPE banded_tokens counter\nbanded_tokens 1\n")
+
+
+def test_the_deployed_files_are_valid() -> None:
+    assert "SUCCESS" in promtool("check", "rules", DEPLOY / "alerts.yml")
+    assert "SUCCESS" in promtool("check", "config", DEPLOY / "prometheus.yml")
+
+
+def test_prometheus_scrapes_every_kind_of_series(scraped: Scraped) -> None:
+    both = (scraped.plain, scraped.aliased)
+    assert scraped.query("up") == dict.fromkeys(both, 1)
+    for expression, value in {
+        "banded_generated_tokens_total": 4,
+        'banded_requests_total{outcome="length"}': 1,
+        "banded_requests_running": 0,
+        'banded_kv_usage_ratio{group="banded"}': 0,
+        "banded_prefix_cache_hits_total": 0,
+        "banded_time_to_first_token_seconds_count": 1,
+        'banded_inter_token_latency_seconds_bucket{le="+Inf"}': 3,
+        'banded_http_requests_total{route="/v1/completions",status="200"}': 1,
+        "count by (instance) (banded_build_info)": 1,
+    }.items():
+        assert scraped.query(expression) == dict.fromkeys(both, value), expression
+    assert set(scraped.query('histogram_quantile(0.9, banded_step_time_seconds_bucket{model="banded"})')) == set(both)
+
+
+def test_the_alerts_can_be_evaluated(scraped: Scraped) -> None:
+    def rules() -> list[dict[str, Any]]:
+        found = httpx.get(f"{scraped.prometheus}/api/v1/rules").json()["data"]["groups"]
+        return [rule for group in found for rule in group["rules"]]
+
+    until(lambda: all(rule["health"] != "unknown" for rule in rules()), DEPLOY / "alerts.yml")
+    assert {rule["name"]: (rule["health"], rule["state"]) for rule in rules()} == {
+        rule["alert"]: ("ok", "inactive") for group in read_yaml("alerts.yml")["groups"] for rule in group["rules"]
+    }
+
+
+def test_vllms_series_are_there_with_the_alias_only(scraped: Scraped) -> None:
+    names = httpx.get(f"{scraped.prometheus}/api/v1/label/__name__/values").json()["data"]
+    families = {name.removeprefix("vllm:") for name in names if name.startswith("vllm:")}
+    shortened = {name.removesuffix(suffix) for name in families for suffix in ("", "_total", "_bucket")}
+    assert set(VLLM.values()) <= shortened
+    for expression, value in {
+        "vllm:generation_tokens_total": 4,
+        'vllm:request_success_total{finished_reason="length",model_name="banded",engine="0"}': 1,
+        "vllm:kv_cache_usage_perc": 0,
+        "vllm:time_to_first_token_seconds_count": 1,
+        'vllm:request_time_per_output_token_seconds_bucket{le="+Inf"}': 1,
+    }.items():
+        assert scraped.query(expression) == {scraped.aliased: value}, expression

@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.band import PAGE_SIZE, pages_spanned, query_blocks
+from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 from kernels.cpu_sampling import sample as sample
 from kernels.names import Activation
+from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PageList, PrefillPlan
 
 # Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
@@ -64,52 +65,66 @@ def attend_pages(
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    out = torch.empty_like(q)
-    row = 0
-    for i, (start, length) in enumerate(zip(plan.starts, plan.lengths, strict=True)):
-        blocks = list(query_blocks(start, start + length, plan.pattern.band))
-        base = blocks[0].first_key
-        pages = plan.page_table[i, list(pages_spanned(base, start + length))].long()
-        k, v = (gather_keys(x, pages) for x in (k_pages, v_pages))  # (H, keys, D) from key `base` on
-        for block in blocks:
-            rows = slice(row + block.start - start, row + block.stop - start)
-            keys = slice(block.first_key - base, block.stop - base)
-            mask = plan.pattern.sees(
-                torch.arange(block.start, block.stop)[:, None], torch.arange(block.first_key, block.stop)
-            )
-            queries = q[rows].transpose(0, 1)[None]  # (1, H, queries, D)
-            attended = F.scaled_dot_product_attention(
-                queries, k[None, :, keys], v[None, :, keys], attn_mask=mask, scale=scale
-            )
-            out[rows] = attended[0].transpose(0, 1)
-        row += length
-    return out
+    """Tile of queries by tile, each against the same range of keys wherever the chunk begins and ends: see attend_tile."""
+    band = plan.pattern.band
+    parts = []
+    for i, (start, queries) in enumerate(zip(plan.starts, q.split(plan.lengths), strict=True)):
+        stop = start + len(queries)
+        tiles = pages_spanned(start, stop)
+        # Before `start` a tile may see pages that the chunk does not, and nobody holds any more.
+        spanned, live = pages_of_tile(tiles.start, band).start, pages_of_tile(tiles.stop - 1, band)
+        held = range(first_key(start, band) // PAGE_SIZE, live.stop)
+        page_ids = plan.page_table[i, held.start : held.stop].long()
+        k, v = (gather_keys(x, page_ids, held.start - spanned, stop - held.start * PAGE_SIZE) for x in (k_pages, v_pages))
+        for tile in tiles:
+            pages = pages_of_tile(tile, band)
+            keys = slice((pages.start - spanned) * PAGE_SIZE, (pages.stop - spanned) * PAGE_SIZE)
+            positions = torch.arange(pages.start * PAGE_SIZE, pages.stop * PAGE_SIZE)
+            parts.append(attend_tile(queries, start, tile, k[:, keys], v[:, keys], positions, plan.pattern, scale))
+    return torch.cat(parts)
 
 
 def block_sparse_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
     """Row of the layout by row: only listed pages are gathered."""
     assert plan.layout is not None, f"a {plan.pattern.kind} pattern has no block layout"
     row_ptr, col_idx = plan.layout.row_ptr.tolist(), plan.layout.col_idx
-    out = torch.empty_like(q)
-    for i, (chunk, length, first_row) in enumerate(plan.chunks.tolist()):
-        for row in pages_spanned(chunk, chunk + length):
-            start, stop = max(chunk, row * PAGE_SIZE), min(chunk + length, (row + 1) * PAGE_SIZE)
+    parts = []
+    for i, (start, queries) in enumerate(zip(plan.starts, q.split(plan.lengths), strict=True)):
+        stop = start + len(queries)
+        for row in pages_spanned(start, stop):
             columns = col_idx[row_ptr[row] : row_ptr[row + 1]].long()
+            positions = (columns[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
             # The diagonal block stands last; only there are keys that are not written yet.
-            keys = (columns[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
-            keys = keys[keys < stop]
-            pages = plan.page_table[i, columns].long()
-            k, v = (gather_keys(x, pages)[None, :, : len(keys)] for x in (k_pages, v_pages))
-            mask = plan.pattern.sees(torch.arange(start, stop)[:, None], keys)
-            rows = slice(first_row + start - chunk, first_row + stop - chunk)
-            attended = F.scaled_dot_product_attention(q[rows].transpose(0, 1)[None], k, v, attn_mask=mask, scale=scale)
-            out[rows] = attended[0].transpose(0, 1)
-    return out
+            written = len(positions) - max((row + 1) * PAGE_SIZE - stop, 0)
+            k, v = (gather_keys(x, plan.page_table[i, columns].long(), 0, written) for x in (k_pages, v_pages))
+            parts.append(attend_tile(queries, start, row, k, v, positions, plan.pattern, scale))
+    return torch.cat(parts)
 
 
-def gather_keys(pages: Tensor, page_ids: Tensor) -> Tensor:
-    """The named pages of (P, H, 64, D) side by side: (H, keys, D)."""
-    return pages.index_select(0, page_ids).transpose(0, 1).flatten(1, 2)
+def gather_keys(pages: Tensor, page_ids: Tensor, num_dead: int, written: int) -> Tensor:
+    """The named pages of (P, H, 64, D) side by side, (H, keys, D), behind `num_dead` pages of zeros. Zeros as well from
+    their key `written` on: what stands there may be NaN, which no mask hides."""
+    gathered = pages.index_select(0, page_ids).transpose(0, 1).flatten(1, 2)
+    gathered[:, written:] = 0
+    return F.pad(gathered, (0, 0, num_dead * PAGE_SIZE, 0))
+
+
+def attend_tile(
+    queries: Tensor, start: int, tile: int, k: Tensor, v: Tensor, positions: Tensor, pattern: Pattern, scale: float
+) -> Tensor:
+    """Attention of those of `queries` (T, H, D), which stand at `start` and on, that belong to a tile: (queries, H, D).
+
+    A tile is always computed whole, with zeros for the queries that the chunk lacks, because PyTorch's kernel adds in an
+    order that depends on how many queries and keys it gets: so a row has the same bits however its prompt is cut. `k` and
+    `v` (H, keys, D) stand at `positions` (keys,).
+    """
+    first = tile * PAGE_SIZE
+    rows = queries[max(first - start, 0) : first + PAGE_SIZE - start]
+    before = max(start - first, 0)
+    whole = F.pad(rows, (0, 0, 0, 0, before, PAGE_SIZE - before - len(rows))).transpose(0, 1)[None]  # (1, H, 64, D)
+    mask = pattern.sees(torch.arange(first, first + PAGE_SIZE)[:, None], positions)
+    attended = F.scaled_dot_product_attention(whole, k[None], v[None], attn_mask=mask, scale=scale)
+    return attended[0, :, before : before + len(rows)].transpose(0, 1)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -25,9 +25,7 @@ from service.kv_cache import FilledPage, KVCache, PageKey, page_keys
 # "stop" and "length" are the client's; "error": the step raised; "timeout": waited too long to start.
 FinishReason = Literal["stop", "length", "error", "timeout"]
 
-# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on. A chunk
-# that does not end its prompt ends at an absolute multiple of it: attention over a prompt then has the same bits wherever
-# time and batch-mates happen to cut it (in bf16, where the matrix products of every row have the same bits in any batch).
+# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on.
 MIN_CHUNK = 16
 # However many prompts wait, a step beside decoding streams may take about this many times their own time longer.
 MOST_PACE = 3.0
@@ -299,9 +297,7 @@ class Scheduler:
         if start == 0 and (usable := sequence.usable_keys):
             keys = usable[: self.cache.prefix(usable)]
             start = len(keys) * PAGE_SIZE
-        end = len(prompt)
-        if start + budget < end:
-            end = (start + budget) // MIN_CHUNK * MIN_CHUNK
+        end = min(start + budget, len(prompt))
         if end <= start:
             return False
         if sequence.num_computed == 0:

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.band import PAGE_SIZE, QUERY_BLOCK, first_key, pages_spanned, query_blocks
+from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 
 bands = st.none() | st.integers(1, 600)
 
@@ -22,12 +22,9 @@ def test_pages_spanned(first: int, count: int) -> None:
     assert list(pages_spanned(first, first + count)) == sorted({k // PAGE_SIZE for k in range(first, first + count)})
 
 
-@given(start=st.integers(0, 2000), count=st.integers(1, 900), band=bands)
-def test_query_blocks_cover_every_query_once_and_every_key_it_sees(start: int, count: int, band: int | None) -> None:
-    blocks = list(query_blocks(start, start + count, band))
-    assert [q for block in blocks for q in range(block.start, block.stop)] == list(range(start, start + count))
-    for block in blocks:
-        assert block.first_key % PAGE_SIZE == 0
-        assert block.first_key <= min(first_key(q, band) for q in range(block.start, block.stop))
-        if band is not None:
-            assert block.stop - block.first_key < band + QUERY_BLOCK + PAGE_SIZE
+@given(tile=st.integers(0, 40), band=bands)
+def test_pages_of_a_tile_are_those_its_queries_see(tile: int, band: int | None) -> None:
+    queries = range(tile * PAGE_SIZE, (tile + 1) * PAGE_SIZE)
+    assert list(pages_of_tile(tile, band)) == sorted(
+        {k // PAGE_SIZE for q in queries for k in range(first_key(q, band), q + 1)}
+    )

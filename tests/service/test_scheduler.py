@@ -265,9 +265,6 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             assert step.num_tokens <= step_tokens
             assert {start.slot for start in step.starts} >= {chunk.slot for chunk in step.chunks if chunk.start == 0}
             began += [scheduler.running[start.slot] for start in step.starts]
-            for chunk in step.chunks:
-                end = chunk.start + len(chunk.tokens)
-                assert end % MIN_CHUNK == 0 or end == len(scheduler.running[chunk.slot].prompt)
             in_flight.append((step, *device.run(step)))
         abort_one()
         # Now and then everything is read, as when a launch fails.
@@ -367,7 +364,7 @@ def test_a_learnt_pace_sets_the_length_of_chunks() -> None:
     scheduler.submit([sequence(400, 5)])
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert [len(chunk.tokens) for chunk in step.chunks] == [96], "100, down to a multiple of 16"
+    assert [len(chunk.tokens) for chunk in step.chunks] == [100]
 
 
 def test_pace_allows_as_much_prompt_as_takes_one_decode_step() -> None:

@@ -477,7 +477,7 @@ def test_abort_gives_pages_and_slot_back_at_once_and_drops_what_is_in_flight() -
 
 def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     scheduler = make(100, step_tokens=256)
-    failing, joined = sequence(250, 9), sequence(200, 1)
+    failing, joined = sequence(256, 9), sequence(200, 1)
     scheduler.submit([failing, joined])
     launch(scheduler)
     scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 256  # type: ignore[method-assign]

@@ -7,11 +7,14 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from service.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -115,15 +118,29 @@ def run_serve(args: argparse.Namespace) -> int:
     # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args)
+    from service.server import Server, serve
+
+    server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
+    try:
+        status = asyncio.run(serve(server))
+    except SystemExit as exit_:  # a signal, after the server's own end
+        status = exit_.code if isinstance(exit_.code, int) else 1
+    if server.is_loading or (server.engine and server.engine.hangs):
+        # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def load_app(settings: Settings) -> "FastAPI":
+    """The application over the model that the settings name: what takes its time when a server starts."""
     from service.api.app import create_app
     from service.loading import load_served, served_name
     from service.metrics import Metrics
-    from service.server import Server, serve
 
     metrics = Metrics(served_name(settings.model))
-    served = load_served(settings, metrics)
-    app = create_app(
-        served,
+    return create_app(
+        load_served(settings, metrics),
         metrics,
         api_keys=settings.api_keys,
         open_metrics=settings.open_metrics,
@@ -134,13 +151,6 @@ def run_serve(args: argparse.Namespace) -> int:
         lenient=settings.lenient,
         metrics_alias=settings.metrics_alias,
     )
-    server = Server(app, served.engine, host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
-    status = asyncio.run(serve(server, served.engine))
-    if served.engine.hangs:
-        # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
-        logging.shutdown()
-        os._exit(status)
-    return status
 
 
 def run_complete(args: argparse.Namespace) -> int:

@@ -12,11 +12,13 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import torch
 from safetensors.torch import save_file
 
@@ -61,6 +63,10 @@ def server(model: Path, *options: str) -> Iterator[str]:
             if found := re.search(r"running on (http://\S+)", line):
                 # The access log must be read, or its pipe fills up and the server waits.
                 threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
+                while httpx.get(f"{found.group(1)}/health/ready").status_code != 200:
+                    time.sleep(0.1)
+                    if process.poll() is not None:
+                        raise RuntimeError("the server ended before it was ready")
                 yield found.group(1)
                 return
         raise RuntimeError("the server ended before it listened")

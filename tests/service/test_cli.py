@@ -137,7 +137,7 @@ def test_serve_hands_on_every_setting_of_the_application(checkpoint: Path, monke
     for name, value in {**given, "open_metrics": "1"}.items():
         monkeypatch.setenv(f"BANDED_{name.upper()}", value)
     with pytest.raises(Enough) as caught:
-        main(["serve", "--model", str(checkpoint), "--lenient", "--metrics-alias", "vllm"])
+        main(["serve", "--port", "0", "--model", str(checkpoint), "--lenient", "--metrics-alias", "vllm"])
     assert caught.value.args == (
         {
             "api_keys": ("a", "b"),

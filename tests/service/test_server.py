@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -18,10 +19,12 @@ from typing import Any, NamedTuple
 import httpx
 import openai
 import pytest
+from fastapi import FastAPI
 
 from service.api.app import create_app
 from service.engine import STOP_SECONDS
 from service.server import Server, serve
+from tests.conformance import contract
 from tests.model.checkpoints import tiny
 from tests.service.api.test_app import served
 from tests.service.fakes import FakeEngine
@@ -48,9 +51,9 @@ async def listening(*, drain_timeout: float = 20, **options: Any) -> AsyncIterat
     fake = FakeEngine()
     fake.runner.fault = lambda step: time.sleep(0.002)
     app = create_app(served(fake), fake.metrics, **options)
-    server = Server(app, fake.engine, host="127.0.0.1", port=0, drain_timeout=drain_timeout)
-    status = asyncio.create_task(serve(server, fake.engine))
-    await until(lambda: server.started)
+    server = Server(lambda: app, host="127.0.0.1", port=0, drain_timeout=drain_timeout)
+    status = asyncio.create_task(serve(server))
+    await until(lambda: server.engine is not None)
     port = server.servers[0].sockets[0].getsockname()[1]
     async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
         yield Running(fake, server, client, status)
@@ -58,6 +61,63 @@ async def listening(*, drain_timeout: float = 20, **options: Any) -> AsyncIterat
     if not status.done():
         server.should_exit = True
         await status
+
+
+@contract("health", "ready", "503 while loading, as everything but liveness")
+def test_while_it_loads_a_server_says_so() -> None:
+    async def test() -> None:
+        fake, go = FakeEngine(), threading.Event()
+
+        def load() -> FastAPI:
+            assert go.wait(20)
+            return create_app(served(fake), fake.metrics)
+
+        server = Server(load, host="127.0.0.1", port=0, drain_timeout=1)
+        status = asyncio.create_task(serve(server))
+        await until(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+            assert (await client.get("/health/live")).json() == {"status": "live"}
+            for path in ("/health/ready", "/v1/models", "/metrics", "/nope"):
+                answer = await client.get(path)
+                assert answer.status_code == 503
+                assert answer.json()["error"] == {
+                    "message": "the model is still loading",
+                    "type": "server_error",
+                    "param": None,
+                    "code": "unavailable",
+                }
+                assert answer.headers["retry-after"] == "1"
+                assert answer.headers["x-request-id"].startswith("req_")
+            go.set()
+            await until(lambda: server.engine is not None)
+            assert (await client.get("/health/ready")).json() == {"status": "ready"}
+            server.handle_exit(signal.SIGTERM, None)
+            assert await status == 0
+
+    run(test)
+
+
+def test_what_can_not_be_loaded_ends_the_server_with_its_error() -> None:
+    def load() -> FastAPI:
+        raise ValueError("no such weights")
+
+    with pytest.raises(ValueError, match="no such weights"):
+        asyncio.run(serve(Server(load, host="127.0.0.1", port=0, drain_timeout=1)))
+
+
+def test_a_signal_while_loading_ends_the_server_at_once() -> None:
+    async def test() -> None:
+        go = threading.Event()
+        server = Server(lambda: go.wait(20) and FastAPI(), host="127.0.0.1", port=0, drain_timeout=20)  # type: ignore[arg-type, return-value]
+        status = asyncio.create_task(serve(server))
+        await until(lambda: server.is_loading)
+        server.handle_exit(signal.SIGTERM, None)
+        assert await status == 1
+        assert server.is_loading
+        go.set()
+
+    run(test)
 
 
 def test_a_signal_lets_requests_finish_and_refuses_new_ones() -> None:
@@ -222,9 +282,9 @@ def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeEngine()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = Server(create_app(served(fake), fake.metrics), fake.engine, host="127.0.0.1", port=port, drain_timeout=1)
+        server = Server(lambda: create_app(served(fake), fake.metrics), host="127.0.0.1", port=port, drain_timeout=1)
         with pytest.raises(SystemExit) as exit_:
-            asyncio.run(serve(server, fake.engine))
+            asyncio.run(serve(server))
     assert exit_.value.code != 0
     assert "address already in use" in caplog.text
 
@@ -254,6 +314,10 @@ def banded_serve(checkpoint: Path, log: Path, *options: str) -> Iterator[Process
         try:
             deadline = time.monotonic() + 60
             while not (found := re.search(r"running on (http://\S+)", log.read_text())):
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.05)
+            while httpx.get(f"{found[1]}/health/ready").status_code != 200:
                 assert process.poll() is None, log.read_text()
                 assert time.monotonic() < deadline, log.read_text()
                 time.sleep(0.05)

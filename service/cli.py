@@ -121,10 +121,7 @@ def run_serve(args: argparse.Namespace) -> int:
     from service.server import Server, serve
 
     server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
-    try:
-        status = asyncio.run(serve(server))
-    except SystemExit as exit_:  # a signal, after the server's own end
-        status = exit_.code if isinstance(exit_.code, int) else 1
+    status = asyncio.run(serve(server))
     if server.is_loading or (server.engine and server.engine.hangs):
         # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
         logging.shutdown()

@@ -1,6 +1,7 @@
 """uvicorn with a beginning and an end: it listens while the model loads, SIGTERM drains, a failure ends the process."""
 
 import asyncio
+import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -108,7 +109,7 @@ async def serve(server: Server) -> int:
     await server.serve()
     if server.load_error:
         raise server.load_error
-    if server.engine is None:
-        return 1
+    if server.engine is None:  # told to end before it was loaded
+        return 128 + signal.SIGTERM
     await server.engine.stop()  # where a third signal has skipped the application's own shutdown
     return 1 if server.engine.has_failed else 0

@@ -113,7 +113,7 @@ def test_a_signal_while_loading_ends_the_server_at_once() -> None:
         status = asyncio.create_task(serve(server))
         await until(lambda: server.is_loading)
         server.handle_exit(signal.SIGTERM, None)
-        assert await status == 1
+        assert await status == 143
         assert server.is_loading
         go.set()
 

@@ -441,6 +441,31 @@ def test_a_chat_takes_null_for_every_field(client: openai.OpenAI, model: str) ->
     assert answer.choices[0].finish_reason in ("stop", "length")
 
 
+@contract(
+    "clients", "openai SDK", "`chat.completions.create` with the values that change nothing, and notes about the request"
+)
+def test_a_chat_takes_values_that_change_nothing(client: openai.OpenAI, model: str) -> None:
+    fields: dict[str, Any] = {"model": model, "messages": HELLO, "seed": 5, "max_tokens": 8, "extra_body": UNENDED}
+    neutral: dict[str, Any] = {
+        "logit_bias": {},
+        "metadata": {"team": "one"},
+        "modalities": ["text"],
+        "parallel_tool_calls": True,
+        "prompt_cache_key": "key",
+        "reasoning_effort": "none",
+        "response_format": {"type": "text"},
+        "safety_identifier": "hash",
+        "service_tier": "auto",
+        "store": False,
+        "tool_choice": "none",
+        "tools": [],
+        "user": "somebody",
+        "verbosity": "medium",
+    }
+    plain = client.chat.completions.create(**fields)
+    assert client.chat.completions.create(**fields, **neutral).choices == plain.choices
+
+
 @contract("clients", "openai SDK", "a chat field with an effect that this server lacks is a BadRequestError")
 @pytest.mark.parametrize(
     ("field", "value"),

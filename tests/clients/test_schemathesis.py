@@ -1,0 +1,105 @@
+"""Schemathesis asks what the OpenAPI document allows, and what it forbids, of an application over a fake engine."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import uvicorn
+from hypothesis import HealthCheck, settings
+from schemathesis import Case, CheckContext, CheckFunction, Response
+from schemathesis.config import SchemathesisConfig
+from schemathesis.openapi import from_dict
+from schemathesis.specs.openapi.checks import positive_data_acceptance
+
+from service.api.app import create_app
+from tests.conformance import contract
+from tests.service.api.test_app import served
+from tests.service.fakes import FakeEngine
+
+SEED = 20200528
+EXAMPLES = 40  # of each route, beside the boundary values of every field
+
+# Of the built-in checks one is left out: much that the document allows is refused for what JSON Schema can't say, such as a
+# prompt longer than the context, a token outside the vocabulary, or a best_of below n. That every route also answers with
+# success is seen at the end of `running`.
+LEFT_OUT: list[CheckFunction] = [positive_data_acceptance]
+
+
+class Running(NamedTuple):
+    url: str
+    asked: set[str]
+    succeeded: set[str]
+
+
+def application() -> Any:
+    # Room for any n that a slot and the queue can be asked for, so that few requests end in a 429.
+    fake = FakeEngine(max_slots=32, max_queue=4096, kv_sequences=32)
+    return create_app(served(fake), fake.metrics)
+
+
+def document() -> dict[str, Any]:
+    """The application's document. Which model is served it can't say, and under any other name all is a 404."""
+    found: dict[str, Any] = application().openapi()
+    bodies = [schema for schema in found["components"]["schemas"].values() if schema.get("additionalProperties") is False]
+    parameters = [
+        parameter
+        for operations in found["paths"].values()
+        for operation in operations.values()
+        for parameter in operation.get("parameters", [])
+    ]
+    for body in bodies:
+        if "model" in body["properties"]:
+            body["properties"]["model"] = {"enum": ["fake"] if "model" in body.get("required", []) else ["fake", None]}
+    for parameter in parameters:
+        parameter["schema"] = {"enum": ["fake"]}
+    return found
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[Running]:
+    server = uvicorn.Server(uvicorn.Config(application(), port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    running = Running(f"http://127.0.0.1:{port}", set(), set())
+    yield running
+    server.should_exit = True
+    thread.join()
+    assert running.asked == running.succeeded, "some routes only ever failed"
+
+
+def errors_have_one_shape(context: CheckContext, response: Response, case: Case[Any]) -> None:
+    if response.status_code >= 400:
+        body = response.json()
+        assert list(body) == ["error"]
+        assert list(body["error"]) == ["message", "type", "param", "code"]
+        assert isinstance(body["error"]["message"], str)
+        assert isinstance(body["error"]["type"], str)
+        assert all(body["error"][name] is None or isinstance(body["error"][name], str) for name in ("param", "code"))
+        assert len(response.content) < 1000, "errors stay small whatever was sent"
+
+
+schema = from_dict(document(), config=SchemathesisConfig(seed=SEED))
+
+
+@contract(
+    "clients",
+    "schemathesis",
+    "no request that the OpenAPI document allows or forbids ends in a 5xx",
+    "statuses, content types, headers and bodies are as documented",
+    "what the document forbids is refused",
+    "every error is {error: {message, type, param, code}}, and small",
+)
+@schema.parametrize()
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+def test_the_openapi_document_is_true(case: Case[Any], running: Running) -> None:
+    response = case.call(base_url=running.url)
+    running.asked.add(case.operation.label)
+    if response.status_code == 200:
+        running.succeeded.add(case.operation.label)
+    case.validate_response(response, additional_checks=[errors_have_one_shape], excluded_checks=LEFT_OUT)

@@ -6,6 +6,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    GetJsonSchemaHandler,
     ModelWrapValidatorHandler,
     PlainValidator,
     PrivateAttr,
@@ -16,8 +17,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic.json_schema import WithJsonSchema
-from pydantic_core import PydanticCustomError
+from pydantic.json_schema import JsonSchemaValue, WithJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
@@ -163,6 +164,12 @@ LogitBias = Annotated[
 ]
 
 
+def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """`schema`, or null. What describes a field stays outside."""
+    about = {name: schema.pop(name) for name in ("title", "description", "default") if name in schema}
+    return about | {"anyOf": [schema, {"type": "null"}]}
+
+
 class Body(BaseModel):
     """A JSON object of a request. null stands for the default everywhere; `unknown_fields` names what has no meaning."""
 
@@ -179,6 +186,15 @@ class Body(BaseModel):
         read = validate({name: value for name, value in body.items() if name in cls.model_fields and value is not None})
         read._unknown += [name for name in body if name not in cls.model_fields]
         return read
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        found = handler.resolve_ref_schema(schema)
+        for name, field in found["properties"].items():
+            if name not in found.get("required", []) and {"type": "null"} not in field.get("anyOf", []):
+                found["properties"][name] = nullable(field)
+        return schema
 
     @property
     def unknown_fields(self) -> list[str]:
@@ -354,8 +370,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "parallel_tool_calls": (True, False),
     "prediction": (),
+    "prompt_cache_options": (),
     "prompt_cache_retention": ("in-memory", "in_memory"),
     "reasoning_effort": ("none",),
     "response_format": ({"type": "text"},),
@@ -400,6 +418,18 @@ class Message(Body):
     tool_calls: Any = None
     tool_call_id: Any = None
 
+    @field_validator("content", mode="before")
+    @classmethod
+    def _check_content(cls, value: Any) -> Any:
+        # The union's own error would be about a string, whatever part is wrong.
+        if not isinstance(value, str | list):
+            raise ValueError("must be a string or an array of text parts")
+        for i, part in enumerate(value if isinstance(value, list) else ()):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f"part {i} is no text: this server takes parts of type 'text' with a string 'text' only")
+        return value
+
     @field_validator(*NEUTRAL_IN_MESSAGES)
     @classmethod
     def _refuse_effect(cls, value: Any, info: ValidationInfo) -> Any:
@@ -428,8 +458,10 @@ class ChatRequest(SamplingFields):
     function_call: Any = None
     functions: Any = None
     modalities: Any = None
+    moderation: Any = None
     parallel_tool_calls: Any = None
     prediction: Any = None
+    prompt_cache_options: Any = None
     prompt_cache_retention: Any = None
     reasoning_effort: Any = None
     response_format: Any = None

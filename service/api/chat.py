@@ -23,7 +23,7 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, unless_disconnected
+from service.api.sse import CLIENT_CLOSED_REQUEST, STREAMED, ClientGoneError, EventStream, unless_disconnected
 from service.choice import ShownToken
 from service.prompts import ChatTemplateError, Prompt, chat_prompt
 from service.schema import (
@@ -44,7 +44,7 @@ from service.served import ServedModel, choice_requests
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", response_model=ChatResponse)
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat; with `stream`, as server-sent events."""
     served = served_model(request, body.model)

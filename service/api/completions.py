@@ -24,7 +24,7 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, EventStream, unless_disconnected
+from service.api.sse import CLIENT_CLOSED_REQUEST, STREAMED, ClientGoneError, EventStream, unless_disconnected
 from service.choice import ShownToken
 from service.prompts import (
     ContextOverflowError,
@@ -52,13 +52,13 @@ from service.served import ServedModel, choice_requests
 router = APIRouter()
 
 
-@router.post("/v1/completions", response_model=CompletionResponse)
+@router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
     """Complete a prompt, a list of prompts, or token ids; with `stream`, as server-sent events."""
     return await complete(body, body.model, request)
 
 
-@router.post("/v1/engines/{engine:path}/completions", response_model=CompletionResponse)
+@router.post("/v1/engines/{engine:path}/completions", response_model=CompletionResponse, responses=STREAMED)
 async def create_engine_completion(engine: str, body: EngineCompletionRequest, request: Request) -> Response:
     """The same for clients from when a model was called an engine and named in the path."""
     if body.model is not None and body.model != engine:

@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 # nginx's status for a client that left; nobody receives it, but the response counter shows it.
 CLIENT_CLOSED_REQUEST = 499
+# For the OpenAPI document: with `stream` the answer is one.
+STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 # Proxies close a connection on which nothing comes, some of them after 30 s.

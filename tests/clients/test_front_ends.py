@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from tests.clients.serving import Server
 from tests.conformance import contract
+from tests.serving import Served
 
 PNG = "data:image/png;base64,iVBORw0KGgo="
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "", "parameters": {"type": "object"}}}
@@ -30,7 +30,7 @@ class Answer(NamedTuple):
 
 
 @pytest.fixture
-def client(server: Server) -> Iterator[httpx.Client]:
+def client(server: Served) -> Iterator[httpx.Client]:
     with httpx.Client(base_url=f"{server.url}/v1", headers={"authorization": "Bearer sk-none"}, timeout=60) as client:
         yield client
 

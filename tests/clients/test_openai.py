@@ -16,11 +16,11 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 
-from tests.clients.serving import Server, serve
 from tests.conformance import contract
 from tests.service.api.test_app import serving
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run, until
+from tests.serving import Served, banded_serve
 
 TEXT = "Once upon a time"
 LONG = 2000  # tokens, more than a test waits for
@@ -35,7 +35,7 @@ def sdk(url: str, key: str = "none", **options: Any) -> openai.OpenAI:
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Iterator[openai.OpenAI]:
+def client(server: Served) -> Iterator[openai.OpenAI]:
     with sdk(server.url) as client:
         yield client
 
@@ -46,10 +46,10 @@ def model(client: openai.OpenAI) -> str:
 
 
 @pytest.fixture(scope="module")
-def keyed(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def keyed(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A server whose one key may post two requests a minute."""
     settings = {"BANDED_API_KEYS": "sk-right", "BANDED_LIMIT_REQUESTS": "2"}
-    with serve(server.checkpoint, tmp_path_factory.mktemp("keyed") / "log", **settings) as keyed:
+    with banded_serve(server.checkpoint, tmp_path_factory.mktemp("keyed") / "log", **settings) as keyed:
         yield keyed
 
 
@@ -205,7 +205,7 @@ def test_a_stream_says_what_the_whole_answer_says(client: openai.OpenAI, model: 
 
 
 @contract("clients", "openai SDK", "async requests and streams at once give what each gives alone")
-def test_async_requests_at_once(server: Server, client: openai.OpenAI, model: str) -> None:
+def test_async_requests_at_once(server: Served, client: openai.OpenAI, model: str) -> None:
     seeds = range(6)
 
     def fields(seed: int) -> dict[str, Any]:
@@ -230,7 +230,7 @@ def test_async_requests_at_once(server: Server, client: openai.OpenAI, model: st
 
 
 @contract("clients", "openai SDK", "a stream that is closed early frees its slot, in sync and async")
-def test_a_stream_closed_early_frees_its_slot(server: Server, client: openai.OpenAI, model: str) -> None:
+def test_a_stream_closed_early_frees_its_slot(server: Served, client: openai.OpenAI, model: str) -> None:
     fields: dict[str, Any] = {"model": model, "prompt": TEXT, "max_tokens": LONG, "stream": True, "extra_body": UNENDED}
     stream = client.completions.create(**fields)
     next(iter(stream))
@@ -303,7 +303,7 @@ def test_an_unknown_route(client: openai.OpenAI, model: str) -> None:
     "a wrong key is an AuthenticationError",
     "a key's limit is a RateLimitError, and every response tells of the limits",
 )
-def test_keys_and_their_limits(keyed: Server) -> None:
+def test_keys_and_their_limits(keyed: Served) -> None:
     with sdk(keyed.url, "sk-wrong") as client:
         for ask in (client.models.list, lambda: client.completions.create(model="any", prompt=TEXT)):
             with pytest.raises(openai.AuthenticationError, match="missing or wrong API key") as denied:
@@ -552,7 +552,7 @@ def test_logprobs_of_a_chat(client: openai.OpenAI, model: str) -> None:
 
 
 @contract("clients", "openai SDK", "a chat's stream that is left early frees its slot")
-def test_a_chat_left_early_frees_its_slot(server: Server, client: openai.OpenAI, model: str) -> None:
+def test_a_chat_left_early_frees_its_slot(server: Served, client: openai.OpenAI, model: str) -> None:
     with client.chat.completions.stream(
         model=model, messages=HELLO, max_tokens=LONG, extra_body=UNENDED | {"seed": 1}
     ) as stream:

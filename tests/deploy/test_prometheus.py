@@ -17,7 +17,7 @@ import yaml
 from service.metrics_alias import VLLM
 from tests.deploy.test_deploy import DEPLOY, ROOT, read_yaml
 from tests.model.checkpoints import tiny
-from tests.service.test_server import banded_serve
+from tests.serving import banded_serve
 
 
 def program(name: str) -> str:

@@ -3,16 +3,13 @@
 import asyncio
 import json
 import logging
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +26,7 @@ from tests.model.checkpoints import tiny
 from tests.service.api.test_app import served
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run, until
+from tests.serving import banded_serve
 
 
 class Running(NamedTuple):
@@ -295,35 +293,6 @@ def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny("banded", tmp_path_factory.mktemp("model"), vocab_size=50257, n_positions=2048, n_layer=2)
-
-
-class Process(NamedTuple):
-    process: subprocess.Popen[bytes]
-    url: str
-
-    def ended(self) -> int:
-        return self.process.wait(timeout=30)
-
-
-@contextmanager
-def banded_serve(checkpoint: Path, log: Path, *options: str) -> Iterator[Process]:
-    banded, model = str(Path(sys.executable).with_name("banded")), str(checkpoint)
-    command = [banded, "serve", "--model", model, "--port", "0", "--dtype", "float32", *options]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
-    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr, env=environment) as process:
-        try:
-            deadline = time.monotonic() + 60
-            while not (found := re.search(r"running on (http://\S+)", log.read_text())):
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            while httpx.get(f"{found[1]}/health/ready").status_code != 200:
-                assert process.poll() is None, log.read_text()
-                assert time.monotonic() < deadline, log.read_text()
-                time.sleep(0.05)
-            yield Process(process, found[1])
-        finally:
-            process.kill()
 
 
 def next_data(lines: Iterator[str]) -> str:

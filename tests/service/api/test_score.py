@@ -64,8 +64,8 @@ def test_an_empty_prompt(fields: dict[str, Any]) -> None:
             "continuations",
             "'continuations': list should have at least 1 item after validation, not 0",
         ),
-        ({"continuations": ["a", ""]}, "continuations.1", "is empty, so that there is nothing to score"),
-        ({"continuations": [[]]}, "continuations.0", "is empty, so that there is nothing to score"),
+        ({"continuations": ["a", ""]}, "continuations.1", "'continuations.1' is empty, so that there is nothing to score"),
+        ({"continuations": [[]]}, "continuations.0", "'continuations.0' is empty, so that there is nothing to score"),
         (
             {"continuations": [[50257]]},
             "continuations.0",

@@ -1,0 +1,49 @@
+"""A real `banded serve` in a process of its own, for tests that go over HTTP."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+
+COMMAND = [sys.executable, "-c", "import sys; from service.cli import main; sys.exit(main())", "serve"]
+
+
+class Served(NamedTuple):
+    """A server that is ready. The model is named after the checkpoint's folder."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+    checkpoint: Path
+
+    def ended(self) -> int:
+        return self.process.wait(timeout=30)
+
+
+@contextmanager
+def banded_serve(checkpoint: Path, log: Path, *options: str, **environment: str) -> Iterator[Served]:
+    """Serves a checkpoint in float32 on a free port; killed at the end. `environment` are further variables."""
+    command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--dtype", "float32", *options]
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
+    deadline = time.monotonic() + 60
+    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr, env=inherited | environment) as process:
+
+        def wait() -> None:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+
+        try:
+            while not (found := re.search(r"running on (http://\S+)", log.read_text())):
+                wait()
+            while httpx.get(f"{found[1]}/health/ready").status_code != 200:
+                wait()
+            yield Served(process, found[1], checkpoint)
+        finally:
+            process.kill()

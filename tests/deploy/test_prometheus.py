@@ -51,6 +51,29 @@ def test_make_is_silent_where_prometheus_is_and_says_what_to_do_where_it_is_not(
     assert "install Debian's package prometheus, or Prometheus's own archive" in missing.stderr
 
 
+def stub(folder: Path, name: str, script: str) -> None:
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(0o755)
+
+
+def test_make_installs_prometheus_for_root_and_leaves_no_service(tmp_path: Path) -> None:
+    stub(tmp_path, "id", "echo 0")
+    for name in ("apt-get", "service", "update-rc.d"):
+        stub(tmp_path, name, f'echo {name} "$@"')
+    done = make_prometheus(str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "apt-get update -q",
+        "apt-get install -y -q --no-install-recommends prometheus",
+        "service prometheus stop",
+        "update-rc.d prometheus disable",
+    ]
+    for name in ("apt-get", "service", "update-rc.d"):
+        stub(tmp_path, name, "exit 1")
+        assert make_prometheus(str(tmp_path)).returncode != 0
+        stub(tmp_path, name, "exit 0")
+
+
 class Scraped(NamedTuple):
     """Two servers, the second with vLLM's names, and the API of the Prometheus that scrapes both."""
 

@@ -18,11 +18,12 @@ serve: install
 	$(BIN)/banded serve $(if $(MODEL),--model '$(MODEL)') $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') \
 	  $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(DEVICE),--device '$(DEVICE)')
 
-# Prometheus, which some tests run beside the server; Debian's package where it is missing.
+# Prometheus, which some tests run beside the server; Debian's package where it is missing, without the service it starts.
 prometheus:
 	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { \
 	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -q && apt-get install -y -q --no-install-recommends prometheus; \
+	    apt-get update -q && apt-get install -y -q --no-install-recommends prometheus && \
+	    service prometheus stop && update-rc.d prometheus disable; \
 	  else \
 	    echo "the tests run prometheus and promtool: install Debian's package prometheus, or Prometheus's own archive" >&2; exit 1; \
 	  fi; }

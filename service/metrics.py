@@ -46,7 +46,9 @@ class Metrics:
         self.end_to_end_time = self._histogram("e2e_time_seconds", "From submission to the end", REQUEST_SECONDS)
         self.prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of the requests that were accepted")
         self.generated_tokens = self._counter("generated_tokens", "Tokens sampled for clients")
-        self.request_prompt_tokens = self._histogram("request_prompt_tokens", "Prompt tokens of a choice", TOKEN_COUNTS)
+        self.request_prompt_tokens = self._histogram(
+            "request_prompt_tokens", "Tokens of a prompt, once for all its choices", TOKEN_COUNTS
+        )
         self.request_generated_tokens = self._histogram(
             "request_generated_tokens", "Tokens generated for a choice", TOKEN_COUNTS
         )

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from model.card import Card, load_card
-from model.fingerprint import weights_fingerprint
 
 from kernels import ops
 from kernels.names import KernelChoice
+from model.card import Card, load_card
 from model.doctor import KernelErrors, kernel_errors
+from model.fingerprint import weights_fingerprint
 from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams

@@ -6,7 +6,6 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from model.card import Card
-
 from model.config import GPTConfig
 from model.step import SamplingParams
 from model.tokenizer import Tokenizer

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from service.metrics_alias import VLLM
+from tests.conformance import contract
 from tests.deploy.test_deploy import DEPLOY, ROOT, Query, dashboard_queries, read_yaml
 from tests.model.checkpoints import tiny
 from tests.service.api.test_app import serving
@@ -144,6 +145,7 @@ def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
         yield found
 
 
+@contract("metrics", "promtool", "check metrics is clean")
 def test_the_linter_has_nothing_to_say_of_the_page(scraped: Scraped) -> None:
     page = httpx.get(f"{scraped.plain}/metrics").text
     assert "vllm" not in page
@@ -172,6 +174,7 @@ def test_the_deployed_files_are_valid() -> None:
     assert "SUCCESS" in promtool("check", "config", DEPLOY / "prometheus.yml")
 
 
+@contract("clients", "Prometheus", "scrapes the running service and answers queries")
 def test_prometheus_scrapes_every_kind_of_series(scraped: Scraped) -> None:
     both = (scraped.plain, scraped.aliased)
     assert scraped.query("up") == dict.fromkeys(both, 1)
@@ -192,6 +195,7 @@ def test_prometheus_scrapes_every_kind_of_series(scraped: Scraped) -> None:
     assert all(value > 0 for value in quantiles.values())  # NaN is what an empty histogram answers
 
 
+@contract("clients", "Grafana dashboard", "every panel's query has a result")
 @pytest.mark.parametrize("query", dashboard_queries(), ids=lambda query: query.expression)
 def test_a_panel_shows_something(scraped: Scraped, query: Query) -> None:
     expression = query.expression.replace("$__rate_interval", "1m").replace("$model", "banded")

@@ -5,6 +5,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from service.metrics import Metrics
 from service.metrics_alias import VLLM, VllmNames
+from tests.conformance import contract
 
 # Names and types as the dashboards of vLLM know them.
 GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
@@ -60,6 +61,7 @@ def used() -> Metrics:
     return metrics
 
 
+@contract("metrics", "--metrics-alias vllm", "every series of the list, with vLLM's labels")
 def test_every_series_is_there_under_its_type() -> None:
     samples = exported(used())
     histograms = {f"{name}_{part}" for name in HISTOGRAMS for part in ("bucket", "sum", "count")}
@@ -71,6 +73,7 @@ def test_every_series_is_there_under_its_type() -> None:
     assert len(VLLM) == len(GAUGES | COUNTERS | HISTOGRAMS)
 
 
+@contract("metrics", "--metrics-alias vllm", "values are those of banded's own")
 def test_values_are_those_of_banded() -> None:
     metrics = used()
     samples = exported(metrics)

@@ -61,6 +61,7 @@ async def listening(*, drain_timeout: float = 20, **options: Any) -> AsyncIterat
         await status
 
 
+@contract("errors", "503", "while loading")
 @contract("health", "ready", "503 while loading, as everything but liveness")
 def test_while_it_loads_a_server_says_so() -> None:
     async def test() -> None:
@@ -118,6 +119,7 @@ def test_a_signal_while_loading_ends_the_server_at_once() -> None:
     run(test)
 
 
+@contract("errors", "503", "while draining; running requests finish")
 def test_a_signal_lets_requests_finish_and_refuses_new_ones() -> None:
     async def test() -> None:
         async with listening() as running:

@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from model.card import Card
+from model.step import SamplingParams
 from service.schema import NEUTRAL, ChatRequest
 from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, serving
@@ -116,7 +117,7 @@ def test_both_names_of_the_limit() -> None:
     assert error["message"] == "'max_completion_tokens': is 2, but max_tokens is 3"
 
 
-@contract("chat", "logprobs", "tokens with their bytes and the likeliest beside them")
+@contract("chat", "logprobs, top_logprobs", "tokens with their bytes and the likeliest beside them")
 @pytest.mark.parametrize("stream", [False, True])
 def test_logprobs(stream: bool) -> None:
     answer = answer_to(max_tokens=2, logprobs=True, top_logprobs=2, stream=stream)
@@ -133,10 +134,52 @@ def test_logprobs(stream: bool) -> None:
     assert answer_to(max_tokens=2, logprobs=True).json()["choices"][0]["logprobs"]["content"][0]["top_logprobs"] == []
 
 
+SAMPLING: dict[str, Any] = {
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 7,
+    "min_p": 0.1,
+    "presence_penalty": 0.2,
+    "frequency_penalty": 0.3,
+    "repetition_penalty": 1.1,
+    "logit_bias": {"5": 1.5},
+    "seed": 3,
+    "n": 1,
+    "stop": [" four"],
+    "stop_token_ids": [9],
+    "min_tokens": 1,
+    "ignore_eos": True,
+    "include_stop_str_in_output": True,
+    "allow_special": True,
+    "stream_options": None,
+}
+
+
+@contract("chat", ", ".join(SAMPLING), "as in completions")
+def test_sampling_fields_are_those_of_completions() -> None:
+    fake = FakeEngine()
+    choice = answer_to(fake, **SAMPLING).json()["choices"][0]
+    assert choice["message"]["content"] == " one two three four"
+    assert fake.runner.steps[0].starts[0].sampling == SamplingParams(
+        0.5,
+        7,
+        0.9,
+        3,
+        0,
+        min_p=0.1,
+        repetition_penalty=1.1,
+        presence_penalty=0.2,
+        frequency_penalty=0.3,
+        logit_bias=((5, 1.5),),
+    )
+    assert fake.runner.steps[0].samples[0].banned == (9,)
+
+
 ACCEPTED = [(name, value) for name, values in NEUTRAL.items() for value in values]
 
 
-@contract("chat", "other fields of OpenAI's schema", "accepted at null or their default")
+@contract("chat", ", ".join(sorted(NEUTRAL)), "accepted at null or their default")
+@contract("chat", "metadata, prompt_cache_key, safety_identifier, user", "accepted")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -152,7 +195,7 @@ def test_fields_without_effect(name: str, value: Any) -> None:
     assert answer_to(max_tokens=1, **{name: value} if name != "max_tokens" else {}).status_code == 200
 
 
-@contract("chat", "other fields of OpenAI's schema", "with an effect that the server doesn't have: 400")
+@contract("chat", ", ".join(sorted(NEUTRAL)), "with an effect that the server doesn't have: 400")
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -179,6 +222,7 @@ def test_fields_with_an_effect_that_is_not_there(name: str, value: Any) -> None:
     assert (error["param"], error["code"]) == (name, "unsupported_parameter")
 
 
+@contract("chat", "messages", "what is not a text of a known role is refused by its place")
 @pytest.mark.parametrize(
     ("messages", "param", "message"),
     [
@@ -203,6 +247,7 @@ def test_messages_that_are_refused(messages: object, param: str, message: str | 
         assert error["message"] == f"'{param}': {message}"
 
 
+@contract("chat", "model", "unknown: 404 model_not_found")
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -28,6 +28,8 @@ def prompts_run(fake: FakeEngine) -> list[list[int]]:
     return prompts
 
 
+@contract("completions", "prompt", 'text, token ids, lists of either; null, missing or "" is a new document')
+@contract("completions", "allow_special", "special-token text in a string becomes the token, otherwise it stays text")
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -77,6 +79,7 @@ def echoing() -> FakeEngine:
     return fake
 
 
+@contract("completions", "n", "index = prompt * n + choice")
 def test_index_counts_the_choices_prompt_by_prompt() -> None:
     fake = echoing()
     choices = post({"model": "fake", "prompt": ["Once", "upon"], "n": 3, "max_tokens": 2, "seed": 5}, fake).json()["choices"]
@@ -86,10 +89,18 @@ def test_index_counts_the_choices_prompt_by_prompt() -> None:
     assert {start.sampling.seed for step in fake.runner.steps for start in step.starts} == {5}
 
 
+@contract("completions", "n", "up to 128")
 def test_the_largest_n() -> None:
     assert len(post({"model": "fake", "prompt": "a", "n": 128, "max_tokens": 1}, echoing()).json()["choices"]) == 128
 
 
+@contract("completions", "temperature, top_p, top_k, min_p", "reach the sampler")
+@contract(
+    "completions",
+    "presence_penalty, frequency_penalty, repetition_penalty, logit_bias",
+    "reach the sampler",
+)
+@contract("completions", "seed", "any 64-bit integer")
 @pytest.mark.parametrize(
     ("fields", "sampling"),
     [
@@ -114,6 +125,7 @@ def test_sampling_parameters_reach_the_runner(fields: dict[str, Any], sampling: 
     assert fake.runner.steps[0].starts[0].sampling == sampling
 
 
+@contract("completions", "seed", "without one every request draws its own")
 def test_without_a_seed_every_request_draws_its_own() -> None:
     async def test() -> None:
         async with serving() as api:
@@ -124,6 +136,8 @@ def test_without_a_seed_every_request_draws_its_own() -> None:
     run(test)
 
 
+@contract("completions", "max_tokens", "16 by default; 0 is legal")
+@contract("completions", "stop", "a string or up to 4: excluded from the text, found across token borders")
 @pytest.mark.parametrize(
     ("fields", "text", "reason"),
     [
@@ -147,6 +161,7 @@ def test_where_a_completion_ends(fields: dict[str, Any], text: str, reason: str)
     assert fake.scheduler.cache.faults() == []
 
 
+@contract("completions", "ignore_eos", "the end-of-text token ends a choice unless ignored")
 def test_end_of_text_stops_unless_ignored() -> None:
     async def test() -> None:
         async with serving(FakeEngine(" one<|endoftext|>")) as api:
@@ -160,6 +175,7 @@ def test_end_of_text_stops_unless_ignored() -> None:
     run(test)
 
 
+@contract("completions", "response", "id, object, created, model, system_fingerprint, choices, usage")
 def test_the_body_of_an_answer() -> None:
     before = int(time.time())
     answer = post({"model": "fake", "prompt": "a", "max_tokens": 1, "user": "someone"})
@@ -182,6 +198,7 @@ async def stream(api: Api, **fields: Any) -> list[Any]:
     return events_of(answer)
 
 
+@contract("completions", "stream", "chunks add up to the whole answer; no U+FFFD for a character whose bytes still arrive")
 def test_a_stream_adds_up_to_the_answer() -> None:
     async def test() -> None:
         async with serving(FakeEngine(" naïve 🙂 three")) as api:
@@ -202,6 +219,7 @@ def test_a_stream_adds_up_to_the_answer() -> None:
     run(test)
 
 
+@contract("completions", "stream_options", "no usage unless asked")
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
 def test_a_stream_has_no_usage_unless_asked(options: Any) -> None:
     async def test() -> None:
@@ -213,6 +231,7 @@ def test_a_stream_has_no_usage_unless_asked(options: Any) -> None:
     run(test)
 
 
+@contract("completions", "stream_options", "include_usage: a last chunk with usage and no choices, usage null in the others")
 def test_a_stream_with_usage() -> None:
     async def test() -> None:
         async with serving() as api:

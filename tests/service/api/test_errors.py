@@ -30,6 +30,7 @@ NOT_AN_OBJECT = "the body must be a JSON object, sent with content-type applicat
 INT64 = "input should be less than or equal to 9223372036854775807"
 
 
+@contract("errors", "400", "a body that is no JSON object")
 @pytest.mark.parametrize(
     ("body", "message"),
     [
@@ -66,6 +67,7 @@ def test_spellings_of_the_content_type(content_type: str) -> None:
     assert post({"model": "fake", "max_tokens": 1}, content_type=content_type).status_code == 200
 
 
+@contract("completions", "anything else", "wrong types and values out of range name the field and the bound")
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -146,6 +148,7 @@ def test_fields_out_of_type_or_range(fields: dict[str, Any], message: str) -> No
     assert (error["message"], error["param"], error["code"]) == (f"'{param}': {message}", param, None)
 
 
+@contract("errors", "400", "missing and unknown fields are named, those inside objects too")
 @pytest.mark.parametrize(
     ("fields", "param", "message", "code"),
     [
@@ -247,6 +250,7 @@ def test_an_engine_and_another_model() -> None:
     assert error["code"] == "model_not_found"
 
 
+@contract("completions", "prompt", "ids outside the vocabulary: 400")
 @pytest.mark.parametrize(
     ("prompt", "token"),
     [([50257], "50257"), ([-1], "-1"), ([[5], [5, 2**70]], str(2**70)), ([10**200], "1" + "0" * 79 + "...")],
@@ -257,6 +261,7 @@ def test_token_ids_out_of_range(prompt: Any, token: str) -> None:
     assert error["param"] == "prompt"
 
 
+@contract("completions", "max_tokens", "over the context: 400 context_length_exceeded with the true numbers")
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "asked"),
     [
@@ -305,6 +310,7 @@ def test_more_choices_than_the_server_holds(fields: dict[str, Any], message: str
     assert (error["message"], error["code"]) == (message, "request_too_large")
 
 
+@contract("completions", "model", "unknown: 404 model_not_found")
 def test_unknown_models() -> None:
     error = error_of(post({"model": "gpt-3"}), 404)
     assert error["message"] == "the model 'gpt-3' does not exist; this server has 'fake'"
@@ -313,6 +319,7 @@ def test_unknown_models() -> None:
     assert error_of(post({"model": ""}), 404)["code"] == "model_not_found"
 
 
+@contract("errors", "404, 405", "unknown routes and wrong methods speak the same shape")
 @pytest.mark.parametrize(
     ("method", "path", "status", "message"),
     [
@@ -343,6 +350,7 @@ def test_a_wrong_method_is_told_the_right_one() -> None:
 MEGABYTE = "x" * 1_000_000
 
 
+@contract("errors", "400", "errors stay small whatever was sent")
 @pytest.mark.parametrize(
     "fields",
     [
@@ -382,6 +390,7 @@ def test_nothing_a_client_sends_is_logged_as_an_error(caplog: pytest.LogCaptureF
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@contract("errors", "429", "server_busy with Retry-After from the queue")
 def test_a_full_queue_says_when_to_come_back() -> None:
     async def test() -> None:
         async with serving(FakeEngine(max_slots=1, max_queue=1)) as api:

@@ -14,6 +14,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from service.api.app import EXPOSED_HEADERS, ROUTERS
 from service.api.middleware import HEALTH, AnswerFaults
+from tests.conformance import contract
 from tests.service.api.test_app import Api, request, serving
 from tests.service.api.test_errors import error_of
 from tests.service.fakes import FakeEngine
@@ -51,6 +52,7 @@ def test_every_route_but_health_needs_a_key(method: str, path: str) -> None:
     assert request(method, url, api_keys=KEYS, headers={"authorization": "Bearer second-key"}).status_code != 401
 
 
+@contract("errors", "401", "with keys every route but health needs one")
 def test_of_all_routes_only_health_is_open() -> None:
     async def test() -> None:
         async with serving(api_keys=KEYS) as api:
@@ -142,6 +144,7 @@ def test_every_response_is_counted_under_its_route() -> None:
     run(test)
 
 
+@contract("errors", "500", "without internals")
 def test_an_unexpected_fault_is_a_500_counted_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,6 +224,7 @@ async def one_of_each(api: Api) -> AsyncIterator[httpx.Response]:
     yield await api.complete()
 
 
+@contract("errors", "headers", "x-request-id, openai-processing-ms, openai-version on every response")
 def test_every_response_has_an_id_a_time_and_a_version() -> None:
     async def test() -> None:
         async with serving(max_body_bytes=200_000) as api:
@@ -237,6 +241,7 @@ def test_every_response_has_an_id_a_time_and_a_version() -> None:
     run(test)
 
 
+@contract("errors", "headers", "a sane x-request-id of the client is kept")
 @pytest.mark.parametrize(
     ("given", "taken"),
     [
@@ -326,6 +331,7 @@ async def chunks(size: int, number: int) -> AsyncIterator[bytes]:
         yield b" " * size
 
 
+@contract("errors", "413", "by the declared length")
 def test_a_body_over_the_limit_is_refused_by_its_length() -> None:
     async def test() -> None:
         async with serving(max_body_bytes=100) as api:
@@ -339,6 +345,7 @@ def test_a_body_over_the_limit_is_refused_by_its_length() -> None:
     run(test)
 
 
+@contract("errors", "413", "by what has come")
 def test_a_body_of_unknown_length_is_refused_when_it_is_too_long() -> None:
     async def test() -> None:
         async with serving(max_body_bytes=100) as api:
@@ -386,6 +393,7 @@ FIRST, SECOND = ({"authorization": f"Bearer {key}"} for key in KEYS)
 RATE = {f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")}
 
 
+@contract("errors", "429", "rate_limit_exceeded of a key's requests, with x-ratelimit headers")
 def test_requests_over_a_keys_limit() -> None:
     async def test() -> None:
         async with serving(api_keys=KEYS, limit_requests=2) as api:
@@ -431,6 +439,7 @@ def test_who_has_the_headers() -> None:
     run(test)
 
 
+@contract("errors", "429", "rate_limit_exceeded of a key's tokens")
 def test_routes_charge_tokens_and_give_back_what_was_not_used() -> None:
     async def test() -> None:
         async with serving(api_keys=KEYS, limit_tokens=100) as api:
@@ -479,6 +488,7 @@ def test_routes_find_no_limits_where_there_are_none(api_keys: tuple[str, ...]) -
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
 
 
+@contract("errors", "CORS", "closed by default")
 def test_other_origins_are_shut_out_by_default() -> None:
     answer = request("GET", "/v1/models", headers={"origin": "https://a.example"})
     assert answer.status_code == 200
@@ -487,6 +497,7 @@ def test_other_origins_are_shut_out_by_default() -> None:
     assert answer.status_code == 405
 
 
+@contract("errors", "CORS", "open to the origins of the setting")
 @pytest.mark.parametrize(
     ("origins", "origin", "allowed"),
     [

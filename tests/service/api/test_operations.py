@@ -6,6 +6,7 @@ from importlib.metadata import version
 import pytest
 
 import service.engine
+from tests.conformance import contract
 from tests.service.api.test_app import Api, request, serving
 from tests.service.test_engine import run, until
 
@@ -21,6 +22,7 @@ async def unready(api: Api) -> str:
     return message
 
 
+@contract("health", "ready", "weights loaded, warmed up, idle")
 def test_ready() -> None:
     async def test() -> None:
         async with serving() as api:
@@ -31,6 +33,7 @@ def test_ready() -> None:
     run(test)
 
 
+@contract("health", "ready", "503 while draining")
 def test_not_ready_while_draining() -> None:
     async def test() -> None:
         async with serving() as api:
@@ -40,6 +43,7 @@ def test_not_ready_while_draining() -> None:
     run(test)
 
 
+@contract("health", "ready", "503 when no step finishes")
 def test_not_ready_when_no_step_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving() as api:
@@ -74,10 +78,12 @@ def test_not_ready_after_two_failing_steps() -> None:
     run(test)
 
 
+@contract("health", "version", "versions of banded and torch")
 def test_version() -> None:
     assert request("GET", "/version").json() == {"version": version("banded"), "torch": version("torch")}
 
 
+@contract("metrics", "banded_*", "a completed request shows")
 def test_metrics_show_a_completed_request() -> None:
     async def test() -> None:
         async with serving() as api:
@@ -108,6 +114,7 @@ def test_metrics_show_a_completed_request() -> None:
     run(test)
 
 
+@contract("metrics", "banded_*", "a running request shows")
 def test_metrics_show_a_running_request() -> None:
     async def test() -> None:
         async with serving() as api:

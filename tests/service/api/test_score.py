@@ -55,6 +55,19 @@ def test_an_empty_prompt(fields: dict[str, Any]) -> None:
     assert fake.runner.steps[0].chunks[0].tokens == [50256, 64]
 
 
+@contract("score", "allow_special, user", "as in completions")
+def test_special_tokens() -> None:
+    fake = FakeEngine()
+    assert score(fake, prompt="<|endoftext|>", continuations=["a"], allow_special=True, user="x").status_code == 200
+    assert fake.runner.steps[0].chunks[0].tokens == [50256, 64]
+
+
+@contract("score", "model", "unknown: 404 model_not_found")
+def test_another_model() -> None:
+    assert error_of(score(model="other", continuations=["a"]), 404)["code"] == "model_not_found"
+
+
+@contract("score", "continuations", "empty or too long ones are refused by their place")
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [

@@ -15,6 +15,7 @@ from starlette.types import Message
 from service.api.errors import APIError
 from service.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, kept_alive, unless_disconnected
 from service.metrics import Metrics
+from tests.conformance import contract
 from tests.service.api.test_app import Api, serving
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run, until
@@ -111,6 +112,7 @@ async def assert_all_freed(api: Api) -> None:
     assert not api.fake.engine._mailboxes
 
 
+@contract("completions", "stream", "every token is sent when it is there")
 def test_every_token_is_sent_when_it_is_there() -> None:
     async def test() -> None:
         async with stepping() as (api, steps):
@@ -132,6 +134,7 @@ def test_every_token_is_sent_when_it_is_there() -> None:
     run(test)
 
 
+@contract("completions", "stop", "never leaks into a stream, not even partly")
 def test_what_may_become_a_stop_string_or_a_character_waits() -> None:
     async def test() -> None:
         async with stepping(text=" one 🙂") as (api, steps):
@@ -158,6 +161,7 @@ REFUSALS: list[tuple[dict[str, Any], int, str]] = [
 ]
 
 
+@contract("completions", "stream", "what can be refused is refused before the first byte")
 @pytest.mark.parametrize(("fields", "status", "message"), REFUSALS)
 def test_what_can_be_refused_is_refused_before_the_first_byte(fields: Any, status: int, message: str) -> None:
     async def test() -> None:
@@ -187,6 +191,7 @@ def test_draining_refuses_before_the_first_byte() -> None:
     run(test)
 
 
+@contract("errors", "503", "after queue_timeout")
 @pytest.mark.parametrize("stream", [False, True])
 def test_waiting_too_long_is_a_503(stream: bool) -> None:
     async def test() -> None:
@@ -229,6 +234,7 @@ def test_a_failing_step_is_a_500_without_internals(stream: bool) -> None:
     run(test)
 
 
+@contract("completions", "stream", "a fault after the first byte is an error event, then [DONE]")
 def test_a_fault_after_the_first_byte_is_an_error_event() -> None:
     async def test() -> None:
         async with stepping() as (api, steps):
@@ -293,6 +299,7 @@ def test_leaving_before_the_first_token_frees_everything(fields: dict[str, Any],
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
+@contract("completions", "stream", "a client that leaves frees its slots")
 @pytest.mark.parametrize("stream", [False, True])
 def test_leaving_in_the_middle_frees_everything_and_disturbs_nobody(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
@@ -501,6 +508,7 @@ def test_closing_after_a_comment_closes_the_events() -> None:
     run(test)
 
 
+@contract("completions", "stream", "comment keep-alives while waiting")
 def test_a_waiting_request_is_kept_alive_and_fails_inside_its_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(EventStream, "__init__", functools.partialmethod(EventStream.__init__, keep_alive=0.01))
 

@@ -18,6 +18,7 @@ def tokenize(**fields: Any) -> Any:
     return answer.json()
 
 
+@contract("tokenize", "add_special_tokens", "bos where the checkpoint asks for it")
 @contract("tokenize", "prompt", "token ids in vLLM's form, special-token text read as special")
 @pytest.mark.parametrize(
     ("text", "tokens"), [("Once upon", [7454, 2402]), ("<|endoftext|>", [50256]), ("", []), ("a" * 5000, None)]
@@ -53,6 +54,8 @@ def test_tokenizer_info() -> None:
     assert "Assistant:" in info["chat_template"]
 
 
+@contract("tokenize", "model", "the only one when none is named; unknown: 404")
+@contract("detokenize", "model", "the only one when none is named; unknown: 404")
 @pytest.mark.parametrize(
     ("path", "body", "status", "message"),
     [
@@ -60,6 +63,7 @@ def test_tokenizer_info() -> None:
         ("/tokenize", {"prompt": "a", "model": "other"}, 404, "the model 'other' does not exist; this server has 'fake'"),
         ("/tokenize", {"prompt": "a", "colour": 1}, 400, "unknown field 'colour'"),
         ("/tokenize", {"prompt": 5}, 400, "'prompt': input should be a valid string"),
+        ("/detokenize", {"tokens": [], "model": "other"}, 404, "the model 'other' does not exist; this server has 'fake'"),
         ("/detokenize", {}, 400, "'tokens' is required"),
         (
             "/detokenize",

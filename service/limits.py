@@ -4,10 +4,16 @@ import math
 import time
 from collections.abc import Callable
 
-from service.api.errors import APIError, invalid
-
 MINUTE = 60.0
 ROUNDING = 1e-6  # seconds by which a difference of two clock readings may be off
+
+
+class LimitError(Exception):
+    """More than a key may have now: `retry_after` seconds make it possible, None where nothing would."""
+
+    def __init__(self, message: str, retry_after: int | None):
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class Bucket:
@@ -38,12 +44,12 @@ class KeyLimits:
         self._buckets = {unit: Bucket(limit, clock()) for unit, limit in limits.items() if limit}
 
     def charge_request(self) -> None:
-        """Take one request; APIError 429 with Retry-After where there is none."""
+        """Take one request; LimitError where there is none."""
         self._charge("requests", 1)
 
     def charge(self, num_tokens: int) -> None:
-        """Take what a request will use at most. APIError 429 with Retry-After where less is left, and 400 where it is more
-        than a full bucket holds; nothing is taken then."""
+        """Take what a request will use at most. LimitError where less is left, or where it is more than a full bucket holds;
+        nothing is taken then."""
         self._charge("tokens", num_tokens)
 
     def refund(self, num_tokens: int) -> None:
@@ -68,13 +74,13 @@ class KeyLimits:
         limit = f"this key's limit is {bucket.limit} {unit} a minute"
         if amount > bucket.limit:
             message = f"the request asks for {amount} {unit}, prompts and completions together, but {limit}"
-            raise invalid(message, code="request_too_large")
+            raise LimitError(message, None)
         now = self._clock()
         wait = bucket.seconds_until(amount, now)
         if wait > ROUNDING:
             seconds = math.ceil(wait)
             message = f"{limit}; the request needs {amount} and {remaining(bucket, now)} are left: try again in {seconds} s"
-            raise APIError(429, message, code="rate_limit_exceeded", headers={"retry-after": str(seconds)})
+            raise LimitError(message, seconds)
         bucket.add(-amount, now)
 
 

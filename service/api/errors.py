@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 
 from service.engine import DoesNotFitError, EngineError, QueueFullError, StepFailedError
+from service.limits import LimitError
 from service.schema import ErrorResponse, shown
 
 log = logging.getLogger("banded.api")
@@ -68,6 +69,10 @@ def api_error(error: Exception) -> APIError:
         return error
     if isinstance(error, DoesNotFitError):
         return invalid(str(error), code="request_too_large")
+    if isinstance(error, LimitError):
+        if error.retry_after is None:
+            return invalid(str(error), code="request_too_large")
+        return APIError(429, str(error), code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, QueueFullError):
         return APIError(429, str(error), code="server_busy", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, StepFailedError):
@@ -107,6 +112,7 @@ def install(app: FastAPI) -> None:
 
     app.add_exception_handler(APIError, answer)
     app.add_exception_handler(EngineError, answer)
+    app.add_exception_handler(LimitError, answer)
     app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, answer_validation)  # type: ignore[arg-type]
 

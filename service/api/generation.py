@@ -17,6 +17,7 @@ from service.api.errors import APIError, invalid
 from service.api.sse import event
 from service.choice import ChoiceRequest, Output, ShownToken
 from service.engine import Engine
+from service.limits import KeyLimits
 from service.schema import Body, ChatChunk, CompletionResponse, PromptTokensDetails, SamplingFields, Usage, shown
 from service.served import ServedModel
 
@@ -145,31 +146,33 @@ class Generation:
         *,
         prompt_tokens: int | None = None,
     ):
-        """`prompt_tokens` are billed: by default those of each prompt once.
-
-        Raises APIError 429 where the client's limit of tokens does not allow the request.
-        """
+        """`prompt_tokens` are billed: by default those of each prompt once."""
         self._first_of_prompts = [each.sequence for each in requests[::num_choices]]
         self.candidates = [Candidate() for _ in requests]
         if prompt_tokens is None:
             prompt_tokens = sum(len(sequence.prompt) for sequence in self._first_of_prompts)
         self.prompt_tokens = prompt_tokens
-        self._most_tokens = sum(each.sequence.max_tokens for each in requests)
-        self._limits = request.state.limits
-        if self._limits:
-            self._limits.charge(self.prompt_tokens + self._most_tokens)
+        self._most_tokens = prompt_tokens + sum(each.sequence.max_tokens for each in requests)
+        self._limits: KeyLimits | None = request.state.limits
         self._outputs = engine.generate(requests)
 
     async def outputs(self) -> AsyncGenerator[Output, None]:
-        """What the choices gain, as it comes; added up in `candidates` as well."""
+        """What the choices gain, as it comes; added up in `candidates` as well.
+
+        Raises LimitError where the client's limit of tokens does not allow the request, and what Engine.generate raises.
+        """
+        used = 0
+        if self._limits:
+            self._limits.charge(self._most_tokens)
         try:
             async with aclosing(self._outputs) as outputs:
                 async for output in outputs:
                     self.candidates[output.choice].add(output)
+                    used = self.prompt_tokens + self.completion_tokens
                     yield output
         finally:
             if self._limits:
-                self._limits.refund(self._most_tokens - self.completion_tokens)
+                self._limits.refund(self._most_tokens - used)
 
     async def finish(self) -> list[Candidate]:
         """All choices, when they have ended."""

@@ -12,7 +12,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import APIError, api_error
-from service.limits import RateLimits
+from service.limits import LimitError, RateLimits
 from service.metrics import Metrics
 
 HEALTH = ("/health/live", "/health/ready")
@@ -151,8 +151,8 @@ class LimitRates:
         if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
             try:
                 limits.charge_request()
-            except APIError as error:
-                await answer(error)(scope, receive, telling)
+            except LimitError as error:
+                await answer(api_error(error))(scope, receive, telling)
                 return
         await self._app(scope, receive, telling)
 

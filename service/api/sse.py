@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -11,6 +12,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from service.api.errors import api_error
+
+log = logging.getLogger("banded.api")
 
 T = TypeVar("T")
 
@@ -75,7 +78,7 @@ class EventStream(Response):
     """Sends `events` as they come, then [DONE]; comments while none comes for `keep_alive` seconds.
 
     The status goes out with the first event or comment: an exception before it becomes an ordinary error answer, one after
-    it an error event that is counted in `errors`. However the stream ends, `events` is closed before this returns.
+    it an error event, logged and counted in `errors`. However the stream ends, `events` is closed before this returns.
     """
 
     media_type = "text/event-stream"
@@ -105,6 +108,9 @@ class EventStream(Response):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
             except Exception as error:
                 self._errors.inc()
-                failed = event(json.dumps(api_error(error).body))
+                known = api_error(error)
+                # Under status 200 nothing else would tell of it.
+                log.warning("a stream failed after its first byte, with what would be a %d: %s", known.status, known)
+                failed = event(json.dumps(known.body))
                 await send({"type": "http.response.body", "body": failed, "more_body": True})
             await send({"type": "http.response.body", "body": DONE, "more_body": False})

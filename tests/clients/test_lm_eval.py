@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("default")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A GPT-Neo, so that transformers reads the same weights."""
     folder = tmp_path_factory.mktemp("lm-eval")
-    layers = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 100}
+    layers: dict[str, Any] = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 100}
     checkpoint = tiny("gpt_neo", folder, vocab_size=50257, max_position_embeddings=2048, **layers)
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"eos_token_id": 50256}))

@@ -439,6 +439,29 @@ def test_who_has_the_headers() -> None:
     run(test)
 
 
+@contract("errors", "429", "a key pays for what it used, and for nothing that was refused")
+def test_completions_cost_what_they_use() -> None:
+    async def test() -> None:
+        async with serving(FakeEngine(max_slots=1, max_queue=0), api_keys=KEYS, limit_tokens=200) as api:
+
+            async def left(path: str, **body: object) -> int:
+                await api.client.post(path, json={"model": "fake", **body}, headers=FIRST)
+                answer = await api.client.get("/v1/models", headers=FIRST)
+                return int(answer.headers["x-ratelimit-remaining-tokens"])
+
+            assert await left("/v1/completions", prompt=[1] * 10, max_tokens=50, stop=" three") == 200 - 10 - 3
+            before = await left("/v1/completions", prompt=[1] * 10, max_tokens=0)
+            assert 177 <= before <= 178, "the bucket fills while it is watched"
+            assert before <= await left("/v1/completions", prompt=[1] * 10, n=2) <= before + 1, "a full queue"
+            assert before <= await left("/v1/completions", prompt=[1] * 10, stream=True, n=2) <= before + 2
+            too_much = await api.client.post(
+                "/v1/completions", json={"model": "fake", "prompt": [1], "max_tokens": 200}, headers=FIRST
+            )
+            assert error_of(too_much, 400)["code"] == "request_too_large"
+
+    run(test)
+
+
 @contract("errors", "429", "rate_limit_exceeded of a key's tokens")
 def test_routes_charge_tokens_and_give_back_what_was_not_used() -> None:
     async def test() -> None:

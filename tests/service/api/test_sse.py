@@ -452,7 +452,7 @@ def test_a_stream_that_is_never_silent_has_no_comments() -> None:
     run(test)
 
 
-def test_a_fault_after_a_comment_is_an_error_event_and_counted() -> None:
+def test_a_fault_after_a_comment_is_an_error_event_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
         played = Played()
         assert await played.started() == 200
@@ -465,6 +465,8 @@ def test_a_fault_after_a_comment_is_an_error_event_and_counted() -> None:
         assert played.errors == 1
 
     run(test)
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert messages == ["a stream failed after its first byte, with what would be a 503: waited too long"]
 
 
 def test_a_fault_before_the_first_byte_is_no_stream() -> None:

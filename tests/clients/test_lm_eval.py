@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from model.tokenizer import END_OF_TEXT, GPT2_PATTERN, R50K_FILE
@@ -22,6 +23,7 @@ from tests.model.checkpoints import tiny
 from tests.serving import Served, banded_serve
 
 ROOT = Path(__file__).parent.parent.parent
+TASK_FILES = ROOT / "tests/clients/lm_eval_tasks"
 TASKS = ["habitats", "bare", "lamps", "going_on"]
 
 # lm-eval and what it imports warn about themselves.
@@ -40,13 +42,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
         yield server
 
 
-def evaluate(model: Any, **fields: Any) -> dict[str, Any]:
+def evaluate(model: Any, names: list[str] = TASKS, **fields: Any) -> dict[str, Any]:
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    tasks = TaskManager(include_path=str(ROOT / "tests/clients/lm_eval_tasks"), include_defaults=False)
+    tasks = TaskManager(include_path=str(TASK_FILES), include_defaults=False)
     found: dict[str, Any] = lm_eval.simple_evaluate(
-        model=model, tasks=TASKS, task_manager=tasks, log_samples=True, bootstrap_iters=0, **fields
+        model=model, tasks=names, task_manager=tasks, log_samples=True, bootstrap_iters=0, **fields
     )
     return found
 
@@ -71,8 +73,11 @@ def results(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.chdir(ROOT)  # the task files name their data from there
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
         patch.setenv("HF_HUB_OFFLINE", "1")
-        given = {"model": server.checkpoint.name, "base_url": f"{server.url}/v1/completions"}
-        yield evaluate("local-completions", model_args=given), evaluate(transformers_backend(server.checkpoint))
+        yield evaluate("local-completions", model_args=given(server)), evaluate(transformers_backend(server.checkpoint))
+
+
+def given(server: Served) -> dict[str, Any]:
+    return {"model": server.checkpoint.name, "base_url": f"{server.url}/v1/completions"}
 
 
 def responses(found: dict[str, Any], task: str) -> list[Any]:
@@ -81,24 +86,60 @@ def responses(found: dict[str, Any], task: str) -> list[Any]:
     return [response for sample in samples for response in sample["filtered_resps"]]
 
 
-@contract(
-    "clients", "lm-eval local-completions", "log likelihoods and is_greedy, with worked examples and with an empty context"
-)
+@contract("clients", "lm-eval local-completions", "log likelihoods, with worked examples and with an empty context")
 @pytest.mark.parametrize("task", ["habitats", "bare"])
 def test_log_likelihoods(task: str, results: tuple[dict[str, Any], dict[str, Any]]) -> None:
     ours, theirs = (responses(found, task) for found in results)
     assert len(ours) == len(theirs) == 18
     for (logprob, greedy), (expected, expected_greedy) in zip(ours, theirs, strict=True):
-        assert float(logprob) == pytest.approx(float(expected), abs=1e-3)
+        assert float(logprob) == pytest.approx(float(expected), abs=1e-4)
         assert str(greedy) == str(expected_greedy)
 
 
+@contract("clients", "lm-eval local-completions", "is_greedy, of continuations that are greedy, and greedy only at first")
+@pytest.mark.usefixtures("results")  # for their environment
+def test_is_greedy(server: Served) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+    def instances(kind: Any, arguments: list[tuple[Any, ...]]) -> list[Any]:
+        return [Instance(request_type=kind, doc={}, arguments=each, idx=i) for i, each in enumerate(arguments)]
+
+    theirs, ours = transformers_backend(server.checkpoint), LocalCompletionsAPI(**given(server))
+    contexts = [f"Where does {animal} live?\nAnswer:" for animal in ("a camel", "a whale", "a mole", "a polar bear")]
+    three_tokens = {"until": [], "max_gen_toks": 3, "do_sample": False}
+    greedy = theirs.generate_until(instances("generate_until", [(context, dict(three_tokens)) for context in contexts]))
+    pairs = [*zip(contexts, greedy, strict=True)]
+    pairs += [(context, f"{continuation} and so on") for context, continuation in pairs]
+
+    found, expected = (model.loglikelihood(instances("loglikelihood", pairs)) for model in (ours, theirs))
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected] == [True] * 4 + [False] * 4
+    assert [logprob for logprob, _ in found] == pytest.approx([logprob for logprob, _ in expected], abs=1e-4)
+
+
+@contract("clients", "lm-eval local-completions", "several prompts in a request, and several requests at once")
+def test_batches(server: Served, results: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    together = evaluate(
+        "local-completions", ["habitats", "going_on"], model_args=given(server) | {"batch_size": 4, "num_concurrent": 2}
+    )
+    alone = results[0]
+    for (logprob, greedy), (expected, expected_greedy) in zip(
+        responses(together, "habitats"), responses(alone, "habitats"), strict=True
+    ):
+        assert float(logprob) == pytest.approx(float(expected), abs=1e-4)
+        assert str(greedy) == str(expected_greedy)
+    assert responses(together, "going_on") == responses(alone, "going_on")
+
+
 @contract("clients", "lm-eval local-completions", "rolling likelihoods of texts longer than the context")
-def test_rolling_likelihoods(results: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_rolling_likelihoods(server: Served, results: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    texts = [json.loads(line)["text"] for line in (TASK_FILES / "lamps.jsonl").read_text().splitlines()]
+    lengths = [httpx.post(f"{server.url}/tokenize", json={"prompt": text}).json()["count"] for text in texts]
+    assert max(lengths) > 2048, "no text is cut into windows"
     ours, theirs = (responses(found, "lamps") for found in results)
     assert len(ours) == 4
     for logprob, expected in zip(ours, theirs, strict=True):
-        assert float(logprob) == pytest.approx(float(expected), rel=1e-6, abs=1e-3)
+        assert float(logprob) == pytest.approx(float(expected), rel=1e-7, abs=1e-4)
 
 
 @contract("clients", "lm-eval local-completions", "greedy generation with stop strings")

@@ -14,9 +14,10 @@ import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.tokenizer import TokenizerError
-from model.vocabulary import SETTINGS_FILE, Json, read_json
+from model.vocabulary import SETTINGS_FILE, Json, read_json, read_text
 
 CARD_FILE = "banded.json"
+TEMPLATE_FILE = "chat_template.jinja"
 MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
 
 # Instructions come first, wherever in the chat they stand.
@@ -120,35 +121,39 @@ def is_insertion(template: object) -> bool:
 def load_card(directory: Path) -> Card:
     """The card of a checkpoint directory, with defaults for what banded.json, or its absence, leaves open.
 
-    The chat template is banded.json's, or else tokenizer_config.json's; the default stop belongs to the default template
-    only. CardError naming file and field when something can't be used.
+    The chat template is banded.json's, or else chat_template.jinja, or else tokenizer_config.json's; the default stop belongs
+    to the default template only. CardError naming file and field when something can't be used.
     """
+    template = directory / TEMPLATE_FILE
     try:
-        return build_card(optional_json(directory / CARD_FILE), optional_json(directory / SETTINGS_FILE))
+        published = read_text(template) if template.exists() else None
+        return build_card(optional_json(directory / CARD_FILE), optional_json(directory / SETTINGS_FILE), published)
     except (CardError, TokenizerError) as error:
         raise CardError(f"{directory}: {error}") from None
 
 
-def build_card(fields: Json, settings: Json) -> Card:
+def build_card(fields: Json, settings: Json, published: str | None) -> Card:
     known = {field.name for field in dataclasses.fields(Card)} - {"bos_token"}
     for name in fields:
         if name not in known:
             raise CardError(f"{CARD_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {', '.join(sorted(known))}")
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
-    published = settings.get("chat_template")
-    if "chat_template" in fields or isinstance(published, str):
+    source = TEMPLATE_FILE if published is not None else f"{SETTINGS_FILE}: chat_template"
+    if published is None and isinstance(settings.get("chat_template"), str):
+        published = settings["chat_template"]
+    if "chat_template" in fields or published is not None:
         fields.setdefault("stop", ())
     try:
         card = Card(**fields, bos_token=token_name(settings.get("bos_token")))
     except CardError as error:
         raise CardError(f"{CARD_FILE}: {error}") from None
-    if "chat_template" in fields or not isinstance(published, str):
+    if "chat_template" in fields or published is None:
         return card
     try:
         return dataclasses.replace(card, chat_template=published)
     except CardError as error:
-        raise CardError(f"{SETTINGS_FILE}: {error}") from None
+        raise CardError(f"{source}{str(error).removeprefix('chat_template')}") from None
 
 
 def optional_json(path: Path) -> Json:

@@ -117,6 +117,19 @@ def test_template_of_the_tokenizer_that_does_not_compile(tmp_path: Path) -> None
         load_card(tmp_path)
 
 
+def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As transformers 5 writes it; it counts more than tokenizer_config.json's and less than banded.json's."""
+    (tmp_path / "chat_template.jinja").write_text("file")
+    write(tmp_path, "tokenizer_config.json", {"chat_template": "settings"})
+    assert load_card(tmp_path) == Card(chat_template="file", stop=())
+    write(tmp_path, "banded.json", {"chat_template": "ours"})
+    assert load_card(tmp_path) == Card(chat_template="ours", stop=())
+    write(tmp_path, "banded.json", {})
+    (tmp_path / "chat_template.jinja").write_text("{% else %}")
+    with pytest.raises(CardError, match=r": chat_template\.jinja does not compile: line 1: .* 'else'"):
+        load_card(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["banded.json", "tokenizer_config.json"])
 def test_invalid_json_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{")

@@ -121,8 +121,8 @@ def is_insertion(template: object) -> bool:
 def load_card(directory: Path) -> Card:
     """The card of a checkpoint directory, with defaults for what banded.json, or its absence, leaves open.
 
-    The chat template is banded.json's, or else chat_template.jinja, or else tokenizer_config.json's; the default stop belongs
-    to the default template only. CardError naming file and field when something can't be used.
+    The chat template is banded.json's, or else chat_template.jinja, or else tokenizer_config.json's; the default stop is
+    the default template's only. CardError naming file and field when something can't be used.
     """
     template = directory / TEMPLATE_FILE
     try:

@@ -14,6 +14,7 @@ from model.tokenizer import Tokenizer
 from service.api.errors import invalid
 from service.api.generation import (
     Generation,
+    answer,
     beside_the_loop,
     check_length,
     check_sampling,
@@ -23,7 +24,7 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, STREAMED, ClientGoneError, EventStream, unless_disconnected
+from service.api.sse import STREAMED, EventStream
 from service.choice import ShownToken
 from service.prompts import ChatTemplateError, Prompt, chat_prompt
 from service.schema import (
@@ -61,11 +62,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     chat = Chat(body, served, Generation(requests, body.n, served.engine, request), warnings)
     if body.stream:
         return EventStream(chat.stream(), request.app.state.metrics.stream_errors)
-    try:
-        answer = await unless_disconnected(request.receive, chat.collect())
-    except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return await answer(request, chat.collect())
 
 
 async def read_messages(messages: Items[Message], served: ServedModel, *, allow_special: bool) -> Prompt:

@@ -14,6 +14,7 @@ from service.api.errors import invalid
 from service.api.generation import (
     Candidate,
     Generation,
+    answer,
     beside_the_loop,
     check_length,
     check_sampling,
@@ -24,7 +25,7 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, STREAMED, ClientGoneError, EventStream, unless_disconnected
+from service.api.sse import STREAMED, EventStream
 from service.choice import ShownToken
 from service.prompts import (
     ContextOverflowError,
@@ -89,11 +90,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     completion = Completion(body, served, read, generation, warnings)
     if body.stream:
         return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
-    try:
-        answer = await unless_disconnected(request.receive, completion.collect())
-    except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(answer.model_dump_json(), media_type="application/json")
+    return await answer(request, completion.collect())
 
 
 def prompts_of(body: EngineCompletionRequest) -> list[str | list[int]]:
@@ -182,11 +179,11 @@ class Completion:
             if body.num_candidates > body.n:
                 choices = sorted(choices, key=lambda candidate: candidate.mean_logprob, reverse=True)[: body.n]
             chosen += choices
-        answer = self._response(
+        response = self._response(
             [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)], self._usage()
         )
-        answer.warnings = self._warnings
-        return answer
+        response.warnings = self._warnings
+        return response
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""

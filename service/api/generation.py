@@ -4,17 +4,18 @@ import asyncio
 import hashlib
 import logging
 import secrets
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from collections.abc import Sequence as Items
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from fastapi import Request
+from fastapi import Request, Response
+from pydantic import BaseModel
 
 from model.step import TokenLogprobs
 from service.api.errors import APIError, invalid
-from service.api.sse import event
+from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, event, unless_disconnected
 from service.choice import ChoiceRequest, Output, ShownToken
 from service.engine import Engine
 from service.limits import KeyLimits
@@ -108,6 +109,15 @@ def chunk_event(chunk: CompletionResponse | ChatChunk, *, with_usage: bool, obfu
 
 
 PADDED_TO = 64  # bytes
+
+
+async def answer(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
+    """The response to a client that waits for all of it. The work ends where the client leaves."""
+    try:
+        body = await unless_disconnected(request.receive, work)
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return Response(body.model_dump_json(), media_type="application/json")
 
 
 @dataclass

@@ -9,6 +9,7 @@ from model.tokenizer import Tokenizer
 from service.api.errors import invalid
 from service.api.generation import (
     Generation,
+    answer,
     beside_the_loop,
     check_length,
     check_text_length,
@@ -17,7 +18,6 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, unless_disconnected
 from service.choice import ChoiceRequest
 from service.scheduler import Family, Sequence
 from service.schema import Score, ScoreRequest, ScoreResponse
@@ -54,21 +54,19 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
         request,
         prompt_tokens=len(prompt) + sum(map(len, continuations)),
     )
-    try:
-        candidates = await unless_disconnected(request.receive, generation.finish())
-    except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
-    answer = ScoreResponse(
-        model=served.name,
-        system_fingerprint=served.fingerprint,
-        results=[
-            score(continuation, candidate.scores, served.tokenizer)
-            for continuation, candidate in zip(continuations, candidates, strict=True)
-        ],
-        usage=generation.usage,
-        warnings=warnings,
-    )
-    return Response(answer.model_dump_json(), media_type="application/json")
+
+    async def scores() -> ScoreResponse:
+        candidates = zip(continuations, await generation.finish(), strict=True)
+        results = [score(tokens, candidate.scores, served.tokenizer) for tokens, candidate in candidates]
+        return ScoreResponse(
+            model=served.name,
+            system_fingerprint=served.fingerprint,
+            results=results,
+            usage=generation.usage,
+            warnings=warnings,
+        )
+
+    return await answer(request, scores())
 
 
 def read_texts(body: ScoreRequest, served: ServedModel) -> tuple[list[int], list[list[int]]]:

@@ -31,7 +31,7 @@ class Answer(NamedTuple):
 
 @pytest.fixture
 def client(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=f"{server.url}/v1", headers={"authorization": "Bearer sk-none"}, timeout=60) as client:
+    with httpx.Client(base_url=f"{server.url}/v1", headers={"authorization": "Bearer sk-none"}, timeout=None) as client:
         yield client
 
 

@@ -22,6 +22,8 @@ from pydantic_core import CoreSchema, PydanticCustomError
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
+# Names of special tokens end a completion as tokens do: they don't count among the four. See check_sampling.
+MAX_STOPS_SENT = 64
 # Characters. A longer one only costs time, for every choice.
 MAX_STOP_LENGTH = 1024
 # The largest number that a 64-bit integer holds.
@@ -107,12 +109,16 @@ Prompt = Annotated[
 STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 
+def too_many_stops(count: int) -> str:
+    return f"holds {count} strings, at most {MAX_STOPS} are allowed"
+
+
 def check_stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("must be a string or an array of strings")
-    if len(stops) > MAX_STOPS:
-        raise ValueError(f"holds {len(stops)} strings, at most {MAX_STOPS} are allowed")
+    if len(stops) > MAX_STOPS_SENT:
+        raise ValueError(too_many_stops(len(stops)))
     if "" in stops:
         raise ValueError("must not hold an empty string")
     longest = max(map(len, stops), default=0)

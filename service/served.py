@@ -43,10 +43,12 @@ def choice_requests(
     With `echo` and `top_logprobs` the first choice of a prompt brings the prompt's logprobs, for all of them.
     """
     seed = fields.seed if fields.seed is not None else secrets.randbits(63)
+    # A special token has no text in which its name could be found.
+    special = {name: token for name, token in tokenizer.special_tokens.items() if name in fields.stop}
     requests = []
     together = Family(num_common([prompt.tokens for prompt in prompts]), one_prompt=False)
     for i, prompt in enumerate(prompts):
-        stop_ids = {*fields.stop_token_ids, *prompt.stop_token_ids}
+        stop_ids = {*fields.stop_token_ids, *prompt.stop_token_ids, *special.values()}
         if not fields.ignore_eos:
             stop_ids.add(tokenizer.eos_id)
         family = Family(len(prompt.tokens), one_prompt=True) if num_candidates > 1 else together
@@ -61,7 +63,7 @@ def choice_requests(
                 scored_from=1 if echo and top_logprobs is not None and k == 0 else None,
                 family=family,
             )
-            stops = (*fields.stop, *prompt.stops)
+            stops = (*(stop for stop in fields.stop if stop not in special), *prompt.stops)
             requests.append(ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit))
     return requests
 

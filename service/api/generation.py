@@ -19,7 +19,17 @@ from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, event, unles
 from service.choice import ChoiceRequest, Output, ShownToken
 from service.engine import Engine
 from service.limits import KeyLimits
-from service.schema import Body, ChatChunk, CompletionResponse, PromptTokensDetails, SamplingFields, Usage, shown
+from service.schema import (
+    MAX_STOPS,
+    Body,
+    ChatChunk,
+    CompletionResponse,
+    PromptTokensDetails,
+    SamplingFields,
+    Usage,
+    shown,
+    too_many_stops,
+)
 from service.served import ServedModel
 
 T = TypeVar("T")
@@ -66,7 +76,10 @@ async def beside_the_loop(size: int, read: Callable[[], T]) -> T:
 
 
 def check_sampling(fields: SamplingFields, served: ServedModel) -> None:
-    """Refuse token ids that the model doesn't have."""
+    """Refuse token ids that the model doesn't have, and more stop strings than are allowed."""
+    strings = [stop for stop in fields.stop if stop not in served.tokenizer.special_tokens]
+    if len(strings) > MAX_STOPS:
+        raise invalid(f"'stop': {too_many_stops(len(strings))}", "stop")
     check_token_ids([token for token, _ in fields.logit_bias], served.config.vocab_size, "logit_bias")
     check_token_ids(fields.stop_token_ids, served.config.vocab_size, "stop_token_ids")
 

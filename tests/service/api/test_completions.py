@@ -315,6 +315,14 @@ def test_stop_token_ids() -> None:
     run(test)
 
 
+@contract("completions", "stop", "the name of a special token is that token, and none of the four")
+def test_a_special_token_as_a_stop() -> None:
+    fake = FakeEngine(" one<|endoftext|> two")
+    body = {"model": "fake", "stop": ["w", "x", "y", "z", "<|endoftext|>"], "ignore_eos": True}
+    choice = post(body, fake).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (" one", "stop")
+
+
 @contract("completions", "include_stop_str_in_output", "keeps the stop string in the text")
 def test_the_stop_string_may_be_kept() -> None:
     choice = post({"model": "fake", "stop": "o thr", "include_stop_str_in_output": True}).json()["choices"][0]

@@ -1,5 +1,6 @@
 """One choice on the client's side: its text and logprobs so far, its clock and its metrics."""
 
+import codecs
 from collections.abc import Sequence as Items
 from typing import NamedTuple
 
@@ -58,7 +59,14 @@ class Choice:
         self._sequence = request.sequence
         self._tokenizer = tokenizer
         self._prompt_scores = prompt_scores
-        self._text = TextStream(request.stops, include_stop=request.include_stop, start=self._length_before())
+        before, unfinished = self._text_before()
+        self._text = TextStream(request.stops, include_stop=request.include_stop, start=before)
+        # The text begins afresh behind a prompt that ends inside a character, offsets do not.
+        self._places = self._text
+        if unfinished:
+            self._places = TextStream((), start=before)
+            self._places.push(unfinished, searched=False)
+        self._num_echoed = 0
         self._tokens: list[tuple[int, TokenLogprobs | None]] = []  # that `_text` has taken in
         self._num_shown = 0
         self._began = False
@@ -82,10 +90,10 @@ class Choice:
         for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
             pieces.append(self._push(token, token_logprobs))
             self._count(now)
+        if finish:
+            pieces.append(self._text.finish())
         if self._text.stopped:
             finish = "stop"
-        elif finish:
-            pieces.append(self._text.finish())
         if finish:
             self._end(finish, now)
         shown = self._shown() if self._sequence.top_logprobs is not None else ()
@@ -98,26 +106,35 @@ class Choice:
         known = (token in self._tokenizer for token in tokens)
         return [b""] * implicit + [self._tokenizer.token_bytes(t) if k else b"" for t, k in zip(tokens, known, strict=True)]
 
-    def _length_before(self) -> int:
-        """Characters before the text that the choice begins with."""
-        return 0 if self._request.echo else len(b"".join(self._prompt_bytes()).decode(errors="replace"))
+    def _text_before(self) -> tuple[int, bytes]:
+        """Characters before the text that the choice begins with, and bytes of a character that the prompt leaves
+        unfinished; for offsets only, which nobody asks for without logprobs."""
+        if self._request.echo or self._sequence.top_logprobs is None:
+            return 0, b""
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        return len(decoder.decode(b"".join(self._prompt_bytes()))), decoder.getstate()[0]
 
     def _echo(self) -> list[str]:
         scores = [None, *self._prompt_scores] if self._prompt_scores else [None] * len(self._sequence.prompt)
         self._tokens += zip(self._sequence.prompt, scores, strict=True)
+        self._num_echoed = len(self._tokens)
         return [self._text.push(data, searched=False) for data in self._prompt_bytes()]
 
     def _push(self, token: int, logprobs: TokenLogprobs | None) -> str:
         self._tokens.append((token, logprobs))
         silent = token in self._sequence.stop_ids and not self._request.include_stop
         data = b"" if silent else self._tokenizer.text_bytes(token)
+        if self._places is not self._text:
+            self._places.push(data)
         return self._text.push(data, searched=self._num_tokens >= self._sequence.min_tokens)
 
     def _shown(self) -> list[ShownToken]:
         """Tokens that the client sees since the last call."""
-        new = slice(self._num_shown, self._text.shown)
-        self._num_shown = self._text.shown
-        pairs = zip(self._tokens[new], self._text.offsets[new], strict=True)
+        shown = max(self._text.shown, self._num_echoed)
+        new = slice(self._num_shown, shown)
+        self._num_shown = shown
+        offsets = self._places.offsets[len(self._places.offsets) - len(self._tokens) :]
+        pairs = zip(self._tokens[new], offsets[new], strict=True)
         return [ShownToken(token, logprobs, offset) for (token, logprobs), offset in pairs]
 
     def _count(self, now: float) -> None:

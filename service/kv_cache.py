@@ -146,6 +146,12 @@ class PagePool:
         """Of the first pages of a sequence those that a query behind them sees."""
         return range(first_key(num_pages * PAGE_SIZE, self.band) // PAGE_SIZE, num_pages)
 
+    def longest_prefix(self, keys: Items[PageKey]) -> int:
+        """A bound on what `has_prefix` can be true of."""
+        if self.band is not None:
+            return len(keys)
+        return next((i for i, key in enumerate(keys) if key not in self._found), len(keys))
+
     def has_prefix(self, keys: Items[PageKey]) -> bool:
         """Whether a sequence can go on behind pages with these keys, the first ones of its prompt."""
         return all(keys[i] in self._found for i in self.pages_before(len(keys)))
@@ -322,8 +328,8 @@ class KVCache:
 
     def prefix(self, keys: Items[PageKey]) -> int:
         """How many of a prompt's first pages, with these keys, a sequence can begin behind: each group has what it sees."""
-        lengths = range(len(keys), 0, -1)
-        return next((n for n in lengths if all(pool.has_prefix(keys[:n]) for pool in self.pools.values())), 0)
+        longest = min(pool.longest_prefix(keys) for pool in self.pools.values())
+        return next((n for n in range(longest, 0, -1) if all(pool.has_prefix(keys[:n]) for pool in self.pools.values())), 0)
 
     def start_behind(self, slot: int, keys: Items[PageKey]) -> list[NewPages]:
         """Have a slot that holds nothing begin behind pages with these keys, which `prefix` has found; those it sees."""

@@ -61,6 +61,7 @@ class Sequence:
     family: Family | None = None
     # When to give up waiting for a slot, on the caller's clock.
     deadline: float = math.inf
+    request: Items["Sequence"] = ()  # those it was submitted with; once one has a slot, all the others may wait for theirs
     slot: int = -1  # while running
     started: float = 0.0  # when it got its slot, on the same clock
     num_computed: int = 0  # booked when a step is scheduled
@@ -122,6 +123,7 @@ class Scheduled:
     sequences: list[Sequence] = field(default_factory=list)  # all that it would harm by failing
     sampling: list[Sequence] = field(default_factory=list)  # of step.samples
     scoring: list[Sequence] = field(default_factory=list)  # of step.scores
+    num_tokens: int = 0  # so far
     unsampled: list[Sequence] = field(default_factory=list)  # whose prompt ends with it, and with max_tokens 0 they do
     filled: list[tuple[Sequence, list[FilledPage]]] = field(default_factory=list)
 
@@ -179,18 +181,26 @@ class Scheduler:
         self.step_tokens = step_tokens
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}  # by slot, in order of admission
-        self.blocked = False  # the first in line waits for pages, whatever slots are free
+        self._lacks_pages = False
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._pace = Pace()
         self._in_flight: deque[Scheduled] = deque()  # oldest first
+
+    @property
+    def blocked(self) -> bool:
+        """Whether the first in line waits for pages, whatever slots are free."""
+        return self._lacks_pages and bool(self.waiting)
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running and not self._in_flight
 
     def submit(self, sequences: Iterable[Sequence]) -> None:
-        """Queue sequences, each of which fits an empty cache."""
-        self.waiting.extend(sequences)
+        """Queue the sequences of a request, each of which fits an empty cache."""
+        together = list(sequences)
+        for sequence in together:
+            sequence.request = together
+        self.waiting.extend(together)
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is. Harmless when it has already ended."""
@@ -219,7 +229,7 @@ class Scheduler:
         if num_decodes:
             budget = min(budget, self._pace.chunk_limit(num_decodes, len(prompts)))
         for sequence in prompts:
-            left = budget - (scheduled.step.num_tokens - num_decodes)
+            left = budget - (scheduled.num_tokens - num_decodes)
             if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left):
                 break
         if not scheduled.sequences:
@@ -233,20 +243,26 @@ class Scheduler:
             self.cache.release_behind(sequence.slot, sequence.num_computed)
 
     def _admit(self, now: float) -> None:
-        self.blocked = False
+        self._lacks_pages = False
+        leaders = self._leaders() if self.waiting else {}
         while self.waiting and self._free_slots:
             sequence = self.waiting[0]
-            if not self._try_reserve(sequence, self._free_slots[-1]):
-                self.blocked = True
+            leader = leaders.get(sequence.family) if sequence.family else None
+            if not self._try_reserve(sequence, self._free_slots[-1], leader):
+                self._lacks_pages = True
                 break
             self.waiting.popleft()
             sequence.slot = self._free_slots.pop()
             sequence.started = now
             self.running[sequence.slot] = sequence
+            if sequence.family:
+                leaders.setdefault(sequence.family, sequence)
+            if sequence.deadline < math.inf:
+                for other in sequence.request:
+                    other.deadline = math.inf
 
-    def _try_reserve(self, sequence: Sequence, slot: int) -> bool:
-        leader = self._leaders().get(sequence.family) if sequence.family and sequence.is_fork else None
-        if leader and leader.in_prompt:
+    def _try_reserve(self, sequence: Sequence, slot: int, leader: Sequence | None) -> bool:
+        if sequence.is_fork and leader and leader.in_prompt:
             return self.cache.try_join(slot, leader.slot, len(sequence.prompt), sequence.num_written)
         return self.cache.try_reserve(slot, sequence.num_written)
 
@@ -270,7 +286,7 @@ class Scheduler:
         if leader is sequence or sequence.num_computed:
             return False
         if family.one_prompt:
-            return leader.in_prompt
+            return True
         common = sequence.usable_keys[: family.num_common // PAGE_SIZE]
         return self.cache.prefix(common) < len(common)
 
@@ -278,10 +294,11 @@ class Scheduler:
         step = scheduled.step
         step.decodes.append(DecodeRow(sequence.slot, sequence.num_computed))
         self._compute(scheduled, sequence, 1)
-        self._add_sample(scheduled, sequence, step.num_tokens - 1)
+        self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
 
     def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
         scheduled.sequences.append(sequence)
+        scheduled.num_tokens += num_tokens
         sequence.num_computed += num_tokens
         scheduled.step.pages.extend(self.cache.extend(sequence.slot, sequence.num_computed))
 
@@ -322,7 +339,7 @@ class Scheduler:
     def _add_scores(self, scheduled: Scheduled, sequence: Sequence, positions: range) -> None:
         """Ask for the logprobs of prompt tokens, whose forerunners are computed last in the step so far."""
         if positions:
-            first = scheduled.step.num_tokens - (sequence.num_computed - (positions.start - 1))
+            first = scheduled.num_tokens - (sequence.num_computed - (positions.start - 1))
             targets = sequence.prompt[positions.start : positions.stop]
             scheduled.step.scores.append(ScoreRows(first, targets, sequence.top_logprobs or 0))
             scheduled.scoring.append(sequence)
@@ -340,7 +357,7 @@ class Scheduler:
     def _end_prompt(self, scheduled: Scheduled, sequence: Sequence) -> None:
         """The step's last token so far is the last of the sequence's prompt."""
         if sequence.max_tokens:
-            self._add_sample(scheduled, sequence, scheduled.step.num_tokens - 1)
+            self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
         else:
             scheduled.unsampled.append(sequence)
 

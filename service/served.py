@@ -37,13 +37,14 @@ def choice_requests(
     num_candidates: int,
     top_logprobs: int | None = None,
     echo: bool = False,
+    echo_logprobs: bool = False,
 ) -> list[ChoiceRequest]:
     """`num_candidates` choices of each prompt, in the order of their index: prompt * num_candidates + k.
 
-    With `echo` and `top_logprobs` the first choice of a prompt brings the prompt's logprobs, for all of them.
+    With `echo_logprobs` the first choice of a prompt brings the prompt's logprobs, for all of them.
     """
     seed = fields.seed if fields.seed is not None else secrets.randbits(63)
-    # A special token has no text in which its name could be found.
+    # A special token has no text in which its name could be found; ordinary ones may spell it.
     special = {name: token for name, token in tokenizer.special_tokens.items() if name in fields.stop}
     requests = []
     together = Family(num_common([prompt.tokens for prompt in prompts]), one_prompt=False)
@@ -60,10 +61,10 @@ def choice_requests(
                 frozenset(stop_ids),
                 min_tokens=fields.min_tokens,
                 top_logprobs=top_logprobs,
-                scored_from=1 if echo and top_logprobs is not None and k == 0 else None,
+                scored_from=1 if echo_logprobs and k == 0 else None,
                 family=family,
             )
-            stops = (*(stop for stop in fields.stop if stop not in special), *prompt.stops)
+            stops = (*fields.stop, *prompt.stops)
             requests.append(ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit))
     return requests
 

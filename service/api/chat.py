@@ -83,7 +83,10 @@ def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) ->
     context = served.config.n_positions
     asked = body.max_completion_tokens or body.max_tokens
     check_length(prompt_tokens, asked or 1, context, "messages")
-    return asked or min(served.card.default_max_tokens, context - prompt_tokens)
+    max_tokens = asked or min(served.card.default_max_tokens, context - prompt_tokens)
+    if body.min_tokens > max_tokens:
+        raise invalid(f"'min_tokens': is {body.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
+    return max_tokens
 
 
 class Chat:

@@ -52,6 +52,9 @@ from service.served import ServedModel, choice_requests
 
 router = APIRouter()
 
+# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
+MAX_LOGPROBS = 2**17
+
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
@@ -75,6 +78,8 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     served.engine.check_size(len(prompts) * body.num_candidates)
     size = sum(map(len, prompts)) + sum(len(part) for part in few_shot_texts(body))
     read = await beside_the_loop(size, lambda: [read_prompt(prompt, body, served) for prompt in prompts])
+    if body.logprobs is not None:
+        check_logprobs(read, body)
     log_user(body.user, request)
     ranked = body.num_candidates > body.n
     requests = choice_requests(
@@ -85,12 +90,22 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
         num_candidates=body.num_candidates,
         top_logprobs=0 if ranked and body.logprobs is None else body.logprobs,
         echo=body.echo,
+        echo_logprobs=body.echo and body.logprobs is not None,
     )
     generation = Generation(requests, body.num_candidates, served.engine, request)
     completion = Completion(body, served, read, generation, warnings)
     if body.stream:
         return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
     return await answer(request, completion.collect())
+
+
+def check_logprobs(prompts: Items[Prompt], body: EngineCompletionRequest) -> None:
+    """Refuse an answer that would hold the logprobs of more tokens than memory should be spent on."""
+    echoed = sum(len(prompt.tokens) for prompt in prompts) if body.echo else 0
+    count = body.num_candidates * (echoed + len(prompts) * body.max_tokens)
+    if count > MAX_LOGPROBS:
+        message = f"the request asks for logprobs of up to {count} tokens, at most {MAX_LOGPROBS} are given in one answer"
+        raise invalid(message, "logprobs", "request_too_large")
 
 
 def prompts_of(body: EngineCompletionRequest) -> list[str | list[int]]:
@@ -175,13 +190,15 @@ class Completion:
         candidates = await self._generation.finish()
         chosen: list[Candidate] = []
         for first in range(0, len(candidates), body.num_candidates):
-            choices = candidates[first : first + body.num_candidates]
+            ranked = candidates[first : first + body.num_candidates]
             if body.num_candidates > body.n:
-                choices = sorted(choices, key=lambda candidate: candidate.mean_logprob, reverse=True)[: body.n]
-            chosen += choices
-        response = self._response(
-            [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)], self._usage()
+                ranked = sorted(ranked, key=lambda candidate: candidate.mean_logprob, reverse=True)[: body.n]
+            chosen += ranked
+        choices = await beside_the_loop(
+            sum(len(each.shown) for each in chosen),
+            lambda: [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)],
         )
+        response = self._response(choices, self._usage())
         response.warnings = self._warnings
         return response
 

@@ -71,7 +71,7 @@ def log_user(user: str | None, request: Request) -> None:
 
 
 async def beside_the_loop(size: int, read: Callable[[], T]) -> T:
-    """The result of `read`, which tokenizes about `size` characters."""
+    """The result of `read`, which goes through about `size` characters or tokens."""
     return read() if size <= SHORT_PROMPTS else await asyncio.to_thread(read)
 
 
@@ -184,17 +184,17 @@ class Generation:
 
         Raises LimitError where the client's limit of tokens does not allow the request, and what Engine.generate raises.
         """
-        used = 0
         if self._limits:
             self._limits.charge(self._most_tokens)
         try:
             async with aclosing(self._outputs) as outputs:
                 async for output in outputs:
                     self.candidates[output.choice].add(output)
-                    used = self.prompt_tokens + self.completion_tokens
                     yield output
         finally:
             if self._limits:
+                computed = any(sequence.slot >= 0 for sequence in self._first_of_prompts)
+                used = self.prompt_tokens + self.completion_tokens if computed else 0
                 self._limits.refund(self._most_tokens - used)
 
     async def finish(self) -> list[Candidate]:

@@ -395,7 +395,8 @@ def test_max_tokens_0_computes_the_prompt_and_ends() -> None:
 def test_expire_ends_only_the_waiting_and_late() -> None:
     scheduler = make(max_slots=1)
     first, late, patient = sequence(5, 5, deadline=1.0), sequence(5, 5, deadline=2.0), sequence(5, 5)
-    scheduler.submit([first, late, patient])
+    for each in (first, late, patient):
+        scheduler.submit([each])
     drive(scheduler)
     assert scheduler.expire(1.5) == []
     assert scheduler.expire(3.0) == [Delta(late, [], "timeout")]
@@ -568,6 +569,41 @@ def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
     scheduler.submit(choices)
     assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 rounds of slots; the second of each forks"
     assert [choice.num_cached for choice in choices] == [0, 0, 192, 0, 192]
+
+
+def test_a_choice_that_comes_while_its_prompt_is_in_flight_waits_for_it() -> None:
+    scheduler = make(100, max_slots=2, step_tokens=512)
+    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 512  # type: ignore[method-assign]
+    other, family, prompt = sequence(5, 2), Family(200, True), list(range(200))
+    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(2)]
+    scheduler.submit([other])
+    first = launch(scheduler)
+    scheduler.submit(choices)
+    launch(scheduler)
+    scheduler.commit(answer(first), 0.01)
+    scheduler.abort(other)
+    assert launch(scheduler).chunks == [], "its prompt is not computed again"
+    scheduler.commit(sampled([1, 1]), 0.01)
+    assert [(chunk.start, len(chunk.tokens)) for chunk in launch(scheduler).chunks] == [(192, 8)]
+
+
+def test_who_waits_for_pages_blocks_nobody_after_leaving() -> None:
+    scheduler = make(None, max_slots=4, dense_sequences=1)
+    first, second = sequence(300, 100), sequence(300, 100)
+    scheduler.submit([first, second])
+    launch(scheduler)
+    assert scheduler.blocked
+    scheduler.abort(second)
+    assert not scheduler.blocked
+
+
+def test_a_request_of_which_a_choice_runs_does_not_time_out() -> None:
+    scheduler = make(max_slots=1)
+    together, alone = [sequence(5, 9, deadline=1.0) for _ in range(3)], sequence(5, 9, deadline=1.0)
+    scheduler.submit(together)
+    scheduler.submit([alone])
+    launch(scheduler)
+    assert scheduler.expire(2.0) == [Delta(alone, [], "timeout")]
 
 
 def test_the_family_goes_on_when_its_first_is_aborted_in_the_prompt() -> None:

@@ -323,6 +323,13 @@ def test_a_special_token_as_a_stop() -> None:
     assert (choice["text"], choice["finish_reason"]) == (" one", "stop")
 
 
+def test_a_special_tokens_name_spelt_by_ordinary_tokens_is_a_stop_too() -> None:
+    fake = FakeEngine()
+    fake.runner.script = [64, *SPELT, 65]
+    choice = post({"model": "fake", "stop": "<|endoftext|>"}, fake).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("a", "stop")
+
+
 @contract("completions", "include_stop_str_in_output", "keeps the stop string in the text")
 def test_the_stop_string_may_be_kept() -> None:
     choice = post({"model": "fake", "stop": "o thr", "include_stop_str_in_output": True}).json()["choices"][0]
@@ -344,6 +351,8 @@ def test_cached_tokens() -> None:
             body: dict[str, Any] = {"prompt": [7] * 150, "max_tokens": 2}
             for cached in (0, 128):
                 assert (await api.complete(**body)).json()["usage"] == usage(150, 2, cached)
+            ranked = await api.complete(**body, echo=True, best_of=2)
+            assert ranked.json()["usage"] == usage(150, 4, 128), "without logprobs nothing of the prompt is scored"
             scoring = await api.complete(**body, echo=True, logprobs=0)
             assert scoring.json()["usage"] == usage(150, 2, 0), "what is scored is computed"
             listed = await api.complete(prompt=[[8] * 100 + [i] for i in range(3)], max_tokens=1)

@@ -104,6 +104,29 @@ def test_split_characters() -> None:
     assert spelt == "".join(f"\\x{byte:02x}" for byte in whole)
 
 
+def test_offsets_behind_a_prompt_that_ends_inside_a_character() -> None:
+    tokens = TOKENIZER.encode("🙂b")
+    head, rest = [7454, tokens[0]], tokens[1:]
+    fake = FakeEngine()
+    fake.runner.script = rest
+    fields: dict[str, Any] = {"prompt": head, "logprobs": 0, "max_tokens": len(rest)}
+    with_echo = choice_of(fake, echo=True, **fields)
+    assert with_echo["text"] == "Once🙂b"
+    assert with_echo["logprobs"]["text_offset"] == [0, 4, *[4] * (len(rest) - 1), 5]
+    fake = FakeEngine()
+    fake.runner.script = rest
+    without = choice_of(fake, **fields)
+    assert without["text"].endswith("b")
+    assert without["logprobs"]["text_offset"] == with_echo["logprobs"]["text_offset"][2:]
+
+
+def test_an_echoed_prompt_without_text_is_shown_before_a_stop() -> None:
+    choice = choice_of(prompt="", echo=True, logprobs=0, stop=" one")
+    assert (choice["text"], choice["finish_reason"]) == ("", "stop")
+    assert choice["logprobs"]["tokens"] == ["<|endoftext|>"]
+    assert choice["logprobs"]["token_logprobs"] == [None]
+
+
 @contract("completions", "logprobs", "the end-of-text token is among the tokens, without text")
 def test_the_end_of_text_is_shown() -> None:
     choice = choice_of(FakeEngine(" one<|endoftext|>"), logprobs=0)

@@ -71,9 +71,13 @@ def start_copy(tensor: Tensor) -> Tensor:
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ids and logits (R, count) of the highest of logits (R, V); equal ones in the order of their ids, as argmax has it.
 
-    That order holds for up to RESCORED equal logits at the end of the list; topk leaves open which of them it finds.
+    The first is argmax's, whatever the ties. That the others are the lowest ids holds for up to RESCORED equal logits at
+    the end of the list; topk leaves open which of them it finds.
     """
     values, ids = logits.topk(min(count + RESCORED, logits.shape[1]))
+    # Where argmax's is not among them, they all equal it, and it may stand for any.
+    best = logits.argmax(-1)
+    ids[:, -1] = torch.where((ids == best[:, None]).any(1), ids[:, -1], best)
     ids, order = ids.sort()
     values, order = values.gather(1, order).sort(descending=True, stable=True)
     return ids.gather(1, order)[:, :count], values[:, :count]

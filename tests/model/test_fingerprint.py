@@ -29,6 +29,13 @@ def test_kernels_and_dtype_are_part_of_it(model: GPT, tmp_path: Path) -> None:
     assert len({*found, weights_fingerprint(fp32)}) == 4
 
 
+def test_the_same_bits_read_as_another_dtype_are_other_weights(model: GPT) -> None:
+    before = weights_fingerprint(model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.view(torch.float16)
+    assert weights_fingerprint(model) != before
+
+
 def test_one_bit_two_rows_or_two_columns_change_it(model: GPT) -> None:
     before = weights_fingerprint(model)
     weight = dict(model.named_parameters())["h.0.mlp.c_fc.weight"].data

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kernels.band import PAGE_SIZE
-from model.runner import decode_buckets
+from model.runner import decode_buckets, likeliest
 from model.step import (
     DecodeRow,
     NewPages,
@@ -246,6 +246,49 @@ def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_pa
         assert run.runner.launch(step).result().tokens == [expected]
 
 
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_what_was_sampled_goes_on_the_same_when_it_is_computed_again_as_a_prompt(
+    sampling: SamplingParams, tmp_path: Path
+) -> None:
+    """So a decode row is fed what was sampled last, and each position has its own random numbers, however it is reached."""
+    directory = tiny("banded", tmp_path, n_layer=1)
+    sampling = sampling._replace(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
+    tokens = list(range(20)) + decoded(CPU_PATH, sampling, directory)
+    for length in range(20, len(tokens)):
+        run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)])
+        prompt, pages = PromptChunk(0, 0, tokens[:length]), run.cache.extend(0, 60)
+        step = step_of([SlotStart(0, sampling, prompt.tokens)], pages, [], [prompt])
+        assert run.runner.launch(step).result().tokens == [tokens[length]]
+
+
+def test_penalties_look_at_no_earlier_prompt_of_the_slot(tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
+    pages = run.cache.extend(0, 60)
+    sampling = SamplingParams(temperature=0.0, repetition_penalty=1e6)
+    for prompt in (range(331), range(20)):
+        start = SlotStart(0, sampling, list(prompt))
+        run.runner.launch(step_of([start], pages, [], [PromptChunk(0, 0, list(range(20)))])).result()
+        assert run.runner.sampling.in_prompt[0].nonzero().flatten().tolist() == list(prompt)
+
+
+def test_a_page_is_copied_in_the_layers_of_its_group_alone(tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=2), [torch.zeros(60, dtype=torch.int64)])
+    prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
+    groups = [run.model.config.group(layer) for layer in range(2)]
+    assert set(groups) == {"dense", "banded"}
+    (source,) = (new.page_ids[0] for new in pages if new.group == "banded")
+    target = next(page for page in range(len(run.runner.pools[0].k) - 1) if page != source)
+    for pool in run.runner.pools:
+        for each in pool:
+            each[target] = -7.0
+    start = SlotStart(0, SamplingParams(), prompt.tokens)
+    run.runner.launch(step_of([start], pages, [], [prompt], copies=[PageCopy("banded", source, target)])).result()
+    for group, pool in zip(groups, run.runner.pools, strict=True):
+        for each in pool:
+            assert torch.equal(each[target], each[source]) == (group == "banded")
+            assert bool((each[target] == -7.0).all()) == (group == "dense")
+
+
 def ragged_steps(run: PagedRun) -> list[StepInput]:
     """Five slots that start and decode in changing company, every row fed by the runner's own state."""
     lengths, steps = [0] * 5, []
@@ -335,6 +378,20 @@ def test_equal_logits_are_listed_lowest_id_first(dtype: torch.dtype, tmp_path: P
     assert [token for token, _ in found.logprobs[0].top[: len(twins)]] == twins
 
 
+@pytest.mark.parametrize("num_equal", [2, 9, 40, 331])
+@pytest.mark.parametrize("count", [1, 5, 20])
+def test_the_likeliest_is_argmax_however_many_are_equal(num_equal: int, count: int) -> None:
+    generator = torch.Generator().manual_seed(num_equal)
+    logits = torch.rand(50, 331, generator=generator)
+    for row in logits:
+        row[torch.randperm(331, generator=generator)[:num_equal]] = 2.0
+    ids, values = likeliest(logits, count)
+    assert torch.equal(ids[:, 0], logits.argmax(-1))
+    assert torch.equal(values, logits.topk(count).values)
+    assert torch.equal(values, logits.gather(1, ids))
+    assert all(len(set(row)) == count for row in ids.tolist()), "no token twice"
+
+
 def test_what_is_banned_is_not_sampled_and_keeps_its_logprob(tmp_path: Path) -> None:
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
     prompt, pages = [PromptChunk(0, 0, list(range(20)))], run.cache.extend(0, 60)
@@ -383,7 +440,7 @@ def test_graphs_are_replayed_for_plain_steps_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("num_prompt", [1, 63, 64, 150])
-@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[3]])
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2], SAMPLINGS[3]])
 def test_a_fork_goes_on_as_if_it_had_prefilled_alone(num_prompt: int, sampling: SamplingParams, tmp_path: Path) -> None:
     """In another slot, behind full pages that it shares and a copy of the last, with free pages of NaN."""
     directory = tiny("banded", tmp_path, n_layer=2, band=70)

@@ -381,7 +381,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prediction": (),
     "prompt_cache_options": (),
     "prompt_cache_retention": ("in-memory", "in_memory"),
-    "reasoning_effort": ("none",),
+    "reasoning_effort": ("none", "medium"),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
     "store": (False,),
@@ -557,15 +557,28 @@ class ChatChunk(BaseModel):
     obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
 
 
-Continuation = StrictStr | list[StrictInt]
+def check_text(value: Any) -> Any:
+    """A text or a list of token ids; by hand, for the error of a union names its members."""
+    if isinstance(value, list):
+        check_types(value, int)
+    elif not isinstance(value, str):
+        raise ValueError("must be a string or an array of token ids")
+    return value
+
+
+TextOrTokens = Annotated[
+    str | list[int],
+    PlainValidator(check_text),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]}),
+]
 
 
 class ScoreRequest(Body):
     """Body of POST /v1/score."""
 
     model: StrictStr
-    prompt: StrictStr | list[StrictInt] = ""
-    continuations: list[Continuation] = Field(min_length=1, max_length=MAX_PROMPTS)
+    prompt: TextOrTokens = ""
+    continuations: list[TextOrTokens] = Field(min_length=1, max_length=MAX_PROMPTS)
     allow_special: StrictBool = False
     user: StrictStr | None = None
 
@@ -608,6 +621,7 @@ class TokenizeResponse(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
+    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
 
 
 class DetokenizeRequest(Body):
@@ -619,6 +633,7 @@ class DetokenizeRequest(Body):
 
 class DetokenizeResponse(BaseModel):
     prompt: str
+    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
 
 
 class ModelCard(BaseModel):

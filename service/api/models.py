@@ -18,7 +18,12 @@ async def list_models(request: Request) -> ModelList:
 async def get_model(name: str, request: Request) -> ModelCard:
     served: ServedModel = request.app.state.served
     if name != served.name:
-        raise APIError(404, f"the model '{shown(name)}' does not exist", param="model", code="model_not_found")
+        raise APIError(
+            404,
+            f"the model '{shown(name)}' does not exist; this server has '{served.name}'",
+            param="model",
+            code="model_not_found",
+        )
     return card(served)
 
 

@@ -81,7 +81,7 @@ def read_texts(body: ScoreRequest, served: ServedModel) -> tuple[list[int], list
         tokens = read_text(text, body, served, f"continuations.{i}")
         if not tokens:
             raise invalid(f"'continuations.{i}' is empty, so that there is nothing to score", f"continuations.{i}")
-        check_length(len(prompt) + len(tokens), 0, served.config.n_positions, f"continuations.{i}")
+        check_length(len(prompt), len(tokens), served.config.n_positions, f"continuations.{i}")
         continuations.append(tokens)
     return prompt, continuations
 

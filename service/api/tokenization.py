@@ -15,7 +15,7 @@ router = APIRouter()
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     """Token ids of a text, in which special-token text is special, or of a chat as its template lays it out."""
     served = served_model(request, body.model)
-    warnings_for(body, request)
+    warnings = warnings_for(body, request)
     tokenizer = served.tokenizer
     if body.messages is not None:
         tokens = (await read_messages(body.messages, served, allow_special=False)).tokens
@@ -29,6 +29,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         max_model_len=served.config.n_positions,
         tokens=tokens,
         token_strs=[tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None,
+        warnings=warnings,
     )
 
 
@@ -36,11 +37,11 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """Text of token ids, special ones spelt out; what is no UTF-8 becomes U+FFFD."""
     served = served_model(request, body.model)
-    warnings_for(body, request)
+    warnings = warnings_for(body, request)
     check_token_ids(body.tokens, served.config.vocab_size, "tokens")
     # A model may have more rows than its vocabulary has tokens; those stand for no text.
     known = (token for token in body.tokens if token in served.tokenizer)
-    return DetokenizeResponse(prompt=served.tokenizer.decode(known))
+    return DetokenizeResponse(prompt=served.tokenizer.decode(known), warnings=warnings)
 
 
 @router.get("/tokenizer_info")

@@ -77,6 +77,9 @@ def test_another_model() -> None:
             "continuations",
             "'continuations': list should have at least 1 item after validation, not 0",
         ),
+        ({"continuations": [1]}, "continuations.0", "'continuations.0': must be a string or an array of token ids"),
+        ({"continuations": [[1, "a"]]}, "continuations.0", "'continuations.0': item 1 is a string, expected an integer"),
+        ({"continuations": ["a"], "prompt": {}}, "prompt", "'prompt': must be a string or an array of token ids"),
         ({"continuations": ["a", ""]}, "continuations.1", "'continuations.1' is empty, so that there is nothing to score"),
         ({"continuations": [[]]}, "continuations.0", "'continuations.0' is empty, so that there is nothing to score"),
         (
@@ -89,7 +92,7 @@ def test_another_model() -> None:
             {"continuations": [" a" * 256]},
             "continuations.0",
             "this model's context is 256 tokens, but the request asks for 257 tokens "
-            "(257 in the prompt, 0 for the completion)",
+            "(1 in the prompt, 256 for the completion)",
         ),
     ],
 )

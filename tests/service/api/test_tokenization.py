@@ -5,9 +5,10 @@ from typing import Any
 import pytest
 
 from tests.conformance import contract
-from tests.service.api.test_app import request
+from tests.service.api.test_app import request, serving
 from tests.service.api.test_errors import error_of
 from tests.service.fakes import FakeEngine
+from tests.service.test_engine import run
 
 TOKENIZER = FakeEngine.tokenizer
 
@@ -44,6 +45,18 @@ def test_tokenize_messages() -> None:
 @pytest.mark.parametrize(("tokens", "text"), [([7454, 2402], "Once upon"), ([50256], "<|endoftext|>"), ([], "")])
 def test_detokenize(tokens: list[int], text: str) -> None:
     assert request("POST", "/detokenize", json={"tokens": tokens, "model": "fake"}).json() == {"prompt": text}
+
+
+@contract("tokenize", "anything else", "--lenient turns it into an entry of warnings")
+@contract("detokenize", "anything else", "--lenient turns it into an entry of warnings")
+def test_lenient() -> None:
+    async def test() -> None:
+        async with serving(lenient=True) as api:
+            for path, body in (("/tokenize", {"prompt": "a"}), ("/detokenize", {"tokens": [64]})):
+                answer = (await api.client.post(path, json=body | {"colour": 1})).json()
+                assert answer["warnings"] == ["the unknown field 'colour' was ignored"]
+
+    run(test)
 
 
 @contract("tokenizer_info", "response", "special tokens and chat template, as a tokenizer class reads them")

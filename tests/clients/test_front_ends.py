@@ -230,7 +230,7 @@ def test_librechat_asks_for_a_title(client: httpx.Client, model: str) -> None:
     ("fields", "param", "message"),
     [
         ({"tools": [WEATHER]}, "tools", "'tools': not supported by this server"),
-        ({"reasoning_effort": "medium"}, "reasoning_effort", "'reasoning_effort': not supported by this server"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "'reasoning_effort': not supported by this server"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'response_format': not supported by this server"),
         ({"repeat_penalty": 1.1}, "repeat_penalty", "unknown field 'repeat_penalty'"),
         ({"num_ctx": 2048}, "num_ctx", "unknown field 'num_ctx'"),

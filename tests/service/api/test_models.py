@@ -18,7 +18,7 @@ def test_other_names_are_not_found() -> None:
         answer = request("GET", f"/v1/models/{name}")
         assert answer.status_code == 404
         assert answer.json()["error"] == {
-            "message": f"the model '{shown}' does not exist",
+            "message": f"the model '{shown}' does not exist; this server has 'fake'",
             "type": "invalid_request_error",
             "param": "model",
             "code": "model_not_found",

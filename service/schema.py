@@ -332,6 +332,9 @@ def is_absent(value: object) -> bool:
     return value is None
 
 
+Warnings = Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")]
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
@@ -366,7 +369,7 @@ class CompletionResponse(BaseModel):
     system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
-    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
+    warnings: Warnings = None
     obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
 
 
@@ -530,7 +533,7 @@ class ChatResponse(BaseModel):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
-    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
+    warnings: Warnings = None
 
 
 class ChatDelta(BaseModel):
@@ -553,7 +556,7 @@ class ChatChunk(BaseModel):
     system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: Usage | None = None
-    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent)] = None
+    warnings: Warnings = None
     obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
 
 
@@ -597,7 +600,7 @@ class ScoreResponse(BaseModel):
     system_fingerprint: str
     results: list[Score]
     usage: Usage
-    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
+    warnings: Warnings = None
 
 
 class TokenizeRequest(Body):
@@ -621,7 +624,7 @@ class TokenizeResponse(BaseModel):
     max_model_len: int
     tokens: list[int]
     token_strs: list[str] | None
-    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
+    warnings: Warnings = None
 
 
 class DetokenizeRequest(Body):
@@ -633,7 +636,7 @@ class DetokenizeRequest(Body):
 
 class DetokenizeResponse(BaseModel):
     prompt: str
-    warnings: Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")] = None
+    warnings: Warnings = None
 
 
 class ModelCard(BaseModel):

@@ -47,7 +47,9 @@ def choice_requests(
     # A special token has no text in which its name could be found; ordinary ones may spell it.
     special = {name: token for name, token in tokenizer.special_tokens.items() if name in fields.stop}
     requests = []
-    together = Family(num_common([prompt.tokens for prompt in prompts]), one_prompt=False)
+    together = None
+    if len(prompts) > 1 and num_candidates == 1:
+        together = Family(num_common([prompt.tokens for prompt in prompts]), one_prompt=False)
     for i, prompt in enumerate(prompts):
         stop_ids = {*fields.stop_token_ids, *prompt.stop_token_ids, *special.values()}
         if not fields.ignore_eos:

@@ -17,6 +17,7 @@ from service.api.generation import (
     answer,
     beside_the_loop,
     check_length,
+    check_logprobs,
     check_sampling,
     check_text_length,
     chunk_event,
@@ -54,6 +55,8 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     served.engine.check_size(body.n)
     prompt = await read_messages(body.messages, served, allow_special=body.allow_special)
     max_tokens = max_tokens_of(body, len(prompt.tokens), served)
+    if body.logprobs:
+        check_logprobs(body.n * max_tokens, "logprobs")
     log_user(body.user, request)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = choice_requests(

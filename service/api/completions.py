@@ -17,6 +17,7 @@ from service.api.generation import (
     answer,
     beside_the_loop,
     check_length,
+    check_logprobs,
     check_sampling,
     check_text_length,
     check_token_ids,
@@ -52,9 +53,6 @@ from service.served import ServedModel, choice_requests
 
 router = APIRouter()
 
-# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
-MAX_LOGPROBS = 2**17
-
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
 async def create_completion(body: CompletionRequest, request: Request) -> Response:
@@ -79,7 +77,8 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     size = sum(map(len, prompts)) + sum(len(part) for part in few_shot_texts(body))
     read = await beside_the_loop(size, lambda: [read_prompt(prompt, body, served) for prompt in prompts])
     if body.logprobs is not None:
-        check_logprobs(read, body)
+        echoed = sum(len(prompt.tokens) for prompt in read) if body.echo else 0
+        check_logprobs(body.num_candidates * (echoed + len(read) * body.max_tokens), "logprobs")
     log_user(body.user, request)
     ranked = body.num_candidates > body.n
     requests = choice_requests(
@@ -97,15 +96,6 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     if body.stream:
         return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
     return await answer(request, completion.collect())
-
-
-def check_logprobs(prompts: Items[Prompt], body: EngineCompletionRequest) -> None:
-    """Refuse an answer that would hold the logprobs of more tokens than memory should be spent on."""
-    echoed = sum(len(prompt.tokens) for prompt in prompts) if body.echo else 0
-    count = body.num_candidates * (echoed + len(prompts) * body.max_tokens)
-    if count > MAX_LOGPROBS:
-        message = f"the request asks for logprobs of up to {count} tokens, at most {MAX_LOGPROBS} are given in one answer"
-        raise invalid(message, "logprobs", "request_too_large")
 
 
 def prompts_of(body: EngineCompletionRequest) -> list[str | list[int]]:

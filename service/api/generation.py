@@ -57,7 +57,9 @@ def warnings_for(body: Body, request: Request) -> list[str] | None:
         return None
     if not request.app.state.lenient:
         raise invalid(f"unknown field '{unknown[0]}'", unknown[0], "unknown_parameter")
-    return [f"the unknown field '{name}' was ignored" for name in unknown[:MAX_WARNINGS]]
+    named = [f"the unknown field '{name}' was ignored" for name in unknown[:MAX_WARNINGS]]
+    more = len(unknown) - len(named)
+    return [*named, f"{more} more unknown fields were ignored"] if more else named
 
 
 MAX_WARNINGS = 32
@@ -82,6 +84,17 @@ def check_sampling(fields: SamplingFields, served: ServedModel) -> None:
         raise invalid(f"'stop': {too_many_stops(len(strings))}", "stop")
     check_token_ids([token for token, _ in fields.logit_bias], served.config.vocab_size, "logit_bias")
     check_token_ids(fields.stop_token_ids, served.config.vocab_size, "stop_token_ids")
+
+
+# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
+MAX_LOGPROBS = 2**17
+
+
+def check_logprobs(count: int, param: str) -> None:
+    """Refuse an answer that would hold the logprobs of more tokens than memory should be spent on."""
+    if count > MAX_LOGPROBS:
+        message = f"the request asks for logprobs of up to {count} tokens, at most {MAX_LOGPROBS} are given in one answer"
+        raise invalid(message, param, "request_too_large")
 
 
 def check_token_ids(tokens: Items[int], vocab_size: int, param: str) -> None:
@@ -158,7 +171,7 @@ class Candidate:
 
 
 class Generation:
-    """A request on its way through the engine. `num_choices` of its choices share each prompt."""
+    """A request on its way through the engine. `num_choices` at a time begin alike: what the first finds cached is shown."""
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from service.api.generation import (
     answer,
     beside_the_loop,
     check_length,
+    check_logprobs,
     check_text_length,
     check_token_ids,
     log_user,
@@ -34,6 +35,7 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
     served.engine.check_size(len(body.continuations))
     size = len(body.prompt) + sum(map(len, body.continuations))
     prompt, continuations = await beside_the_loop(size, lambda: read_texts(body, served))
+    check_logprobs(sum(map(len, continuations)), "continuations")
     log_user(body.user, request)
     family = Family(len(prompt), one_prompt=False)
     sequences = [

@@ -393,6 +393,8 @@ def test_lenient() -> None:
             chunks = await stream(api, **body)
             assert [chunk.get("warnings") for chunk in chunks] == [expected, None]
             assert "warnings" not in (await api.complete(prompt="a", max_tokens=1)).json()
+            many = (await api.complete(prompt="a", max_tokens=1, **{f"x{i}": i for i in range(40)})).json()["warnings"]
+            assert (len(many), many[-1]) == (33, "8 more unknown fields were ignored")
 
     run(test)
 

@@ -244,13 +244,18 @@ def test_best_of_that_can_not_be() -> None:
 
 @contract("completions", "logprobs", "of more tokens than one answer holds: 400")
 def test_too_many_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api.completions.MAX_LOGPROBS", 100)
+    monkeypatch.setattr("service.api.generation.MAX_LOGPROBS", 100)
     body = {"model": "fake", "prompt": [[1] * 20] * 2, "logprobs": 0, "max_tokens": 5}
     assert post(body | {"echo": True}).status_code == 200
     error = error_of(post(body | {"echo": True, "n": 3}), 400)
     assert error["message"] == "the request asks for logprobs of up to 150 tokens, at most 100 are given in one answer"
     assert (error["param"], error["code"]) == ("logprobs", "request_too_large")
     assert post(body | {"n": 3}).status_code == 200
+    score = {"model": "fake", "continuations": [[1] * 60] * 2}
+    assert error_of(request("POST", "/v1/score", json=score), 400)["param"] == "continuations"
+    chat = {"model": "fake", "messages": [{"role": "user", "content": "a"}], "max_tokens": 60, "n": 2}
+    assert request("POST", "/v1/chat/completions", json=chat).status_code == 200
+    assert error_of(request("POST", "/v1/chat/completions", json=chat | {"logprobs": True}), 400)["param"] == "logprobs"
 
 
 @contract("engines", "model", "400 where the body names another than the path")

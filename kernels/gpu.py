@@ -8,6 +8,7 @@ from kernels.bias_activation import bias_activation
 from kernels.block_sparse_attention import block_sparse_attention
 from kernels.decode_attention import decode_attention
 from kernels.kv_write import kv_write
+from kernels.names import Activation
 from kernels.prefill_attention import prefill_attention
 from kernels.sampling import sample
 
@@ -18,10 +19,18 @@ __all__ = [
     "decode_attention",
     "kv_write",
     "linear",
+    "pack",
     "prefill_attention",
     "sample",
 ]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
+def pack(weight: Tensor) -> Tensor:
+    return weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    if activation is None:
+        return F.linear(x, weight, bias)
+    # The bias is added with the activation, so that the product's output is read and written once more only.
+    return bias_activation(F.linear(x, weight), bias, activation)

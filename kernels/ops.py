@@ -33,8 +33,11 @@ class Ops(Protocol):
     def block_sparse_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
         """prefill_attention for a pattern that a block layout describes."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x @ weight.T + bias of x (..., C), weight (O, C) and bias (O,): the vendor's library, no kernel of ours."""
+    def pack(self, weight: Tensor) -> Tensor:
+        """A weight (O, C) as `linear` reads it fastest. Only `linear` takes what comes out, and it has no gradient."""
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+        """activation(x @ weight.T + bias), by the vendor's library: x (..., C), weight (O, C), packed or not, bias (O,)."""
 
     def add_layernorm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -42,7 +45,7 @@ class Ops(Protocol):
         """LayerNorm of x + residual, (N, C) both, and the sum itself. Statistics in fp32."""
 
     def bias_activation(self, x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-        """activation(x + bias) of x (N, C) and bias (C,). May overwrite x."""
+        """activation(x + bias) of x (N, C) and bias (C,), where a product is not fused with it. May overwrite x."""
 
     def sample(self, logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
         """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens."""

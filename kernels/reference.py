@@ -55,8 +55,15 @@ def attend(
     return torch.einsum("htk,khd->thd", scores.softmax(-1), v).to(q.dtype)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(x, weight, bias)
+def pack(weight: Tensor) -> Tensor:
+    return weight
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    if weight.is_mkldnn:  # packed by kernels.cpu
+        weight = weight.to_dense().to(x.dtype)
+    product = F.linear(x, weight, bias)
+    return product if activation is None else bias_activation(product, None, activation)
 
 
 def add_layernorm(

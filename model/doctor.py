@@ -77,7 +77,7 @@ def kernel_errors(model: GPT, ops: Ops) -> KernelErrors:
     tokens = torch.randint(config.vocab_size, (steps[-1].stop,), generator=torch.Generator().manual_seed(0))
 
     def logits(attention: dict[PatternKind, Ops], pointwise: Ops) -> Tensor:
-        return model.logits(hidden_states(model, tokens, steps, attention, pointwise)[-ROWS:])
+        return model.logits(hidden_states(model, tokens, steps, attention, pointwise)[-ROWS:], pointwise)
 
     none: dict[PatternKind, Ops] = dict.fromkeys(kinds, reference)
     baseline = logits(none, reference)

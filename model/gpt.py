@@ -132,8 +132,7 @@ class MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor, ops: Ops) -> Tensor:
-        # The bias is added with the activation, so that the product's output is read and written once more only.
-        inner = ops.bias_activation(ops.linear(x, self.c_fc.weight, None), self.c_fc.bias, self.activation)
+        inner = ops.linear(x, self.c_fc.weight, self.c_fc.bias, self.activation)
         return ops.linear(inner, self.c_proj.weight, self.c_proj.bias)
 
 
@@ -178,10 +177,30 @@ class GPT(nn.Module):
         self.project_out = nn.Linear(config.n_embd, config.token_width, bias=False) if projected else nn.Identity()
         self.ln_f = layer_norm(config) if config.final_norm else None
         self.lm_head = None if config.tied_head else nn.Linear(config.token_width, config.padded_vocab_size, bias=False)
+        self._packed_head: Tensor | None = None
+
+    @property
+    def head(self) -> Tensor:
+        """The output projection (V', C)."""
+        return (self.wte if self.lm_head is None else self.lm_head).weight
+
+    def pack(self, ops: Ops) -> None:
+        """Lay out the weights of all products as `ops` read them fastest. Such a model can't be trained or saved any more.
+
+        The head stays beside its packed copy: rows of it are looked up.
+        """
+        self._packed_head = ops.pack(self.head.detach())
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                module.weight = nn.Parameter(ops.pack(module.weight.detach()), requires_grad=False)
+
+    @staticmethod
+    def _project(projection: nn.Module, x: Tensor, ops: Ops) -> Tensor:
+        return ops.linear(x, projection.weight, None) if isinstance(projection, nn.Linear) else x
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, ops: Ops) -> Tensor:
         """Hidden states (..., C) of `tokens` (...) at `positions` (...), counted from 0."""
-        x = self.project_in(self.wte(tokens)) + self.wpe(positions + self.config.position_offset)
+        x = self._project(self.project_in, self.wte(tokens), ops) + self.wpe(positions + self.config.position_offset)
         update = None
         for layer, block in enumerate(self.h):
             x, update = block(x, update, layer, attend, ops)
@@ -189,14 +208,15 @@ class GPT(nn.Module):
             return add_norm(self.ln_f, x, update, ops)[0]
         return x if update is None else x + update
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, ops: Ops) -> Tensor:
         """Next-token logits (..., V) fp32 of hidden states (..., C). The padding of the vocabulary is cut off.
 
         A 16-bit product rounds its largest logits onto each other, so the RESCORED highest are computed again in fp32.
         """
-        head = (self.wte if self.lm_head is None else self.lm_head).weight
-        hidden = self.project_out(hidden)
-        logits = F.linear(hidden, head).float()[..., : self.config.vocab_size]  # rows stay 16-byte aligned
+        head = self.head
+        hidden = self._project(self.project_out, hidden, ops)
+        logits = ops.linear(hidden, head if self._packed_head is None else self._packed_head, None)
+        logits = logits.float()[..., : self.config.vocab_size]  # rows stay 16-byte aligned
         if head.dtype != torch.float32 and not logits.requires_grad:
             highest = logits.topk(min(RESCORED, self.config.vocab_size)).indices  # (..., RESCORED)
             # Not a matrix product: that has other bits for one row than for several.

@@ -296,7 +296,7 @@ class Runner:
         parts, found = [], []
         for start in range(0, len(slots), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
-            logits = self.model.logits(hidden[part])
+            logits = self.model.logits(hidden[part], self.ops)
             wanted = [i for i, row in enumerate(rows[part]) if row.top_logprobs is not None]
             if wanted:
                 totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
@@ -325,7 +325,7 @@ class Runner:
         for some_rows, some_targets in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
             if not len(some_rows):
                 break  # splitting nothing gives one empty piece
-            logits = self.model.logits(hidden[some_rows])
+            logits = self.model.logits(hidden[some_rows], self.ops)
             totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
             chosen = logits.gather(1, some_targets[:, None]) - totals
             found.append(FoundLogprobs(chosen[:, 0], top_ids, top_logits - totals))

@@ -195,11 +195,11 @@ def run_doctor(args: argparse.Namespace) -> int:
     """0 where all kernels are within the limit, 1 where one is not."""
     settings = settings_from(args, host="127.0.0.1")
     logging.getLogger().setLevel(logging.WARNING)
-    from model.doctor import percent
-    from service.loading import kernels_in_words, load_checkpoint, measure_kernels
+    from model.doctor import kernel_errors, percent
+    from service.loading import kernels_in_words, load_checkpoint
 
     checkpoint = load_checkpoint(settings)
-    measured = measure_kernels(checkpoint, settings.kernels)
+    measured = kernel_errors(checkpoint.model, checkpoint.ops)
     device, dtype = checkpoint.model.wte.weight.device, str(measured.dtype)[6:]
     print(f"{checkpoint.name}, {dtype}: {kernels_in_words(device, settings.kernels)}, against the reference")
     print(f"logits of the last {measured.num_rows} of {measured.num_tokens} random tokens, ", end="")

@@ -9,8 +9,9 @@ import torch
 
 from kernels import ops
 from kernels.names import KernelChoice
+from kernels.ops import Ops
 from model.card import Card, load_card
-from model.doctor import KernelErrors, kernel_errors
+from model.doctor import kernel_errors
 from model.fingerprint import weights_fingerprint
 from model.gpt import GPT
 from model.runner import Runner
@@ -45,9 +46,12 @@ class Checkpoint(NamedTuple):
     """A model directory in memory."""
 
     name: str
-    model: GPT
+    model: GPT  # its weights packed for the ops that serve it
     tokenizer: Tokenizer
     card: Card
+    ops: Ops
+    fingerprint: str  # changes with the weights, the kernels and the dtype
+    num_parameters: int
 
 
 def model_directory(model: str) -> Path:
@@ -109,20 +113,19 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     """Weights and tokenizer of the model that the settings name.
 
     Raises CheckpointError, TokenizerError or CardError naming what is wrong with the directory, LoadError for device or
-    dtype.
+    dtype, ValueError where the kernels that are asked for can't run.
     """
     directory = model_directory(settings.model)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, str(dtype)[6:], device)
+    served_ops = ops.choose(device, settings.kernels)
     model = load_model(directory, dtype, device)
-    tokenizer = load_tokenizer(directory)
-    return Checkpoint(served_name(settings.model), model, tokenizer, load_card(directory))
-
-
-def measure_kernels(checkpoint: Checkpoint, kernels: KernelChoice) -> KernelErrors:
-    """How far the kernels that would serve these weights are from the reference. Raises ValueError where neither can run."""
-    return kernel_errors(checkpoint.model, ops.choose(checkpoint.model.wte.weight.device, kernels))
+    tokenizer, card = load_tokenizer(directory), load_card(directory)
+    fingerprint = weights_fingerprint(model, kernels_in_words(device, settings.kernels), str(dtype))
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    model.pack(served_ops)
+    return Checkpoint(served_name(settings.model), model, tokenizer, card, served_ops, fingerprint, num_parameters)
 
 
 def kernels_in_words(device: torch.device, kernels: KernelChoice) -> str:
@@ -132,9 +135,9 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice) -> str:
     return "Triton, interpreted on CPU" if kernels == "triton" else "PyTorch on CPU"
 
 
-def check_kernels(checkpoint: Checkpoint, kernels: KernelChoice, metrics: Metrics) -> None:
+def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
     """Measure the kernels and export what they miss the reference by. Raises LoadError where it is above the limit."""
-    measured = measure_kernels(checkpoint, kernels)
+    measured = kernel_errors(checkpoint.model, checkpoint.ops)
     for kind, error in measured.errors.items():
         metrics.kernel_logit_error(kind).set(error)
     if faults := measured.faults():
@@ -164,7 +167,7 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
         min(settings.max_slots, total / sequence_bytes(config, config.n_positions, dtype.itemsize)),
         config.n_positions,
     )
-    runner = Runner(checkpoint.model, ops.choose(device, settings.kernels), settings.max_slots, sizes)
+    runner = Runner(checkpoint.model, checkpoint.ops, settings.max_slots, sizes)
     cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
     scheduler = Scheduler(cache, max_slots=settings.max_slots, step_tokens=settings.step_tokens)
     warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
@@ -198,22 +201,21 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
         with one_torch_thread():
             checkpoint = load_checkpoint(settings)
             if settings.doctor:
-                check_kernels(checkpoint, settings.kernels, metrics)
+                check_kernels(checkpoint, metrics)
             engine = build_engine(checkpoint, settings, metrics)
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the GPU is out of memory: {error}") from error
     seconds = time.perf_counter() - started
     metrics.load_time.set(seconds)
     config = checkpoint.model.config
-    parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
-    log.info("%s: %.1f M parameters, %d layers, ready in %.1f s", checkpoint.name, parameters / 1e6, config.n_layer, seconds)
-    weight = checkpoint.model.wte.weight
+    millions = checkpoint.num_parameters / 1e6
+    log.info("%s: %.1f M parameters, %d layers, ready in %.1f s", checkpoint.name, millions, config.n_layer, seconds)
     return ServedModel(
         checkpoint.name,
         int(time.time()),
         config,
         checkpoint.tokenizer,
         checkpoint.card,
-        weights_fingerprint(checkpoint.model, kernels_in_words(weight.device, settings.kernels), str(weight.dtype)),
+        checkpoint.fingerprint,
         engine,
     )

@@ -97,8 +97,7 @@ def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
         hidden = model(inputs, positions, WindowAttention(model.config), cpu)
         hidden = model.project_out(hidden).to(torch.bfloat16)
-    head = model.wte if model.lm_head is None else model.lm_head
-    return linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten(), model.config.vocab_size)
+    return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets.flatten(), model.config.vocab_size)
 
 
 @torch.inference_mode()
@@ -112,5 +111,5 @@ def perplexity(model: GPT, tokens: Tensor) -> float:
     for inputs, targets in tqdm(windows, desc="held-out", unit="window"):
         hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(model.config), cpu)
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
-            total += F.cross_entropy(model.logits(rows), labels, reduction="sum").item()
+            total += F.cross_entropy(model.logits(rows, cpu), labels, reduction="sum").item()
     return math.exp(total / (len(tokens) - 1))

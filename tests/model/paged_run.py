@@ -97,7 +97,7 @@ class PagedRun:
         step = StepInput(starts, pages, rows, prompt, samples, scores, [])
         sampled = self.runner.launch(step).result()
         with torch.inference_mode():
-            logits = self.model.logits(self.hidden.pop()).cpu()
+            logits = self.model.logits(self.hidden.pop(), self.runner.ops).cpu()
         assert sampled.tokens == logits[[row.token for row in samples]].argmax(-1).tolist()
         if self.num_top is not None:
             self._check_logprobs(step, sampled, logits)

@@ -27,7 +27,7 @@ def some_tokens(*shape: int) -> Tensor:
 
 def logits(model: GPT, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu))
+    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu), cpu)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:

@@ -33,7 +33,7 @@ def some_tokens(length: int) -> Tensor:
 def our_logits(directory: Path, tokens: Tensor) -> Tensor:
     model = load(directory)
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu))
+    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu), cpu)
 
 
 @torch.no_grad()

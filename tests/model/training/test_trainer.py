@@ -61,7 +61,7 @@ def test_perplexity_is_the_exponential_of_the_mean_loss_over_every_token_but_the
     for start in range(0, 129, 48):
         window = tokens[start : start + 49].long()
         hidden = model(window[:-1], torch.arange(len(window) - 1), lambda *args: window_attend(*args), cpu)
-        losses += F.cross_entropy(model.logits(hidden), window[1:], reduction="none").tolist()
+        losses += F.cross_entropy(model.logits(hidden, cpu), window[1:], reduction="none").tolist()
     assert len(losses) == 129
     assert perplexity(model, tokens) == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-4)
 

@@ -37,6 +37,8 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     A row's arithmetic depends on its own pages only, never on its batch-mates.
     """
     queries = q.float() * scale
+    if len(q) == 1:
+        queries = queries.expand(2, -1, -1)  # see PageList
     pages = plan.page_list
     parts = [
         attend_pages(queries, k_pages, v_pages, pages, slice(start, start + PAGES_AT_A_TIME))
@@ -44,13 +46,13 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     ]
     peak, total, out = (torch.cat(part) for part in zip(*parts, strict=True))
     # Merging adds one page after the other, so that its order of summation is the sequence's own as well.
-    batch, heads, dim = q.shape
-    owners = pages.sequences[:, None].expand(-1, heads)
+    batch, heads, dim = queries.shape
+    owners = pages.owners[:, None].expand(-1, heads)
     highest = peak.new_full((batch, heads), float("-inf")).scatter_reduce_(0, owners, peak, "amax")
-    weight = (peak - highest[pages.sequences]).exp()  # (R, H)
-    sums = total.new_zeros(batch, heads).index_add_(0, pages.sequences, weight * total)
-    merged = out.new_zeros(batch, heads, dim).index_add_(0, pages.sequences, weight.unsqueeze(-1) * out)
-    return (merged / sums.unsqueeze(-1)).to(q.dtype)
+    weight = (peak - highest[pages.owners]).exp()  # (R, H)
+    sums = total.new_zeros(batch, heads).index_add_(0, pages.owners, weight * total)
+    merged = out.new_zeros(batch, heads, dim).index_add_(0, pages.owners, weight.unsqueeze(-1) * out)
+    return (merged / sums.unsqueeze(-1)).to(q.dtype)[: len(q)]
 
 
 def attend_pages(
@@ -64,7 +66,7 @@ def attend_pages(
     last_pages = pages.last_pages
     unwritten = last_pages[(last_pages >= rows.start) & (last_pages < rows.stop)] - rows.start
     v[unwritten] = v[unwritten].masked_fill(~visible[unwritten, None, :, None], 0.0)
-    scores = torch.matmul(k, queries[pages.sequences[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
+    scores = torch.matmul(k, queries[pages.owners[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     peak = scores.amax(-1)
     # A page of which a sparse pattern shows this query nothing has no peak, and -inf - -inf is NaN.

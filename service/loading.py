@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import ops
+from kernels import cpu_compiled, ops
 from kernels.names import KernelChoice
 from kernels.ops import Ops
 from model.card import Card, load_card
@@ -119,8 +119,8 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, str(dtype)[6:], device)
-    served_ops = ops.choose(device, settings.kernels)
     model = load_model(directory, dtype, device)
+    served_ops = choose_ops(model, settings)
     tokenizer, card = load_tokenizer(directory), load_card(directory)
     fingerprint = weights_fingerprint(model, kernels_in_words(device, settings.kernels), str(dtype))
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -133,6 +133,15 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice) -> str:
     if device.type == "cuda":
         return f"Triton on {torch.cuda.get_device_name(device)}"
     return "Triton, interpreted on CPU" if kernels == "triton" else "PyTorch on CPU"
+
+
+def choose_ops(model: GPT, settings: Settings) -> Ops:
+    """What serves `model`. Raises ValueError where the kernels that the settings name can't run."""
+    weight, config = model.wte.weight, model.config
+    compiled = None
+    if weight.device.type == "cpu" and settings.kernels == "auto" and settings.compile:
+        compiled = cpu_compiled.load(cpu_compiled.Heads(config.n_head, config.head_dim, weight.dtype))
+    return compiled or ops.choose(weight.device, settings.kernels)
 
 
 def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:

@@ -32,6 +32,10 @@ class Settings(BaseSettings):
     dtype: Dtype = Field("auto", description="auto: bfloat16 where the hardware multiplies it, else float32")
     device: Device = "auto"
     kernels: KernelChoice = Field("auto", description="triton: run the GPU path in Triton's interpreter on a CPU, for tests")
+    compile: bool = Field(
+        True,
+        description="on a CPU, compile decode attention when it is first needed; takes a C++ compiler and half a minute",
+    )
     doctor: bool = Field(False, description="compare the kernels with the reference at start, and refuse where they differ")
     kv_bytes: int | None = Field(
         None, gt=0, description="memory for KV pages, in bytes; by default 2 GiB on a CPU, what weights leave free on a GPU"

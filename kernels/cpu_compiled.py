@@ -1,8 +1,8 @@
-"""Decode attention for CPUs as one compiled loop over live pages, and where its machine code is kept.
+"""What PyTorch's ops do slowly on CPUs, as compiled loops, and where their machine code is kept.
 
-PyTorch's compiler (AOTInductor) turns `attend_pages` into C++ that reads each key and value once, where they lie: op by op
-every page would be copied first. That takes a C++ compiler and half a minute, once for each shape of heads, dtype and
-machine; the result stays in a cache and loads in milliseconds. Without it kernels.cpu serves.
+Decode attention: op by op, every page would be copied before it is read. The rounding of activations to int8: op by op, six
+passes over them. PyTorch's compiler (AOTInductor) makes C++ of both, which takes a C++ compiler and half a minute, once for
+each shape of heads, dtype and machine; the result stays in a cache and loads in milliseconds. Without it kernels.cpu serves.
 """
 
 import argparse
@@ -13,14 +13,18 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import cpu, int8
 from kernels.band import PAGE_SIZE
+from kernels.int8 import Int8Weight, quantize_rows
+from kernels.names import Activation
+from kernels.ops import Weight
 from kernels.plan import DecodePlan
 
 log = logging.getLogger("banded.kernels")
@@ -29,11 +33,15 @@ log = logging.getLogger("banded.kernels")
 BUILD_TIMEOUT = 600.0
 
 
-class Heads(NamedTuple):
-    """What the code is compiled for: H heads of size D, and the dtype of keys and values."""
+# The functions that are compiled: by the name of their package.
+DECODE, QUANTIZE = "decode", "quantize"
+
+
+class Shape(NamedTuple):
+    """What the code is compiled for: H heads of size D, and the dtype of activations, keys and values."""
 
     num_heads: int
-    dim: int
+    head_dim: int
     dtype: torch.dtype
 
 
@@ -63,10 +71,9 @@ def attend_pages(
 
 
 class CompiledOps:
-    """kernels.cpu with decode attention compiled."""
+    """kernels.cpu with some of its functions compiled."""
 
     pack = staticmethod(cpu.pack)
-    linear = staticmethod(cpu.linear)
     kv_write = staticmethod(cpu.kv_write)
     prefill_attention = staticmethod(cpu.prefill_attention)
     block_sparse_attention = staticmethod(cpu.block_sparse_attention)
@@ -74,9 +81,22 @@ class CompiledOps:
     bias_activation = staticmethod(cpu.bias_activation)
     sample = staticmethod(cpu.sample)
 
-    def __init__(self, package: Path):
+    def __init__(self, packages: Mapping[str, Path]):
+        """`packages` holds DECODE, and QUANTIZE where weights are int8."""
         # aoti_load_package does the same and imports the whole compiler for it, which takes seconds.
-        self._attend_pages = torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+        self._compiled = {
+            name: torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+            for name, package in packages.items()
+        }
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+        if isinstance(weight, Int8Weight):
+            return cpu.linear_int8(x, weight, bias, activation, self._quantize_rows)
+        return cpu.linear(x, weight, bias, activation)
+
+    def _quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        integers, scales = self._compiled[QUANTIZE].run([torch.cat((x, x)) if len(x) == 1 else x.contiguous()])
+        return integers[: len(x)], scales[: len(x)]
 
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
         """A row's arithmetic depends on its own pages only, never on its batch-mates."""
@@ -85,30 +105,31 @@ class CompiledOps:
         if len(q) == 1:
             queries = queries.expand(2, -1, -1)  # see PageList
         arguments = [queries.contiguous(), k_pages, v_pages, pages.page_ids, pages.owners, pages.visible, pages.rows]
-        return self._attend_pages.run(arguments)[0][: len(q)]
+        return self._compiled[DECODE].run(arguments)[0][: len(q)]
 
 
-def load(heads: Heads) -> CompiledOps | None:
+def load(shape: Shape, *, quantize: bool = False) -> CompiledOps | None:
     """The compiled ops, built first where the cache lacks them; None, and a line in the log, where that fails."""
-    package = cache_directory() / f"decode-{key(heads)}.pt2"
-    if not package.exists():
-        log.info("compiling decode attention, once for this machine and shape of heads: about half a minute")
-        if problem := build(heads, package):
-            log.warning("decode attention is not compiled and takes several times as long: %s", problem)
-            return None
-    return CompiledOps(package)
+    packages = {name: cache_directory() / f"{name}-{key(shape)}.pt2" for name in (DECODE, *([QUANTIZE] if quantize else []))}
+    for name, package in packages.items():
+        if not package.exists():
+            log.info("compiling %s for this machine and shape of heads: once, it takes a quarter of a minute", name)
+            if problem := build(name, shape, package):
+                log.warning("%s is not compiled, so that steps take several times as long: %s", name, problem)
+                return None
+    return CompiledOps(packages)
 
 
 def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded"
 
 
-def key(heads: Heads) -> str:
+def key(shape: Shape) -> str:
     """Changes with everything that the machine code depends on."""
     facts = (
         torch.__version__,
-        Path(__file__).read_text(encoding="utf-8"),
-        *map(str, heads),
+        *(Path(source).read_text(encoding="utf-8") for source in (__file__, int8.__file__)),
+        *map(str, shape),
         processor(),
         str(torch.get_num_threads()),  # the compiler decides by it what to run in parallel
     )
@@ -124,15 +145,15 @@ def processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
 
 
-def build(heads: Heads, package: Path) -> str | None:
+def build(name: str, shape: Shape, package: Path) -> str | None:
     """Compile in a process of its own, which takes the compiler's memory with it; what went wrong, or None."""
-    shape = (str(heads.num_heads), str(heads.dim), str(heads.dtype)[6:], str(torch.get_num_threads()))
+    arguments = (name, str(shape.num_heads), str(shape.head_dim), str(shape.dtype)[6:], str(torch.get_num_threads()))
     try:
         package.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=package.parent) as scratch:
             built = Path(scratch) / "built.pt2"
             finished = subprocess.run(
-                [sys.executable, "-m", "kernels.cpu_compiled", *shape, str(built)],
+                [sys.executable, "-m", "kernels.cpu_compiled", *arguments, str(built)],
                 env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": scratch, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 capture_output=True,
                 text=True,
@@ -148,41 +169,57 @@ def build(heads: Heads, package: Path) -> str | None:
     return None
 
 
-def compile_package(heads: Heads, package: Path) -> None:
-    """Write the machine code of `attend_pages`, for any number of sequences and pages."""
+class Compilable(NamedTuple):
+    """A function of tensors, an example of them, and which of their sizes may change, by name, each at least 2."""
+
+    function: Callable[..., Any]
+    example: tuple[Tensor, ...]
+    sizes: tuple[dict[int, str], ...]
+
+
+def compilable(name: str, shape: Shape) -> Compilable:
+    """The examples are of the size that should be parallel: the compiler divides the work among threads by them."""
+    batch, width = 32, 16
+    if name == QUANTIZE:
+        return Compilable(quantize_rows, (torch.zeros(batch, 1024, dtype=shape.dtype),), ({0: "n", 1: "c"},))
+    pages = torch.zeros(batch * width + 1, shape.num_heads, PAGE_SIZE, shape.head_dim, dtype=shape.dtype)
+    page_ids = torch.arange(batch * width)
+    queries = torch.zeros(batch, shape.num_heads, shape.head_dim)
+    visible = torch.ones(batch * width, PAGE_SIZE, dtype=torch.bool)
+    example = (queries, pages, pages.clone(), page_ids, page_ids // width, visible, page_ids.view(batch, width))
+    return Compilable(attend_pages, example, ({0: "b"}, {0: "p"}, {0: "p"}, {0: "r"}, {0: "r"}, {0: "r"}, {0: "b", 1: "w"}))
+
+
+def compile_package(what: Compilable, package: Path) -> None:
+    """Write the machine code of a function."""
     from torch._inductor import aoti_compile_and_package, config
     from torch.export import Dim, export
 
-    class AttendPages(torch.nn.Module):
-        forward = staticmethod(attend_pages)
+    class Module(torch.nn.Module):
+        forward = staticmethod(what.function)
 
-    # A step of the size that should be parallel: the compiler looks at it when it divides the work among threads.
-    batch, width = 32, 16
-    pages = torch.zeros(batch * width + 1, heads.num_heads, PAGE_SIZE, heads.dim, dtype=heads.dtype)
-    page_ids = torch.arange(batch * width)
-    queries = torch.zeros(batch, heads.num_heads, heads.dim)
-    visible = torch.ones(batch * width, PAGE_SIZE, dtype=torch.bool)
-    example = (queries, pages, pages.clone(), page_ids, page_ids // width, visible, page_ids.view(batch, width))
-    most = 1 << 40
-    b, r, w, p = (Dim(name, min=2, max=most) for name in ("b", "r", "w", "p"))
-    sizes = ({0: b}, {0: p}, {0: p}, {0: r}, {0: r}, {0: r}, {0: b, 1: w})
+    names = {name for sizes in what.sizes for name in sizes.values()}
+    dims = {name: Dim(name, min=2, max=1 << 40) for name in names}
+    dynamic = [{axis: dims[name] for axis, name in sizes.items()} for sizes in what.sizes]
     config.cpp.enable_floating_point_contract_flag = "fast"  # a product and a sum in one instruction
     config.assert_indirect_indexing = False  # the scheduler's page ids are in range
     with torch.no_grad():
-        program = export(AttendPages(), example, dynamic_shapes=sizes)
+        program = export(Module(), what.example, dynamic_shapes=tuple(dynamic))
         aoti_compile_and_package(program, package_path=str(package))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Compile decode attention into a package")
+    parser = argparse.ArgumentParser(description="Compile a function of this file into a package")
+    parser.add_argument("name", choices=(DECODE, QUANTIZE))
     parser.add_argument("num_heads", type=int)
-    parser.add_argument("dim", type=int)
+    parser.add_argument("head_dim", type=int)
     parser.add_argument("dtype")
     parser.add_argument("threads", type=int)
     parser.add_argument("package", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    compile_package(Heads(args.num_heads, args.dim, getattr(torch, args.dtype)), args.package)
+    shape = Shape(args.num_heads, args.head_dim, getattr(torch, args.dtype))
+    compile_package(compilable(args.name, shape), args.package)
 
 
 if __name__ == "__main__":

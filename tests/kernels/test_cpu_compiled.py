@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import cpu_compiled, reference
-from kernels.cpu_compiled import CompiledOps, Heads, load
+from kernels.cpu_compiled import CompiledOps, Shape, load
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan
 from tests.kernels.paged import DecodeCase, decode_case
@@ -18,41 +18,41 @@ patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lamb
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-def heads(request: pytest.FixtureRequest) -> Heads:
-    return Heads(NUM_HEADS, DIM, request.param)
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return Shape(NUM_HEADS, DIM, request.param)
 
 
 @pytest.fixture(scope="module")
-def ops(heads: Heads) -> CompiledOps:
+def ops(shape: Shape) -> CompiledOps:
     """In the cache that a server would use, so that only the first run on a machine waits for the compiler."""
-    compiled = load(heads)
+    compiled = load(shape)
     assert compiled is not None
     return compiled
 
 
-def case_of(heads: Heads, lengths: list[int], pattern: Pattern) -> DecodeCase:
-    return decode_case(lengths, pattern, heads=NUM_HEADS, dim=DIM, dtype=heads.dtype)
+def case_of(shape: Shape, lengths: list[int], pattern: Pattern) -> DecodeCase:
+    return decode_case(lengths, pattern, heads=NUM_HEADS, dim=DIM, dtype=shape.dtype)
 
 
 @patterns
-def test_it_equals_the_reference(ops: CompiledOps, heads: Heads, pattern: Pattern) -> None:
+def test_it_equals_the_reference(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
     # All that is not a live key is NaN.
-    case = case_of(heads, [1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern)
+    case = case_of(shape, [1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern)
     assert_close(decode(ops, case), decode(reference, case))
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 700])
-def test_a_lone_sequence(ops: CompiledOps, heads: Heads, length: int) -> None:
-    case = case_of(heads, [length], DENSE)
+def test_a_lone_sequence(ops: CompiledOps, shape: Shape, length: int) -> None:
+    case = case_of(shape, [length], DENSE)
     out = decode(ops, case)
     assert out.shape == case.q.shape
     assert_close(out, decode(reference, case))
 
 
 @patterns
-def test_a_row_has_the_same_bits_in_any_batch(ops: CompiledOps, heads: Heads, pattern: Pattern) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
     lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
-    case = case_of(heads, lengths, pattern)
+    case = case_of(shape, lengths, pattern)
     together = decode(ops, case)
     for i in range(len(lengths)):
         assert torch.equal(decode(ops, alone(case, i))[0], together[i])
@@ -60,34 +60,34 @@ def test_a_row_has_the_same_bits_in_any_batch(ops: CompiledOps, heads: Heads, pa
     assert torch.equal(decode(ops, DecodeCase(case.q[2:5], case.cache, plan)), together[2:5])
 
 
-def test_scores_far_from_0_do_not_overflow(ops: CompiledOps, heads: Heads) -> None:
-    case = case_of(heads, [300, 70], DENSE)
-    tolerance = max(1e-3, TOLERANCE[heads.dtype])
+def test_scores_far_from_0_do_not_overflow(ops: CompiledOps, shape: Shape) -> None:
+    case = case_of(shape, [300, 70], DENSE)
+    tolerance = max(1e-3, TOLERANCE[shape.dtype])
     torch.testing.assert_close(decode(ops, case, 100.0), decode(reference, case, 100.0), atol=tolerance, rtol=tolerance)
 
 
 def test_the_second_start_takes_what_the_first_has_compiled(
-    heads: Heads, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
 
-    def build(heads: Heads, package: Path) -> None:
+    def build(name: str, shape: Shape, package: Path) -> None:
         package.parent.mkdir(parents=True, exist_ok=True)
         package.write_bytes(b"a package")
-        built.append(heads)
+        built.append(name)
 
     monkeypatch.setattr(cpu_compiled, "build", build)
-    monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda package: package)
+    monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda packages: packages)
     with caplog.at_level(logging.INFO):
-        first = load(heads)
-        second = load(heads)
+        first = load(shape)
+        second = load(shape)
     assert first == second
     assert len(built) == 1
     assert [record.message for record in caplog.records] == [
-        "compiling decode attention, once for this machine and shape of heads: about half a minute"
+        "compiling decode for this machine and shape of heads: once, it takes a quarter of a minute"
     ]
-    load(heads._replace(dim=48))
+    load(shape._replace(head_dim=48))
     assert len(built) == 2, "another shape, another package"
 
 
@@ -97,8 +97,8 @@ def test_without_a_compiler_it_says_so_and_serves_op_by_op(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with caplog.at_level(logging.WARNING):
-        assert load(Heads(2, 16, torch.float32)) is None
-    assert "decode attention is not compiled and takes several times as long: " in caplog.text
+        assert load(Shape(2, 16, torch.float32)) is None
+    assert "decode is not compiled, so that steps take several times as long: " in caplog.text
     assert "no-such-compiler" in caplog.text
     assert not list(tmp_path.rglob("*.pt2"))
 
@@ -109,5 +109,5 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
     occupied = tmp_path / "file"
     occupied.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
-    assert load(Heads(2, 16, torch.float32)) is None
+    assert load(Shape(2, 16, torch.float32)) is None
     assert "Not a directory" in caplog.text

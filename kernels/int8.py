@@ -34,7 +34,7 @@ def quantize_weight(weight: Tensor) -> Int8Weight:
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, C) as integers (N, C) uint8 around ZERO_POINT, and their scales (N, 1) in x's dtype. A NaN is one of its scale."""
+    """x (N, C) as integers (N, C) uint8 around ZERO_POINT, and scales (N, 1) in x's dtype; NaN makes a NaN scale."""
     # Rounded to the dtype first: the integers are those of the very scale that they will be multiplied by.
     scales = (x.abs().amax(-1, keepdim=True).float() / LARGEST).clamp_min(torch.finfo(torch.float32).tiny).to(x.dtype)
     return ((x.float() / scales.float()).round() + ZERO_POINT).to(torch.uint8), scales

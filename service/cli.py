@@ -196,12 +196,11 @@ def run_doctor(args: argparse.Namespace) -> int:
     settings = settings_from(args, host="127.0.0.1")
     logging.getLogger().setLevel(logging.WARNING)
     from model.doctor import kernel_errors, percent
-    from service.loading import kernels_in_words, load_checkpoint
+    from service.loading import load_checkpoint
 
     checkpoint = load_checkpoint(settings)
     measured = kernel_errors(checkpoint.model, checkpoint.ops)
-    device, dtype = checkpoint.model.wte.weight.device, str(measured.dtype)[6:]
-    print(f"{checkpoint.name}, {dtype}: {kernels_in_words(device, settings.kernels)}, against the reference")
+    print(f"{checkpoint.name}, {checkpoint.dtype}: {checkpoint.kernels}, against the reference")
     print(f"logits of the last {measured.num_rows} of {measured.num_tokens} random tokens, ", end="")
     print(f"standard deviation {measured.deviation:.3g}")
     print(f"\n{'kernels':<10}{'max |Δ logit|':>14}{'of the deviation':>18}")

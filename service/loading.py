@@ -51,6 +51,8 @@ class Checkpoint(NamedTuple):
     tokenizer: Tokenizer
     card: Card
     ops: Ops
+    kernels: str  # what `ops` are, in words
+    dtype: str  # as the settings name it
     fingerprint: str  # changes with the weights, the kernels and the dtype
     num_parameters: int
 
@@ -127,17 +129,21 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     model = load_model(directory, dtype, device)
     served_ops = choose_ops(model, settings)
     tokenizer, card = load_tokenizer(directory), load_card(directory)
-    fingerprint = weights_fingerprint(model, kernels_in_words(device, settings.kernels), shown)
+    kernels = kernels_in_words(device, settings.kernels, compiled=isinstance(served_ops, cpu_compiled.CompiledOps))
+    fingerprint = weights_fingerprint(model, kernels, shown)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     model.pack(served_ops, quantize=settings.dtype == "int8")
-    return Checkpoint(served_name(settings.model), model, tokenizer, card, served_ops, fingerprint, num_parameters)
+    name = served_name(settings.model)
+    return Checkpoint(name, model, tokenizer, card, served_ops, kernels, shown, fingerprint, num_parameters)
 
 
-def kernels_in_words(device: torch.device, kernels: KernelChoice) -> str:
-    """Which implementation `ops.choose` takes."""
+def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: bool = False) -> str:
+    """Which implementation `choose_ops` takes."""
     if device.type == "cuda":
         return f"Triton on {torch.cuda.get_device_name(device)}"
-    return "Triton, interpreted on CPU" if kernels == "triton" else "PyTorch on CPU"
+    if kernels == "triton":
+        return "Triton, interpreted on CPU"
+    return "PyTorch on CPU, decode attention compiled" if compiled else "PyTorch on CPU"
 
 
 def choose_ops(model: GPT, settings: Settings) -> Ops:

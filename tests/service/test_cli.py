@@ -20,8 +20,8 @@ from tests.model.checkpoints import tiny
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings in the environment, and log level and signal handler as they were."""
-    for name in [name for name in os.environ if name.startswith("BANDED_")]:
+    """No settings in the environment but that nothing is compiled, and log level and signal handler as they were."""
+    for name in [name for name in os.environ if name.startswith("BANDED_") and name != "BANDED_COMPILE"]:
         monkeypatch.delenv(name)
     level, handler = logging.getLogger().level, signal.getsignal(signal.SIGTERM)
     yield
@@ -94,7 +94,7 @@ NO_GPU = "device cuda: PyTorch sees no GPU here; use --device cpu, or install a 
         (["serve", "--device", "tpu"], "device: Input should be 'auto', 'cpu' or 'cuda'"),
         (["serve", "--metrics-alias", "tgi"], "metrics_alias: Input should be 'vllm'"),
         (["doctor", "--device", "cuda"], NO_GPU),
-        (["serve", "--dtype", "int8"], "dtype: Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        (["serve", "--dtype", "int4"], "dtype: Input should be 'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
         (["serve", "--port", "70000"], "port: Input should be less than or equal to 65535"),
         (["serve", "--port", "-1"], "port: Input should be greater than or equal to 0"),
         (
@@ -249,6 +249,13 @@ def test_the_doctor_prints_a_row_for_each_kind(checkpoint: Path, capsys: pytest.
     assert list(rows) == ["dense", "banded", "pointwise", "all", "limit"]
     assert rows["limit"] == ["0.00162", "0.1%"]
     assert all(float(error) < 1e-4 for error, _ in list(rows.values())[:-1])
+
+
+def test_the_doctor_holds_int8_to_the_same_integers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--model", str(checkpoint), "--dtype", "int8"]) == 0
+    out, _ = capsys.readouterr()
+    assert out.startswith("banded, int8: PyTorch on CPU, against the reference\n")
+    assert float(table(out)["all"][0]) > 0
 
 
 def test_the_doctor_names_wrong_kernels(

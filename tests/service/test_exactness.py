@@ -137,8 +137,10 @@ def client_bytes(token: int) -> bytes:
 
 
 @contract("completions", "seed", "the same text alone, in a full batch and after a prefix hit")
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_the_same_request_and_seed_give_the_same_text(dtype: str, directory: Path) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "compiled"), [("bfloat16", False), ("float32", False), ("bfloat16", True), ("int8", True)]
+)
+def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool, directory: Path) -> None:
     """tests/bench/same_seed.py does it with 200 requests over HTTP."""
     rng = random.Random(3)
     shared = random_tokens(rng, 150)
@@ -159,11 +161,11 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, directory: Pat
         def texts(answer: dict[str, Any]) -> list[str]:
             return [choice["text"] for choice in answer["choices"]]
 
-        async with client_of(directory, dtype=dtype, max_slots=8, step_tokens=100) as client:
+        async with client_of(directory, dtype=dtype, compile=compiled, max_slots=8, step_tokens=100) as client:
             alone = [await complete(client, directory, **body) for body in bodies]
             again = [await complete(client, directory, **body) for body in bodies]
             batch = await asyncio.gather(*(complete(client, directory, **body) for body in bodies))
-        async with client_of(directory, dtype=dtype, max_slots=8, step_tokens=100) as client:
+        async with client_of(directory, dtype=dtype, compile=compiled, max_slots=8, step_tokens=100) as client:
             cold_batch = await asyncio.gather(*(complete(client, directory, **body) for body in bodies))
         cached = [sum(a["usage"]["prompt_tokens_details"]["cached_tokens"] for a in answers) for answers in (alone, again)]
         assert cached[1] > cached[0] > 0

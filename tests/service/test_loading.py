@@ -57,7 +57,7 @@ def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None
         assert tokens == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
 def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
 
@@ -175,6 +175,19 @@ def logit_errors(metrics: Metrics) -> dict[str, float]:
 def test_kernels_in_words(device: str, kernels: KernelChoice, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpu(monkeypatch, (9, 0))
     assert kernels_in_words(torch.device(device), kernels) == words
+
+
+def test_compiled_kernels_have_another_name_and_so_another_fingerprint() -> None:
+    words = kernels_in_words(torch.device("cpu"), "auto", compiled=True)
+    assert words == "PyTorch on CPU, decode attention compiled"
+
+
+@pytest.mark.parametrize("how", [{"kernels": "triton"}, {"device": "cuda"}])
+def test_int8_off_the_cpu_is_refused(how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "device" in how:
+        fake_gpu(monkeypatch, (9, 0))
+    with pytest.raises(LoadError, match="dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu"):
+        served(tiny("banded", tmp_path, vocab_size=50257), dtype="int8", **how)
 
 
 def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:

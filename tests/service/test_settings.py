@@ -73,7 +73,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         ("port", "65536", "Input should be less than or equal to 65535"),
         ("port", "-1", "Input should be greater than or equal to 0"),
         ("port", "http", "Input should be a valid integer, unable to parse string as an integer"),
-        ("dtype", "int8", "Input should be 'auto', 'float32', 'bfloat16' or 'float16'"),
+        ("dtype", "int4", "Input should be 'auto', 'float32', 'bfloat16', 'float16' or 'int8'"),
         ("device", "tpu", "Input should be 'auto', 'cpu' or 'cuda'"),
         ("kv_bytes", "0", "Input should be greater than 0"),
         ("kv_bytes", "2GB", "Input should be a valid integer, unable to parse string as an integer"),

@@ -132,10 +132,10 @@ async def keep(url: str, model: str, load: Load, prompts: list[list[int]]) -> Re
 
 
 def client() -> aiohttp.ClientSession:
-    """Any number of connections. A server with keys gets the one in OPENAI_API_KEY, as other clients send it."""
+    """A connection for each request, for llama.cpp's server ends them. A server with keys gets the one in OPENAI_API_KEY."""
     key = os.environ.get("OPENAI_API_KEY")
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
         headers={"Authorization": f"Bearer {key}"} if key else {},
     )
@@ -152,33 +152,41 @@ async def complete(session: aiohttp.ClientSession, url: str, model: str, prompt:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    sent, events, usage, done = time.perf_counter(), list[float](), dict[str, Any](), False
+    route, sent = f"{url}/v1/completions", time.perf_counter()
     try:
-        async with session.post(f"{url}/v1/completions", json=body) as response:
+        async with session.post(route, json=body) as response:
             if response.status != 200:
-                raise BenchError(f"{url}/v1/completions: HTTP {response.status}: {message(await response.text())}")
-            async for line in response.content:
-                data = line.removeprefix(b"data:").strip()
-                if data == b"[DONE]":
-                    done = True
-                elif line.startswith(b"data:"):
-                    event = json.loads(data)
-                    if event.get("error"):
-                        raise BenchError(f"{url}/v1/completions: error event: {message(data.decode())}")
-                    if event["choices"]:
-                        events.append(time.perf_counter())
-                    usage = event.get("usage") or usage
+                raise BenchError(f"{route}: HTTP {response.status}: {message(await response.text())}")
+            return await read_events(response, sent, output)
     except aiohttp.ClientConnectorError as error:
         raise BenchError(f"{url}: no server answers there: {error.strerror}") from error
     except (aiohttp.ClientError, TimeoutError) as error:
-        raise BenchError(f"{url}/v1/completions: the stream broke off: {error or type(error).__name__}") from error
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise BenchError(f"{url}/v1/completions: no event of a completion: {line[:200].decode(errors='replace')}") from error
+        raise BenchError(f"{route}: the stream broke off: {error or type(error).__name__}") from error
+
+
+async def read_events(response: aiohttp.ClientResponse, sent: float, output: int) -> Stream:
+    """What comes in until the stream ends. Raises BenchError where that is no completion of `output` tokens."""
+    route = response.url
+    times, usage, done = list[float](), dict[str, Any](), False
+    async for line in response.content:
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            done = True
+        elif line.startswith(b"data:"):
+            try:
+                event = json.loads(data)
+                if event.get("error"):
+                    raise BenchError(f"{route}: error event: {message(data.decode())}")
+                if event["choices"]:
+                    times.append(time.perf_counter())
+                usage = event.get("usage") or usage
+            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                raise BenchError(f"{route}: no event of a completion: {data[:200].decode(errors='replace')}") from error
     tokens = usage.get("completion_tokens", 0)
-    if not done or tokens != output or not events:
-        ended = "" if done else " and without [DONE]"
-        raise BenchError(f"{url}/v1/completions: a stream ended with {tokens} of {output} tokens{ended}")
-    return Stream(sent, events, (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+    if not done or tokens != output or not times:
+        ended = " and without [DONE]" if not done else "" if times else " and no text"
+        raise BenchError(f"{route}: a stream ended with {tokens} of {output} tokens{ended}")
+    return Stream(sent, times, (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
 
 
 def message(text: str) -> str:
@@ -287,7 +295,7 @@ def tail(log: IO[bytes]) -> str:
     """The last lines that say something."""
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
-    return "\n".join([line for line in lines if line.strip()][-5:])
+    return "\n".join([line for line in lines if line.strip()][-8:])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

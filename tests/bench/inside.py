@@ -64,13 +64,25 @@ def limits(model: str, dtype: str, rows: list[int], chunk: int, seconds: float) 
     keep_freed_memory()
     with one_torch_thread():
         checkpoint = load_checkpoint(settings(model, dtype))
-    found = {str(count): products_seconds(checkpoint, count, count, seconds) for count in rows}
-    return found | {"prompt": products_seconds(checkpoint, chunk, 1, seconds)}
+    works = {str(count): (count, count) for count in rows} | {"prompt": (chunk, 1)}
+    return {name: products_seconds(checkpoint, *work, seconds) for name, work in works.items()}
 
 
 @torch.inference_mode()
 def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, seconds: float) -> float:
-    """All linears over `num_tokens` rows and the head over `num_sampled`, one after the other, and nothing between them."""
+    """All products of a step, one after the other, and nothing between them."""
+    calls = products(checkpoint, num_tokens, num_sampled)
+
+    def replay() -> None:
+        for call in calls:
+            checkpoint.ops.linear(*call)
+
+    return median_seconds(replay, seconds)
+
+
+@torch.inference_mode()
+def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[tuple[Any, ...]]:
+    """What the op that multiplies is called with: all linears over `num_tokens` rows, the head over `num_sampled`."""
     model, ops, calls = checkpoint.model, checkpoint.ops, list[tuple[Any, ...]]()
 
     def linear(*call: Any) -> torch.Tensor:
@@ -78,15 +90,10 @@ def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, 
         return ops.linear(*call)
 
     recording = cast(Ops, SimpleNamespace(**{**vars(ops), "linear": linear}))
-    tokens = torch.arange(num_tokens) % model.config.vocab_size
-    hidden = model(tokens, torch.arange(num_tokens) % model.config.n_positions, lambda layer, q, k, v: v, recording)
+    positions = torch.arange(num_tokens) % model.config.n_positions
+    hidden = model(positions % model.config.vocab_size, positions, lambda layer, q, k, v: v, recording)
     model.logits(hidden[:num_sampled], recording)
-
-    def replay() -> None:
-        for call in calls:
-            ops.linear(*call)
-
-    return median_seconds(replay, seconds)
+    return calls
 
 
 def engine(model: str, dtype: str, load: list[int], seed: str) -> float:

@@ -81,7 +81,7 @@ REAL = Sizes(
     seconds=1.0,
 )
 QUICK = Sizes(
-    model=replace(ALTERNATING_125M, n_layer=2, n_embd=64, n_head=1, n_inner=128, n_positions=256, band=64),
+    model=replace(ALTERNATING_125M, n_layer=2, n_embd=64, n_head=1, n_inner=256, n_positions=256, band=64),
     waves=1,
     prompt=8,
     output=4,

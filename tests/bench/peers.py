@@ -89,23 +89,23 @@ class Servers:
     """Starts each program when it is first asked for, and halts all but the one that is measured: they share the cores."""
 
     def __init__(self) -> None:
-        self._kept: dict[Program, Server] = {}
+        self.kept: dict[Program, Server] = {}
         self._stack = ExitStack()
 
     def __enter__(self) -> "Servers":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for server in self._kept.values():
+        for server in self.kept.values():
             os.killpg(server.process.pid, signal.SIGCONT)
         self._stack.close()
 
     @contextmanager
     def only(self, program: Program) -> Iterator[tuple[str, str]]:
         """The URL and the model of a server that runs alone, and has just answered."""
-        if program not in self._kept:
-            self._kept[program] = self._stack.enter_context(running(program, timeout=START_SECONDS))
-        server = self._kept[program]
+        if program not in self.kept:
+            self.kept[program] = self._stack.enter_context(running(program, timeout=START_SECONDS))
+        server = self.kept[program]
         os.killpg(server.process.pid, signal.SIGCONT)
         try:
             model = served_model(server.url)

@@ -190,11 +190,11 @@ class Bench:
             )
         return self._products[dtype]
 
-    def ceiling(self, dtype: str, load: Load) -> float:
-        """Output tokens/s under a load if steps were their matrix products, prompts included."""
-        products = self.products(dtype)
-        prompts = load.streams * load.prompt * products["prompt"] / self.sizes.chunk
-        return load.streams * load.output / (prompts + load.output * products[str(load.streams)])
+
+def ceiling(products: dict[str, float], load: Load, chunk: int) -> float:
+    """Output tokens/s under a load if steps were their matrix products, prompts included: `products` has their seconds."""
+    prompts = load.streams * load.prompt * products["prompt"] / chunk
+    return load.streams * load.output / (prompts + load.output * products[str(load.streams)])
 
 
 def progress(text: str) -> None:
@@ -217,12 +217,12 @@ def compare(
     target: Target | None = None,
     *,
     best: Callable[..., tuple[str, float]] = max,
-    ceiling: float = math.nan,
+    most: float = math.nan,
 ) -> Line:
-    """Ours, the first, beside the best of the others."""
+    """Ours, the first, beside the best of the others. `most` is the ceiling."""
     (_, ours), *others = medians.items()
     against, theirs = best(others, key=lambda side: side[1]) if others else ("", math.nan)
-    return Line(scenario, figure, ours, against, theirs, target, ceiling)
+    return Line(scenario, figure, ours, against, theirs, target, most)
 
 
 def limits(bench: Bench, name: str) -> list[Line]:
@@ -247,7 +247,11 @@ def throughput(
     medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
     return [
         compare(
-            name, f"tokens/s, {streams} stream{'s' * (streams > 1)}", medians, target, ceiling=bench.ceiling(dtype, load)
+            name,
+            f"tokens/s, {streams} stream{'s' * (streams > 1)}",
+            medians,
+            target,
+            most=ceiling(bench.products(dtype), load, sizes.chunk),
         )
     ]
 

@@ -133,7 +133,7 @@ def test_only_streams_that_decode_together_count(monkeypatch: pytest.MonkeyPatch
 
 def state(server: Program, servers: Servers) -> str:
     """Linux's letter: T is stopped."""
-    pid = servers.kept[server].process.pid
+    pid = servers.kept[server][0].process.pid
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
@@ -148,7 +148,7 @@ def test_one_server_runs_at_a_time(parrot: Path) -> None:
                 assert other != url
                 assert (state(first, servers), state(second, servers)) != ("T", "T")
                 assert state(first, servers) == "T"
-        processes = [server.process for server in servers.kept.values()]
+        processes = [server.process for server, _ in servers.kept.values()]
         assert len(processes) == 2
     assert all(process.returncode is not None for process in processes)
 
@@ -193,16 +193,16 @@ def test_a_checkpoint_is_converted_once(parrot: Path, tmp_path: Path) -> None:
 def test_who_is_measured_beside_whom(parrot: Path, tmp_path: Path) -> None:
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERT)
     bench = Bench(QUICK, 1, Peers(parrot, tmp_path, Path(sys.executable), tmp_path), Servers())
-    names = {
-        (dtypes, streams): [side.name for side in run.rivals(bench, dtypes, streams)]
-        for dtypes, streams in ((("bf16",), 1), (("bf16",), 8), (("int8",), 1), (("bf16", "int8"), 16))
-    }
-    assert names == {
-        (("bf16",), 1): ["llama.cpp bf16"],
-        (("bf16",), 8): ["llama.cpp bf16", "vLLM bf16"],
-        (("int8",), 1): ["llama.cpp q8_0"],
-        (("bf16", "int8"), 16): ["llama.cpp bf16", "llama.cpp q8_0", "vLLM bf16"],
-    }
+    load = Load(3, 3, prompt=100, output=100)
+    names = (run.LLAMA_Q8, *run.BF16_PEERS)
+    sides = run.rivals(bench, names, load)
+    assert tuple(side.name for side in sides) == names
+    assert [side.name for side in run.rivals(bench, (run.LLAMA_BF16,), load)] == [run.LLAMA_BF16]
+    for side in sides[:2]:
+        assert side.program.command[-4:] == ("-np", "3", "-c", "768")
+    assert sides[2].program.command[-6:] == ("--model", str(bench.gpt2), "--dtype", "bfloat16", "--max-model-len", "256")
+    alone = Bench(QUICK, 1, NOBODY._replace(work=tmp_path), Servers())
+    assert run.rivals(alone, names, load) == []
 
 
 def test_a_dtype_that_is_not_served_is_skipped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,23 +89,23 @@ class Servers:
     """Starts each program when it is first asked for, and halts all but the one that is measured: they share the cores."""
 
     def __init__(self) -> None:
-        self.kept: dict[Program, Server] = {}
-        self._stack = ExitStack()
+        self.kept: dict[Program, tuple[Server, ExitStack]] = {}
 
     def __enter__(self) -> "Servers":
         return self
 
     def __exit__(self, *error: object) -> None:
-        for server in self.kept.values():
-            os.killpg(server.process.pid, signal.SIGCONT)
-        self._stack.close()
+        for program in list(self.kept):
+            self.end(program)
 
     @contextmanager
     def only(self, program: Program) -> Iterator[tuple[str, str]]:
         """The URL and the model of a server that runs alone, and has just answered."""
         if program not in self.kept:
-            self.kept[program] = self._stack.enter_context(running(program, timeout=START_SECONDS))
-        server = self.kept[program]
+            with ExitStack() as started:
+                server = started.enter_context(running(program, timeout=START_SECONDS))
+                self.kept[program] = server, started.pop_all()
+        server, _ = self.kept[program]
         os.killpg(server.process.pid, signal.SIGCONT)
         try:
             model = served_model(server.url)
@@ -113,3 +113,8 @@ class Servers:
             yield server.url, model
         finally:
             os.killpg(server.process.pid, signal.SIGSTOP)
+
+    def end(self, program: Program) -> None:
+        server, ending = self.kept.pop(program)
+        os.killpg(server.process.pid, signal.SIGCONT)  # or it would not hear that it is to end
+        ending.close()

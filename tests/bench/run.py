@@ -101,8 +101,11 @@ QUICK = Sizes(
 
 # What the matrix products alone take, by how many rows a decode step has.
 ROWS = [1, 8, 16, 32]
-# Room for 16 whole prompts in the prefix cache, banded pages included, and KV memory for two models with as much.
-ROOMY = (("BANDED_MAX_SLOTS", "128"), ("BANDED_KV_BYTES", str(8 << 30)))
+# KV memory in which 16 whole prompts stay cached, the pages that fell behind the band included: 5 GB, committed at start.
+ROOMY = (("BANDED_MAX_SLOTS", "104"), ("BANDED_KV_BYTES", str(5 << 30)))
+
+LLAMA_BF16, LLAMA_Q8, VLLM = "llama.cpp bf16", "llama.cpp q8_0", "vLLM bf16"
+BF16_PEERS = (LLAMA_BF16, VLLM)
 
 
 class Skip(Exception):
@@ -201,13 +204,16 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def rivals(bench: Bench, dtypes: tuple[str, ...], streams: int) -> list[Side]:
-    """Installed peers that multiply in one of these dtypes: vLLM has bf16 only."""
-    context = bench.sizes.model.n_positions
-    found: list[Side] = []
-    for dtype in dtypes:
-        found += bench.peers.llama(bench.gpt2, "bf16" if dtype == "bf16" else "q8_0", streams, context)
-    return found + (bench.peers.vllm(bench.gpt2, context) if "bf16" in dtypes and streams > 1 else [])
+def rivals(bench: Bench, names: tuple[str, ...], load: Load) -> list[Side]:
+    """Those of the named peers that are installed, with room for a load."""
+    whole = bench.sizes.model.n_positions
+    slot = min(whole, -(-(load.prompt + load.output + 1) // 256) * 256)
+    found = {
+        LLAMA_BF16: lambda: bench.peers.llama(bench.gpt2, "bf16", load.streams, slot),
+        LLAMA_Q8: lambda: bench.peers.llama(bench.gpt2, "q8_0", load.streams, slot),
+        VLLM: lambda: bench.peers.vllm(bench.gpt2, whole),
+    }
+    return [side for name in names for side in found[name]()]
 
 
 def compare(
@@ -243,17 +249,10 @@ def throughput(
 ) -> list[Line]:
     sizes = bench.sizes
     load = Load(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output)
-    sides = [bench.ours(bench.gpt2, dtype), *rivals(bench, against, streams)]
+    sides = [bench.ours(bench.gpt2, dtype), *rivals(bench, against, load)]
     medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
-    return [
-        compare(
-            name,
-            f"tokens/s, {streams} stream{'s' * (streams > 1)}",
-            medians,
-            target,
-            most=ceiling(bench.products(dtype), load, sizes.chunk),
-        )
-    ]
+    figure, most = f"tokens/s, {streams} streams", ceiling(bench.products(dtype), load, sizes.chunk)
+    return [compare(name, figure, medians, target, most=most)]
 
 
 def first_token_ms(result: Result) -> float:
@@ -262,7 +261,7 @@ def first_token_ms(result: Result) -> float:
 
 def long_prompts(bench: Bench, name: str) -> list[Line]:
     load = bench.sizes.long
-    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, ("bf16",), load.streams)]
+    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, load)]
     medians = bench.loaded(name, "TTFT ms", sides, load, first_token_ms, load.prompt)
     figure = f"TTFT p50 ms, {load.streams} clients of {load.prompt} + {load.output}"
     return [compare(name, figure, medians, Target(0.7, 0.5), best=min)]
@@ -275,6 +274,8 @@ def alternating(bench: Bench, name: str) -> list[Line]:
         bench.ours(bench.dense, "bfloat16", *ROOMY, name=f"{OURS}, all dense"),
     ]
     rates = bench.in_turn(name, sides, lambda url, model, seed: decode_phase(url, model, load, seed))
+    for side in sides:
+        bench.servers.end(side.program)  # nobody else has use for so much memory
     medians = {side.name: bench.note(name, side, "decode tokens/s", found) for side, found in rates.items()}
     figure = f"decode tokens/s, {load.streams} x {load.prompt} + {load.output}"
     return [compare(name, figure, medians, Target(1.15, 1.3))]
@@ -404,11 +405,12 @@ def shared_prefix(bench: Bench, name: str) -> list[Line]:
 
 
 def first_tokens(bench: Bench, name: str) -> list[Line]:
-    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, ("bf16",), 1)]
+    loads = [Load(1, 3, prompt, 1) for prompt in bench.sizes.prompts]
+    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, loads[-1])]
     lines = []
-    for prompt in bench.sizes.prompts:
-        medians = bench.loaded(f"{name} {prompt}", "TTFT ms", sides, Load(1, 3, prompt, 1), first_token_ms, prompt)
-        lines.append(compare(name, f"TTFT ms, a prompt of {prompt}", medians, best=min))
+    for load in loads:
+        medians = bench.loaded(f"{name} {load.prompt}", "TTFT ms", sides, load, first_token_ms, load.prompt)
+        lines.append(compare(name, f"TTFT ms, a prompt of {load.prompt}", medians, best=min))
     return lines
 
 
@@ -437,14 +439,14 @@ BF16 = functools.partial(throughput, dtype="bfloat16")
 INT8 = functools.partial(throughput, dtype="int8")
 SCENARIOS: dict[str, Callable[[Bench, str], list[Line]]] = {
     "limits": limits,
-    "bf16-1": functools.partial(BF16, streams=1, against=("bf16",), target=Target(1.0, 1.2)),
-    "bf16-8": functools.partial(BF16, streams=8, against=("bf16",), target=Target(1.6, 2.2)),
-    "bf16-16": functools.partial(BF16, streams=16, against=("bf16",)),
-    "bf16-32": functools.partial(BF16, streams=32, against=("bf16",), target=Target(2.2, 3.5)),
-    "int8-1": functools.partial(INT8, streams=1, against=("int8",), target=Target(1.0, 1.3)),
-    "int8-16": functools.partial(INT8, streams=16, against=("bf16", "int8"), target=Target(2.5, 4)),
-    "long-prompts": long_prompts,
     "alternating": alternating,
+    "bf16-1": functools.partial(BF16, streams=1, against=(LLAMA_BF16,), target=Target(1.0, 1.2)),
+    "bf16-8": functools.partial(BF16, streams=8, against=BF16_PEERS, target=Target(1.6, 2.2)),
+    "bf16-16": functools.partial(BF16, streams=16, against=BF16_PEERS),
+    "bf16-32": functools.partial(BF16, streams=32, against=BF16_PEERS, target=Target(2.2, 3.5)),
+    "int8-1": functools.partial(INT8, streams=1, against=(LLAMA_Q8,), target=Target(1.0, 1.3)),
+    "int8-16": functools.partial(INT8, streams=16, against=(LLAMA_Q8, *BF16_PEERS), target=Target(2.5, 4)),
+    "long-prompts": long_prompts,
     "kv-memory": kv_memory,
     "http": http_cost,
     "gaps": gaps,

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple, get_args
 from model.config import GPTConfig
 from service import bench as http
 from service.bench import BenchError, Load, Result, banded, keep, measure, percentile, random_prompts, run_async, running
+from service.cli import positive
 from service.kv_cache import KVCache, pool_sizes, sequence_bytes
 from service.settings import Dtype
 from tests.bench import checkpoints
@@ -92,7 +93,7 @@ QUICK = Sizes(
     every=0.05,
     shared=Load(1, 2, 200, 2),
     prefix=150,
-    prompts=(16, 200),
+    prompts=(64, 200),
     contexts=(64, 256),
     chunk=64,
     megabytes=16,
@@ -251,7 +252,7 @@ def throughput(
     load = Load(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output)
     sides = [bench.ours(bench.gpt2, dtype), *rivals(bench, against, load)]
     medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
-    figure, most = f"tokens/s, {streams} streams", ceiling(bench.products(dtype), load, sizes.chunk)
+    figure, most = f"tokens/s, streams: {streams}", ceiling(bench.products(dtype), load, sizes.chunk)
     return [compare(name, figure, medians, target, most=most)]
 
 
@@ -411,6 +412,10 @@ def first_tokens(bench: Bench, name: str) -> list[Line]:
     for load in loads:
         medians = bench.loaded(f"{name} {load.prompt}", "TTFT ms", sides, load, first_token_ms, load.prompt)
         lines.append(compare(name, f"TTFT ms, a prompt of {load.prompt}", medians, best=min))
+        if load.prompt == bench.sizes.chunk:
+            speeds = {side: 1e3 * load.prompt / ms for side, ms in medians.items()}
+            most = load.prompt / bench.products("bfloat16")["prompt"]
+            lines.append(compare(name, f"prompt tokens/s, a prompt of {load.prompt}", speeds, most=most))
     return lines
 
 
@@ -506,7 +511,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(SCENARIOS)
     options.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="of: %(choices)s")
-    options.add_argument("--rounds", type=int, default=3, help="how often each side is measured (default %(default)d)")
+    options.add_argument("--rounds", type=positive, default=3, help="how often each side is measured (default %(default)d)")
     options.add_argument("--quick", action="store_true", help="a toy model and short runs: shows that the benchmark works")
     options.add_argument("--results", type=Path, default=RESULTS, help="folder for tables and plots")
     options.add_argument("--work", type=Path, help="folder that keeps checkpoints for later runs")

@@ -3,13 +3,17 @@
 Signatures and shapes are those of kernels.ops.Ops.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 from kernels.cpu_sampling import sample as sample
+from kernels.int8 import Int8Weight, multiply, quantize_rows, quantize_weight
 from kernels.names import Activation
+from kernels.ops import Weight
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PageList, PrefillPlan
 
@@ -37,6 +41,8 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     A row's arithmetic depends on its own pages only, never on its batch-mates.
     """
     queries = q.float() * scale
+    if len(q) == 1:
+        queries = queries.expand(2, -1, -1)  # see PageList
     pages = plan.page_list
     parts = [
         attend_pages(queries, k_pages, v_pages, pages, slice(start, start + PAGES_AT_A_TIME))
@@ -44,13 +50,13 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     ]
     peak, total, out = (torch.cat(part) for part in zip(*parts, strict=True))
     # Merging adds one page after the other, so that its order of summation is the sequence's own as well.
-    batch, heads, dim = q.shape
-    owners = pages.sequences[:, None].expand(-1, heads)
+    batch, heads, dim = queries.shape
+    owners = pages.owners[:, None].expand(-1, heads)
     highest = peak.new_full((batch, heads), float("-inf")).scatter_reduce_(0, owners, peak, "amax")
-    weight = (peak - highest[pages.sequences]).exp()  # (R, H)
-    sums = total.new_zeros(batch, heads).index_add_(0, pages.sequences, weight * total)
-    merged = out.new_zeros(batch, heads, dim).index_add_(0, pages.sequences, weight.unsqueeze(-1) * out)
-    return (merged / sums.unsqueeze(-1)).to(q.dtype)
+    weight = (peak - highest[pages.owners]).exp()  # (R, H)
+    sums = total.new_zeros(batch, heads).index_add_(0, pages.owners, weight * total)
+    merged = out.new_zeros(batch, heads, dim).index_add_(0, pages.owners, weight.unsqueeze(-1) * out)
+    return (merged / sums.unsqueeze(-1)).to(q.dtype)[: len(q)]
 
 
 def attend_pages(
@@ -64,7 +70,7 @@ def attend_pages(
     last_pages = pages.last_pages
     unwritten = last_pages[(last_pages >= rows.start) & (last_pages < rows.stop)] - rows.start
     v[unwritten] = v[unwritten].masked_fill(~visible[unwritten, None, :, None], 0.0)
-    scores = torch.matmul(k, queries[pages.sequences[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
+    scores = torch.matmul(k, queries[pages.owners[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     peak = scores.amax(-1)
     # A page of which a sparse pattern shows this query nothing has no peak, and -inf - -inf is NaN.
@@ -135,9 +141,11 @@ def attend_tile(
     return attended[0, :, before : before + len(rows)].transpose(0, 1)
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, *, quantize: bool) -> Weight:
     """oneDNN's blocked layout, in which a product takes two thirds of the time. Left as it is where oneDNN can't multiply
     the dtype on this CPU."""
+    if quantize:
+        return quantize_weight(weight)
     onednn = torch.ops.mkldnn
     if weight.dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
         return weight
@@ -146,9 +154,11 @@ def pack(weight: Tensor) -> Tensor:
     return onednn._reorder_linear_weight(weight, 1)  # for one row and more: the layout is the same
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     """Of a packed weight, bias and activation are applied before the sum is rounded, and a row has the same bits whatever
     stands beside it. Otherwise differentiable."""
+    if isinstance(weight, Int8Weight):
+        return linear_int8(x, weight, bias, activation, quantize_rows)
     if weight.is_mkldnn:
         # oneDNN splits the sum of a lone row among threads, which gives it other bits.
         rows = torch.cat((x, x)) if x.numel() == x.shape[-1] else x
@@ -157,6 +167,18 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activatio
     if activation:
         return bias_activation(product, bias, activation)
     return product if bias is None else product + bias.to(product.dtype)
+
+
+def linear_int8(
+    x: Tensor,
+    weight: Int8Weight,
+    bias: Tensor | None,
+    activation: Activation | None,
+    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """`linear` of a weight in int8; `quantize` is an implementation of kernels.int8.quantize_rows."""
+    product = multiply(*quantize(x), weight, bias)
+    return bias_activation(product, None, activation) if activation else product
 
 
 def add_layernorm(

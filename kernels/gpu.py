@@ -9,6 +9,7 @@ from kernels.block_sparse_attention import block_sparse_attention
 from kernels.decode_attention import decode_attention
 from kernels.kv_write import kv_write
 from kernels.names import Activation
+from kernels.ops import Weight
 from kernels.prefill_attention import prefill_attention
 from kernels.sampling import sample
 
@@ -25,11 +26,13 @@ __all__ = [
 ]
 
 
-def pack(weight: Tensor) -> Tensor:
+def pack(weight: Tensor, *, quantize: bool) -> Weight:
+    assert not quantize, "int8 products are for CPUs"
     return weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    assert isinstance(weight, Tensor), "int8 products are for CPUs"
     if activation is None:
         return F.linear(x, weight, bias)
     # The bias is added with the activation, so that the product's output is read and written once more only.

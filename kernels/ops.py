@@ -10,9 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.int8 import Int8Weight
 from kernels.names import Activation, KernelChoice
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
+
+Weight = Tensor | Int8Weight
 
 
 class Ops(Protocol):
@@ -33,10 +36,10 @@ class Ops(Protocol):
     def block_sparse_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
         """prefill_attention for a pattern that a block layout describes."""
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """A weight (O, C) as `linear` reads it fastest. Only `linear` takes what comes out, and it has no gradient."""
+    def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
+        """A weight (O, C) as `linear` reads it fastest, in int8 if `quantize`. Only `linear` takes it; it has no gradient."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         """activation(x @ weight.T + bias), by the vendor's library: x (..., C), weight (O, C), packed or not, bias (O,)."""
 
     def add_layernorm(

@@ -7,8 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
+from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.noise import gumbel, row_keys
+from kernels.ops import Weight
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
@@ -55,14 +57,18 @@ def attend(
     return torch.einsum("htk,khd->thd", scores.softmax(-1), v).to(q.dtype)
 
 
-def pack(weight: Tensor) -> Tensor:
-    return weight
+def pack(weight: Tensor, *, quantize: bool) -> Weight:
+    return quantize_weight(weight) if quantize else weight
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-    if weight.is_mkldnn:  # packed by kernels.cpu
-        weight = weight.to_dense().to(x.dtype)
-    product = F.linear(x, weight, bias)
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    if isinstance(weight, Int8Weight):
+        integers, scales = quantize_rows(x)  # the rounding of rows is a definition, and nothing that could be wrong
+        rows = (integers.double() - ZERO_POINT) * scales.double()
+        product = rows @ (weight.integers().double() * weight.scales.double()[:, None]).T
+        product = (product if bias is None else product + bias.double()).to(x.dtype)
+    else:
+        product = F.linear(x, weight.to_dense().to(x.dtype) if weight.is_mkldnn else weight, bias)
     return product if activation is None else bias_activation(product, None, activation)
 
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.names import PatternKind
-from kernels.ops import Ops
+from kernels.ops import Ops, Weight
 from kernels.plan import DecodePlan, PrefillPlan
 from model.config import GPTConfig
 
@@ -177,22 +177,24 @@ class GPT(nn.Module):
         self.project_out = nn.Linear(config.n_embd, config.token_width, bias=False) if projected else nn.Identity()
         self.ln_f = layer_norm(config) if config.final_norm else None
         self.lm_head = None if config.tied_head else nn.Linear(config.token_width, config.padded_vocab_size, bias=False)
-        self._packed_head: Tensor | None = None
+        self._packed_head: Weight | None = None
 
     @property
     def head(self) -> Tensor:
         """The output projection (V', C)."""
         return (self.wte if self.lm_head is None else self.lm_head).weight
 
-    def pack(self, ops: Ops) -> None:
+    def pack(self, ops: Ops, *, quantize: bool = False) -> None:
         """Lay out the weights of all products as `ops` read them fastest. Such a model can't be trained or saved any more.
 
         The head stays beside its packed copy: rows of it are looked up.
         """
-        self._packed_head = ops.pack(self.head.detach())
+        self._packed_head = ops.pack(self.head.detach(), quantize=quantize)
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear) and name != "lm_head":
-                module.weight = nn.Parameter(ops.pack(module.weight.detach()), requires_grad=False)
+                weight = module.weight.detach()
+                del module.weight  # what comes instead need not be a parameter, or a tensor
+                module.weight = ops.pack(weight, quantize=quantize)  # type: ignore[assignment]
 
     @staticmethod
     def _project(projection: nn.Module, x: Tensor, ops: Ops) -> Tensor:

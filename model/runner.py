@@ -128,10 +128,11 @@ class Runner:
             table[self.scratch_slot] = num_pages[group]
         self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
         self.sampling = self._sampling_state(num_slots + 1)
-        self.buckets = decode_buckets(num_slots)
+        # A graph is made for one size. On a CPU only a lone row is padded: its products would have other bits.
+        self.buckets = decode_buckets(num_slots) if self.device.type == "cuda" else list(range(2, max(2, num_slots) + 1))
         # What a decode step reads and writes, at addresses that never change: slots, then positions; sampled tokens.
-        self._decode_input = self._zeros(2 * num_slots, dtype=torch.int64)
-        self._decode_output = self._zeros(num_slots, dtype=torch.int64)
+        self._decode_input = self._zeros(2 * self.buckets[-1], dtype=torch.int64)
+        self._decode_output = self._zeros(self.buckets[-1], dtype=torch.int64)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:

@@ -103,7 +103,7 @@ def positive(text: str) -> int:
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--model", help="'demo' (default) or a checkpoint directory")
-    command.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    command.add_argument("--dtype", help="auto, float32, bfloat16, float16 or int8")
     command.add_argument("--device", help="auto, cpu or cuda")
 
 

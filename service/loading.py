@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import ops
+from kernels import cpu_compiled, ops
 from kernels.names import KernelChoice
 from kernels.ops import Ops
 from model.card import Card, load_card
@@ -35,6 +35,7 @@ MIN_CAPABILITY = (8, 0)
 # Default budget for KV pages on a CPU, and the share of a GPU's memory that is left to activations and captured graphs.
 CPU_KV_BYTES = 2 << 30
 CUDA_RESERVE = 0.1
+# In int8 it is the products; all else is what "auto" takes.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -81,8 +82,9 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """auto is bfloat16 where the hardware multiplies it natively, float32 elsewhere."""
-    if dtype != "auto":
+    """The dtype of activations, keys and values, and of weights unless they are int8. auto is bfloat16 where the hardware
+    multiplies it natively, float32 elsewhere."""
+    if dtype not in ("auto", "int8"):
         return DTYPES[dtype]
     native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
@@ -118,13 +120,16 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     directory = model_directory(settings.model)
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
-    log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, str(dtype)[6:], device)
-    served_ops = ops.choose(device, settings.kernels)
+    if settings.dtype == "int8" and (device.type == "cuda" or settings.kernels == "triton"):
+        raise LoadError("dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without --kernels")
+    shown = "int8" if settings.dtype == "int8" else str(dtype)[6:]
+    log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, shown, device)
     model = load_model(directory, dtype, device)
+    served_ops = choose_ops(model, settings)
     tokenizer, card = load_tokenizer(directory), load_card(directory)
-    fingerprint = weights_fingerprint(model, kernels_in_words(device, settings.kernels), str(dtype))
+    fingerprint = weights_fingerprint(model, kernels_in_words(device, settings.kernels), shown)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    model.pack(served_ops)
+    model.pack(served_ops, quantize=settings.dtype == "int8")
     return Checkpoint(served_name(settings.model), model, tokenizer, card, served_ops, fingerprint, num_parameters)
 
 
@@ -133,6 +138,16 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice) -> str:
     if device.type == "cuda":
         return f"Triton on {torch.cuda.get_device_name(device)}"
     return "Triton, interpreted on CPU" if kernels == "triton" else "PyTorch on CPU"
+
+
+def choose_ops(model: GPT, settings: Settings) -> Ops:
+    """What serves `model`. Raises ValueError where the kernels that the settings name can't run."""
+    weight, config = model.wte.weight, model.config
+    compiled = None
+    if weight.device.type == "cpu" and settings.kernels == "auto" and settings.compile:
+        shape = cpu_compiled.Shape(config.n_head, config.head_dim, weight.dtype)
+        compiled = cpu_compiled.load(shape, quantize=settings.dtype == "int8")
+    return compiled or ops.choose(weight.device, settings.kernels)
 
 
 def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:

@@ -133,29 +133,30 @@ class Pace:
 
     Those that take as long as the decoding itself does, so that a step takes twice as long at most. Where more sequences
     wait in their prompts than decode it is up to MOST_PACE times that, or a burst of prompts would crawl behind the first.
+
+    A step's time is taken for a fixed part, which is mostly the reading of the weights, and a part for each of its tokens.
     """
 
     def __init__(self) -> None:
-        self._decode_seconds: float | None = None
-        self._seconds_per_prompt_token: float | None = None
+        self._fixed_seconds: float | None = None
+        self._seconds_per_token: float | None = None
 
     def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
-        """Learn from a step that took `seconds`."""
+        """Learn from a step that took `seconds`: the fixed part where it only decoded, the other from prompts."""
         if not num_prompt_tokens:
-            self._decode_seconds = blend(self._decode_seconds, seconds)
-            return
-        prompt_seconds = seconds - (self._decode_seconds or 0.0) if num_decodes else seconds
-        # Fewer tokens than a chunk measure the step's overhead.
-        if prompt_seconds > 0 and num_prompt_tokens >= MIN_CHUNK:
-            per_token = prompt_seconds / num_prompt_tokens
-            self._seconds_per_prompt_token = blend(self._seconds_per_prompt_token, per_token)
+            fixed = seconds - num_decodes * (self._seconds_per_token or 0.0)
+            self._fixed_seconds = blend(self._fixed_seconds, max(fixed, 0.0))
+        elif num_prompt_tokens >= MIN_CHUNK:  # fewer say little about what one costs
+            per_token = (seconds - (self._fixed_seconds or 0.0)) / (num_decodes + num_prompt_tokens)
+            if per_token > 0:
+                self._seconds_per_token = blend(self._seconds_per_token, per_token)
 
     def chunk_limit(self, num_decodes: int, num_prompts: int) -> int:
         """Prompt tokens for a step beside `num_decodes` streams, with `num_prompts` sequences still in their prompts."""
-        if self._decode_seconds is None or not self._seconds_per_prompt_token:
+        if self._fixed_seconds is None or not self._seconds_per_token:
             return MIN_CHUNK
-        seconds = self._decode_seconds * min(max(1.0, num_prompts / num_decodes), MOST_PACE)
-        return max(MIN_CHUNK, int(seconds / self._seconds_per_prompt_token))
+        decoding = self._fixed_seconds / self._seconds_per_token + num_decodes  # in tokens
+        return max(MIN_CHUNK, int(decoding * min(max(1.0, num_prompts / num_decodes), MOST_PACE)))
 
 
 def blend(average: float | None, value: float) -> float:

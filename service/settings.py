@@ -10,7 +10,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from kernels.names import KernelChoice
 from service.scheduler import MIN_CHUNK
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 MetricsAlias = Literal["vllm"]
 
@@ -29,9 +29,16 @@ class Settings(BaseSettings):
     model: str = Field("demo", description="'demo', or a checkpoint directory; it is served under the directory's name")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
-    dtype: Dtype = Field("auto", description="auto: bfloat16 where the hardware multiplies it, else float32")
+    dtype: Dtype = Field(
+        "auto",
+        description="auto: bfloat16 where the hardware multiplies it, else float32. int8: products in integers, on CPUs",
+    )
     device: Device = "auto"
     kernels: KernelChoice = Field("auto", description="triton: run the GPU path in Triton's interpreter on a CPU, for tests")
+    compile: bool = Field(
+        True,
+        description="on a CPU, compile decode attention when it is first needed; takes a C++ compiler and half a minute",
+    )
     doctor: bool = Field(False, description="compare the kernels with the reference at start, and refuse where they differ")
     kv_bytes: int | None = Field(
         None, gt=0, description="memory for KV pages, in bytes; by default 2 GiB on a CPU, what weights leave free on a GPU"

@@ -32,7 +32,10 @@ def banded_serve(checkpoint: Path, log: Path, *options: str, **environment: str)
     command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--dtype", "float32", *options]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
     deadline = time.monotonic() + 60
-    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr, env=inherited | environment) as process:
+    with (
+        log.open("wb") as stderr,
+        subprocess.Popen(command, stderr=stderr, env=inherited | {"BANDED_COMPILE": "0"} | environment) as process,
+    ):
 
         def wait() -> None:
             assert process.poll() is None, log.read_text()

@@ -433,7 +433,7 @@ def test_graphs_are_replayed_for_plain_steps_only(tmp_path: Path) -> None:
         def replay(self) -> None:
             replayed.append(1)
 
-    run.runner._graphs[1] = Graph()  # type: ignore[assignment]
+    run.runner._graphs[run.runner.buckets[0]] = Graph()  # type: ignore[assignment]
     for row in (SampleRow(0, 0), SampleRow(0, 0, 2), SampleRow(0, 0, None, (5,)), SampleRow(0, 0)):
         run.runner.launch(step_of([], [], [DecodeRow(0, 20)], [], samples=[row])).result()
     assert len(replayed) == 2

@@ -360,7 +360,7 @@ def test_a_learnt_pace_sets_the_length_of_chunks() -> None:
     scheduler = make(None, step_tokens=256)
     scheduler.submit([sequence(100, 50)])
     for _ in range(5):
-        drive(scheduler, seconds=0.1)  # 100 prompt tokens, then a decode step, take as long
+        drive(scheduler, seconds=0.1)  # 100 prompt tokens, then a decode step, take as long: a step's time is all fixed
     scheduler.submit([sequence(400, 5)])
     step = scheduler.schedule(0.0)
     assert step is not None
@@ -370,16 +370,23 @@ def test_a_learnt_pace_sets_the_length_of_chunks() -> None:
 def test_pace_allows_as_much_prompt_as_takes_one_decode_step() -> None:
     pace = Pace()
     assert pace.chunk_limit(8, 1) == MIN_CHUNK
-    pace.observe(0, 100, 1.0)  # 10 ms a prompt token
-    pace.observe(8, 0, 0.5)
-    assert pace.chunk_limit(8, 1) == 50
-    assert pace.chunk_limit(8, 16) == 100, "a burst of prompts gets on"
-    assert pace.chunk_limit(1, 31) == 150, "but not at any price"
-    pace.observe(0, 1, 0.5)  # one token measures the step's overhead, not the prompt's
-    assert pace.chunk_limit(8, 1) == 50
-    pace.observe(8, 50, 0.5 + 50 * 0.01)
-    assert pace.chunk_limit(8, 1) == 50
-    pace.observe(8, 0, 1e-6)
+
+    def observe(num_decodes: int, num_prompt_tokens: int) -> None:
+        """Of a machine on which a step takes 0.305 s and 10 ms a token."""
+        pace.observe(num_decodes, num_prompt_tokens, 0.305 + 0.01 * (num_decodes + num_prompt_tokens))
+
+    for _ in range(40):
+        observe(0, 100)
+        observe(8, 0)
+    assert pace.chunk_limit(8, 1) == 38
+    assert pace.chunk_limit(20, 1) == 50, "whatever the number of streams that it was learnt beside"
+    assert pace.chunk_limit(8, 16) == 77, "a burst of prompts gets on"
+    assert pace.chunk_limit(1, 31) == 94, "but not at any price"
+    pace.observe(0, 1, 0.5)  # one token says nothing about what a prompt's cost
+    assert pace.chunk_limit(8, 1) == 38
+    for _ in range(40):
+        observe(20, 50)
+    assert pace.chunk_limit(8, 1) == 38, "steps that never only decode do no harm"
     for _ in range(100):
         pace.observe(8, 0, 1e-6)
     assert pace.chunk_limit(8, 1) == MIN_CHUNK

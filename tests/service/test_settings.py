@@ -34,6 +34,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "dtype": "float32",
         "device": "cpu",
         "kernels": "triton",
+        "compile": "0",
         "doctor": "1",
         "kv_bytes": "1000000",
         "max_slots": "4",

@@ -1,0 +1,226 @@
+"""What PyTorch's ops do slowly on CPUs, as compiled loops, and where their machine code is kept.
+
+Decode attention: op by op, every page would be copied before it is read. The rounding of activations to int8: op by op, six
+passes over them. PyTorch's compiler (AOTInductor) makes C++ of both, which takes a C++ compiler and half a minute, once for
+each shape of heads, dtype and machine; the result stays in a cache and loads in milliseconds. Without it kernels.cpu serves.
+"""
+
+import argparse
+import hashlib
+import logging
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from kernels import cpu, int8
+from kernels.band import PAGE_SIZE
+from kernels.int8 import Int8Weight, quantize_rows
+from kernels.names import Activation
+from kernels.ops import Weight
+from kernels.plan import DecodePlan
+
+log = logging.getLogger("banded.kernels")
+
+# Seconds that the compiler may take.
+BUILD_TIMEOUT = 600.0
+
+
+# The functions that are compiled: by the name of their package.
+DECODE, QUANTIZE = "decode", "quantize"
+
+
+class Shape(NamedTuple):
+    """What the code is compiled for: H heads of size D, and the dtype of activations, keys and values."""
+
+    num_heads: int
+    head_dim: int
+    dtype: torch.dtype
+
+
+def attend_pages(
+    queries: Tensor, k_pages: Tensor, v_pages: Tensor, page_ids: Tensor, owners: Tensor, visible: Tensor, rows: Tensor
+) -> Tensor:
+    """Attention of queries (B, H, D) fp32, already scaled, over the pages of a PageList: (B, H, D).
+
+    Sums of products instead of matrix products, which the compiler would hand to a library together with copies of the
+    pages. Every size is at least 2: the compiler takes a 1 for a constant.
+    """
+    num_pages = page_ids.shape[0]  # len() would be a constant to the compiler
+    seen = visible[:, None]  # (R, 1, 64)
+    scores = (k_pages[page_ids].float() * queries[owners][:, :, None]).sum(-1)  # (R, H, 64)
+    scores = torch.where(seen, scores, -torch.inf)
+    peak = scores.amax(-1)
+    # A page of which a sparse pattern shows this query nothing has no peak, and -inf - -inf is NaN.
+    weights = (scores - peak.clamp_min(torch.finfo(torch.float32).min)[..., None]).exp()
+    total = weights.sum(-1)
+    # Keys not written yet may hold anything, NaN included, and 0 * NaN is NaN.
+    out = (weights[..., None] * torch.where(seen[..., None], v_pages[page_ids].float(), 0.0)).sum(2)  # (R, H, D)
+    index = rows.clamp_max(num_pages - 1)  # (B, W)
+    peaks = torch.where((rows < num_pages)[..., None], peak[index], -torch.inf)  # (B, W, H)
+    factor = (peaks - peaks.amax(1, keepdim=True)).exp()
+    merged = (factor[..., None] * out[index]).sum(1)  # (B, H, D)
+    return (merged / (factor * total[index]).sum(1)[..., None]).to(k_pages.dtype)
+
+
+class CompiledOps:
+    """kernels.cpu with some of its functions compiled."""
+
+    pack = staticmethod(cpu.pack)
+    kv_write = staticmethod(cpu.kv_write)
+    prefill_attention = staticmethod(cpu.prefill_attention)
+    block_sparse_attention = staticmethod(cpu.block_sparse_attention)
+    add_layernorm = staticmethod(cpu.add_layernorm)
+    bias_activation = staticmethod(cpu.bias_activation)
+    sample = staticmethod(cpu.sample)
+
+    def __init__(self, packages: Mapping[str, Path]):
+        """`packages` holds DECODE, and QUANTIZE where weights are int8."""
+        # aoti_load_package does the same and imports the whole compiler for it, which takes seconds.
+        self._compiled = {
+            name: torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
+            for name, package in packages.items()
+        }
+
+    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+        if isinstance(weight, Int8Weight):
+            return cpu.linear_int8(x, weight, bias, activation, self._quantize_rows)
+        return cpu.linear(x, weight, bias, activation)
+
+    def _quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        integers, scales = self._compiled[QUANTIZE].run([torch.cat((x, x)) if len(x) == 1 else x.contiguous()])
+        return integers[: len(x)], scales[: len(x)]
+
+    def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+        """A row's arithmetic depends on its own pages only, never on its batch-mates."""
+        queries = q.float() * scale
+        pages = plan.page_list
+        if len(q) == 1:
+            queries = queries.expand(2, -1, -1)  # see PageList
+        arguments = [queries.contiguous(), k_pages, v_pages, pages.page_ids, pages.owners, pages.visible, pages.rows]
+        return self._compiled[DECODE].run(arguments)[0][: len(q)]
+
+
+def load(shape: Shape, *, quantize: bool = False) -> CompiledOps | None:
+    """The compiled ops, built first where the cache lacks them; None, and a line in the log, where that fails."""
+    packages = {name: cache_directory() / f"{name}-{key(shape)}.pt2" for name in (DECODE, *([QUANTIZE] if quantize else []))}
+    for name, package in packages.items():
+        if not package.exists():
+            log.info("compiling %s for this machine and shape of heads: once, it takes a quarter of a minute", name)
+            if problem := build(name, shape, package):
+                log.warning("%s is not compiled, so that steps take several times as long: %s", name, problem)
+                return None
+    return CompiledOps(packages)
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded"
+
+
+def key(shape: Shape) -> str:
+    """Changes with everything that the machine code depends on."""
+    facts = (
+        torch.__version__,
+        *(Path(source).read_text(encoding="utf-8") for source in (__file__, int8.__file__)),
+        *map(str, shape),
+        processor(),
+        str(torch.get_num_threads()),  # the compiler decides by it what to run in parallel
+    )
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+
+
+def processor() -> str:
+    """Which instructions the compiler may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def build(name: str, shape: Shape, package: Path) -> str | None:
+    """Compile in a process of its own, which takes the compiler's memory with it; what went wrong, or None."""
+    arguments = (name, str(shape.num_heads), str(shape.head_dim), str(shape.dtype)[6:], str(torch.get_num_threads()))
+    try:
+        package.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=package.parent) as scratch:
+            built = Path(scratch) / "built.pt2"
+            finished = subprocess.run(
+                [sys.executable, "-m", "kernels.cpu_compiled", *arguments, str(built)],
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": scratch, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                capture_output=True,
+                text=True,
+                timeout=BUILD_TIMEOUT,
+                check=False,
+            )
+            if finished.returncode:
+                lines = finished.stderr.strip().splitlines()
+                return lines[-1] if lines else f"the compiler's process ended with {finished.returncode}"
+            built.replace(package)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None
+
+
+class Compilable(NamedTuple):
+    """A function of tensors, an example of them, and which of their sizes may change, by name, each at least 2."""
+
+    function: Callable[..., Any]
+    example: tuple[Tensor, ...]
+    sizes: tuple[dict[int, str], ...]
+
+
+def compilable(name: str, shape: Shape) -> Compilable:
+    """The examples are of the size that should be parallel: the compiler divides the work among threads by them."""
+    batch, width = 32, 16
+    if name == QUANTIZE:
+        return Compilable(quantize_rows, (torch.zeros(batch, 1024, dtype=shape.dtype),), ({0: "n", 1: "c"},))
+    pages = torch.zeros(batch * width + 1, shape.num_heads, PAGE_SIZE, shape.head_dim, dtype=shape.dtype)
+    page_ids = torch.arange(batch * width)
+    queries = torch.zeros(batch, shape.num_heads, shape.head_dim)
+    visible = torch.ones(batch * width, PAGE_SIZE, dtype=torch.bool)
+    example = (queries, pages, pages.clone(), page_ids, page_ids // width, visible, page_ids.view(batch, width))
+    return Compilable(attend_pages, example, ({0: "b"}, {0: "p"}, {0: "p"}, {0: "r"}, {0: "r"}, {0: "r"}, {0: "b", 1: "w"}))
+
+
+def compile_package(what: Compilable, package: Path) -> None:
+    """Write the machine code of a function."""
+    from torch._inductor import aoti_compile_and_package, config
+    from torch.export import Dim, export
+
+    class Module(torch.nn.Module):
+        forward = staticmethod(what.function)
+
+    names = {name for sizes in what.sizes for name in sizes.values()}
+    dims = {name: Dim(name, min=2, max=1 << 40) for name in names}
+    dynamic = [{axis: dims[name] for axis, name in sizes.items()} for sizes in what.sizes]
+    config.cpp.enable_floating_point_contract_flag = "fast"  # a product and a sum in one instruction
+    config.assert_indirect_indexing = False  # the scheduler's page ids are in range
+    with torch.no_grad():
+        program = export(Module(), what.example, dynamic_shapes=tuple(dynamic))
+        aoti_compile_and_package(program, package_path=str(package))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compile a function of this file into a package")
+    parser.add_argument("name", choices=(DECODE, QUANTIZE))
+    parser.add_argument("num_heads", type=int)
+    parser.add_argument("head_dim", type=int)
+    parser.add_argument("dtype")
+    parser.add_argument("threads", type=int)
+    parser.add_argument("package", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    shape = Shape(args.num_heads, args.head_dim, getattr(torch, args.dtype))
+    compile_package(compilable(args.name, shape), args.package)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""Compiled decode attention: values, bits, which keys are looked at, its cache, and what happens without a compiler."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import cpu_compiled, reference
+from kernels.cpu_compiled import CompiledOps, Shape, load
+from kernels.patterns import Pattern
+from kernels.plan import DecodePlan
+from tests.kernels.paged import DecodeCase, decode_case
+from tests.kernels.test_attention import BANDS, DENSE, SPARSE, TOLERANCE, alone, assert_close, decode
+
+NUM_HEADS, DIM = 3, 32
+patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lambda p: f"{p.kind}{p.size or ''}")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return Shape(NUM_HEADS, DIM, request.param)
+
+
+@pytest.fixture(scope="module")
+def ops(shape: Shape) -> CompiledOps:
+    """In the cache that a server would use, so that only the first run on a machine waits for the compiler."""
+    compiled = load(shape)
+    assert compiled is not None
+    return compiled
+
+
+def case_of(shape: Shape, lengths: list[int], pattern: Pattern) -> DecodeCase:
+    return decode_case(lengths, pattern, heads=NUM_HEADS, dim=DIM, dtype=shape.dtype)
+
+
+@patterns
+def test_it_equals_the_reference(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
+    # All that is not a live key is NaN.
+    case = case_of(shape, [1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern)
+    assert_close(decode(ops, case), decode(reference, case))
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 700])
+def test_a_lone_sequence(ops: CompiledOps, shape: Shape, length: int) -> None:
+    case = case_of(shape, [length], DENSE)
+    out = decode(ops, case)
+    assert out.shape == case.q.shape
+    assert_close(out, decode(reference, case))
+
+
+@patterns
+def test_a_row_has_the_same_bits_in_any_batch(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
+    lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
+    case = case_of(shape, lengths, pattern)
+    together = decode(ops, case)
+    for i in range(len(lengths)):
+        assert torch.equal(decode(ops, alone(case, i))[0], together[i])
+    plan = DecodePlan(case.plan.page_table[2:5], case.plan.lengths[2:5], pattern, case.plan.layout)
+    assert torch.equal(decode(ops, DecodeCase(case.q[2:5], case.cache, plan)), together[2:5])
+
+
+def test_scores_far_from_0_do_not_overflow(ops: CompiledOps, shape: Shape) -> None:
+    case = case_of(shape, [300, 70], DENSE)
+    tolerance = max(1e-3, TOLERANCE[shape.dtype])
+    torch.testing.assert_close(decode(ops, case, 100.0), decode(reference, case, 100.0), atol=tolerance, rtol=tolerance)
+
+
+def test_the_second_start_takes_what_the_first_has_compiled(
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+
+    def build(name: str, shape: Shape, package: Path) -> None:
+        package.parent.mkdir(parents=True, exist_ok=True)
+        package.write_bytes(b"a package")
+        built.append(name)
+
+    monkeypatch.setattr(cpu_compiled, "build", build)
+    monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda packages: packages)
+    with caplog.at_level(logging.INFO):
+        first = load(shape)
+        second = load(shape)
+    assert first == second
+    assert len(built) == 1
+    assert [record.message for record in caplog.records] == [
+        "compiling decode for this machine and shape of heads: once, it takes a quarter of a minute"
+    ]
+    load(shape._replace(head_dim=48))
+    assert len(built) == 2, "another shape, another package"
+
+
+def test_without_a_compiler_it_says_so_and_serves_op_by_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with caplog.at_level(logging.WARNING):
+        assert load(Shape(2, 16, torch.float32)) is None
+    assert "decode is not compiled, so that steps take several times as long: " in caplog.text
+    assert "no-such-compiler" in caplog.text
+    assert not list(tmp_path.rglob("*.pt2"))
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
+    assert load(Shape(2, 16, torch.float32)) is None
+    assert "Not a directory" in caplog.text

@@ -13,12 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
 
-from kernels import ops as all_ops
 from kernels.band import PAGE_SIZE
 from kernels.ops import Ops
 from model.config import GPTConfig, KVGroup
@@ -27,7 +25,7 @@ from model.step import DecodeRow, NewPages, Sampled, SampleRow, SamplingParams, 
 from service.bench import Load, random_prompts
 from service.choice import ChoiceRequest
 from service.kv_cache import groups, pages_for
-from service.loading import Checkpoint, load_checkpoint, load_served
+from service.loading import Checkpoint, choose_ops, load_checkpoint, load_served
 from service.metrics import Metrics
 from service.process import keep_freed_memory, one_torch_thread
 from service.scheduler import Sequence
@@ -80,20 +78,29 @@ def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, 
     return median_seconds(replay, seconds)
 
 
+class Recording:
+    """Ops that remember what `linear` was called with."""
+
+    def __init__(self, ops: Ops):
+        self.ops = ops
+        self.calls: list[tuple[Any, ...]] = []
+
+    def linear(self, *call: Any) -> torch.Tensor:
+        self.calls.append(call)
+        return self.ops.linear(*call)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+
 @torch.inference_mode()
 def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[tuple[Any, ...]]:
     """What the op that multiplies is called with: all linears over `num_tokens` rows, the head over `num_sampled`."""
-    model, ops, calls = checkpoint.model, checkpoint.ops, list[tuple[Any, ...]]()
-
-    def linear(*call: Any) -> torch.Tensor:
-        calls.append(call)
-        return ops.linear(*call)
-
-    recording = cast(Ops, SimpleNamespace(**{**vars(ops), "linear": linear}))
-    positions = torch.arange(num_tokens) % model.config.n_positions
-    hidden = model(positions % model.config.vocab_size, positions, lambda layer, q, k, v: v, recording)
-    model.logits(hidden[:num_sampled], recording)
-    return calls
+    model, recording = checkpoint.model, Recording(checkpoint.ops)
+    ops, positions = cast(Ops, recording), torch.arange(num_tokens) % model.config.n_positions
+    hidden = model(positions % model.config.vocab_size, positions, lambda layer, q, k, v: v, ops)
+    model.logits(hidden[:num_sampled], ops)
+    return recording.calls
 
 
 def engine(model: str, dtype: str, load: list[int], seed: str) -> float:
@@ -143,9 +150,9 @@ def run_step(launch: Callable[[StepInput], PendingStep], step: StepInput) -> Sam
 @torch.inference_mode()
 def full_runner(config: GPTConfig, batch: int) -> Runner:
     """Random weights, and slots that hold a whole context each."""
-    ops = all_ops.choose(torch.device("cpu"), "auto")
     with one_torch_thread():
         model = random_model(config).to(torch.bfloat16).requires_grad_(False).eval()
+        ops = choose_ops(model, settings("random", "bfloat16"))
         model.pack(ops)
     each = pages_for(config.n_positions)
     sizes: dict[KVGroup, int] = {group: batch * each for group, _ in groups(config)}

@@ -467,7 +467,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the servers would go on
     if args.quick:
-        os.environ["OMP_NUM_THREADS"] = "1"  # a toy has no work for two, and they would wait for each other
+        # A toy has no work for two threads, which would wait for each other, and is not worth compiling anything.
+        os.environ |= {"OMP_NUM_THREADS": "1", "BANDED_COMPILE": "0"}
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = Peers(args.llama_server, args.llama_convert, args.vllm_python, work)

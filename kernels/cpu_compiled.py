@@ -45,14 +45,28 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
-def attend_pages(
-    queries: Tensor, k_pages: Tensor, v_pages: Tensor, page_ids: Tensor, owners: Tensor, visible: Tensor, rows: Tensor
+def decode_step(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    slot_mapping: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    page_ids: Tensor,
+    owners: Tensor,
+    visible: Tensor,
+    rows: Tensor,
 ) -> Tensor:
-    """Attention of queries (B, H, D) fp32, already scaled, over the pages of a PageList: (B, H, D).
+    """kernels.ops.Ops.decode_step over the pages of a PageList, `scale` a number.
 
     Sums of products instead of matrix products, which the compiler would hand to a library together with copies of the
     pages. Every size is at least 2: the compiler takes a 1 for a constant.
     """
+    pages, offsets = slot_mapping // PAGE_SIZE, slot_mapping % PAGE_SIZE
+    k_pages[pages, :, offsets] = k
+    v_pages[pages, :, offsets] = v
+    queries = q.float() * scale
     num_pages = page_ids.shape[0]  # len() would be a constant to the compiler
     seen = visible[:, None]  # (R, 1, 64)
     scores = (k_pages[page_ids].float() * queries[owners][:, :, None]).sum(-1)  # (R, H, 64)
@@ -75,14 +89,16 @@ class CompiledOps:
 
     pack = staticmethod(cpu.pack)
     kv_write = staticmethod(cpu.kv_write)
+    decode_attention = staticmethod(cpu.decode_attention)
     prefill_attention = staticmethod(cpu.prefill_attention)
     block_sparse_attention = staticmethod(cpu.block_sparse_attention)
     add_layernorm = staticmethod(cpu.add_layernorm)
     bias_activation = staticmethod(cpu.bias_activation)
     sample = staticmethod(cpu.sample)
 
-    def __init__(self, packages: Mapping[str, Path]):
+    def __init__(self, shape: Shape, packages: Mapping[str, Path]):
         """`packages` holds DECODE, and QUANTIZE where weights are int8."""
+        self._strides = (3 * shape.num_heads * shape.head_dim, shape.head_dim, 1)
         # aoti_load_package does the same and imports the whole compiler for it, which takes seconds.
         self._compiled = {
             name: torch._C._aoti.AOTIModelPackageLoader(str(package), "model", False, 1, -1)
@@ -98,14 +114,29 @@ class CompiledOps:
         integers, scales = self._compiled[QUANTIZE].run([torch.cat((x, x)) if len(x) == 1 else x.contiguous()])
         return integers[: len(x)], scales[: len(x)]
 
-    def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    def decode_step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slot_mapping: Tensor,
+        plan: DecodePlan,
+        scale: float,
+    ) -> Tensor:
         """A row's arithmetic depends on its own pages only, never on its batch-mates."""
-        queries = q.float() * scale
+        count = len(q)
+        if count == 1:  # a lone row is written twice: see PageList
+            q, k, v, slot_mapping = (torch.cat((x, x)) for x in (q, k, v, slot_mapping))
+        q, k, v = (x if x.stride() == self._strides else self._as_slice(x) for x in (q, k, v))
         pages = plan.page_list
-        if len(q) == 1:
-            queries = queries.expand(2, -1, -1)  # see PageList
-        arguments = [queries.contiguous(), k_pages, v_pages, pages.page_ids, pages.owners, pages.visible, pages.rows]
-        return self._compiled[DECODE].run(arguments)[0][: len(q)]
+        inputs = [q, k, v, torch.tensor(scale), slot_mapping, k_pages, v_pages]
+        return self._compiled[DECODE].run([*inputs, pages.page_ids, pages.owners, pages.visible, pages.rows])[0][:count]
+
+    def _as_slice(self, x: Tensor) -> Tensor:
+        """x (B, H, D) with the strides of a slice of the fused projection, which the code was compiled for."""
+        return x.new_empty(len(x), 3, *x.shape[1:])[:, 0].copy_(x)
 
 
 def load(shape: Shape, *, quantize: bool = False) -> CompiledOps | None:
@@ -117,7 +148,7 @@ def load(shape: Shape, *, quantize: bool = False) -> CompiledOps | None:
             if problem := build(name, shape, package):
                 log.warning("%s is not compiled, so that steps take several times as long: %s", name, problem)
                 return None
-    return CompiledOps(packages)
+    return CompiledOps(shape, packages)
 
 
 def cache_directory() -> Path:
@@ -183,11 +214,13 @@ def compilable(name: str, shape: Shape) -> Compilable:
     if name == QUANTIZE:
         return Compilable(quantize_rows, (torch.zeros(batch, 1024, dtype=shape.dtype),), ({0: "n", 1: "c"},))
     pages = torch.zeros(batch * width + 1, shape.num_heads, PAGE_SIZE, shape.head_dim, dtype=shape.dtype)
+    q, k, v = torch.zeros(batch, 3, shape.num_heads, shape.head_dim, dtype=shape.dtype).unbind(1)
     page_ids = torch.arange(batch * width)
-    queries = torch.zeros(batch, shape.num_heads, shape.head_dim)
     visible = torch.ones(batch * width, PAGE_SIZE, dtype=torch.bool)
-    example = (queries, pages, pages.clone(), page_ids, page_ids // width, visible, page_ids.view(batch, width))
-    return Compilable(attend_pages, example, ({0: "b"}, {0: "p"}, {0: "p"}, {0: "r"}, {0: "r"}, {0: "r"}, {0: "b", 1: "w"}))
+    example = (q, k, v, torch.tensor(1.0), torch.arange(batch), pages, pages.clone())
+    page_list = (page_ids, page_ids // width, visible, page_ids.view(batch, width))
+    sizes = [{0: "b"}, {0: "b"}, {0: "b"}, {}, {0: "b"}, {0: "p"}, {0: "p"}, {0: "r"}, {0: "r"}, {0: "r"}, {0: "b", 1: "w"}]
+    return Compilable(decode_step, example + page_list, tuple(sizes))
 
 
 def compile_package(what: Compilable, package: Path) -> None:

@@ -10,6 +10,7 @@ from kernels.decode_attention import decode_attention
 from kernels.kv_write import kv_write
 from kernels.names import Activation
 from kernels.ops import Weight
+from kernels.plan import DecodePlan
 from kernels.prefill_attention import prefill_attention
 from kernels.sampling import sample
 
@@ -18,12 +19,20 @@ __all__ = [
     "bias_activation",
     "block_sparse_attention",
     "decode_attention",
+    "decode_step",
     "kv_write",
     "linear",
     "pack",
     "prefill_attention",
     "sample",
 ]
+
+
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor, plan: DecodePlan, scale: float
+) -> Tensor:
+    kv_write(k, v, k_pages, v_pages, slot_mapping)
+    return decode_attention(q, k_pages, v_pages, plan, scale)
 
 
 def pack(weight: Tensor, *, quantize: bool) -> Weight:

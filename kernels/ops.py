@@ -30,6 +30,19 @@ class Ops(Protocol):
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
         """Attention of one query a sequence, q (B, H, D), over its live pages: (B, H, D)."""
 
+    def decode_step(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        slot_mapping: Tensor,
+        plan: DecodePlan,
+        scale: float,
+    ) -> Tensor:
+        """kv_write of the sequences' newest keys, q, k and v (B, H, D), and decode_attention over them and all before."""
+
     def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
         """Attention of prompt chunks, dense or banded, q (N, H, D) chunk after chunk, over their sequences' pages."""
 
@@ -37,7 +50,7 @@ class Ops(Protocol):
         """prefill_attention for a pattern that a block layout describes."""
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
-        """A weight (O, C) as `linear` reads it fastest, in int8 if `quantize`. Only `linear` takes it; it has no gradient."""
+        """A weight (O, C) as `linear` reads it fastest, in int8 if `quantize`. `linear` alone takes it; no gradient."""
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         """activation(x @ weight.T + bias), by the vendor's library: x (..., C), weight (O, C), packed or not, bias (O,)."""

@@ -97,15 +97,16 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool, plan = self.pools[layer], self.plans[self.config.kind(layer)]
-        scale = self.config.scale_of(layer)
-        self.ops.kv_write(k, v, pool.k, pool.v, plan.slot_mapping)
+        scale, count, slots = self.config.scale_of(layer), plan.num_decodes, plan.slot_mapping
         parts = []
         if plan.decode:
-            parts.append(self.ops.decode_attention(q[: plan.num_decodes], pool.k, pool.v, plan.decode, scale))
+            rows = q[:count], k[:count], v[:count]
+            parts.append(self.ops.decode_step(*rows, pool.k, pool.v, slots[:count], plan.decode, scale))
         if plan.prefill:
+            self.ops.kv_write(k[count:], v[count:], pool.k, pool.v, slots[count:])
             sparse = plan.prefill.pattern.is_sparse
             attend = self.ops.block_sparse_attention if sparse else self.ops.prefill_attention
-            parts.append(attend(q[plan.num_decodes :], pool.k, pool.v, plan.prefill, scale))
+            parts.append(attend(q[count:], pool.k, pool.v, plan.prefill, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

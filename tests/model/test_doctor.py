@@ -26,7 +26,15 @@ dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype)[6
 
 def broken(**functions: Any) -> Ops:
     """kernels.cpu with other functions."""
-    return cast(Ops, SimpleNamespace(**vars(cpu) | functions))
+    ops = SimpleNamespace(**vars(cpu) | functions)
+
+    def decode_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
+        k_pages, v_pages, slot_mapping, plan, scale = rest
+        ops.kv_write(k, v, k_pages, v_pages, slot_mapping)
+        return ops.decode_attention(q, k_pages, v_pages, plan, scale)
+
+    ops.decode_step = decode_step
+    return cast(Ops, ops)
 
 
 def with_pattern(kind: str, change: int) -> Ops:

@@ -47,8 +47,9 @@ conformance: install prometheus
 aot: install
 	$(BIN)/python -m kernels.aot
 
+# Beside other servers, where the environment names them: see tests/bench/run.py. `make bench ONLY='bf16-1 bf16-8'`: some lines.
 bench: install
-	$(BIN)/python -m tests.bench.run
+	$(BIN)/python -m tests.bench.run $(if $(ONLY),--only $(ONLY))
 
 # For whoever has a GPU. `make gpu-check DRY=1` runs the same command at toy size on a CPU.
 gpu-check: install

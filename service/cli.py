@@ -1,4 +1,4 @@
-"""`banded serve | complete | doctor | train`: the composition root. Each command imports what it needs when it runs."""
+"""`banded serve | complete | bench | doctor | train`: the composition root. A command imports what it needs when it runs."""
 
 import argparse
 import asyncio
@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,18 @@ def parser() -> argparse.ArgumentParser:
     complete.add_argument("--seed", type=int)
     complete.set_defaults(command=run_complete)
 
+    bench = commands.add_parser("bench", help="measure a server under load, over HTTP: tokens/s and latencies")
+    add_model_options(bench)
+    bench.add_argument("--url", help="measure the server there, and of its models --model (default: the first)")
+    bench.add_argument(
+        "--streams", type=positive, nargs="+", default=[1, 8, 32], help="requests in flight, a line of the table for each"
+    )
+    bench.add_argument("--prompt", type=positive, default=128, help="tokens of a prompt (default %(default)d)")
+    bench.add_argument("--output", type=positive, default=128, help="tokens of a completion (default %(default)d)")
+    bench.add_argument("--requests", type=positive, help="requests of a line (default: two a stream, and 3 at least)")
+    bench.add_argument("--csv", type=Path, help="write the table to this file too")
+    bench.set_defaults(command=run_bench)
+
     doctor = commands.add_parser("doctor", help="compare the kernels with the reference on a model's weights")
     add_model_options(doctor)
     doctor.set_defaults(command=run_doctor)
@@ -79,6 +92,13 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--seed", type=int, default=0)
     train.set_defaults(command=run_train)
     return root
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
 
 
 def add_model_options(command: argparse.ArgumentParser) -> None:
@@ -188,6 +208,33 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
     finally:
         await served.engine.stop()
     print()
+    return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    try:
+        from service.bench import Load, banded, base_url, bench, running, served_model
+    except ModuleNotFoundError as error:
+        raise ValueError(f"bench needs {error.name}, which is not installed: pip install 'banded[bench]'") from error
+
+    # Without a handler the server that is measured would outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    if args.requests and args.requests < max(args.streams):
+        raise ValueError(f"--requests {args.requests} can't keep {max(args.streams)} streams in flight")
+    if args.url and (args.dtype or args.device):
+        raise ValueError("--dtype and --device say how a server is started; the one at --url runs already")
+    loads = [Load(streams, args.requests or max(3, 2 * streams), args.prompt, args.output) for streams in args.streams]
+    with ExitStack() as stack:
+        rows = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
+        if args.url:
+            url = base_url(args.url)
+            model = args.model or served_model(url)
+        else:
+            settings = settings_from(args, host="127.0.0.1")
+            server = banded(settings.model, "--dtype", settings.dtype, "--device", settings.device)
+            url = stack.enter_context(running(server)).url
+            model = served_model(url)
+        bench(url, model, loads, sys.stdout, rows)
     return 0
 
 

@@ -51,6 +51,7 @@ NUMBERS_ONLY = [
     "service.engine",
     "service.api.app",
     "service.settings",
+    "service.bench",
     "service.server",
     "service.cli",
     "model.tokenizer",

@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from model.tokenizer import r50k_base
+from service.bench import banded, running
 from service.loading import model_directory, served_name
-from tests.bench.run import server
 
 PROMPT_TOKENS = 1500
 
@@ -53,8 +53,8 @@ def main() -> None:
     rng = random.Random(0)
     cold, warm = [], []
     with (
-        server(model_directory(args.model), "--dtype", args.dtype) as url,
-        httpx.Client(base_url=url, timeout=120) as client,
+        running(banded(model_directory(args.model), "--dtype", args.dtype)) as server,
+        httpx.Client(base_url=server.url, timeout=120) as client,
     ):
         for _ in range(args.repeats):
             few_shot = {"instruction": "Translate.", "examples": examples(rng)}

@@ -6,7 +6,6 @@ with Triton interpreted: it shows that the command works, and measures nothing.
 """
 
 import argparse
-import asyncio
 import gc
 import os
 import platform
@@ -34,14 +33,15 @@ from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams
 from model.weights import load_model, save_model
+from service.bench import Load, Result, banded, measure, percentile, running
 from service.kv_cache import KVCache, pool_sizes
 from service.scheduler import Scheduler, Sequence
-from tests.bench import kernels, load
+from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line
-from tests.bench.run import server
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
+START_SECONDS = 600.0  # kernels are compiled and graphs recorded
 NO_GPU = "no CUDA device; `make gpu-check DRY=1` runs the same command at toy size on a CPU"
 
 
@@ -228,11 +228,11 @@ def serve(model: str, setting: Setting) -> Section:
     path = setting.scratch / model
     save_random_model(path, config)
     lines = []
-    with server(path, "--dtype", "bfloat16", "--device", device.type) as url:
-        asyncio.run(load.run(url, model, load.Load(1, 1, run.tokens, run.tokens)))
+    with running(banded(path, "--dtype", "bfloat16", "--device", device.type), timeout=START_SECONDS) as server:
+        measure(server.url, model, Load(1, 1, run.tokens, run.tokens))
         for streams in run.streams:
-            asked = load.Load(streams, max(3, 2 * streams), run.tokens, run.tokens)
-            result = asyncio.run(load.run(url, model, asked, seed=streams))
+            asked = Load(streams, max(3, 2 * streams), run.tokens, run.tokens)
+            result = measure(server.url, model, asked, seed=streams)
             lines.append([str(streams), *served_line(asked, result, config, setting)])
     cpu_ms = step_cpu_ms(load_model(path, torch.bfloat16, device), run)
     release(device)
@@ -243,12 +243,12 @@ def serve(model: str, setting: Setting) -> Section:
     return Section(f"{title}\n\n{table(header, lines)}\n\n{cpu}", [])
 
 
-def served_line(asked: load.Load, result: load.Result, config: GPTConfig, setting: Setting) -> list[str]:
+def served_line(asked: Load, result: Result, config: GPTConfig, setting: Setting) -> list[str]:
     label = setting.run.label
     seconds = sum(result.gaps) / (asked.requests * (asked.output - 1))  # of a token behind the first
     first = percentile_ms(result.first_token)
     figures = [f"{result.tokens_per_second:.1f}", f"{first:.1f}", f"{1e3 * seconds:.2f}"]
-    if asked.concurrency > 1:
+    if asked.streams > 1:
         return [*figures, "", label]
     weights = weights_read(config)
     share = 100 * weights * torch.bfloat16.itemsize / seconds / (1e12 * setting.limits.bandwidth)
@@ -256,7 +256,7 @@ def served_line(asked: load.Load, result: load.Result, config: GPTConfig, settin
 
 
 def percentile_ms(seconds: list[float]) -> float:
-    return 1e3 * load.percentile(sorted(seconds), 0.5)
+    return 1e3 * percentile(sorted(seconds), 0.5)
 
 
 def weights_read(config: GPTConfig) -> int:

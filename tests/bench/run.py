@@ -1,125 +1,530 @@
-"""`make bench`: output tokens/s of a random 125M GPT-2 at 1, 8 and 32 streams over HTTP, and KV pages of a long sequence.
+"""`make bench`: Banded beside llama.cpp and vLLM, where they are installed, on random models of GPT-2 125M's shape.
 
-Prints what it measures and nothing else: compare two versions only in interleaved runs on the same machine.
+A scenario measures all sides in turn, again and again, one server on the cores at a time, and prints medians, their ratio
+and the target. Tables, samples and plots go to tests/bench/results/. Peers are named by options or environment variables:
+
+    BENCH_LLAMA_SERVER=.../llama-server BENCH_LLAMA_CONVERT=.../llama.cpp BENCH_VLLM_PYTHON=.../bin/python make bench
+    python -m tests.bench.run --only bf16-1 bf16-8 --rounds 5
+
+Figures of one machine move within the hour, and more between machines: compare what stands in one table only.
 """
 
 import argparse
 import asyncio
+import functools
 import json
-import platform
-import re
+import math
+import os
+import signal
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
-import time
-from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, NamedTuple, get_args
 
-import httpx
-import torch
-from safetensors.torch import save_file
+from model.config import GPTConfig
+from service import bench as http
+from service.bench import BenchError, Load, Result, banded, keep, measure, percentile, random_prompts, run_async, running
+from service.cli import positive
+from service.kv_cache import KVCache, pool_sizes, sequence_bytes
+from service.settings import Dtype
+from tests.bench import checkpoints
+from tests.bench.checkpoints import ALTERNATING_125M, all_dense
+from tests.bench.peers import Peers, Servers, Side
+from tests.bench.report import COLUMNS, OURS, Line, Sample, Target, environment, print_cells, write
 
-from model.config import GPT3_SIZES, GPTConfig
-from model.gpt import GPT
-from model.step import Sampled, SamplingParams
-from service.kv_cache import KVCache, pool_sizes
-from service.scheduler import Scheduler, Sequence
-from tests.bench.load import Load, percentile, run
-
-GPT2_125M = GPTConfig(vocab_size=50257, n_positions=2048, n_embd=768, n_layer=12, n_head=12, n_inner=3072)
-
-
-def write_random_gpt2(directory: Path) -> Path:
-    """A GPT-2 125M with random bf16 weights, in Hugging Face's layout so that any server can load it."""
-    directory.mkdir(parents=True, exist_ok=True)
-    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
-    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": 2048}
-    config |= {name: getattr(GPT2_125M, name) for name in names}
-    (directory / "config.json").write_text(json.dumps(config))
-    model = GPT(GPT2_125M)
-    model.init_weights(0)
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        tensor = tensor[: GPT2_125M.vocab_size] if name == "wte.weight" else tensor
-        stored = tensor.T if re.search(r"(attn|mlp)\.c_\w+\.weight", name) else tensor
-        tensors[f"transformer.{name}"] = stored.to(torch.bfloat16).contiguous()
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return directory
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "results"
 
 
-@contextmanager
-def server(model: Path, *options: str) -> Iterator[str]:
-    """The URL of `banded serve` on a free port, stopped at the end. An error inside gets the end of its log as a note."""
-    command = [sys.executable, "-c", "import sys; from service.cli import main; sys.exit(main())", "serve"]
-    process = subprocess.Popen([*command, "--model", str(model), "--port", "0", *options], stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    log: deque[str] = deque(maxlen=30)
+class Sizes(NamedTuple):
+    """How much is measured: REAL and QUICK differ in nothing else. Lengths in tokens."""
+
+    model: GPTConfig  # dense and banded layers in turn; its twin is all dense, GPT-2's shape
+    waves: int  # requests of each stream
+    prompt: int
+    output: int
+    long: Load  # long prompts
+    full: Load  # prompt and output fill the context
+    gaps: Load
+    arriving: int  # the prompt that arrives every second of `every`
+    every: float
+    shared: Load  # pairs of prompts with `prefix` in common, one request after the other
+    prefix: int
+    prompts: tuple[int, ...]
+    contexts: tuple[int, ...]
+    chunk: int  # of a prompt, computed in a step
+    megabytes: int
+    seconds: float  # that a call is repeated for
+
+
+REAL = Sizes(
+    model=ALTERNATING_125M,
+    waves=2,
+    prompt=128,
+    output=128,
+    long=Load(4, 8, 1500, 64),
+    full=Load(16, 16, 1920, 128),
+    gaps=Load(8, 8, 128, 512),
+    arriving=2000,
+    every=2.0,
+    shared=Load(1, 6, 1564, 8),
+    prefix=1500,
+    prompts=(64, 128, 256, 512, 1024, 1536, 1984),
+    contexts=(64, 256, 512, 1024, 1536, 2048),
+    chunk=512,
+    megabytes=1024,
+    seconds=1.0,
+)
+QUICK = Sizes(
+    model=replace(ALTERNATING_125M, n_layer=2, n_embd=64, n_head=1, n_inner=256, n_positions=256, band=64),
+    waves=1,
+    prompt=8,
+    output=4,
+    long=Load(4, 4, 150, 4),
+    full=Load(4, 4, 192, 64),
+    gaps=Load(2, 2, 8, 40),
+    arriving=200,
+    every=0.05,
+    shared=Load(1, 2, 200, 2),
+    prefix=150,
+    prompts=(64, 200),
+    contexts=(64, 256),
+    chunk=64,
+    megabytes=16,
+    seconds=0.0,
+)
+
+# What the matrix products alone take, by how many rows a decode step has.
+ROWS = [1, 8, 16, 32]
+# KV memory in which 16 whole prompts stay cached, the pages that fell behind the band included: 5 GB, committed at start.
+ROOMY = (("BANDED_MAX_SLOTS", "104"), ("BANDED_KV_BYTES", str(5 << 30)))
+
+LLAMA_BF16, LLAMA_Q8, VLLM = "llama.cpp bf16", "llama.cpp q8_0", "vLLM bf16"
+BF16_PEERS = (LLAMA_BF16, VLLM)
+
+
+class Skip(Exception):
+    """Why a scenario can't be measured."""
+
+
+class Bench:
+    """What the scenarios share: sizes, peers, running servers and the samples so far."""
+
+    def __init__(self, sizes: Sizes, rounds: int, peers: Peers, servers: Servers):
+        self.sizes, self.rounds, self.peers, self.servers = sizes, rounds, peers, servers
+        self.samples: list[Sample] = []
+        self._products: dict[str, dict[str, float]] = {}
+
+    @functools.cached_property
+    def gpt2(self) -> Path:
+        return self._model("gpt2", checkpoints.write_gpt2, all_dense(self.sizes.model))
+
+    @functools.cached_property
+    def alternating(self) -> Path:
+        return self._model("alternating", checkpoints.write_own, self.sizes.model)
+
+    @functools.cached_property
+    def dense(self) -> Path:
+        return self._model("dense", checkpoints.write_own, all_dense(self.sizes.model))
+
+    def _model(self, name: str, write_model: Callable[[Path, GPTConfig], Path], config: GPTConfig) -> Path:
+        """Written once into the folder of the work, and found there by later runs."""
+        directory = self.peers.work / f"{name}-{config.n_layer}x{config.n_embd}"
+        if not directory.exists():
+            unfinished = directory.with_suffix(".tmp")
+            write_model(unfinished, config)
+            unfinished.rename(directory)
+        return directory
+
+    def ours(self, model: Path, dtype: str, *settings: tuple[str, str], name: str = "") -> Side:
+        if dtype not in get_args(Dtype):
+            raise Skip(f"`banded serve` has no --dtype {dtype}")
+        return Side(name or f"{OURS} {dtype}", dtype, banded(model, "--dtype", dtype)._replace(environment=settings))
+
+    def in_turn(self, scenario: str, sides: Iterable[Side], take: Callable[[str, str, str], Any]) -> dict[Side, list[Any]]:
+        """What `take(url, model, seed)` finds of each side in each round: A, B, A, B. A peer that fails is left out."""
+        found: dict[Side, list[Any]] = {side: [] for side in sides}
+        for turn in range(self.rounds):
+            for side in list(found):
+                progress(f"{scenario}, round {turn + 1} of {self.rounds}: {side.name}")
+                try:
+                    with self.servers.only(side.program) as (url, model):
+                        found[side].append(take(url, model, f"{scenario} {turn}"))
+                except BenchError as error:
+                    if side.name.startswith(OURS):
+                        raise
+                    print(f"{scenario}: {side.name} is left out: {error}", flush=True)
+                    del found[side]
+        return found
+
+    def loaded(
+        self, scenario: str, figure: str, sides: Iterable[Side], load: Load, value: Callable[[Result], float], at: float
+    ) -> dict[str, float]:
+        """The median of `value` of each side under a load, ours first."""
+        results = self.in_turn(scenario, sides, lambda url, model, seed: measure(url, model, load, seed=seed))
+        for side, found in results.items():
+            for turn, result in enumerate(found):
+                self.samples.append(Sample(scenario, turn, side.name, side.dtype, figure, value(result), at).of(result))
+        return {side.name: statistics.median(map(value, found)) for side, found in results.items()}
+
+    def note(self, scenario: str, side: Side, figure: str, values: Iterable[float]) -> float:
+        """Keep a value of each round; their median."""
+        kept = list(values)
+        self.samples += [Sample(scenario, turn, side.name, side.dtype, figure, value) for turn, value in enumerate(kept)]
+        return statistics.median(kept)
+
+    def inside(self, measure_name: str, **arguments: Any) -> Any:
+        """What tests.bench.inside measures, in a process of its own."""
+        progress(f"in process: {measure_name}")
+        command = [sys.executable, "-m", "tests.bench.inside", measure_name, json.dumps(arguments)]
+        return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
+
+    def products(self, dtype: str) -> dict[str, float]:
+        """Seconds of a step's matrix products, by its rows; "prompt" for a chunk of a prompt."""
+        if dtype not in self._products:
+            sizes = self.sizes
+            self._products[dtype] = self.inside(
+                "limits", model=str(self.gpt2), dtype=dtype, rows=ROWS, chunk=sizes.chunk, seconds=sizes.seconds
+            )
+        return self._products[dtype]
+
+
+def ceiling(products: dict[str, float], load: Load, chunk: int) -> float:
+    """Output tokens/s under a load if steps were their matrix products, prompts included: `products` has their seconds."""
+    prompts = load.streams * load.prompt * products["prompt"] / chunk
+    return load.streams * load.output / (prompts + load.output * products[str(load.streams)])
+
+
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def rivals(bench: Bench, names: tuple[str, ...], load: Load) -> list[Side]:
+    """Those of the named peers that are installed, with room for a load."""
+    whole = bench.sizes.model.n_positions
+    slot = min(whole, -(-(load.prompt + load.output + 1) // 256) * 256)
+    found = {
+        LLAMA_BF16: lambda: bench.peers.llama(bench.gpt2, "bf16", load.streams, slot),
+        LLAMA_Q8: lambda: bench.peers.llama(bench.gpt2, "q8_0", load.streams, slot),
+        VLLM: lambda: bench.peers.vllm(bench.gpt2, whole),
+    }
+    return [side for name in names for side in found[name]()]
+
+
+def compare(
+    scenario: str,
+    figure: str,
+    medians: dict[str, float],
+    target: Target | None = None,
+    *,
+    best: Callable[..., tuple[str, float]] = max,
+    most: float = math.nan,
+) -> Line:
+    """Ours, the first, beside the best of the others. `most` is the ceiling."""
+    (_, ours), *others = medians.items()
+    against, theirs = best(others, key=lambda side: side[1]) if others else ("", math.nan)
+    return Line(scenario, figure, ours, against, theirs, target, most)
+
+
+def limits(bench: Bench, name: str) -> list[Line]:
+    sizes = bench.sizes
+    speed = bench.inside("bandwidth", megabytes=sizes.megabytes, seconds=sizes.seconds)
+    lines = [Line(name, "memory read, GB/s", speed)]
+    for dtype in ("bfloat16", "int8"):
+        if dtype in get_args(Dtype):
+            for rows, seconds in bench.products(dtype).items():
+                count = sizes.chunk if rows == "prompt" else int(rows)
+                what = f"a prompt of {count}" if rows == "prompt" else f"{count} decoding"
+                lines.append(Line(name, f"tokens/s of products alone, {dtype}, {what}", count / seconds))
+    return lines
+
+
+def throughput(
+    bench: Bench, name: str, *, dtype: str, streams: int, against: tuple[str, ...], target: Target | None = None
+) -> list[Line]:
+    sizes = bench.sizes
+    load = Load(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output)
+    sides = [bench.ours(bench.gpt2, dtype), *rivals(bench, against, load)]
+    medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
+    figure, most = f"tokens/s, streams: {streams}", ceiling(bench.products(dtype), load, sizes.chunk)
+    return [compare(name, figure, medians, target, most=most)]
+
+
+def first_token_ms(result: Result) -> float:
+    return 1e3 * statistics.median(result.first_token)
+
+
+def long_prompts(bench: Bench, name: str) -> list[Line]:
+    load = bench.sizes.long
+    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, load)]
+    medians = bench.loaded(name, "TTFT ms", sides, load, first_token_ms, load.prompt)
+    figure = f"TTFT p50 ms, {load.streams} clients of {load.prompt} + {load.output}"
+    return [compare(name, figure, medians, Target(0.7, 0.5), best=min)]
+
+
+def alternating(bench: Bench, name: str) -> list[Line]:
+    load = bench.sizes.full
+    sides = [
+        bench.ours(bench.alternating, "bfloat16", *ROOMY, name=f"{OURS}, dense and banded"),
+        bench.ours(bench.dense, "bfloat16", *ROOMY, name=f"{OURS}, all dense"),
+    ]
+    rates = bench.in_turn(name, sides, lambda url, model, seed: decode_phase(url, model, load, seed))
+    for side in sides:
+        bench.servers.end(side.program)  # nobody else has use for so much memory
+    medians = {side.name: bench.note(name, side, "decode tokens/s", found) for side, found in rates.items()}
+    figure = f"decode tokens/s, {load.streams} x {load.prompt} + {load.output}"
+    return [compare(name, figure, medians, Target(1.15, 1.3))]
+
+
+def decode_phase(url: str, model: str, load: Load, seed: str) -> float:
+    """Output tokens/s while all streams decode. Their prompts are in the prefix cache: computed one beside the other, the
+    first stream would have ended before the last began."""
+    prompts = random_prompts(load, seed)
+    run_async(keep(url, model, load._replace(streams=1, output=1), prompts))
+    result = run_async(keep(url, model, load, prompts))
+    begin = max(stream.events[0] for stream in result.streams)
+    end = min(stream.events[-1] for stream in result.streams)
+    if min(stream.cached for stream in result.streams) < load.prompt // 2 or begin >= end:
+        raise BenchError("the prompts were not in the prefix cache, so that the streams did not decode together")
+    events = [time for stream in result.streams for time in stream.events]
+    tokens_per_event = len(result.streams) * load.output / len(events)
+    return sum(begin < time <= end for time in events) * tokens_per_event / (end - begin)
+
+
+def kv_memory(bench: Bench, name: str) -> list[Line]:
+    """Sequences of the whole context that the page accounting admits at once, in memory for a thousand dense ones."""
+    config = bench.sizes.model
+    kv_bytes = 1000 * sequence_bytes(all_dense(config), config.n_positions, item_bytes=2)
+    ours, theirs = (admitted(kind, kv_bytes) for kind in (config, all_dense(config)))
+    figure = f"sequences of {config.n_positions} admitted in {kv_bytes / 1e9:.0f} GB"
+    return [Line(name, figure, ours, "all dense", theirs, Target(1.7, 1.73))]
+
+
+def admitted(config: GPTConfig, kv_bytes: int) -> int:
+    many, step_tokens = 1 << 14, 512
+    sizes = pool_sizes(config, kv_bytes=kv_bytes, item_bytes=2, max_slots=many, step_tokens=step_tokens)
+    cache = KVCache(config, sizes, step_tokens=step_tokens)
+    return next(slot for slot in range(many) if not cache.try_reserve(slot, config.n_positions))
+
+
+def http_cost(bench: Bench, name: str) -> list[Line]:
+    streams, sizes = 32, bench.sizes
+    load = Load(streams, sizes.waves * streams, sizes.prompt, sizes.output)
+    side = bench.ours(bench.gpt2, "bfloat16")
+    over_http, alone = [], []
+    for turn in range(bench.rounds):
+        with bench.servers.only(side.program) as (url, model):
+            over_http.append(measure(url, model, load, seed=f"{name} {turn}").tokens_per_second)
+        seed = f"{name} {turn}"
+        alone.append(bench.inside("engine", model=str(bench.gpt2), dtype=side.dtype, load=list(load), seed=seed))
+    ours = bench.note(name, side, "tokens/s over HTTP", over_http)
+    theirs = bench.note(name, side._replace(name=f"{OURS}, in process"), "tokens/s in process", alone)
+    return [Line(name, f"tokens/s over HTTP, {streams} streams", ours, "in process", theirs, Target(0.9, 0.95))]
+
+
+def gaps(bench: Bench, name: str) -> list[Line]:
+    """What prompts that arrive do to streams that decode."""
+    sizes, side = bench.sizes, bench.ours(bench.gpt2, "bfloat16")
+
+    def quiet_then_busy(url: str, model: str, seed: str) -> tuple[Result, Result]:
+        quiet = measure(url, model, sizes.gaps, seed=seed)
+        return quiet, run_async(disturbed(url, model, sizes, f"{seed}, busy"))
+
+    results = bench.in_turn(name, [side], quiet_then_busy)[side]
+    quiet = bench.note(name, side, "gap p50 ms, undisturbed", (1e3 * percentile(result.gaps, 0.5) for result, _ in results))
+    busy = bench.note(name, side, "gap p99 ms, disturbed", (1e3 * percentile(result.gaps, 0.99) for _, result in results))
+    figure = f"gap p99 ms, {sizes.gaps.streams} streams, a prompt of {sizes.arriving} every {sizes.every:g} s"
+    return [Line(name, figure, busy, "p50 without", quiet, Target(3, 2))]
+
+
+async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
+    """The streams of `sizes.gaps` while prompts of others arrive."""
+    arrivals: list[asyncio.Task[object]] = []
+
+    async def arrive() -> None:
+        async with http.client() as session:
+            try:
+                while True:
+                    (prompt,) = random_prompts(Load(1, 1, sizes.arriving), f"{seed} {len(arrivals)}")
+                    arrivals.append(asyncio.create_task(http.complete(session, url, model, prompt, 1)))
+                    await asyncio.sleep(sizes.every)
+            finally:
+                for task in arrivals:
+                    task.cancel()
+                await asyncio.gather(*arrivals, return_exceptions=True)
+
+    arriving = asyncio.create_task(arrive())
     try:
-        for line in process.stderr:
-            log.append(line)
-            if found := re.search(r"running on (http://\S+)", line):
-                # The access log must be read, or its pipe fills up and the server waits.
-                threading.Thread(target=log.extend, args=(process.stderr,), daemon=True).start()
-                while httpx.get(f"{found.group(1)}/health/ready").status_code != 200:
-                    time.sleep(0.1)
-                    if process.poll() is not None:
-                        raise RuntimeError("the server ended before it was ready")
-                yield found.group(1)
-                return
-        raise RuntimeError("the server ended before it listened")
-    except Exception as error:
-        error.add_note("".join(log.copy()))
-        raise
+        result = await keep(url, model, sizes.gaps, random_prompts(sizes.gaps, seed))
     finally:
-        process.terminate()
-        process.wait()
+        arriving.cancel()
+        await asyncio.gather(arriving, return_exceptions=True)
+    for task in arrivals:
+        if not task.cancelled():
+            task.result()  # raises what went wrong
+    return result
 
 
-def bench_http(model: Path, dtype: str, concurrencies: list[int]) -> None:
-    print(f"\nrandom GPT-2 125M, {dtype}, 128 + 128 tokens, greedy, streaming over HTTP")
-    print(f"{'streams':>8} {'tokens/s':>9} {'TTFT p50 ms':>12} {'p99':>7} {'gap p50 ms':>11} {'p99':>7}")
-    with server(model, "--dtype", dtype) as url:
-        asyncio.run(run(url, model.name, Load(1, 1)))
-        for streams in concurrencies:
-            result = asyncio.run(run(url, model.name, Load(streams, max(3, 2 * streams)), seed=streams))
-            times = [1e3 * percentile(values, share) for values in result[1:] for share in (0.5, 0.99)]
-            print(f"{streams:8} {result.tokens_per_second:9.1f} {times[0]:12.0f} {times[1]:7.0f} ", end="")
-            print(f"{times[2]:11.1f} {times[3]:7.1f}", flush=True)
+def start(bench: Bench, name: str) -> list[Line]:
+    """From the start of the process until it is ready; the first start may have had things to prepare."""
+    side = bench.ours(bench.gpt2, "bfloat16")
+    seconds = []
+    for turn in range(bench.rounds + 1):
+        progress(f"{name}, start {turn + 1} of {bench.rounds + 1}")
+        with running(side.program) as server:
+            seconds.append(server.seconds)
+    again = bench.note(name, side, "start to ready, s", seconds[1:])
+    return [
+        Line(name, "first start to ready, s", seconds[0]),
+        Line(name, "later start to ready, s", again, target=Target(10, 3, "s")),
+    ]
 
 
-def bench_kv_pages() -> None:
-    """Pages that one 2000-token prompt holds while it is prefilled, and at rest after it."""
-    config = GPT3_SIZES["gpt3-125m"]
-    sizes = pool_sizes(config, kv_bytes=1 << 40, item_bytes=2, max_slots=1, step_tokens=512)
-    scheduler = Scheduler(KVCache(config, sizes, step_tokens=512), max_slots=1, step_tokens=512)
-    scheduler.submit([Sequence([0] * 2000, 48, SamplingParams())])
-    peak = at_rest = dict.fromkeys(sizes, 0)
-    while step := scheduler.schedule(0.0):
-        held = scheduler.cache.held(0)
-        peak = {group: max(peak[group], pages) for group, pages in held.items()}
-        if step.decodes:
-            at_rest = held
-        scheduler.commit(Sampled([0] * len(step.samples), [None] * len(step.samples), []), 0.01)
-    print("\nKV pages of 64 held by a 2000-token prompt, band 256, chunks of 512")
-    for group in sizes:
-        print(f"{group:>8}: {at_rest[group]} at rest, {peak[group]} at the peak of its prefill")
+def shared_prefix(bench: Bench, name: str) -> list[Line]:
+    """Of two prompts that begin alike, how much sooner the second is answered."""
+    sizes, side = bench.sizes, bench.ours(bench.gpt2, "bfloat16")
+    load, prefix = sizes.shared, sizes.prefix
+
+    def pairs(url: str, model: str, seed: str) -> Result:
+        prompts = random_prompts(load, seed)
+        for first, second in zip(prompts[::2], prompts[1::2], strict=True):
+            second[:prefix] = first[:prefix]
+        return run_async(keep(url, model, load, prompts))
+
+    results = bench.in_turn(name, [side], pairs)[side]
+    firsts = [1e3 * statistics.median(stream.first_token for stream in result.streams[::2]) for result in results]
+    seconds = [1e3 * statistics.median(stream.first_token for stream in result.streams[1::2]) for result in results]
+    cold = bench.note(name, side, "TTFT ms, first", firsts)
+    warm = bench.note(name, side, "TTFT ms, second", seconds)
+    return [Line(name, f"TTFT ms, {load.prompt} tokens, {prefix} seen before", warm, "unseen", cold, Target(0.15, 0.08))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", type=Path, help="measure this checkpoint instead of a random 125M")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--streams", type=int, nargs="+", default=[1, 8, 32])
-    args = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    bench_kv_pages()
-    with tempfile.TemporaryDirectory() as temporary:
-        model = args.model or write_random_gpt2(Path(temporary) / "gpt2-125m")
-        bench_http(model, args.dtype, args.streams)
+def first_tokens(bench: Bench, name: str) -> list[Line]:
+    loads = [Load(1, 3, prompt, 1) for prompt in bench.sizes.prompts]
+    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, loads[-1])]
+    lines = []
+    for load in loads:
+        medians = bench.loaded(f"{name} {load.prompt}", "TTFT ms", sides, load, first_token_ms, load.prompt)
+        lines.append(compare(name, f"TTFT ms, a prompt of {load.prompt}", medians, best=min))
+        if load.prompt == bench.sizes.chunk:
+            speeds = {side: 1e3 * load.prompt / ms for side, ms in medians.items()}
+            most = load.prompt / bench.products("bfloat16")["prompt"]
+            lines.append(compare(name, f"prompt tokens/s, a prompt of {load.prompt}", speeds, most=most))
+    return lines
+
+
+def context(bench: Bench, name: str) -> list[Line]:
+    """What the band saves of a step as the context grows."""
+    sizes, batch = bench.sizes, 8
+    found = bench.inside(
+        "step_times",
+        sizes=asdict(all_dense(sizes.model)),
+        band=sizes.model.band,
+        batch=batch,
+        contexts=sizes.contexts,
+        seconds=sizes.seconds,
+    )
+    for kind, times in found.items():
+        bench.samples += [
+            Sample(name, 0, f"{OURS}, layers {kind}", "bfloat16", "step ms", 1e3 * seconds, keys, batch)
+            for keys, seconds in zip(sizes.contexts, times, strict=True)
+        ]
+    longest = sizes.contexts[-1]
+    dense, *others = ((kind, 1e3 * times[-1]) for kind, times in found.items())
+    return [Line(name, f"step ms, {batch} at {longest} keys, layers {kind}", ms, *dense) for kind, ms in others]
+
+
+BF16 = functools.partial(throughput, dtype="bfloat16")
+INT8 = functools.partial(throughput, dtype="int8")
+SCENARIOS: dict[str, Callable[[Bench, str], list[Line]]] = {
+    "limits": limits,
+    "alternating": alternating,
+    "bf16-1": functools.partial(BF16, streams=1, against=(LLAMA_BF16,), target=Target(1.0, 1.2)),
+    "bf16-8": functools.partial(BF16, streams=8, against=BF16_PEERS, target=Target(1.6, 2.2)),
+    "bf16-16": functools.partial(BF16, streams=16, against=BF16_PEERS),
+    "bf16-32": functools.partial(BF16, streams=32, against=BF16_PEERS, target=Target(2.2, 3.5)),
+    "int8-1": functools.partial(INT8, streams=1, against=(LLAMA_Q8,), target=Target(1.0, 1.3)),
+    "int8-16": functools.partial(INT8, streams=16, against=(LLAMA_Q8, *BF16_PEERS), target=Target(2.5, 4)),
+    "long-prompts": long_prompts,
+    "kv-memory": kv_memory,
+    "http": http_cost,
+    "gaps": gaps,
+    "start": start,
+    "prefix": shared_prefix,
+    "ttft": first_tokens,
+    "context": context,
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0, or 1 where something of ours could not be measured. A target that is missed is no failure."""
+    args = parser().parse_args(argv)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the servers would go on
+    if args.quick:
+        # A toy has no work for two threads, which would wait for each other, and is not worth compiling anything.
+        os.environ |= {"OMP_NUM_THREADS": "1", "BANDED_COMPILE": "0"}
+    with ExitStack() as stack:
+        work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        peers = Peers(args.llama_server, args.llama_convert, args.vllm_python, work)
+        facts = environment(peers.versions())
+        print(", ".join(f"{name} {fact}" for name, fact in facts.items()))
+        for name, given in (("llama.cpp", args.llama_server), ("vLLM", args.vllm_python)):
+            if not given:
+                print(f"{name} is not measured: see `python -m tests.bench.run --help`")
+        bench = Bench(QUICK if args.quick else REAL, args.rounds, peers, stack.enter_context(Servers()))
+        lines, failed = measure_all(bench, args.only)
+    label = "quick-" if args.quick else ""
+    stem = args.results / f"{label}{datetime.now(UTC):%Y-%m-%d-%H%M%S}"
+    for path in write(stem, facts, lines, bench.samples):
+        print(path)
+    return 1 if failed else 0
+
+
+def measure_all(bench: Bench, names: Iterable[str]) -> tuple[list[Line], bool]:
+    """The table, printed as it grows, and whether a scenario of it failed."""
+    print_cells(list(COLUMNS))
+    table, failed = list[Line](), False
+    for name in names:
+        try:
+            lines = SCENARIOS[name](bench, name)
+        except Skip as reason:
+            print(f"{name}: skipped: {reason}", flush=True)
+            continue
+        except (ValueError, subprocess.SubprocessError) as error:
+            print(f"{name}: failed: {error}", flush=True)
+            failed = True
+            continue
+        if bench.sizes == QUICK:
+            lines = [line._replace(target=None) for line in lines]
+        for line in lines:
+            print_cells(line.cells())
+        table += lines
+    return table, failed
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(SCENARIOS)
+    options.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="of: %(choices)s")
+    options.add_argument("--rounds", type=positive, default=3, help="how often each side is measured (default %(default)d)")
+    options.add_argument("--quick", action="store_true", help="a toy model and short runs: shows that the benchmark works")
+    options.add_argument("--results", type=Path, default=RESULTS, help="folder for tables and plots")
+    options.add_argument("--work", type=Path, help="folder that keeps checkpoints for later runs")
+    for name, what in (
+        ("llama-server", "llama.cpp's server"),
+        ("llama-convert", "folder of its convert_hf_to_gguf.py"),
+        ("vllm-python", "Python of an environment with vLLM"),
+    ):
+        variable = f"BENCH_{name.replace('-', '_').upper()}"
+        options.add_argument(f"--{name}", type=Path, default=os.environ.get(variable), help=f"{what}, or {variable}")
+    return options
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
+from service.bench import banded, running
 from service.loading import model_directory, served_name
-from tests.bench.run import server
 
 CONCURRENCY = 48  # more than there are slots, so that requests wait as well
 
@@ -68,9 +68,9 @@ def main() -> int:
     bodies = requests(args.requests, served_name(args.model))
     runs = {}
     for name, concurrency in (("alone", 1), ("in a full batch", CONCURRENCY)):
-        with server(model_directory(args.model), "--dtype", args.dtype) as url:
-            runs[name] = asyncio.run(texts(url, bodies, concurrency))
-            runs[f"{name}, again"] = asyncio.run(texts(url, bodies, concurrency))
+        with running(banded(model_directory(args.model), "--dtype", args.dtype)) as server:
+            runs[name] = asyncio.run(texts(server.url, bodies, concurrency))
+            runs[f"{name}, again"] = asyncio.run(texts(server.url, bodies, concurrency))
     expected, _ = runs["alone"]
     num_choices = sum(map(len, expected))
     print(f"{args.model}, {args.dtype}: {len(bodies)} requests, {num_choices} choices of 40 tokens")

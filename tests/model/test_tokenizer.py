@@ -16,45 +16,14 @@ from transformers import AutoTokenizer
 
 import model.tokenizer
 from model.tokenizer import END_OF_TEXT, TextPart, Tokenizer, TokenizerError, r50k_base
-from model.vocabulary import BYTE_OF, load_tokenizer, merge
-
-CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
+from model.vocabulary import BYTE_OF, load_tokenizer
+from tests.model.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
 
 Json = dict[str, Any]
 
 
-def spelled(token: bytes) -> str:
-    return "".join(CHARACTER_OF[byte] for byte in token)
-
-
-@functools.cache
-def r50k_vocab() -> dict[str, int]:
-    tokenizer = r50k_base()
-    return {spelled(tokenizer.token_bytes(rank)): rank for rank in range(tokenizer.eos_id)}
-
-
-@functools.cache
-def r50k_merges() -> list[str]:
-    """merges.txt from the ranks: the pair that makes a token is what the ranks below its own leave of it."""
-    tokenizer = r50k_base()
-    words = [tokenizer.token_bytes(rank) for rank in range(tokenizer.eos_id)]
-    merges: list[str] = []
-    ranks = {word: rank for rank, word in enumerate(words[:256])}
-    for rank, word in enumerate(words[256:], 256):
-        left, right = merge(word, ranks)
-        merges.append(f"{spelled(left)} {spelled(right)}")
-        ranks[word] = rank
-    return merges
-
-
 def write(directory: Path, name: str, content: Json) -> None:
     (directory / name).write_text(json.dumps(content), encoding="utf-8")
-
-
-def write_vocabulary(directory: Path, vocab: dict[str, int], merges: list[str]) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    write(directory, "vocab.json", vocab)
-    (directory / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
 
 
 def described(content: str, **options: bool) -> Json:

@@ -1,0 +1,341 @@
+"""Measures a completions server over real HTTP: so many streams always in flight, random prompts, times of every event.
+
+`banded bench` is this module on a command line; tests/bench measures Banded beside other servers with it. Client and server
+share the cores of one machine, so the client is to cost little. An event of 32 streams took 35 us of CPU time with aiohttp
+on uvloop, 65 with aiohttp on asyncio's own loop, 190 with httpx and 55 with asyncio streams and a parser written by hand.
+"""
+
+import asyncio
+import csv
+import http.client
+import json
+import math
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager, suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TextIO
+from urllib.parse import urlsplit
+
+import aiohttp
+
+# Tokens of which nearly every vocabulary has all; the special ones stand outside.
+TOKENS = range(1000, 40000)
+POLL_SECONDS = 0.02
+STOP_SECONDS = 30.0
+
+
+class BenchError(ValueError):
+    """What is measured does not answer as a completions server does: a failing server has no throughput."""
+
+
+class Load(NamedTuple):
+    """What to ask for: `requests` streams of `prompt` + `output` tokens, `streams` at a time."""
+
+    streams: int
+    requests: int
+    prompt: int = 128
+    output: int = 128
+
+
+class Stream(NamedTuple):
+    """One answer: the times at which its request went out and at which each event with a choice came in."""
+
+    sent: float
+    events: list[float]
+    cached: int  # tokens of the prompt that the server says it had already
+
+    @property
+    def first_token(self) -> float:
+        return self.events[0] - self.sent
+
+    @property
+    def gaps(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.events)]
+
+
+class Result(NamedTuple):
+    """What a load brought. Times are in seconds."""
+
+    load: Load
+    seconds: float
+    streams: list[Stream]
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of output, over all streams, their prompts' time included."""
+        return len(self.streams) * self.load.output / self.seconds
+
+    @property
+    def first_token(self) -> list[float]:
+        return sorted(stream.first_token for stream in self.streams)
+
+    @property
+    def gaps(self) -> list[float]:
+        """Between the events of a stream. A server that sends several tokens in one event looks slower here than it is."""
+        return sorted(gap for stream in self.streams for gap in stream.gaps)
+
+
+def percentile(ordered: list[float], share: float) -> float:
+    """NaN where there is nothing to take it of."""
+    return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else math.nan
+
+
+def run_async(main: Coroutine[Any, Any, Result]) -> Result:
+    """asyncio.run on uvloop, where there is one: it halves what the client takes from the server."""
+    try:
+        import uvloop
+    except ModuleNotFoundError:
+        return asyncio.run(main)
+    return uvloop.run(main)
+
+
+def random_prompts(load: Load, seed: int | str) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [rng.choices(TOKENS, k=load.prompt) for _ in range(load.requests)]
+
+
+def measure(url: str, model: str, load: Load, *, seed: int | str = 0) -> Result:
+    """Keep `load` on a server. Equal seeds ask for equal prompts, which a server may have cached.
+
+    Raises BenchError when no server answers, or a stream fails or ends short.
+    """
+    return run_async(keep(url, model, load, random_prompts(load, seed)))
+
+
+async def keep(url: str, model: str, load: Load, prompts: list[list[int]]) -> Result:
+    """Send `prompts`, `load.streams` at a time."""
+    waiting, done = prompts[::-1], list[Stream]()
+
+    async def work(session: aiohttp.ClientSession) -> None:
+        while waiting:
+            done.append(await complete(session, url, model, waiting.pop(), load.output))
+
+    async with client() as session:
+        started = time.perf_counter()
+        workers = [asyncio.create_task(work(session)) for _ in range(load.streams)]
+        try:
+            await asyncio.gather(*workers)
+        finally:  # one failure ends the measurement
+            for worker in workers:
+                worker.cancel()
+            await asyncio.gather(*workers, return_exceptions=True)
+        return Result(load, time.perf_counter() - started, done)
+
+
+def client() -> aiohttp.ClientSession:
+    """A connection for each request, for llama.cpp's server ends them. A server with keys gets the one in OPENAI_API_KEY."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
+        headers={"Authorization": f"Bearer {key}"} if key else {},
+    )
+
+
+async def complete(session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], output: int) -> Stream:
+    """One greedy stream of `output` tokens. Raises BenchError."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    route, sent = f"{url}/v1/completions", time.perf_counter()
+    try:
+        async with session.post(route, json=body) as response:
+            if response.status != 200:
+                raise BenchError(f"{route}: HTTP {response.status}: {message(await response.text())}")
+            return await read_events(response, sent, output)
+    except aiohttp.ClientConnectorError as error:
+        raise BenchError(f"{url}: no server answers there: {error.strerror}") from error
+    except (aiohttp.ClientError, TimeoutError) as error:
+        raise BenchError(f"{route}: the stream broke off: {error or type(error).__name__}") from error
+
+
+async def read_events(response: aiohttp.ClientResponse, sent: float, output: int) -> Stream:
+    """What comes in until the stream ends. Raises BenchError where that is no completion of `output` tokens."""
+    route = response.url
+    times, usage, done = list[float](), dict[str, Any](), False
+    async for line in response.content:
+        data = line.removeprefix(b"data:").strip()
+        if data == b"[DONE]":
+            done = True
+        elif line.startswith(b"data:"):
+            try:
+                event = json.loads(data)
+                if event.get("error"):
+                    raise BenchError(f"{route}: error event: {message(data.decode())}")
+                if event["choices"]:
+                    times.append(time.perf_counter())
+                usage = event.get("usage") or usage
+            except (json.JSONDecodeError, KeyError, AttributeError) as error:
+                raise BenchError(f"{route}: no event of a completion: {data[:200].decode(errors='replace')}") from error
+    tokens = usage.get("completion_tokens", 0)
+    if not done or tokens != output or not times:
+        ended = " and without [DONE]" if not done else "" if times else " and no text"
+        raise BenchError(f"{route}: a stream ended with {tokens} of {output} tokens{ended}")
+    return Stream(sent, times, (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0)
+
+
+def message(text: str) -> str:
+    """What an error says: OpenAI's message where it has one."""
+    try:
+        return str(json.loads(text)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return text.strip()[:300]
+
+
+def get(url: str, path: str) -> tuple[int, str]:
+    """Status and body. Raises OSError or HTTPException where nobody answers."""
+    parts = urlsplit(url)
+    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=10)
+    key = os.environ.get("OPENAI_API_KEY")
+    try:
+        connection.request("GET", parts.path + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode(errors="replace")
+    finally:
+        connection.close()
+
+
+def base_url(url: str) -> str:
+    """A server's address without /v1, which clients of OpenAI's API write behind it. Raises BenchError."""
+    if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
+        raise BenchError(f"--url {url}: an address begins with http:// or https:// and names a host")
+    return url.rstrip("/").removesuffix("/v1")
+
+
+def served_model(url: str) -> str:
+    """The first name that a server lists. Raises BenchError."""
+    try:
+        status, text = get(url, "/v1/models")
+    except (OSError, http.client.HTTPException) as error:
+        raise BenchError(f"{url}: no server answers there: {getattr(error, 'strerror', None) or error}") from error
+    if status != 200:
+        raise BenchError(f"{url}/v1/models: HTTP {status}: {message(text)}")
+    try:
+        return str(json.loads(text)["data"][0]["id"])
+    except (ValueError, KeyError, IndexError, TypeError) as error:
+        raise BenchError(f"{url}/v1/models: no list of models: {text[:200]}") from error
+
+
+class Program(NamedTuple):
+    """A server that can be started: `command` takes --port behind it, and answers `health` with 200 when it is ready."""
+
+    command: tuple[str, ...]
+    health: str = "/health/ready"
+    environment: tuple[tuple[str, str], ...] = ()
+
+
+class Server(NamedTuple):
+    """A program that is ready."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    seconds: float  # from its start until it was ready
+
+
+def banded(model: str | Path, *options: str) -> Program:
+    """`banded serve` in this interpreter."""
+    main = "import sys; from service.cli import main; sys.exit(main())"
+    return Program((sys.executable, "-c", main, "serve", "--model", str(model), "--host", "127.0.0.1", *options))
+
+
+@contextmanager
+def running(program: Program, *, timeout: float = 120) -> Iterator[Server]:
+    """Start a program on a free port of this machine, and end it with all its processes.
+
+    Raises BenchError with the end of its log where it ends or is not ready in time.
+    """
+    with tempfile.TemporaryFile("w+b") as log, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.close()
+        url, started = f"http://127.0.0.1:{port}", time.perf_counter()
+        process = subprocess.Popen(
+            [*program.command, "--port", str(port)],
+            env=os.environ | dict(program.environment),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            while not is_ready(url, program.health):
+                if process.poll() is not None:
+                    raise BenchError(f"the server ended with status {process.returncode} before it was ready: {tail(log)}")
+                if time.perf_counter() - started > timeout:
+                    raise BenchError(f"the server was not ready after {timeout:g} s: {tail(log)}")
+                time.sleep(POLL_SECONDS)
+            yield Server(url, process, time.perf_counter() - started)
+        finally:
+            end(process)
+
+
+def is_ready(url: str, path: str) -> bool:
+    try:
+        return get(url, path)[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def tail(log: IO[bytes]) -> str:
+    """The last lines that say something."""
+    log.seek(0)
+    lines = log.read().decode(errors="replace").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-8:])
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to a server; SIGKILL, after a while, to it and to what it has left behind."""
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(STOP_SECONDS)
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+COLUMNS = {
+    "streams": "8",
+    "requests": "9",
+    "tokens/s": "9.1f",
+    "TTFT p50 ms": "12.1f",
+    "TTFT p99 ms": "12.1f",
+    "gap p50 ms": "11.2f",
+    "gap p99 ms": "11.2f",
+}
+
+
+def figures(result: Result) -> dict[str, float]:
+    """What a table shows of a result, by the column's name."""
+    times = [1e3 * percentile(values, share) for values in (result.first_token, result.gaps) for share in (0.5, 0.99)]
+    found = (result.load.streams, result.load.requests, result.tokens_per_second, *times)
+    return dict(zip(COLUMNS, found, strict=True))
+
+
+def bench(url: str, model: str, loads: list[Load], out: TextIO, rows: TextIO | None) -> None:
+    """Print a table of how a server bears each of `loads`, a line as soon as it is measured. `rows` gets them as CSV."""
+    print(f"{url}, {model}: {loads[0].prompt} + {loads[0].output} tokens, greedy, streaming", file=out)
+    print(" ".join(f"{name:>{width.partition('.')[0]}}" for name, width in COLUMNS.items()), file=out, flush=True)
+    writer = csv.writer(rows) if rows else None
+    if writer:
+        writer.writerow(("url", "model", "prompt", "output", *COLUMNS))
+    measure(url, model, loads[0]._replace(streams=1, requests=1, output=min(loads[0].output, 8)), seed="warm-up")
+    for load in loads:
+        found = figures(measure(url, model, load, seed=f"{load} {time.time()}"))
+        print(" ".join(f"{found[name]:{form}}" for name, form in COLUMNS.items()), file=out, flush=True)
+        if writer:
+            writer.writerow((url, model, load.prompt, load.output, *(round(value, 3) for value in found.values())))

@@ -1,0 +1,55 @@
+"""Checkpoints with random weights, which take as long as trained ones."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from model.config import GPT3_SIZES, GPTConfig
+from model.gpt import GPT
+from model.tokenizer import END_OF_TEXT
+from model.weights import save_model
+from tests.model.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
+
+# GPT-Neo's shape: dense and banded layers in turn.
+ALTERNATING_125M = GPT3_SIZES["gpt3-125m"]
+
+
+def all_dense(config: GPTConfig) -> GPTConfig:
+    """The twin of a model with other patterns."""
+    return replace(config, attention=("dense",), band=None)
+
+
+def random_model(config: GPTConfig) -> GPT:
+    model = GPT(config)
+    model.init_weights(0)
+    return model
+
+
+def write_own(directory: Path, config: GPTConfig) -> Path:
+    """In Banded's own layout, bf16."""
+    save_model(directory, random_model(config), torch.bfloat16)
+    return directory
+
+
+def write_gpt2(directory: Path, config: GPTConfig) -> Path:
+    """As Hugging Face's GPT-2, bf16, vocabulary included: any server can load it. `config` must be GPT-2's: all dense."""
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
+    end = config.vocab_size - 1
+    fields = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config.n_positions}
+    fields |= {"bos_token_id": end, "eos_token_id": end} | {name: getattr(config, name) for name in names}
+    write_vocabulary(directory, r50k_vocab() | {END_OF_TEXT: end}, r50k_merges())
+    roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.n_positions} | roles
+    for name, content in (("config.json", fields), ("tokenizer_config.json", tokenizer)):
+        (directory / name).write_text(json.dumps(content))
+    tensors = {}
+    for name, tensor in random_model(config).state_dict().items():
+        rows = tensor[: config.vocab_size] if name == "wte.weight" else tensor
+        stored = rows.T if re.search(r"(attn|mlp)\.c_\w+\.weight", name) else rows
+        tensors[f"transformer.{name}"] = stored.to(torch.bfloat16).contiguous()
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return directory

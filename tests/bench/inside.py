@@ -1,0 +1,182 @@
+"""What the benchmark measures without HTTP, each in a process of its own: `python -m tests.bench.inside NAME ARGUMENTS`.
+
+NAME is a function of MEASURES, ARGUMENTS a JSON object of its arguments; its result is printed as JSON. A process of its
+own, because torch's threads are set up once, and as `banded serve` sets them up: see service/process.py.
+"""
+
+import asyncio
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from kernels.band import PAGE_SIZE
+from kernels.ops import Ops
+from model.config import GPTConfig, KVGroup
+from model.runner import PendingStep, Runner
+from model.step import DecodeRow, NewPages, Sampled, SampleRow, SamplingParams, SlotStart, StepInput
+from service.bench import Load, random_prompts
+from service.choice import ChoiceRequest
+from service.kv_cache import groups, pages_for
+from service.loading import Checkpoint, choose_ops, load_checkpoint, load_served
+from service.metrics import Metrics
+from service.process import keep_freed_memory, one_torch_thread
+from service.scheduler import Sequence
+from service.settings import Settings
+from tests.bench.checkpoints import random_model
+
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def median_seconds(work: Callable[[], object], seconds: float) -> float:
+    """Of a call, repeated for so long and at least 5 times, after one that is not counted."""
+    work()
+    times: list[float] = []
+    while len(times) < 5 or sum(times) < seconds:
+        started = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def settings(model: str, dtype: str) -> Settings:
+    given: dict[str, Any] = {"model": model, "dtype": dtype}
+    return Settings(**given)
+
+
+def bandwidth(megabytes: int, seconds: float) -> float:
+    """GB/s at which all cores read memory: the sum over a tensor that no cache holds."""
+    numbers = torch.ones(megabytes << 18)
+    return megabytes * (1 << 20) / median_seconds(numbers.sum, seconds) / 1e9
+
+
+def limits(model: str, dtype: str, rows: list[int], chunk: int, seconds: float) -> dict[str, float]:
+    """Seconds of the matrix products of one step, by the rows that it decodes; "prompt" is a chunk of a prompt alone."""
+    keep_freed_memory()
+    with one_torch_thread():
+        checkpoint = load_checkpoint(settings(model, dtype))
+    works = {str(count): (count, count) for count in rows} | {"prompt": (chunk, 1)}
+    return {name: products_seconds(checkpoint, *work, seconds) for name, work in works.items()}
+
+
+@torch.inference_mode()
+def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, seconds: float) -> float:
+    """All products of a step, one after the other, and nothing between them."""
+    calls = products(checkpoint, num_tokens, num_sampled)
+
+    def replay() -> None:
+        for call in calls:
+            checkpoint.ops.linear(*call)
+
+    return median_seconds(replay, seconds)
+
+
+class Recording:
+    """Ops that remember what `linear` was called with."""
+
+    def __init__(self, ops: Ops):
+        self.ops = ops
+        self.calls: list[tuple[Any, ...]] = []
+
+    def linear(self, *call: Any) -> torch.Tensor:
+        self.calls.append(call)
+        return self.ops.linear(*call)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ops, name)
+
+
+@torch.inference_mode()
+def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[tuple[Any, ...]]:
+    """What the op that multiplies is called with: all linears over `num_tokens` rows, the head over `num_sampled`."""
+    model, recording = checkpoint.model, Recording(checkpoint.ops)
+    ops, positions = cast(Ops, recording), torch.arange(num_tokens) % model.config.n_positions
+    hidden = model(positions % model.config.vocab_size, positions, lambda layer, q, k, v: v, ops)
+    model.logits(hidden[:num_sampled], ops)
+    return recording.calls
+
+
+def engine(model: str, dtype: str, load: list[int], seed: str) -> float:
+    """Output tokens/s of the engine alone: what a client over HTTP would see if HTTP were free."""
+    return asyncio.run(drive(settings(model, dtype), Load(*load), seed))
+
+
+async def drive(served_as: Settings, load: Load, seed: str) -> float:
+    served = load_served(served_as, Metrics("bench"))
+    served.engine.start()
+    waiting = random_prompts(load, seed)
+
+    async def generate(prompt: list[int], output: int) -> None:
+        async for _ in served.engine.generate([ChoiceRequest(Sequence(prompt, output, GREEDY))]):
+            pass
+
+    async def work() -> None:
+        while waiting:
+            await generate(waiting.pop(), load.output)
+
+    await generate([0], 8)
+    started = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(load.streams)))
+    seconds = time.perf_counter() - started
+    await served.engine.stop()
+    return load.requests * load.output / seconds
+
+
+def step_times(sizes: dict[str, Any], band: int, batch: int, contexts: list[int], seconds: float) -> dict[str, list[float]]:
+    """Seconds of a decode step of `batch` sequences at each context, bf16, by what the layers of the model are."""
+    config = GPTConfig(**sizes)
+    banded = replace(config, attention=("banded",), band=band)
+    kinds = {"dense": config, "banded": banded, "in turn": replace(banded, attention=("dense", "banded"))}
+    keep_freed_memory()
+    found = {}
+    for name, kind in kinds.items():
+        launch = full_runner(kind, batch).launch
+        steps = [decode(batch, context) for context in contexts]
+        found[name] = [median_seconds(partial(run_step, launch, step), seconds) for step in steps]
+    return found
+
+
+def run_step(launch: Callable[[StepInput], PendingStep], step: StepInput) -> Sampled:
+    return launch(step).result()
+
+
+@torch.inference_mode()
+def full_runner(config: GPTConfig, batch: int) -> Runner:
+    """Random weights, and slots that hold a whole context each."""
+    with one_torch_thread():
+        model = random_model(config).to(torch.bfloat16).requires_grad_(False).eval()
+        ops = choose_ops(model, settings("random", "bfloat16"))
+        model.pack(ops)
+    each = pages_for(config.n_positions)
+    sizes: dict[KVGroup, int] = {group: batch * each for group, _ in groups(config)}
+    runner = Runner(model, ops, batch, sizes)
+    for pool in runner.pools:
+        for pages in pool:
+            pages.fill_(0.01)  # memory that was never written is one page of zeros, and stands in the cache
+    starts = [SlotStart(slot, GREEDY, [0]) for slot in range(batch)]
+    pages_of = [
+        NewPages(slot, group, 0, list(range(slot * each, (slot + 1) * each))) for slot in range(batch) for group in sizes
+    ]
+    runner.launch(decode(batch, PAGE_SIZE)._replace(starts=starts, pages=pages_of)).result()
+    return runner
+
+
+def decode(batch: int, context: int) -> StepInput:
+    """A step in which every slot computes its token at the end of `context`."""
+    rows = [DecodeRow(slot, context - 1) for slot in range(batch)]
+    return StepInput([], [], rows, [], [SampleRow(row.slot, i) for i, row in enumerate(rows)], [], [])
+
+
+MEASURES: dict[str, Callable[..., object]] = {f.__name__: f for f in (bandwidth, limits, engine, step_times)}
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    print(json.dumps(MEASURES[sys.argv[1]](**json.loads(sys.argv[2]))))

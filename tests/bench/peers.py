@@ -1,0 +1,120 @@
+"""Other servers, where they are installed: how each is started on a checkpoint; and one server at a time on the cores.
+
+Nothing here installs them. llama.cpp is a `llama-server` and the folder of its convert_hf_to_gguf.py, vLLM the Python of an
+environment that has it; see `python -m tests.bench.run --help`.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from service.bench import Load, Program, Server, measure, running, served_model
+
+START_SECONDS = 600.0  # vLLM compiles when it starts
+
+# For a Python of another environment. Some of our folders are named as packages that it may import.
+ALONE = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
+
+
+class Side(NamedTuple):
+    """Who is measured: a server on a checkpoint in a dtype."""
+
+    name: str
+    dtype: str
+    program: Program
+
+
+class Peers(NamedTuple):
+    """What is installed of them. `work` is where converted checkpoints go; those that are there already are used."""
+
+    llama_server: Path | None
+    llama_convert: Path | None
+    vllm_python: Path | None
+    work: Path
+
+    def llama(self, model: Path, outtype: Literal["bf16", "q8_0"], streams: int, context: int) -> list[Side]:
+        """llama.cpp with a slot of `context` tokens for each stream, or nobody."""
+        if not self.llama_server:
+            return []
+        cores = str(len(os.sched_getaffinity(0)))
+        options = {"-m": str(self.gguf(model, outtype)), "-t": cores, "-np": str(streams), "-c": str(streams * context)}
+        command = (str(self.llama_server), *chain(*options.items()))
+        return [Side(f"llama.cpp {outtype}", outtype, Program(command, "/health"))]
+
+    def gguf(self, model: Path, outtype: str) -> Path:
+        """A checkpoint in llama.cpp's format, converted by its own script. The folder of a model names it."""
+        target = self.work / f"{model.name}-{outtype}.gguf"
+        if not target.exists():
+            if not self.llama_convert:
+                raise ValueError(f"{target.name} has to be made: say where convert_hf_to_gguf.py is, --llama-convert DIR")
+            script, unfinished = self.llama_convert / "convert_hf_to_gguf.py", target.with_suffix(".tmp")
+            command = [sys.executable, str(script), str(model), "--outfile", str(unfinished), "--outtype", outtype]
+            library = {"PYTHONPATH": str(self.llama_convert / "gguf-py")}
+            done = subprocess.run(command, env=os.environ | library, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise ValueError(f"{script} failed: {done.stderr[-500:]}")
+            unfinished.rename(target)
+        return target
+
+    def vllm(self, model: Path, context: int) -> list[Side]:
+        """vLLM in bf16, or nobody."""
+        if not self.vllm_python:
+            return []
+        options = {"--model": str(model), "--dtype": "bfloat16", "--max-model-len": str(context)}
+        command = (str(self.vllm_python), "-m", "vllm.entrypoints.openai.api_server", *chain(*options.items()))
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "2", "HF_HUB_OFFLINE": "1", **ALONE}
+        return [Side("vLLM bf16", "bfloat16", Program(command, "/health", tuple(environment.items())))]
+
+    def versions(self) -> dict[str, str]:
+        found = {}
+        if self.llama_server:
+            done = subprocess.run([self.llama_server, "--version"], capture_output=True, text=True, check=True)
+            found["llama.cpp"] = next(line for line in (done.stdout + done.stderr).splitlines() if "version" in line)
+        if self.vllm_python:
+            ask = "from importlib.metadata import version; print(version('vllm'))"
+            done = subprocess.run(
+                [self.vllm_python, "-c", ask], env=os.environ | ALONE, capture_output=True, text=True, check=True
+            )
+            found["vLLM"] = done.stdout.strip()
+        return found
+
+
+class Servers:
+    """Starts each program when it is first asked for, and halts all but the one that is measured: they share the cores."""
+
+    def __init__(self) -> None:
+        self.kept: dict[Program, tuple[Server, ExitStack]] = {}
+
+    def __enter__(self) -> "Servers":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for program in list(self.kept):
+            self.end(program)
+
+    @contextmanager
+    def only(self, program: Program) -> Iterator[tuple[str, str]]:
+        """The URL and the model of a server that runs alone, and has just answered."""
+        if program not in self.kept:
+            with ExitStack() as started:
+                server = started.enter_context(running(program, timeout=START_SECONDS))
+                self.kept[program] = server, started.pop_all()
+        server, _ = self.kept[program]
+        os.killpg(server.process.pid, signal.SIGCONT)
+        try:
+            model = served_model(server.url)
+            measure(server.url, model, Load(1, 1, 16, 8), seed="warm-up")
+            yield server.url, model
+        finally:
+            os.killpg(server.process.pid, signal.SIGSTOP)
+
+    def end(self, program: Program) -> None:
+        server, ending = self.kept.pop(program)
+        os.killpg(server.process.pid, signal.SIGCONT)  # or it would not hear that it is to end
+        ending.close()

@@ -1,0 +1,222 @@
+"""What a benchmark found: lines of a table with targets, samples behind them, both as CSV, and plots."""
+
+import csv
+import math
+import os
+import platform
+import statistics
+import subprocess
+from collections import defaultdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from service.bench import Result, percentile
+
+OURS = "Banded"
+
+
+class Target(NamedTuple):
+    """What a figure must reach, and better reaches: at least, or at most where `aim` is the smaller."""
+
+    must: float
+    aim: float
+    unit: str = "x"  # what it is compared with: x is the ratio to somebody else's figure, anything else the figure itself
+
+    def verdict(self, value: float) -> str:
+        """Of the value as it is printed."""
+        shown, sign = round(value, 2), 1 if self.aim >= self.must else -1
+        if math.isnan(value):
+            return "not measured"
+        return "aim met" if sign * (shown - self.aim) >= 0 else "met" if sign * (shown - self.must) >= 0 else "MISSED"
+
+
+class Line(NamedTuple):
+    """A line of the table."""
+
+    scenario: str
+    figure: str  # what was measured, with its unit
+    ours: float
+    against: str = ""  # whose figure stands beside it
+    theirs: float = math.nan
+    target: Target | None = None
+    ceiling: float = math.nan  # what `ours` would be if a step were its matrix products and nothing else
+
+    @property
+    def ratio(self) -> float:
+        return self.ours / self.theirs
+
+    @property
+    def compared(self) -> float:
+        """What the target is about."""
+        return self.ratio if self.target is None or self.target.unit == "x" else self.ours
+
+    def cells(self) -> list[str]:
+        target, share = self.target, self.ours / self.ceiling
+        unit = "" if target is None else target.unit if target.unit == "x" else f" {target.unit}"
+        return [
+            self.scenario,
+            self.figure,
+            shown(self.ours),
+            f"{self.against} {shown(self.theirs)}" if self.against else "-",
+            "-" if math.isnan(self.ratio) else f"{self.ratio:.2f}x",
+            f"{target.must:g}{unit}" if target else "-",
+            f"{target.aim:g}{unit}" if target else "-",
+            target.verdict(self.compared) if target else "-",
+            "-" if math.isnan(share) else f"{share:.0%}",
+        ]
+
+
+COLUMNS = {
+    "scenario": 14,
+    "figure": 52,
+    "ours": 9,
+    "against": 26,
+    "ratio": 8,
+    "must": 7,
+    "aim": 7,
+    "verdict": 13,
+    "of ceiling": 10,
+}
+
+
+def shown(value: float) -> str:
+    """Three digits that say something, and none of an exponent."""
+    return "-" if math.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
+
+
+def print_cells(cells: list[str]) -> None:
+    print(" ".join(f"{cell:<{width}}" for cell, width in zip(cells, COLUMNS.values(), strict=True)).rstrip(), flush=True)
+
+
+class Sample(NamedTuple):
+    """One measurement. Times in ms; of a load, `value` is what its scenario is about."""
+
+    scenario: str
+    round: int
+    side: str
+    dtype: str
+    figure: str
+    value: float
+    at: float = math.nan  # what it is plotted against
+    streams: int | None = None
+    requests: int | None = None
+    prompt: int | None = None
+    output: int | None = None
+    tokens_per_second: float = math.nan
+    ttft_p50: float = math.nan
+    ttft_p99: float = math.nan
+    gap_p50: float = math.nan
+    gap_p99: float = math.nan
+
+    def of(self, result: Result) -> "Sample":
+        p50, p99 = ([1e3 * percentile(times, share) for times in (result.first_token, result.gaps)] for share in (0.5, 0.99))
+        return self._replace(
+            **result.load._asdict(),
+            tokens_per_second=result.tokens_per_second,
+            ttft_p50=p50[0],
+            ttft_p99=p99[0],
+            gap_p50=p50[1],
+            gap_p99=p99[1],
+        )
+
+
+def environment(peers: dict[str, str]) -> dict[str, str]:
+    """Where the figures come from."""
+    describe = ["git", "describe", "--always", "--dirty"]
+    revision = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}",
+        "revision": revision.stdout.strip(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": cpu_model(),
+        "cores": str(len(os.sched_getaffinity(0))),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        **peers,
+    }
+
+
+def cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or "unknown"
+
+
+def write(stem: Path, facts: dict[str, str], lines: list[Line], samples: list[Sample]) -> list[Path]:
+    """STEM.csv, a row a line of the table; STEM-samples.csv, a row a measurement; STEM.png, where there is a curve."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    table, raw, picture = stem.with_suffix(".csv"), stem.with_name(f"{stem.name}-samples.csv"), stem.with_suffix(".png")
+    write_rows(table, [dict(zip(COLUMNS, line.cells(), strict=True)) | facts for line in lines])
+    write_rows(raw, [rounded(sample) | facts for sample in samples])
+    return [table, raw, *([picture] if plot(picture, facts, samples) else [])]
+
+
+def rounded(sample: Sample) -> dict[str, object]:
+    """Four digits; what was not measured is empty."""
+    return {
+        name: ("" if math.isnan(value) else float(f"{value:.4g}")) if isinstance(value, float) else value
+        for name, value in sample._asdict().items()
+    }
+
+
+def write_rows(path: Path, rows: list[dict[str, object]] | list[dict[str, str]]) -> None:
+    if rows:
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+class Curve(NamedTuple):
+    """A plot of some samples' values."""
+
+    scenarios: str  # what their names begin with
+    figure: str
+    title: str
+    x: str
+    y: str
+
+
+CURVES = [
+    Curve("", "tokens/s", "Output tokens/s, 128 + 128", "streams", "tokens/s"),
+    Curve("ttft", "TTFT ms", "Time to first token, 1 stream", "prompt tokens", "ms"),
+    Curve("context", "step ms", "A decode step, by its layers", "keys of each sequence", "ms"),
+]
+
+
+def plot(path: Path, facts: dict[str, str], samples: list[Sample]) -> bool:
+    """One picture of all curves that have points: medians of the rounds. False where there are none."""
+    found = [(curve, series(curve, samples)) for curve in CURVES]
+    found = [(curve, lines) for curve, lines in found if lines]
+    if not found:
+        return False
+    figure = Figure(figsize=(5.5 * len(found), 4.5), layout="constrained")
+    figure.suptitle(f"{facts['cpu']}, {facts['cores']} cores, {facts['date']}, {facts['revision']}", fontsize="small")
+    for axes, (curve, lines) in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        draw(axes, curve, lines)
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def series(curve: Curve, samples: list[Sample]) -> dict[str, dict[float, float]]:
+    """Of each side y by x."""
+    values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for sample in samples:
+        if sample.scenario.startswith(curve.scenarios) and sample.figure == curve.figure and not math.isnan(sample.at):
+            values[sample.side][sample.at].append(sample.value)
+    return {side: {at: statistics.median(found) for at, found in sorted(points.items())} for side, points in values.items()}
+
+
+def draw(axes: Axes, curve: Curve, lines: dict[str, dict[float, float]]) -> None:
+    for side, points in lines.items():
+        axes.plot(list(points), list(points.values()), marker="o", linewidth=2 if side.startswith(OURS) else 1, label=side)
+    axes.set(title=curve.title, xlabel=curve.x, ylabel=curve.y)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")

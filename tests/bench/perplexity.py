@@ -3,6 +3,9 @@
 import argparse
 from pathlib import Path
 
+import torch
+
+from kernels import cpu
 from model.training.data import read_tokens
 from model.training.trainer import perplexity
 from model.vocabulary import load_tokenizer
@@ -14,11 +17,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--dtype", choices=[*DTYPES, "int8"], default="float32")
     args = parser.parse_args()
     directory = model_directory(args.model)
     tokens = read_tokens([args.text], load_tokenizer(directory))
-    model = load_model(directory, DTYPES[args.dtype])
+    model = load_model(directory, torch.bfloat16 if args.dtype == "int8" else DTYPES[args.dtype])
+    if args.dtype == "int8":
+        model.pack(cpu, quantize=True)
     print(f"perplexity {perplexity(model, tokens):.2f} over {len(tokens)} tokens, {args.dtype}")
 
 

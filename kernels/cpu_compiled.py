@@ -1,8 +1,9 @@
 """What PyTorch's ops do slowly on CPUs, as compiled loops, and where their machine code is kept.
 
 Decode attention: op by op, every page would be copied before it is read. The rounding of activations to int8: op by op, six
-passes over them. PyTorch's compiler (AOTInductor) makes C++ of both, which takes a C++ compiler and half a minute, once for
-each shape of heads, dtype and machine; the result stays in a cache and loads in milliseconds. Without it kernels.cpu serves.
+passes over them. PyTorch's compiler (AOTInductor) makes C++ of both, which takes a C++ compiler and a quarter of a minute
+each, once for each shape of heads, dtype and machine; the result stays in a cache and loads in milliseconds. Without it
+kernels.cpu serves.
 """
 
 import argparse
@@ -31,7 +32,8 @@ log = logging.getLogger("banded.kernels")
 
 # Seconds that the compiler may take.
 BUILD_TIMEOUT = 600.0
-
+# Threads that a step runs with. Asked when this is imported: while a server loads, torch has one (service/process.py).
+NUM_THREADS = torch.get_num_threads()
 
 # The functions that are compiled: by the name of their package.
 DECODE, QUANTIZE = "decode", "quantize"
@@ -162,7 +164,7 @@ def key(shape: Shape) -> str:
         *(Path(source).read_text(encoding="utf-8") for source in (__file__, int8.__file__)),
         *map(str, shape),
         processor(),
-        str(torch.get_num_threads()),  # the compiler decides by it what to run in parallel
+        str(NUM_THREADS),  # the compiler decides by it what to run in parallel
     )
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
@@ -178,7 +180,7 @@ def processor() -> str:
 
 def build(name: str, shape: Shape, package: Path) -> str | None:
     """Compile in a process of its own, which takes the compiler's memory with it; what went wrong, or None."""
-    arguments = (name, str(shape.num_heads), str(shape.head_dim), str(shape.dtype)[6:], str(torch.get_num_threads()))
+    arguments = (name, str(shape.num_heads), str(shape.head_dim), str(shape.dtype)[6:], str(NUM_THREADS))
     try:
         package.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=package.parent) as scratch:

@@ -150,7 +150,12 @@ def load(shape: Shape, *, quantize: bool = False) -> CompiledOps | None:
             if problem := build(name, shape, package):
                 log.warning("%s is not compiled, so that steps take several times as long: %s", name, problem)
                 return None
-    return CompiledOps(shape, packages)
+    try:
+        return CompiledOps(shape, packages)
+    except RuntimeError as error:  # a broken file, or a temporary directory from which no code may be run
+        reason = str(error).splitlines()[0]
+        log.warning("what was compiled can't be loaded, so that steps take several times as long: %s", reason)
+        return None
 
 
 def cache_directory() -> Path:

@@ -120,6 +120,18 @@ def test_without_a_compiler_it_says_so_and_serves_op_by_op(
     assert not list(tmp_path.rglob("*.pt2"))
 
 
+def test_a_package_that_cannot_be_loaded_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = Shape(2, 16, torch.float32)
+    package = tmp_path / "banded" / f"decode-{cpu_compiled.key(shape)}.pt2"
+    package.parent.mkdir()
+    package.write_bytes(b"half a file")
+    assert load(shape) is None
+    assert "what was compiled can't be loaded, so that steps take several times as long: " in caplog.text
+
+
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

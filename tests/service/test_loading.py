@@ -252,6 +252,14 @@ def test_weights_larger_than_the_gpu_are_refused(tmp_path: Path, monkeypatch: py
         served(tmp_path)
 
 
+def test_int8_on_a_cpu_that_would_saturate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(
+        LoadError, match="dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype fl"
+    ):
+        served(tiny("banded", tmp_path, vocab_size=50257), dtype="int8")
+
+
 def test_what_is_compiled_runs_with_the_threads_of_a_step_and_not_of_loading(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,7 +140,7 @@ def client_bytes(token: int) -> bytes:
 @pytest.mark.parametrize(
     ("dtype", "compiled"), [("bfloat16", False), ("float32", False), ("bfloat16", True), ("int8", True)]
 )
-def test_the_same_request_and_seed_give_the_same_text(dtype: Any, compiled: bool, directory: Path) -> None:
+def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool, directory: Path) -> None:
     """tests/bench/same_seed.py does it with 200 requests over HTTP."""
     rng = random.Random(3)
     shared = random_tokens(rng, 150)
@@ -173,5 +173,6 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: Any, compiled: bool
             assert [texts(answer) for answer in answers] == [texts(answer) for answer in alone]
 
     if compiled:  # first, because a clean machine's compiler takes longer than a request may
-        load_served(Settings(model=str(directory), kv_bytes=64 << 20, dtype=dtype, compile=True), Metrics("tiny"))
+        settings: dict[str, Any] = {"model": str(directory), "kv_bytes": 64 << 20, "dtype": dtype, "compile": True}
+        load_served(Settings(**settings), Metrics("tiny"))
     run(test)

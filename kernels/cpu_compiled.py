@@ -1,7 +1,7 @@
 """What PyTorch's ops do slowly on CPUs, as compiled loops, and where their machine code is kept.
 
 Decode attention: op by op, every page would be copied before it is read. The rounding of activations to int8: op by op, six
-passes over them. PyTorch's compiler (AOTInductor) makes C++ of both, which takes a C++ compiler and a quarter of a minute
+passes over them. PyTorch's compiler (AOTInductor) makes C++ of both, which takes a C++ compiler and half a minute
 each, once for each shape of heads, dtype and machine; the result stays in a cache and loads in milliseconds. Without it
 kernels.cpu serves.
 """
@@ -146,15 +146,15 @@ def load(shape: Shape, *, quantize: bool = False) -> CompiledOps | None:
     packages = {name: cache_directory() / f"{name}-{key(shape)}.pt2" for name in (DECODE, *([QUANTIZE] if quantize else []))}
     for name, package in packages.items():
         if not package.exists():
-            log.info("compiling %s for this machine and shape of heads: once, it takes a quarter of a minute", name)
+            log.info("compiling %s for this machine and shape of heads: once, it takes half a minute", name)
             if problem := build(name, shape, package):
-                log.warning("%s is not compiled, so that steps take several times as long: %s", name, problem)
+                log.warning("%s is not compiled, so that steps take up to twice as long: %s", name, problem)
                 return None
     try:
         return CompiledOps(shape, packages)
     except RuntimeError as error:  # a broken file, or a temporary directory from which no code may be run
         reason = str(error).splitlines()[0]
-        log.warning("what was compiled can't be loaded, so that steps take several times as long: %s", reason)
+        log.warning("what was compiled can't be loaded, so that steps take up to twice as long: %s", reason)
         return None
 
 

@@ -123,7 +123,9 @@ def load_checkpoint(settings: Settings) -> Checkpoint:
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, device)
     if settings.dtype == "int8" and (device.type == "cuda" or settings.kernels == "triton"):
-        raise LoadError("dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without --kernels")
+        raise LoadError(
+            "dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without BANDED_KERNELS"
+        )
     if settings.dtype == "int8" and not torch.cpu._is_vnni_supported():
         # Older instructions add pairs of products in 16 bits, which the largest do not fit.
         raise LoadError("dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype float32")

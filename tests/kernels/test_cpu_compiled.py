@@ -102,7 +102,7 @@ def test_the_second_start_takes_what_the_first_has_compiled(
     assert first == second
     assert len(built) == 1
     assert [record.message for record in caplog.records] == [
-        "compiling decode for this machine and shape of heads: once, it takes a quarter of a minute"
+        "compiling decode for this machine and shape of heads: once, it takes half a minute"
     ]
     load(shape._replace(head_dim=48))
     assert len(built) == 2, "another shape, another package"
@@ -115,7 +115,7 @@ def test_without_a_compiler_it_says_so_and_serves_op_by_op(
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with caplog.at_level(logging.WARNING):
         assert load(Shape(2, 16, torch.float32)) is None
-    assert "decode is not compiled, so that steps take several times as long: " in caplog.text
+    assert "decode is not compiled, so that steps take up to twice as long: " in caplog.text
     assert "no-such-compiler" in caplog.text
     assert not list(tmp_path.rglob("*.pt2"))
 
@@ -129,7 +129,7 @@ def test_a_package_that_cannot_be_loaded_is_no_reason_to_fail(
     package.parent.mkdir()
     package.write_bytes(b"half a file")
     assert load(shape) is None
-    assert "what was compiled can't be loaded, so that steps take several times as long: " in caplog.text
+    assert "what was compiled can't be loaded, so that steps take up to twice as long: " in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
+from kernels.band import PAGE_SIZE
 from kernels.cpu_sampling import sample as sample
 from kernels.int8 import Int8Weight, multiply, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.ops import Weight
-from kernels.patterns import Pattern
-from kernels.plan import DecodePlan, PageList, PrefillPlan
+from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
 
 # Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
 PAGES_AT_A_TIME = 32
@@ -86,66 +85,55 @@ def decode_step(
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    """Tile of queries by tile, each against the same range of keys wherever the chunk begins and ends: see attend_tile."""
-    band = plan.pattern.band
-    parts = []
-    for i, (start, queries) in enumerate(zip(plan.starts, q.split(plan.lengths), strict=True)):
-        stop = start + len(queries)
-        tiles = pages_spanned(start, stop)
-        # Before `start` a tile may see pages that the chunk does not, and nobody holds any more.
-        spanned, live = pages_of_tile(tiles.start, band).start, pages_of_tile(tiles.stop - 1, band)
-        held = range(first_key(start, band) // PAGE_SIZE, live.stop)
-        page_ids = plan.page_table[i, held.start : held.stop].long()
-        k, v = (gather_keys(x, page_ids, held.start - spanned, stop - held.start * PAGE_SIZE) for x in (k_pages, v_pages))
-        for tile in tiles:
-            pages = pages_of_tile(tile, band)
-            keys = slice((pages.start - spanned) * PAGE_SIZE, (pages.stop - spanned) * PAGE_SIZE)
-            positions = torch.arange(pages.start * PAGE_SIZE, pages.stop * PAGE_SIZE)
-            parts.append(attend_tile(queries, start, tile, k[:, keys], v[:, keys], positions, plan.pattern, scale))
-    return torch.cat(parts)
+    """Tile of queries by tile.
 
-
-def block_sparse_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    """Row of the layout by row: only listed pages are gathered."""
-    assert plan.layout is not None, f"a {plan.pattern.kind} pattern has no block layout"
-    row_ptr, col_idx = plan.layout.row_ptr.tolist(), plan.layout.col_idx
-    parts = []
-    for i, (start, queries) in enumerate(zip(plan.starts, q.split(plan.lengths), strict=True)):
-        stop = start + len(queries)
-        for row in pages_spanned(start, stop):
-            columns = col_idx[row_ptr[row] : row_ptr[row + 1]].long()
-            positions = (columns[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)).flatten()
-            # The diagonal block stands last; only there are keys that are not written yet.
-            written = len(positions) - max((row + 1) * PAGE_SIZE - stop, 0)
-            k, v = (gather_keys(x, plan.page_table[i, columns].long(), 0, written) for x in (k_pages, v_pages))
-            parts.append(attend_tile(queries, start, row, k, v, positions, plan.pattern, scale))
-    return torch.cat(parts)
-
-
-def gather_keys(pages: Tensor, page_ids: Tensor, num_dead: int, written: int) -> Tensor:
-    """The named pages of (P, H, 64, D) side by side, (H, keys, D), behind `num_dead` pages of zeros. Zeros as well from
-    their key `written` on: what stands there may be NaN, which no mask hides."""
-    gathered = pages.index_select(0, page_ids).transpose(0, 1).flatten(1, 2)
-    gathered[:, written:] = 0
-    return F.pad(gathered, (0, 0, num_dead * PAGE_SIZE, 0))
-
-
-def attend_tile(
-    queries: Tensor, start: int, tile: int, k: Tensor, v: Tensor, positions: Tensor, pattern: Pattern, scale: float
-) -> Tensor:
-    """Attention of those of `queries` (T, H, D), which stand at `start` and on, that belong to a tile: (queries, H, D).
-
-    A tile is always computed whole, with zeros for the queries that the chunk lacks, because PyTorch's kernel adds in an
-    order that depends on how many queries and keys it gets: so a row has the same bits however its prompt is cut. `k` and
-    `v` (H, keys, D) stand at `positions` (keys,).
+    A tile is always computed whole, against the same pages: a product's order of summation depends on how many rows and
+    columns it has, so that a row has the same bits however its prompt is cut. Queries that the chunk lacks are zeros.
     """
-    first = tile * PAGE_SIZE
-    rows = queries[max(first - start, 0) : first + PAGE_SIZE - start]
-    before = max(start - first, 0)
-    whole = F.pad(rows, (0, 0, 0, 0, before, PAGE_SIZE - before - len(rows))).transpose(0, 1)[None]  # (1, H, 64, D)
-    mask = pattern.sees(torch.arange(first, first + PAGE_SIZE)[:, None], positions)
-    attended = F.scaled_dot_product_attention(whole, k[None], v[None], attn_mask=mask, scale=scale)
-    return attended[0, :, before : before + len(rows)].transpose(0, 1)
+    out = torch.empty_like(q)
+    for tile in plan.tiles:
+        rows = q[tile.rows]
+        whole = rows
+        if len(rows) < PAGE_SIZE:
+            whole = F.pad(rows, (0, 0, 0, 0, tile.before, PAGE_SIZE - tile.before - len(rows)))
+        k, v = gather_keys(k_pages, tile.page_ids), gather_keys(v_pages, tile.page_ids)
+        attended = attend_tile(whole.transpose(0, 1).contiguous(), k, v, tile, scale)
+        out[tile.rows] = attended[:, tile.before : tile.before + len(rows)].transpose(0, 1)
+    return out
+
+
+block_sparse_attention = prefill_attention  # a tile's pages are any
+
+
+def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
+    """The named pages of (P, H, 64, D) side by side: (H, keys, D). Zeros for NO_PAGE, which only the first ones are."""
+    dead = page_ids.count(NO_PAGE)  # the first ones
+    parts = [pages[page] for page in page_ids[dead:]]
+    if dead:
+        parts.insert(0, parts[0].new_zeros(len(parts[0]), dead * PAGE_SIZE, pages.shape[-1]))
+    return torch.cat(parts, 1)
+
+
+def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Tensor:
+    """Attention of q (H, 64, D) over k and v (H, keys, D). Overwrites v.
+
+    PyTorch's own attention multiplies in fp32 on most CPUs, which takes twice as long at 2048 keys. But a product in 16 bits
+    rounds its sums, so each score is taken relative to the highest of the first and the last page: what is close to the
+    maximum, and counts, is close to 0 then, and so is its error.
+    """
+    keys = k.transpose(1, 2)
+    if q.dtype == torch.float32:
+        scores = torch.bmm(q, keys).mul_(scale)
+    else:
+        edges = k if k.shape[1] <= 2 * PAGE_SIZE else torch.cat((k[:, :PAGE_SIZE], k[:, -PAGE_SIZE:]), 1)
+        sample = torch.bmm(q, edges.transpose(1, 2))
+        sample.masked_fill_(tile.hidden_at_edges, float("-inf"))
+        scores = torch.baddbmm(sample.amax(-1, keepdim=True) * scale, q, keys, beta=-1, alpha=scale)
+    for columns, hidden in tile.hidden:
+        scores[..., columns].masked_fill_(hidden, float("-inf"))
+    if tile.unwritten:  # may hold anything, NaN included, and 0 * NaN is NaN
+        v[:, -tile.unwritten :] = 0
+    return torch.bmm(scores.softmax(-1), v)
 
 
 def pack(weight: Tensor, *, quantize: bool) -> Weight:

@@ -2,12 +2,13 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kernels.band import PAGE_SIZE
+from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 from kernels.block_layout import BlockLayout
 from kernels.patterns import Pattern
 
@@ -68,6 +69,20 @@ class DecodePlan:
         return PageList(page_ids, owners, visible, rows, ends - 1)
 
 
+class Tile(NamedTuple):
+    """The queries of a chunk that stand in one page, and what they see: n pages, of which the last is their own."""
+
+    rows: slice  # of q
+    before: int  # positions of the page in front of them
+    page_ids: list[int]  # n, ordered by position; NO_PAGE where nobody of this chunk sees the page
+    hidden: list[tuple[slice, Tensor]]  # ranges of the n * 64 keys, and which of them (64, range) a query does not see
+    hidden_at_edges: Tensor  # (64, 128): the same for the keys of the first and the last page; (64, 64) where n is 1
+    unwritten: int  # keys at the end that nobody has written yet
+
+
+NO_PAGE = -1
+
+
 @dataclass(frozen=True, eq=False)
 class PrefillPlan:
     """The prompt chunks of a step; chunk i holds positions starts[i] .. starts[i] + lengths[i] of its sequence."""
@@ -88,3 +103,47 @@ class PrefillPlan:
         device = self.page_table.device
         host = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
         return host.reshape(-1, 3).to(device, non_blocking=True)
+
+    @cached_property
+    def tiles(self) -> list[Tile]:
+        """The form that the CPU path works on: the same pages for a tile wherever a chunk begins and ends."""
+        found, begin = [], 0
+        for table, start, length in zip(self.page_table.tolist(), self.starts, self.lengths, strict=True):
+            stop = start + length
+            for tile in pages_spanned(start, stop):
+                pages = self._pages_of_tile(tile)
+                # Pages that only queries before `start` see may have gone back.
+                seen_from = first_key(start, self.pattern.band) // PAGE_SIZE
+                page_ids = [table[page] if page >= seen_from else NO_PAGE for page in pages]
+                first, last = max(start, tile * PAGE_SIZE), min(stop, (tile + 1) * PAGE_SIZE)
+                rows = slice(begin + first - start, begin + last - start)
+                hidden = hidden_keys(self.pattern, tile, pages)
+                at_edges = torch.cat(list(hidden[[0, -1]] if len(pages) > 1 else hidden), 1)
+                unwritten = (tile + 1) * PAGE_SIZE - last
+                found.append(Tile(rows, first % PAGE_SIZE, page_ids, hidden_ranges(hidden), at_edges, unwritten))
+            begin += length
+        return found
+
+    def _pages_of_tile(self, tile: int) -> list[int]:
+        if self.layout is None:
+            return list(pages_of_tile(tile, self.pattern.band))
+        begin, end = self.layout.row_ptr[tile : tile + 2].tolist()
+        return self.layout.col_idx[begin:end].tolist()
+
+
+def hidden_keys(pattern: Pattern, tile: int, pages: list[int]) -> Tensor:
+    """(n, 64, 64) bool: which keys of each page a query of page `tile` does not see."""
+    offsets = torch.arange(PAGE_SIZE)
+    keys = torch.tensor(pages)[:, None, None] * PAGE_SIZE + offsets
+    hidden: Tensor = ~pattern.sees(tile * PAGE_SIZE + offsets[:, None], keys)
+    return hidden
+
+
+def hidden_ranges(hidden: Tensor) -> list[tuple[slice, Tensor]]:
+    """Tile.hidden, by runs of pages of which not all is seen."""
+    ranges, end = [], 0
+    for some, run in groupby(hidden.any(-1).any(-1).tolist()):
+        begin, end = end, end + len(list(run))
+        if some:
+            ranges.append((slice(begin * PAGE_SIZE, end * PAGE_SIZE), torch.cat(list(hidden[begin:end]), 1)))
+    return ranges

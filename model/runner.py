@@ -21,10 +21,12 @@ from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, RESCORED, KVPool, PagedAttention, StepPlan
-from model.step import NewPages, PageCopy, Sampled, SampleRow, SlotStart, StepInput, TokenLogprobs
+from model.step import DecodeRow, NewPages, PageCopy, Sampled, SampleRow, SlotStart, StepInput, TokenLogprobs
 
 # Rows of logits that exist at a time: those of one token take as much memory as a thousand hidden states.
 LOGIT_ROWS = 256
+# Stands for a token that is still on the device.
+UNKNOWN = -1
 
 
 class FoundLogprobs(NamedTuple):
@@ -83,6 +85,11 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order)[:, :count], values[:, :count]
 
 
+def decode_rows(rows: Sequence[DecodeRow]) -> list[tuple[int, int, int]]:
+    """Slot, position and token of each; the token is UNKNOWN where it is the slot's last one."""
+    return [(slot, position, UNKNOWN if token is None else token) for slot, position, token in rows]
+
+
 def decode_buckets(num_slots: int) -> list[int]:
     """Batch sizes that decode steps are padded to, up to `num_slots`: at most a quarter of a batch is padding."""
     buckets = [1]
@@ -129,9 +136,9 @@ class Runner:
         self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
         self.sampling = self._sampling_state(num_slots + 1)
         # A graph is made for one size. On a CPU only a lone row is padded: its products would have other bits.
-        self.buckets = decode_buckets(num_slots) if self.device.type == "cuda" else list(range(2, max(2, num_slots) + 1))
-        # What a decode step reads and writes, at addresses that never change: slots, then positions; sampled tokens.
-        self._decode_input = self._zeros(2 * self.buckets[-1], dtype=torch.int64)
+        self.buckets = decode_buckets(num_slots) if self.device.type == "cuda" else [2]
+        # What a graph reads and writes, at addresses that never change: the three rows of `_decode`; sampled tokens.
+        self._decode_input = self._zeros(3 * self.buckets[-1], dtype=torch.int64)
         self._decode_output = self._zeros(self.buckets[-1], dtype=torch.int64)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
 
@@ -151,11 +158,12 @@ class Runner:
         gc.collect()  # a dead graph freed while another is recorded would end the recording
         pool = None
         for bucket in reversed(self.buckets):  # the largest first: the others share its memory
-            self._stage([self.scratch_slot] * bucket, [0] * bucket)
-            self._decode(bucket)  # compiles the kernels, which must not happen while a graph is recorded
+            rows = self._decode_input[: 3 * bucket].view(3, bucket)
+            rows.copy_(torch.tensor([self._padding_row]).T)
+            self._decode(rows)  # compiles the kernels, which must not happen while a graph is recorded
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._decode(bucket)
+                self._decode_output[:bucket], _ = self._decode(rows)
             pool = pool or graph.pool()
             self._graphs[bucket] = graph
 
@@ -216,48 +224,51 @@ class Runner:
                         for pages in pool:
                             pages[targets] = pages[sources]
 
+    @property
+    def _padding_row(self) -> tuple[int, int, int]:
+        return self.scratch_slot, 0, UNKNOWN
+
     def _run_decode(self, step: StepInput) -> PendingStep:
         """A step without prompt tokens: padded to a bucket. Graphs know neither logprobs nor bans."""
         count = len(step.decodes)
-        bucket = self.buckets[bisect_left(self.buckets, count)]
-        padding = bucket - count
-        slots, positions = zip(*step.decodes, strict=True)
-        self._stage([*slots] + [self.scratch_slot] * padding, [*positions] + [0] * padding)
-        found: list[FoundLogprobs] = []
+        place = bisect_left(self.buckets, count)
+        bucket = self.buckets[place] if place < len(self.buckets) else count
+        columns = zip(*decode_rows(step.decodes), *[self._padding_row] * (bucket - count), strict=True)
+        rows = torch.tensor(list(columns), pin_memory=self.device.type == "cuda")
         plain = all(row.top_logprobs is None and not row.banned for row in step.samples)
         if plain and bucket in self._graphs:
+            self._decode_input[: 3 * bucket].copy_(rows.flatten(), non_blocking=True)
             self._graphs[bucket].replay()
-        else:
-            found = self._decode(bucket, [] if plain else step.samples)
-        return PendingStep(step, self._decode_output[:count], found)
+            return PendingStep(step, self._decode_output[:count], [])
+        tokens, found = self._decode(rows.to(self.device, non_blocking=True), [] if plain else step.samples)
+        return PendingStep(step, tokens[:count], found)
 
-    def _stage(self, slots: list[int], positions: list[int]) -> None:
-        """Put a bucket's rows where `_decode` reads them."""
-        pinned = torch.tensor(slots + positions, pin_memory=self.device.type == "cuda")
-        self._decode_input[: len(pinned)].copy_(pinned, non_blocking=True)
-
-    def _decode(self, bucket: int, rows: Sequence[SampleRow] = ()) -> list[FoundLogprobs]:
-        """The rows in the buffers, one token each. Without `rows`, which are what `_sample` says, it is what a graph holds:
-        nothing here may wait for the device."""
-        slots, positions = self._decode_input[: 2 * bucket].split(bucket)
+    def _decode(self, rows: Tensor, samples: Sequence[SampleRow] = ()) -> tuple[Tensor, list[FoundLogprobs]]:
+        """One token of each of B decode_rows, (3, B). Without `samples`, which are as `_sample` says, it is what a graph
+        holds: nothing here may wait for the device."""
+        slots, positions, given = rows.unbind()
         plans = {
             kind: StepPlan(
-                self._slot_mapping(kind, slots, positions), self._decode_plan(kind, slots, positions), None, bucket
+                self._slot_mapping(kind, slots, positions), self._decode_plan(kind, slots, positions), None, len(slots)
             )
             for kind in self.patterns
         }
         attend = PagedAttention(self.model.config, self.ops, self.pools, plans)
-        hidden = self.model(self.last_token[slots], positions, attend, self.ops)
-        self._decode_output[:bucket], found = self._sample(hidden, slots, positions + 1, rows)
-        return found
+        hidden = self.model(self._decode_tokens(slots, given), positions, attend, self.ops)
+        return self._sample(hidden, slots, positions + 1, samples)
+
+    def _decode_tokens(self, slots: Tensor, given: Tensor) -> Tensor:
+        """The tokens of decode rows: those given, or what was sampled last."""
+        return torch.where(given == UNKNOWN, self.last_token[slots], given)
 
     def _run_mixed(self, step: StepInput) -> PendingStep:
         """A step with prompt chunks, behind decode rows or alone."""
         count = len(step.decodes)
         prompt = [token for chunk in step.chunks for token in chunk.tokens]
-        slots, positions, prompt_tokens, chunk_slots, sampled, sampling_slots = self._to_device(
+        slots, positions, given, prompt_tokens, chunk_slots, sampled, sampling_slots = self._to_device(
             step.token_slots,
             step.token_positions,
+            [given for _, _, given in decode_rows(step.decodes)],
             prompt,
             [chunk.slot for chunk in step.chunks],
             [row.token for row in step.samples],
@@ -273,7 +284,7 @@ class Runner:
                 prefill=PrefillPlan(table[chunk_slots], starts, lengths, pattern, self.layouts[kind]),
                 num_decodes=count,
             )
-        tokens = torch.cat((self.last_token[slots[:count]], prompt_tokens))
+        tokens = torch.cat((self._decode_tokens(slots[:count], given), prompt_tokens))
         hidden = self.model(tokens, positions, PagedAttention(self.model.config, self.ops, self.pools, plans), self.ops)
         new_tokens, found = self._sample(hidden[sampled], sampling_slots, positions[sampled] + 1, step.samples)
         return PendingStep(step, new_tokens, found + self._score(hidden, step))

@@ -52,10 +52,11 @@ class PageCopy(NamedTuple):
 
 
 class DecodeRow(NamedTuple):
-    """The slot's last sampled token, at `position`, is computed."""
+    """The token at `position` is computed: `token`, or what was sampled last for the slot where that is not known yet."""
 
     slot: int
     position: int
+    token: int | None = None
 
 
 class PromptChunk(NamedTuple):
@@ -88,7 +89,7 @@ class StepInput(NamedTuple):
     """Everything the runner needs for one step, in the order it is applied: first `starts` and `pages`, last `copies`.
 
     The tokens of a step stand in one row: those of `decodes`, then those of each chunk. `samples` begins with one row for
-    each of `decodes`, in order.
+    each of `decodes`, in order. Several rows of `decodes` may be successive positions of one slot: drafts.
     """
 
     starts: list[SlotStart]

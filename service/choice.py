@@ -77,7 +77,7 @@ class Choice:
         self._last_token = submitted
 
     def advance(self, delta: Delta, now: float) -> Output:
-        """Take in what a step that ended at `now` did. A stop string ends the choice."""
+        """Take in what a step that ended at `now` did. A stop string ends the choice: tokens behind it never were."""
         finish, pieces = delta.finish_reason, []
         self._prompt_scores.extend(delta.scores)
         if not self._began and (delta.tokens or finish):
@@ -87,9 +87,13 @@ class Choice:
             if self._request.echo:
                 pieces += self._echo()
         logprobs: Items[TokenLogprobs | None] = delta.logprobs or [None] * len(delta.tokens)
+        count = 0
         for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
+            count += 1
             pieces.append(self._push(token, token_logprobs))
             self._count(now)
+            if self._text.stopped:
+                break
         if finish:
             pieces.append(self._text.finish())
         if self._text.stopped:
@@ -97,7 +101,8 @@ class Choice:
         if finish:
             self._end(finish, now)
         shown = self._shown() if self._sequence.top_logprobs is not None else ()
-        return Output(self._index, "".join(pieces), delta.tokens, finish, delta.logprobs, delta.scores, shown)
+        tokens, logprobs = delta.tokens[:count], delta.logprobs[:count]
+        return Output(self._index, "".join(pieces), tokens, finish, logprobs, delta.scores, shown)
 
     def _prompt_bytes(self) -> list[bytes]:
         """What each prompt token adds to the text. Special ones that the user asked for by id are spelt out."""

@@ -380,7 +380,10 @@ class Engine:
             self._busy_since = now
             self._metrics.step_time.observe(seconds)
             self._metrics.step_tokens.observe(num_tokens)
-            self._report(self._scheduler.commit(sampled, seconds))
+            deltas = self._scheduler.commit(sampled, seconds)
+            self._metrics.draft_tokens.inc(self._scheduler.drafts.drafted)
+            self._metrics.accepted_draft_tokens.inc(self._scheduler.drafts.right)
+            self._report(deltas)
 
     def _fail_step(self) -> None:
         """The oldest step that the scheduler knows of raised."""

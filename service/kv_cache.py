@@ -8,6 +8,7 @@ A reservation made at admission promises that `extend` never finds the pool empt
 """
 
 import hashlib
+import math
 from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping
@@ -199,6 +200,10 @@ class PagePool:
             self._let_go(held.page_ids.popleft())
             held.first += 1
 
+    def reserved_end(self, slot: int) -> float:
+        """The first position whose page would be one more than a slot holds between steps. A dense pool has none."""
+        return math.inf if self.band is None else (self.held[slot].first + pages_for(self.band) + 1) * PAGE_SIZE
+
     def release(self, slot: int) -> None:
         held = self.held.pop(slot)
         # The last page first: a prefix without its end is of use, an end without its prefix is not.
@@ -353,6 +358,10 @@ class KVCache:
 
     def _added(self, slot: int, added: Mapping[KVGroup, tuple[int, list[int]]]) -> list[NewPages]:
         return [NewPages(slot, group, first, page_ids) for group, (first, page_ids) in added.items() if page_ids]
+
+    def reserved_end(self, slot: int) -> float:
+        """Positions before this can be backed with pages while the slot holds no more of them than between steps."""
+        return min(pool.reserved_end(slot) for pool in self.pools.values())
 
     def fill(self, slot: int, start: int, stop: int, keys: Items[PageKey]) -> list[FilledPage]:
         """The pages that the prompt tokens [start, stop) of a slot complete. `publish` them when their step has run."""

@@ -19,6 +19,7 @@ from model.step import SamplingParams
 from model.tokenizer import Tokenizer
 from model.vocabulary import load_tokenizer
 from model.weights import load_model
+from service.drafting import MAX_DRAFT
 from service.engine import Engine
 from service.kv_cache import KVCache, page_bytes, pool_sizes, sequence_bytes
 from service.metrics import Metrics
@@ -195,7 +196,9 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
     )
     runner = Runner(checkpoint.model, checkpoint.ops, settings.max_slots, sizes)
     cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
-    scheduler = Scheduler(cache, max_slots=settings.max_slots, step_tokens=settings.step_tokens)
+    # A CPU has nothing to run beside the host, which can look at each token before it lays out the next step.
+    steps_ahead, max_draft = (1, 0) if device.type == "cuda" else (0, MAX_DRAFT)
+    scheduler = Scheduler(cache, max_slots=settings.max_slots, step_tokens=settings.step_tokens, max_draft=max_draft)
     warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
     if device.type == "cuda":
         runner.capture()
@@ -207,7 +210,7 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
         max_slots=settings.max_slots,
         max_queue=settings.max_queue,
         queue_timeout=settings.queue_timeout,
-        steps_ahead=1 if device.type == "cuda" else 0,  # a CPU has nothing to run beside the host
+        steps_ahead=steps_ahead,
     )
 
 

@@ -31,6 +31,8 @@ class Metrics:
         )
         self.prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
+        self.draft_tokens = self._counter("draft_tokens", "Tokens computed ahead on a guess")
+        self.accepted_draft_tokens = self._counter("accepted_draft_tokens", "Guesses that came true")
         self.time_to_first_token = self._histogram(
             "time_to_first_token_seconds", "From submission to a choice's first token", REQUEST_SECONDS
         )

@@ -20,6 +20,7 @@ from model.step import (
     StepInput,
     TokenLogprobs,
 )
+from service.drafting import PromptLookup
 from service.kv_cache import FilledPage, KVCache, PageKey, page_keys
 
 # "stop" and "length" are the client's; "error": the step raised; "timeout": waited too long to start.
@@ -66,6 +67,7 @@ class Sequence:
     started: float = 0.0  # when it got its slot, on the same clock
     num_computed: int = 0  # booked when a step is scheduled
     num_generated: int = 0  # tokens known, booked when a step is committed
+    lookup: PromptLookup | None = None  # its text, once it decodes, where its tokens can be guessed
     num_looked_up: int = 0  # prompt tokens for which the prefix cache was asked
     num_cached: int = 0  # and that it had
 
@@ -106,7 +108,7 @@ class Sequence:
 
 
 class Delta(NamedTuple):
-    """What one step did to one sequence: at most one token now, and why it ended if it did."""
+    """What one step did to one sequence: one token, or several if a draft came true, and why it ended if it did."""
 
     sequence: Sequence
     tokens: list[int]
@@ -115,12 +117,19 @@ class Delta(NamedTuple):
     scores: Items[TokenLogprobs] = ()  # of the prompt's next tokens, from scored_from on
 
 
+class Drafts(NamedTuple):
+    """Tokens of a step that were computed ahead."""
+
+    drafted: int
+    right: int
+
+
 @dataclass
 class Scheduled:
     """A step in flight: scheduled, not yet committed. It remembers its sequences, since their slots may change hands."""
 
     step: StepInput = field(default_factory=lambda: StepInput([], [], [], [], [], [], []))
-    sequences: list[Sequence] = field(default_factory=list)  # all that it would harm by failing
+    sequences: dict[Sequence, None] = field(default_factory=dict)  # all that it would harm by failing
     sampling: list[Sequence] = field(default_factory=list)  # of step.samples
     scoring: list[Sequence] = field(default_factory=list)  # of step.scores
     num_tokens: int = 0  # so far
@@ -172,19 +181,25 @@ class Scheduler:
     `submit` and `abort` come at any time.
     """
 
-    def __init__(self, cache: KVCache, *, max_slots: int, step_tokens: int):
-        """At most `max_slots` sequences run at once and at most `step_tokens` tokens are computed in a step."""
+    def __init__(self, cache: KVCache, *, max_slots: int, step_tokens: int, max_draft: int = 0):
+        """At most `max_slots` sequences run at once and at most `step_tokens` tokens are computed in a step.
+
+        Up to `max_draft` tokens of a sequence are computed ahead of what is sampled. If that is above 0, every step must be
+        committed before the next is scheduled.
+        """
         if step_tokens < max_slots + MIN_CHUNK:
             raise ValueError(
                 f"step_tokens is {step_tokens}, at least max_slots + {MIN_CHUNK} = {max_slots + MIN_CHUNK} is needed"
             )
         self.cache = cache
         self.step_tokens = step_tokens
+        self.max_draft = max_draft
         self.waiting: deque[Sequence] = deque()
         self.running: dict[int, Sequence] = {}  # by slot, in order of admission
         self._lacks_pages = False
         self._free_slots = list(range(max_slots - 1, -1, -1))
         self._pace = Pace()
+        self.drafts = Drafts(0, 0)  # of the step that was committed last
         self._in_flight: deque[Scheduled] = deque()  # oldest first
 
     @property
@@ -222,8 +237,10 @@ class Scheduler:
         self._release_behind()
         self._admit(now)
         scheduled = Scheduled()
-        for sequence in [sequence for sequence in self.running.values() if sequence.is_decoding]:
-            self._add_decode(scheduled, sequence)
+        decoding = [sequence for sequence in self.running.values() if sequence.is_decoding]
+        room = self.step_tokens - MIN_CHUNK - len(decoding)
+        for sequence in decoding:
+            room -= self._add_decode(scheduled, sequence, room)
         num_decodes = len(scheduled.step.decodes)
         prompts = self._prompts()
         budget = self.step_tokens - num_decodes
@@ -291,14 +308,24 @@ class Scheduler:
         common = sequence.usable_keys[: family.num_common // PAGE_SIZE]
         return self.cache.prefix(common) < len(common)
 
-    def _add_decode(self, scheduled: Scheduled, sequence: Sequence) -> None:
-        step = scheduled.step
-        step.decodes.append(DecodeRow(sequence.slot, sequence.num_computed))
-        self._compute(scheduled, sequence, 1)
-        self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
+    def _add_decode(self, scheduled: Scheduled, sequence: Sequence, room: int) -> int:
+        """Add the next token of a sequence and, behind it, a draft of at most `room` tokens; the length of the draft."""
+        tokens: list[int | None] = [None]
+        if sequence.lookup:
+            tokens = [sequence.lookup.last, *sequence.lookup.draft(min(room, self._draft_limit(sequence)))]
+        for token in tokens:
+            scheduled.step.decodes.append(DecodeRow(sequence.slot, sequence.num_computed, token))
+            self._compute(scheduled, sequence, 1)
+            self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
+        return len(tokens) - 1
+
+    def _draft_limit(self, sequence: Sequence) -> int:
+        """How many tokens behind the next one may be computed: those that will be written, to pages that it reserved."""
+        stop = min(self.cache.reserved_end(sequence.slot), sequence.num_written)
+        return min(self.max_draft, int(stop) - sequence.num_computed - 1)
 
     def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
-        scheduled.sequences.append(sequence)
+        scheduled.sequences[sequence] = None
         scheduled.num_tokens += num_tokens
         sequence.num_computed += num_tokens
         scheduled.step.pages.extend(self.cache.extend(sequence.slot, sequence.num_computed))
@@ -352,7 +379,7 @@ class Scheduler:
         step.pages.extend(pages)
         step.copies.extend(copies)
         sequence.num_computed = len(sequence.prompt)
-        scheduled.sequences.append(sequence)
+        scheduled.sequences[sequence] = None
         self._end_prompt(scheduled, sequence)
 
     def _end_prompt(self, scheduled: Scheduled, sequence: Sequence) -> None:
@@ -377,8 +404,7 @@ class Scheduler:
                 self.cache.discard(filled)
         past_prompt = {*scheduled.unsampled, *scheduled.sampling}
         gains = {sequence: Delta(sequence, [], None) for sequence in scheduled.sequences}
-        for sequence, token, logprobs in zip(scheduled.sampling, sampled.tokens, sampled.logprobs, strict=True):
-            gains[sequence] = Delta(sequence, [token], None, () if logprobs is None else (logprobs,))
+        gains |= self._verified(scheduled, sampled)
         for sequence, scores in zip(scheduled.scoring, sampled.scores, strict=True):
             gains[sequence] = gains[sequence]._replace(scores=scores)
         return [
@@ -386,6 +412,30 @@ class Scheduler:
             for sequence, delta in gains.items()
             if self._is_running(sequence) and (sequence in past_prompt or delta.scores)
         ]
+
+    def _verified(self, scheduled: Scheduled, sampled: Sampled) -> dict[Sequence, Delta]:
+        """What was sampled behind tokens that are a sequence's own. What stands behind a wrong guess was not computed."""
+        found: dict[Sequence, Delta] = {}
+        num_drafted = num_right = 0
+        right = True
+        for i, (sequence, token, logprobs) in enumerate(
+            zip(scheduled.sampling, sampled.tokens, sampled.logprobs, strict=True)
+        ):
+            before = Delta(sequence, [], None)
+            if i > 0 and sequence is scheduled.sampling[i - 1]:  # a draft
+                before = found[sequence]
+                right = right and scheduled.step.decodes[i].token == sampled.tokens[i - 1]
+                num_drafted += 1
+                num_right += right
+            else:
+                right = True
+            if right:
+                more = () if logprobs is None else (logprobs,)
+                found[sequence] = before._replace(tokens=[*before.tokens, token], logprobs=(*before.logprobs, *more))
+            else:
+                sequence.num_computed -= 1
+        self.drafts = Drafts(num_drafted, num_right)
+        return found
 
     def fail_step(self) -> list[Delta]:
         """End the sequences of the oldest step in flight, which raised, with an error; the others are not harmed."""
@@ -407,16 +457,22 @@ class Scheduler:
 
     def _advance(self, delta: Delta) -> Delta:
         """Book what a sequence gained, and end it where that was the last."""
-        sequence, tokens = delta.sequence, delta.tokens
+        sequence = delta.sequence
+        end = next((i for i, token in enumerate(delta.tokens, 1) if token in sequence.stop_ids), None)
+        tokens = delta.tokens[:end]
         sequence.num_generated += len(tokens)
         finish: FinishReason | None = None
-        if tokens and tokens[-1] in sequence.stop_ids:
+        if end is not None:
             finish = "stop"
         elif sequence.num_generated == sequence.max_tokens:
             finish = "length"
         if finish:
             self._retire(sequence)
-        return delta._replace(finish_reason=finish)
+        elif self.max_draft and not sequence.sampling.adjusted:  # penalties depend on what was sampled before
+            sequence.lookup = sequence.lookup or PromptLookup(sequence.prompt)
+            for token in tokens:
+                sequence.lookup.append(token)
+        return delta._replace(tokens=tokens, logprobs=delta.logprobs[: len(tokens)], finish_reason=finish)
 
     def _retire(self, sequence: Sequence) -> None:
         del self.running[sequence.slot]

@@ -167,19 +167,21 @@ def test_rows_that_pad_a_bucket_change_nothing(path: ServedPath, tmp_path: Path)
         assert torch.allclose(exact[done], padded[done], rtol=0, atol=1e-4 if on_gpu else 0)
 
 
-def test_a_bucket_is_the_smallest_that_holds_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bucket_is_the_smallest_that_holds_the_batch_or_else_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(9, dtype=torch.int64)] * 7)
-    run.runner.buckets = [2, 4, 7]
+    run.runner.buckets = [2, 4]
     seen: list[int] = []
 
-    def decode(bucket: int, rows: object) -> list[object]:
-        seen.append(bucket)
-        return []
+    def decode(rows: torch.Tensor, samples: object) -> tuple[torch.Tensor, list[object]]:
+        seen.append(rows.shape[1])
+        return rows[0], []
 
     monkeypatch.setattr(run.runner, "_decode", decode)
     for count in range(1, 8):
         run.runner.launch(step_of([], [], [DecodeRow(slot, 0) for slot in range(count)], []))
-    assert seen == [2, 2, 4, 4, 7, 7, 7]
+    assert seen == [2, 2, 4, 4, 5, 6, 7]
 
 
 def step_of(

@@ -46,7 +46,6 @@ class FakeRunner:
         self.steps: list[StepInput] = []
         self.calls: list[str] = []
         self._starts: dict[int, SlotStart] = {}
-        self._given: dict[int, int] = {}
 
     def launch(self, step: StepInput) -> FakePending:
         assert self.gate.wait(20)
@@ -59,12 +58,12 @@ class FakeRunner:
         self.calls.append("result")
         self.late_fault(step)
         self._starts |= {start.slot: start for start in step.starts}
-        self._given |= dict.fromkeys((start.slot for start in step.starts), 0)
         tokens = []
         for row in step.samples:
-            script = [token for token in self.script_of(self._starts[row.slot]) if token not in row.banned]
-            tokens.append(script[self._given[row.slot] % len(script)])
-            self._given[row.slot] += 1
+            start = self._starts[row.slot]
+            script = [token for token in self.script_of(start) if token not in row.banned]
+            place = step.token_positions[row.token] + 1 - len(start.prompt)
+            tokens.append(script[place % len(script)])
         logprobs = [
             None if row.top_logprobs is None else fake_logprobs(token, row.top_logprobs)
             for row, token in zip(step.samples, tokens, strict=True)

@@ -84,7 +84,7 @@ def test_the_triton_path_generates_what_the_cpu_does(steps_ahead: int, tmp_path:
     tokens = []
     for kernels in ("auto", "triton"):
         model = served(directory, max_slots=3, step_tokens=40, kernels=kernels)
-        model.engine._steps_ahead = steps_ahead
+        model.engine._steps_ahead, model.engine._scheduler.max_draft = steps_ahead, 0
         sequences = [Sequence(prompt, 5, SamplingParams(temperature=0.0)) for prompt in prompts]
         tokens.append(asyncio.run(generate(model, sequences)))
     assert tokens[0] == tokens[1]
@@ -95,7 +95,7 @@ def test_looking_a_step_ahead_changes_no_token(tmp_path: Path) -> None:
 
     def run(steps_ahead: int, ends: list[int | None]) -> list[list[int]]:
         model = served(directory, dtype="bfloat16", max_slots=3, step_tokens=40)
-        model.engine._steps_ahead = steps_ahead
+        model.engine._steps_ahead, model.engine._scheduler.max_draft = steps_ahead, 0
         prompts = [[seed] * (30 * seed + 1) for seed in range(6)]
         params = [SamplingParams(0.9, seed=seed) for seed in range(6)]
         stop_ids = [frozenset() if end is None else frozenset({end}) for end in ends]

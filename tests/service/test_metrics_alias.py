@@ -15,6 +15,8 @@ COUNTERS = {
     "request_success_total",
     "prefix_cache_queries_total",
     "prefix_cache_hits_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
 }
 HISTOGRAMS = {
     "time_to_first_token_seconds",
@@ -54,6 +56,8 @@ def used() -> Metrics:
     metrics.generated_tokens.inc(5)
     metrics.prefix_cache_queries.inc(4)
     metrics.prefix_cache_hits.inc(2)
+    metrics.draft_tokens.inc(8)
+    metrics.accepted_draft_tokens.inc(6)
     metrics.outcome("stop").inc()
     metrics.outcome("abort").inc(2)
     metrics.outcome("rejected").inc(9)
@@ -83,6 +87,8 @@ def test_values_are_those_of_banded() -> None:
     assert samples["generation_tokens_total"] == {(): 5}
     assert samples["prefix_cache_queries_total"] == {(): 4}
     assert samples["prefix_cache_hits_total"] == {(): 2}
+    assert samples["spec_decode_num_draft_tokens_total"] == {(): 8}
+    assert samples["spec_decode_num_accepted_tokens_total"] == {(): 6}
     reasons = {"stop": 1, "length": 0, "abort": 2, "error": 0}
     assert samples["request_success_total"] == {(("finished_reason", reason),): n for reason, n in reasons.items()}
     metrics.prompt_tokens.inc()

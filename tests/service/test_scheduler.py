@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
-from model.step import Sampled, SamplingParams, StepInput, TokenLogprobs
+from model.step import DecodeRow, Sampled, SamplingParams, StepInput, TokenLogprobs
 from service.kv_cache import KVCache, chunk_slack, resting_pages
 from service.scheduler import MIN_CHUNK, Delta, Family, Pace, Scheduler, Sequence
 
@@ -40,6 +40,7 @@ def make(
     dense_sequences: int = 3,
     banded_sequences: int = 3,
     n_positions: int = 512,
+    max_draft: int = 0,
 ) -> Scheduler:
     """A scheduler whose pools hold that many full-context sequences each, so that either can be the one that binds."""
     shape = config(band, n_positions)
@@ -47,7 +48,7 @@ def make(
     if band is not None:
         sizes["banded"] = banded_sequences * resting_pages(n_positions, band) + chunk_slack(band, step_tokens)
     cache = KVCache(shape, cast(dict[KVGroup, int], sizes), step_tokens=step_tokens)
-    return Scheduler(cache, max_slots=max_slots, step_tokens=step_tokens)
+    return Scheduler(cache, max_slots=max_slots, step_tokens=step_tokens, max_draft=max_draft)
 
 
 def sequence(num_prompt: int, max_tokens: int, *, deadline: float = float("inf")) -> Sequence:
@@ -64,6 +65,7 @@ class Row(NamedTuple):
     sequence: Sequence
     past_prompt: bool
     tokens: list[int]
+    logprobs: list[TokenLogprobs]
     scores: list[TokenLogprobs]
 
 
@@ -78,6 +80,7 @@ class Device:
         self.num_computed: dict[Sequence, int] = {}
         self.num_sampled: dict[Sequence, int] = {}
         self.num_scored: dict[Sequence, int] = {}
+        self.texts: dict[Sequence, list[int]] = {}
 
     def run(self, step: StepInput) -> tuple[list[Row], Sampled]:
         """Write the step's keys, then check that every key its queries see is where the table says; sample at random."""
@@ -90,37 +93,45 @@ class Device:
             if chunk.slot in starting:
                 self.num_computed[running[chunk.slot]] = chunk.start  # behind what is cached
         tokens = list(zip(step.token_slots, step.token_positions, strict=True))
-        for slot, position in tokens:
-            assert position == self.num_computed[running[slot]], "not the next position"
-            self.num_computed[running[slot]] = position + 1
+        right = self.verify(step)
+        for (slot, position), is_right in zip(tokens, right, strict=True):
+            if is_right:
+                assert position == self.num_computed[running[slot]], "not the next position"
+                self.num_computed[running[slot]] = position + 1
         for group, pool in self.scheduler.cache.pools.items():
-            for slot, position in tokens:
-                self.content[self.place(group, slot, position)] = key_of(running[slot], position)
-            for slot, position in tokens:
+            for (slot, position), is_right in zip(tokens, right, strict=True):
+                self.content[self.place(group, slot, position)] = key_of(running[slot], position) if is_right else "wrong"
+            for slot, position in itertools.compress(tokens, right):
                 for key in range(first_key(position, pool.band), position + 1):
                     found = self.content[self.place(group, slot, key)]
                     assert found == key_of(running[slot], key), f"{group} key {key} is not there"
         for group, source, target in step.copies:
             for offset in range(PAGE_SIZE):
                 self.content[group, target, offset] = self.content.get((group, source, offset))
-        rows = {slot: Row(running[slot], False, [], []) for slot, _ in tokens}
+        rows = {slot: Row(running[slot], False, [], [], []) for slot, _ in tokens}
         for slot in starting - {chunk.slot for chunk in step.chunks}:  # forks
             sequence = running[slot]
-            rows[slot] = Row(sequence, False, [], [])
+            rows[slot] = Row(sequence, False, [], [], [])
             self.num_computed[sequence] = len(sequence.prompt)
         sampled = Sampled([], [], [])
         for sample in step.samples:
             sequence = running[sample.slot]
             slot, position = tokens[sample.token]
-            assert position == self.num_computed[sequence] - 1
-            assert slot == sample.slot or (running[slot].prompt == sequence.prompt and sample.slot in starting)
-            count = self.num_sampled[sequence] = self.num_sampled.get(sequence, 0) + 1
-            assert count <= sequence.max_tokens
+            count = position + 2 - len(sequence.prompt)
             assert sample.banned == (tuple(sequence.stop_ids) if count <= sequence.min_tokens else ())
-            token = EOS if not sample.banned and self.rng.random() < 0.02 else 1
-            sampled.tokens.append(token)
+            assert slot == sample.slot or (running[slot].prompt == sequence.prompt and sample.slot in starting)
+            text = self.texts.setdefault(sequence, [])
+            if not right[sample.token]:
+                sampled.tokens.append(self.rng.randrange(1, 4))
+                sampled.logprobs.append(None if sample.top_logprobs is None else TokenLogprobs(0.0, []))
+                continue
+            if len(text) < count:
+                text.append(self.draw(sequence))
+            assert count <= min(len(text), sequence.max_tokens)
+            sampled.tokens.append(text[count - 1])
             sampled.logprobs.append(None if sample.top_logprobs is None else TokenLogprobs(count, []))
-            rows[sample.slot].tokens.append(token)
+            rows[sample.slot].tokens.append(text[count - 1])
+            rows[sample.slot].logprobs.extend(filter(None, sampled.logprobs[-1:]))
         for score in step.scores:
             slot, _ = tokens[score.first]
             sequence = running[slot]
@@ -136,6 +147,28 @@ class Device:
             if row.past_prompt and row.sequence.scored_from is not None:
                 assert self.num_scored.get(row.sequence, row.sequence.scored_from) == len(row.sequence.prompt)
         return ended, sampled
+
+    def verify(self, step: StepInput) -> list[bool]:
+        """Of each token of a step whether it is the sequence's own; decides what is sampled in front of drafts."""
+        right: list[bool] = []
+        for i, row in enumerate(step.decodes):
+            sequence = self.scheduler.running[row.slot]
+            is_draft = i > 0 and step.decodes[i - 1].slot == row.slot
+            if is_draft and right[-1]:
+                self.texts[sequence].append(self.draw(sequence))
+            token = self.texts[sequence][row.position - len(sequence.prompt)] if not is_draft or right[-1] else None
+            right.append(token is not None and row.token in (None, token))
+            assert right[-1] or is_draft
+        return right + [True] * (step.num_tokens - len(right))
+
+    def draw(self, sequence: Sequence) -> int:
+        """The next token of a text that copies itself most of the time."""
+        text = self.texts[sequence]
+        if len(text) >= sequence.min_tokens and self.rng.random() < 0.02:
+            return EOS
+        if len(text) > 3 and self.rng.random() < 0.9:
+            return text[-3] if text[-3] != EOS else 1
+        return self.rng.randrange(1, 4)
 
     def place(self, group: KVGroup, slot: int, position: int) -> tuple[KVGroup, int, int]:
         return group, self.table[group, slot, position // PAGE_SIZE], position % PAGE_SIZE
@@ -209,6 +242,7 @@ def sequences_of(request: Request) -> list[Sequence]:
     sequences=st.tuples(st.integers(1, 9), st.integers(1, 3)),
     chunk_limit=st.none() | st.integers(16, 400),
     steps_ahead=st.integers(0, 1),
+    max_draft=st.integers(0, 9),
     seed=st.integers(0, 1000),
 )
 def test_every_sequence_is_computed_once_in_order_and_finishes(
@@ -219,11 +253,13 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     sequences: tuple[int, int],
     chunk_limit: int | None,
     steps_ahead: int,
+    max_draft: int,
     seed: int,
 ) -> None:
     rng = random.Random(seed)
     scheduler = make(
         band,
+        max_draft=0 if steps_ahead else max_draft,
         max_slots=max_slots,
         step_tokens=step_tokens,
         dense_sequences=sequences[0],
@@ -247,11 +283,14 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             scheduler.abort(victim)
             ended[victim] = "abort"
 
-    def expected(row: Row, logprobs: list[TokenLogprobs]) -> Delta:
-        sequence, past_prompt, tokens, scores = row
+    def expected(row: Row) -> Delta:
+        sequence, past_prompt, tokens, logprobs, scores = row
+        if EOS in tokens:
+            tokens = tokens[: tokens.index(EOS) + 1]
+            logprobs = logprobs[: len(tokens)]
         generated[sequence] += len(tokens)
         length = past_prompt and generated[sequence] == sequence.max_tokens
-        reason = "stop" if tokens == [EOS] else "length" if length else None
+        reason = "stop" if EOS in tokens else "length" if length else None
         return Delta(sequence, tokens, reason, tuple(logprobs), scores or ())  # type: ignore[arg-type]
 
     while todo or not scheduler.idle:
@@ -281,13 +320,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
                         scheduler.abort(other)
                         ended[other] = "abort"
             else:
-                by_slot = {sample.slot: sampled.logprobs[i] for i, sample in enumerate(step.samples)}
-                slots = {row.sequence: row.sequence.slot for row in rows}
-                wanted = [
-                    expected(row, [found] if row.tokens and (found := by_slot[slots[row.sequence]]) else [])
-                    for row in rows
-                    if row.past_prompt or row.scores
-                ]
+                wanted = [expected(row) for row in rows if row.past_prompt or row.scores]
                 deltas = scheduler.commit(sampled, step.num_tokens * 1e-3)
                 assert by_sequence(deltas) == by_sequence(wanted)
             ended |= {delta.sequence: delta.finish_reason for delta in deltas if delta.finish_reason}
@@ -438,7 +471,7 @@ def test_the_token_after_the_end_is_dropped_though_its_slot_has_a_new_sequence()
     first, second = sequence(5, 9), sequence(5, 9)
     scheduler.submit([first, second])
     launch(scheduler)
-    assert launch(scheduler).decodes == [(0, 5)], "launched before the token of the first step is known"
+    assert launch(scheduler).decodes == [DecodeRow(0, 5)], "launched before the token of the first step is known"
     assert scheduler.commit(sampled([EOS]), 0.01) == [Delta(first, [EOS], "stop")]
     assert [start.slot for start in launch(scheduler).starts] == [0]
     assert scheduler.commit(sampled([3]), 0.01) == []

@@ -19,6 +19,9 @@ from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
 # Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
 PAGES_AT_A_TIME = 32
 
+# Rows of a product in prompt attention: a multiple of this.
+LEAST_ROWS = 16
+
 # What oneDNN does to a product before it rounds it: name, scalars, algorithm.
 EPILOGUES: dict[Activation | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
@@ -87,18 +90,15 @@ def decode_step(
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
     """Tile of queries by tile.
 
-    A tile is always computed whole, against the same pages: a product's order of summation depends on how many rows and
-    columns it has, so that a row has the same bits however its prompt is cut. Queries that the chunk lacks are zeros.
+    The queries of a page are always held against the same keys: a product's order of summation depends on their number, so
+    that a row has the same bits however its prompt is cut. It depends on the number of rows too, where they are few.
     """
     out = torch.empty_like(q)
     for tile in plan.tiles:
-        rows = q[tile.rows]
-        whole = rows
-        if len(rows) < PAGE_SIZE:
-            whole = F.pad(rows, (0, 0, 0, 0, tile.before, PAGE_SIZE - tile.before - len(rows)))
+        count = tile.rows.stop - tile.rows.start
+        queries = F.pad(q[tile.rows], (0, 0, 0, 0, 0, -count % LEAST_ROWS)).transpose(0, 1).contiguous()  # (H, T', D)
         k, v = gather_keys(k_pages, tile.page_ids), gather_keys(v_pages, tile.page_ids)
-        attended = attend_tile(whole.transpose(0, 1).contiguous(), k, v, tile, scale)
-        out[tile.rows] = attended[:, tile.before : tile.before + len(rows)].transpose(0, 1)
+        out[tile.rows] = attend_tile(queries, k, v, tile, scale)[:, :count].transpose(0, 1)
     return out
 
 
@@ -115,7 +115,7 @@ def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
 
 
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Tensor:
-    """Attention of q (H, 64, D) over k and v (H, keys, D). Overwrites v.
+    """Attention of q (H, T', D), of which the first T rows are the tile's, over k and v (H, keys, D). Overwrites v.
 
     PyTorch's own attention multiplies in fp32 on most CPUs, which takes twice as long at 2048 keys. But a product in 16 bits
     rounds its sums, so each score is taken relative to the highest of the first and the last page: what is close to the
@@ -127,10 +127,10 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Te
     else:
         edges = k if k.shape[1] <= 2 * PAGE_SIZE else torch.cat((k[:, :PAGE_SIZE], k[:, -PAGE_SIZE:]), 1)
         sample = torch.bmm(q, edges.transpose(1, 2))
-        sample.masked_fill_(tile.hidden_at_edges, float("-inf"))
+        sample[:, : len(tile.hidden_at_edges)].masked_fill_(tile.hidden_at_edges, float("-inf"))
         scores = torch.baddbmm(sample.amax(-1, keepdim=True) * scale, q, keys, beta=-1, alpha=scale)
     for columns, hidden in tile.hidden:
-        scores[..., columns].masked_fill_(hidden, float("-inf"))
+        scores[:, : len(hidden), columns].masked_fill_(hidden, float("-inf"))
     if tile.unwritten:  # may hold anything, NaN included, and 0 * NaN is NaN
         v[:, -tile.unwritten :] = 0
     return torch.bmm(scores.softmax(-1), v)

@@ -68,7 +68,9 @@ def decode_step(
     pages, offsets = slot_mapping // PAGE_SIZE, slot_mapping % PAGE_SIZE
     k_pages[pages, :, offsets] = k
     v_pages[pages, :, offsets] = v
-    queries = q.float() * scale
+    # Written to memory, or the compiler would scale a query again for each key.
+    queries = torch.empty(q.shape, dtype=torch.float32)
+    queries[torch.arange(q.shape[0])] = q.float() * scale
     num_pages = page_ids.shape[0]  # len() would be a constant to the compiler
     seen = visible[:, None]  # (R, 1, 64)
     scores = (k_pages[page_ids].float() * queries[owners][:, :, None]).sum(-1)  # (R, H, 64)

@@ -70,13 +70,12 @@ class DecodePlan:
 
 
 class Tile(NamedTuple):
-    """The queries of a chunk that stand in one page, and what they see: n pages, of which the last is their own."""
+    """The T queries of a chunk that stand in one page, and what they see: n pages, of which the last is their own."""
 
     rows: slice  # of q
-    before: int  # positions of the page in front of them
     page_ids: list[int]  # n, ordered by position; NO_PAGE where nobody of this chunk sees the page
-    hidden: list[tuple[slice, Tensor]]  # ranges of the n * 64 keys, and which of them (64, range) a query does not see
-    hidden_at_edges: Tensor  # (64, 128): the same for the keys of the first and the last page; (64, 64) where n is 1
+    hidden: list[tuple[slice, Tensor]]  # ranges of the n * 64 keys, and which of them (T, range) a query does not see
+    hidden_at_edges: Tensor  # (T, 128): the same for the keys of the first and the last page; (T, 64) where n is 1
     unwritten: int  # keys at the end that nobody has written yet
 
 
@@ -106,7 +105,7 @@ class PrefillPlan:
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        """The form that the CPU path works on: the same pages for a tile wherever a chunk begins and ends."""
+        """The form that the CPU path works on: a query's pages are the same wherever its chunk begins and ends."""
         found, begin = [], 0
         for table, start, length in zip(self.page_table.tolist(), self.starts, self.lengths, strict=True):
             stop = start + length
@@ -117,10 +116,10 @@ class PrefillPlan:
                 page_ids = [table[page] if page >= seen_from else NO_PAGE for page in pages]
                 first, last = max(start, tile * PAGE_SIZE), min(stop, (tile + 1) * PAGE_SIZE)
                 rows = slice(begin + first - start, begin + last - start)
-                hidden = hidden_keys(self.pattern, tile, pages)
+                hidden = hidden_keys(self.pattern, range(first, last), pages)
                 at_edges = torch.cat(list(hidden[[0, -1]] if len(pages) > 1 else hidden), 1)
                 unwritten = (tile + 1) * PAGE_SIZE - last
-                found.append(Tile(rows, first % PAGE_SIZE, page_ids, hidden_ranges(hidden), at_edges, unwritten))
+                found.append(Tile(rows, page_ids, hidden_ranges(hidden), at_edges, unwritten))
             begin += length
         return found
 
@@ -131,11 +130,10 @@ class PrefillPlan:
         return self.layout.col_idx[begin:end].tolist()
 
 
-def hidden_keys(pattern: Pattern, tile: int, pages: list[int]) -> Tensor:
-    """(n, 64, 64) bool: which keys of each page a query of page `tile` does not see."""
-    offsets = torch.arange(PAGE_SIZE)
-    keys = torch.tensor(pages)[:, None, None] * PAGE_SIZE + offsets
-    hidden: Tensor = ~pattern.sees(tile * PAGE_SIZE + offsets[:, None], keys)
+def hidden_keys(pattern: Pattern, positions: range, pages: list[int]) -> Tensor:
+    """(n, T, 64) bool: which keys of each page the queries at T positions do not see."""
+    keys = torch.tensor(pages)[:, None, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
+    hidden: Tensor = ~pattern.sees(torch.arange(positions.start, positions.stop)[:, None], keys)
     return hidden
 
 

@@ -22,16 +22,10 @@ from model.step import (
 )
 from service.drafting import PromptLookup
 from service.kv_cache import FilledPage, KVCache, PageKey, page_keys
+from service.pace import MIN_CHUNK, Load, Pace
 
 # "stop" and "length" are the client's; "error": the step raised; "timeout": waited too long to start.
 FinishReason = Literal["stop", "length", "error", "timeout"]
-
-# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on.
-MIN_CHUNK = 16
-# However many prompts wait, a step beside decoding streams may take about this many times their own time longer.
-MOST_PACE = 3.0
-# Weight of the newest step in the running averages of step times.
-NEWEST = 0.2
 
 
 @dataclass(eq=False, frozen=True)
@@ -137,41 +131,6 @@ class Scheduled:
     filled: list[tuple[Sequence, list[FilledPage]]] = field(default_factory=list)
 
 
-class Pace:
-    """How many prompt tokens may run beside decoding streams.
-
-    Those that take as long as the decoding itself does, so that a step takes twice as long at most. Where more sequences
-    wait in their prompts than decode it is up to MOST_PACE times that, or a burst of prompts would crawl behind the first.
-
-    A step's time is taken for a fixed part, which is mostly the reading of the weights, and a part for each of its tokens.
-    """
-
-    def __init__(self) -> None:
-        self._fixed_seconds: float | None = None
-        self._seconds_per_token: float | None = None
-
-    def observe(self, num_decodes: int, num_prompt_tokens: int, seconds: float) -> None:
-        """Learn from a step that took `seconds`: the fixed part where it only decoded, the other from prompts."""
-        if not num_prompt_tokens:
-            fixed = seconds - num_decodes * (self._seconds_per_token or 0.0)
-            self._fixed_seconds = blend(self._fixed_seconds, max(fixed, 0.0))
-        elif num_prompt_tokens >= MIN_CHUNK:  # fewer say little about what one costs
-            per_token = (seconds - (self._fixed_seconds or 0.0)) / (num_decodes + num_prompt_tokens)
-            if per_token > 0:
-                self._seconds_per_token = blend(self._seconds_per_token, per_token)
-
-    def chunk_limit(self, num_decodes: int, num_prompts: int) -> int:
-        """Prompt tokens for a step beside `num_decodes` streams, with `num_prompts` sequences still in their prompts."""
-        if self._fixed_seconds is None or not self._seconds_per_token:
-            return MIN_CHUNK
-        decoding = self._fixed_seconds / self._seconds_per_token + num_decodes  # in tokens
-        return max(MIN_CHUNK, int(decoding * min(max(1.0, num_prompts / num_decodes), MOST_PACE)))
-
-
-def blend(average: float | None, value: float) -> float:
-    return value if average is None else average + NEWEST * (value - average)
-
-
 class Scheduler:
     """Continuous batching with admission by reservation: an admitted sequence always finishes.
 
@@ -244,8 +203,9 @@ class Scheduler:
         num_decodes = len(scheduled.step.decodes)
         prompts = self._prompts()
         budget = self.step_tokens - num_decodes
-        if num_decodes:
-            budget = min(budget, self._pace.chunk_limit(num_decodes, len(prompts)))
+        if decoding and prompts:
+            limit = self._pace.chunk_limit(num_decodes, len(decoding), len(prompts), prompts[0].num_computed)
+            budget = min(budget, limit)
         for sequence in prompts:
             left = budget - (scheduled.num_tokens - num_decodes)
             if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left):
@@ -343,6 +303,8 @@ class Scheduler:
             keys = usable[: self.cache.prefix(usable)]
             start = len(keys) * PAGE_SIZE
         end = min(start + budget, len(prompt))
+        if end < len(prompt) and end // PAGE_SIZE * PAGE_SIZE > start:
+            end = end // PAGE_SIZE * PAGE_SIZE  # a page's queries are cheapest together
         if end <= start:
             return False
         if sequence.num_computed == 0:
@@ -396,7 +358,9 @@ class Scheduler:
         """
         scheduled = self._in_flight.popleft()
         step = scheduled.step
-        self._pace.observe(len(step.decodes), sum(len(chunk.tokens) for chunk in step.chunks), seconds)
+        tokens = sum(len(chunk.tokens) for chunk in step.chunks)
+        keys = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) // 2) for chunk in step.chunks)
+        self._pace.observe(Load(len(step.decodes), tokens, keys), seconds)
         for sequence, filled in scheduled.filled:
             if self._is_running(sequence):
                 self.cache.publish(filled)

@@ -13,7 +13,8 @@ from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
 from model.step import DecodeRow, Sampled, SamplingParams, StepInput, TokenLogprobs
 from service.kv_cache import KVCache, chunk_slack, resting_pages
-from service.scheduler import MIN_CHUNK, Delta, Family, Pace, Scheduler, Sequence
+from service.pace import MIN_CHUNK
+from service.scheduler import Delta, Family, Scheduler, Sequence
 
 EOS = 7
 STOP = frozenset({EOS})
@@ -267,7 +268,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     )
     if chunk_limit is not None:
         # Whatever the pace allows, the accounts must hold.
-        scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: chunk_limit  # type: ignore[method-assign]
+        scheduler._pace.chunk_limit = lambda *_: chunk_limit  # type: ignore[method-assign]
     device = Device(scheduler, rng)
     in_flight: deque[tuple[StepInput, list[Row], Sampled]] = deque()
     todo = [sequences_of(request) for request in requests]
@@ -364,7 +365,7 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
 
 def test_the_slack_for_chunks_is_needed_to_its_last_page() -> None:
     scheduler = make(64, step_tokens=128, dense_sequences=9)  # banded: 3 sequences of 2 pages, and 2 pages of slack
-    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 128  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_: 128  # type: ignore[method-assign]
     scheduler.submit([sequence(100, 300), sequence(100, 300)])
     for _ in range(10):
         drive(scheduler)
@@ -387,42 +388,6 @@ def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
     assert step is not None
     assert len(step.decodes) == 1
     assert [len(chunk.tokens) for chunk in step.chunks] == [MIN_CHUNK]
-
-
-def test_a_learnt_pace_sets_the_length_of_chunks() -> None:
-    scheduler = make(None, step_tokens=256)
-    scheduler.submit([sequence(100, 50)])
-    for _ in range(5):
-        drive(scheduler, seconds=0.1)  # 100 prompt tokens, then a decode step, take as long: a step's time is all fixed
-    scheduler.submit([sequence(400, 5)])
-    step = scheduler.schedule(0.0)
-    assert step is not None
-    assert [len(chunk.tokens) for chunk in step.chunks] == [100]
-
-
-def test_pace_allows_as_much_prompt_as_takes_one_decode_step() -> None:
-    pace = Pace()
-    assert pace.chunk_limit(8, 1) == MIN_CHUNK
-
-    def observe(num_decodes: int, num_prompt_tokens: int) -> None:
-        """Of a machine on which a step takes 0.302 s and 10 ms a token."""
-        pace.observe(num_decodes, num_prompt_tokens, 0.302 + 0.01 * (num_decodes + num_prompt_tokens))
-
-    for _ in range(40):
-        observe(0, 100)
-        observe(8, 0)
-    assert pace.chunk_limit(8, 1) == 38
-    assert pace.chunk_limit(20, 1) == 50, "whatever the number of streams that it was learnt beside"
-    assert pace.chunk_limit(8, 16) == 76, "a burst of prompts gets on"
-    assert pace.chunk_limit(1, 31) == 93, "but not at any price"
-    pace.observe(0, 1, 0.5)  # one token says nothing about what a prompt's cost
-    assert pace.chunk_limit(8, 1) == 38
-    for _ in range(40):
-        observe(20, 50)
-    assert pace.chunk_limit(8, 1) == 38, "steps that never only decode do no harm"
-    for _ in range(100):
-        pace.observe(8, 0, 1e-6)
-    assert pace.chunk_limit(8, 1) == MIN_CHUNK
 
 
 def test_max_tokens_0_computes_the_prompt_and_ends() -> None:
@@ -521,7 +486,7 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     failing, joined = sequence(256, 9), sequence(200, 1)
     scheduler.submit([failing, joined])
     launch(scheduler)
-    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 256  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
     assert [row.slot for row in launch(scheduler).decodes] == [0]
     assert scheduler.fail_step() == [Delta(failing, [], "error")]
     assert scheduler.faults() == [], "though the chunk in flight holds more pages than its sequence reserved"
@@ -613,7 +578,7 @@ def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
 
 def test_a_choice_that_comes_while_its_prompt_is_in_flight_waits_for_it() -> None:
     scheduler = make(100, max_slots=2, step_tokens=512)
-    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 512  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_: 512  # type: ignore[method-assign]
     other, family, prompt = sequence(5, 2), Family(200, True), list(range(200))
     choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(2)]
     scheduler.submit([other])
@@ -695,7 +660,7 @@ def test_a_prompt_that_is_the_beginning_of_another_is_no_fork() -> None:
 
 def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
     scheduler = make(None, step_tokens=256)
-    scheduler._pace.chunk_limit = lambda num_decodes, num_prompts: 256  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
     prompt = list(range(128))
     scheduler.submit([alike(prompt)])
     launch(scheduler)

@@ -1,0 +1,61 @@
+"""How many prompt tokens may run beside decoding streams: what steps cost is learnt, and they are kept short."""
+
+from typing import NamedTuple
+
+# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on.
+MIN_CHUNK = 16
+# Prompts may take this many times as long as the decoding in the same step: the least where more streams wait for it than
+# prompts, the most where a burst of prompts would crawl behind the first. In between, who sees nothing yet counts as
+# PROMPT_WEIGHT of those who read already.
+LEAST_SHARE, MOST_SHARE = 1.0, 16.0
+PROMPT_WEIGHT = 4.0
+# Weight of the newest step in what is learnt.
+NEWEST = 0.2
+
+
+class Load(NamedTuple):
+    """What a step computes."""
+
+    rows: int  # tokens of sequences that decode, drafts included
+    tokens: int  # of prompts
+    keys: int  # that these see, added up
+
+    def scaled(self) -> tuple[float, ...]:
+        """One number for each part of a step's time, of the size of one for a step that it dominates."""
+        return 1.0, self.rows / 32, self.tokens / 64, self.keys / 65536
+
+
+class Pace:
+    """A step's time is taken for a fixed part, which is mostly the reading of the weights, and parts that grow with its rows,
+    its prompt tokens and the keys that these see; the factors follow the steps as they come (normalised least mean squares).
+    """
+
+    def __init__(self) -> None:
+        self._seconds = [0.0] * len(Load(0, 0, 0).scaled())
+        self._decoding: float | None = None  # of a step without prompts
+
+    def observe(self, load: Load, seconds: float) -> None:
+        """Learn from a step that took `seconds`."""
+        parts = load.scaled()
+        expected = self._expected(load)
+        error = seconds - expected
+        if expected > 0:
+            error = min(error, expected)  # a hiccup of the machine says little
+        step = NEWEST * error / sum(part * part for part in parts)
+        self._seconds = [max(factor + step * part, 0.0) for factor, part in zip(self._seconds, parts, strict=True)]
+        if not load.tokens:
+            old = seconds if self._decoding is None else self._decoding
+            self._decoding = old + NEWEST * (seconds - old)
+
+    def chunk_limit(self, num_rows: int, num_streams: int, num_prompts: int, start: int) -> int:
+        """Prompt tokens for a step beside `num_rows` of `num_streams` sequences, with `num_prompts` sequences still in their
+        prompts; the first of them goes on at `start`."""
+        one = self._expected(Load(0, 1, start)) - self._expected(Load(0, 0, 0))
+        if self._decoding is None or one <= 0:
+            return MIN_CHUNK
+        share = min(max(PROMPT_WEIGHT * num_prompts / num_streams, LEAST_SHARE), MOST_SHARE)
+        room = (1 + share) * self._decoding - self._expected(Load(num_rows, 0, 0))
+        return max(MIN_CHUNK, int(room / one))
+
+    def _expected(self, load: Load) -> float:
+        return sum(factor * part for factor, part in zip(self._seconds, load.scaled(), strict=True))

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kernels.long_rows import first_argmax
 from kernels.noise import gumbel, row_keys
 from kernels.sampling_state import SamplingState
 
@@ -39,7 +40,7 @@ def adjust(logits: Tensor, state: SamplingState, slots: Tensor) -> Tensor:
 
 def pick(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
     """Token ids (B,) for adjusted logits (B, V). A temperature of 0 takes the first maximum."""
-    tokens = logits.argmax(-1)
+    tokens = first_argmax(logits)
     drawn = torch.nonzero(state.temperature[slots]).squeeze(1)
     if len(drawn):
         tokens[drawn] = draw(logits[drawn], state, slots[drawn], positions[drawn])

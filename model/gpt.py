@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.long_rows import highest
 from kernels.names import PatternKind
 from kernels.ops import Ops, Weight
 from kernels.plan import DecodePlan, PrefillPlan
@@ -221,10 +222,11 @@ class GPT(nn.Module):
         logits = ops.linear(hidden, head if self._packed_head is None else self._packed_head, None)
         logits = logits.float()[..., : self.config.vocab_size]  # rows stay 16-byte aligned
         if head.dtype != torch.float32 and not logits.requires_grad:
-            highest = logits.topk(min(RESCORED, self.config.vocab_size)).indices  # (..., RESCORED)
+            rows, inputs = logits.flatten(0, -2), hidden.flatten(0, -2)
+            columns = highest(rows, min(RESCORED, self.config.vocab_size))  # (rows, RESCORED)
             # Not a matrix product: that has other bits for one row than for several.
-            exact = (head[highest].float() * hidden.float().unsqueeze(-2)).sum(-1)
-            logits.scatter_(-1, highest, exact)
+            exact = (head[columns].float() * inputs.float().unsqueeze(-2)).sum(-1)
+            rows.scatter_(-1, columns, exact)
         return logits
 
     @torch.no_grad()

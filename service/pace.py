@@ -26,8 +26,8 @@ class Load(NamedTuple):
 
 
 class Pace:
-    """A step's time is taken for a fixed part, which is mostly the reading of the weights, and parts that grow with its rows,
-    its prompt tokens and the keys that these see; the factors follow the steps as they come (normalised least mean squares).
+    """A step's time is taken for a fixed part, mostly the reading of the weights, and parts that grow with its rows, its
+    prompt tokens and the keys that these see. The factors follow the steps as they come (normalised least mean squares).
     """
 
     def __init__(self) -> None:

@@ -4,13 +4,8 @@ from typing import NamedTuple
 
 # Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on.
 MIN_CHUNK = 16
-# Prompts may take this many times as long as the decoding in the same step: the least where more streams wait for it than
-# prompts, the most where a burst of prompts would crawl behind the first. In between, who sees nothing yet counts as
-# PROMPT_WEIGHT of those who read already.
-LEAST_SHARE, MOST_SHARE = 1.0, 16.0
-PROMPT_WEIGHT = 4.0
 # Weight of the newest step in what is learnt.
-NEWEST = 0.2
+NEWEST = 0.5
 
 
 class Load(NamedTuple):
@@ -37,24 +32,19 @@ class Pace:
     def observe(self, load: Load, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
         parts = load.scaled()
-        expected = self._expected(load)
-        error = seconds - expected
-        if expected > 0:
-            error = min(error, expected)  # a hiccup of the machine says little
-        step = NEWEST * error / sum(part * part for part in parts)
+        step = NEWEST * (seconds - self._expected(load)) / sum(part * part for part in parts)
         self._seconds = [max(factor + step * part, 0.0) for factor, part in zip(self._seconds, parts, strict=True)]
         if not load.tokens:
             old = seconds if self._decoding is None else self._decoding
-            self._decoding = old + NEWEST * (seconds - old)
+            self._decoding = old + NEWEST / 2 * (seconds - old)
 
-    def chunk_limit(self, num_rows: int, num_streams: int, num_prompts: int, start: int) -> int:
-        """Prompt tokens for a step beside `num_rows` of `num_streams` sequences, with `num_prompts` sequences still in their
-        prompts; the first of them goes on at `start`."""
+    def chunk_limit(self, num_rows: int, start: int) -> int:
+        """Prompt tokens, from position `start` of a prompt on, that make a step with `num_rows` take twice as long as one
+        without prompts."""
         one = self._expected(Load(0, 1, start)) - self._expected(Load(0, 0, 0))
         if self._decoding is None or one <= 0:
             return MIN_CHUNK
-        share = min(max(PROMPT_WEIGHT * num_prompts / num_streams, LEAST_SHARE), MOST_SHARE)
-        room = (1 + share) * self._decoding - self._expected(Load(num_rows, 0, 0))
+        room = 2 * self._decoding - self._expected(Load(num_rows, 0, 0))
         return max(MIN_CHUNK, int(room / one))
 
     def _expected(self, load: Load) -> float:

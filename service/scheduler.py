@@ -203,9 +203,8 @@ class Scheduler:
         num_decodes = len(scheduled.step.decodes)
         prompts = self._prompts()
         budget = self.step_tokens - num_decodes
-        if decoding and prompts:
-            limit = self._pace.chunk_limit(num_decodes, len(decoding), len(prompts), prompts[0].num_computed)
-            budget = min(budget, limit)
+        if 0 < len(prompts) < len(decoding):  # otherwise the greater good is that more see something
+            budget = min(budget, self._pace.chunk_limit(num_decodes, prompts[0].num_computed))
         for sequence in prompts:
             left = budget - (scheduled.num_tokens - num_decodes)
             if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left):

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -288,10 +289,9 @@ def decode_phase(url: str, model: str, load: Load, seed: str) -> float:
     prompts = random_prompts(load, seed)
     run_async(keep(url, model, load._replace(streams=1, output=1), prompts))
     result = run_async(keep(url, model, load, prompts))
-    begin = max(stream.events[0] for stream in result.streams)
-    end = min(stream.events[-1] for stream in result.streams)
-    if min(stream.cached for stream in result.streams) < load.prompt // 2 or begin >= end:
+    if min(stream.cached for stream in result.streams) < load.prompt // 2:
         raise BenchError("the prompts were not in the prefix cache, so that the streams did not decode together")
+    begin, end = together(result)
     events = [time for stream in result.streams for time in stream.events]
     tokens_per_event = len(result.streams) * load.output / len(events)
     return sum(begin < time <= end for time in events) * tokens_per_event / (end - begin)
@@ -337,8 +337,9 @@ def gaps(bench: Bench, name: str) -> list[Line]:
         return quiet, run_async(disturbed(url, model, sizes, f"{seed}, busy"))
 
     results = bench.in_turn(name, [side], quiet_then_busy)[side]
-    quiet = bench.note(name, side, "gap p50 ms, undisturbed", (1e3 * percentile(result.gaps, 0.5) for result, _ in results))
-    busy = bench.note(name, side, "gap p99 ms, disturbed", (1e3 * percentile(result.gaps, 0.99) for _, result in results))
+    pairs = [(gaps_together(calm), gaps_together(busy)) for calm, busy in results]
+    quiet = bench.note(name, side, "gap p50 ms, undisturbed", (1e3 * percentile(gaps, 0.5) for gaps, _ in pairs))
+    busy = bench.note(name, side, "gap p99 ms, disturbed", (1e3 * percentile(gaps, 0.99) for _, gaps in pairs))
     figure = f"gap p99 ms, {sizes.gaps.streams} streams, a prompt of {sizes.arriving} every {sizes.every:g} s"
     return [Line(name, figure, busy, "p50 without", quiet, Target(3, 2))]
 
@@ -369,6 +370,22 @@ async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
         if not task.cancelled():
             task.result()  # raises what went wrong
     return result
+
+
+def gaps_together(result: Result) -> list[float]:
+    """Seconds between the events of a stream while all streams decode, in order of size."""
+    begin, end = together(result)
+    gaps = (pair for stream in result.streams for pair in pairwise(stream.events))
+    return sorted(later - earlier for earlier, later in gaps if begin <= earlier and later <= end)
+
+
+def together(result: Result) -> tuple[float, float]:
+    """When the last stream began and the first one ended. Raises BenchError where that is the wrong way round."""
+    begin = max(stream.events[0] for stream in result.streams)
+    end = min(stream.events[-1] for stream in result.streams)
+    if begin >= end:
+        raise BenchError("the streams did not decode together")
+    return begin, end
 
 
 def start(bench: Bench, name: str) -> list[Line]:

@@ -117,9 +117,9 @@ def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Tensor:
     """Attention of q (H, T', D), of which the first T rows are the tile's, over k and v (H, keys, D). Overwrites v.
 
-    PyTorch's own attention multiplies in fp32 on most CPUs, which takes twice as long at 2048 keys. But a product in 16 bits
-    rounds its sums, so each score is taken relative to the highest of the first and the last page: what is close to the
-    maximum, and counts, is close to 0 then, and so is its error.
+    In 16 bits PyTorch's own attention takes up to twice as long as its products. But these round their sums, so each score
+    is taken relative to the highest of the first and the last page: what is close to the maximum, and counts, is close to
+    0 then, and so is its error.
     """
     keys = k.transpose(1, 2)
     if q.dtype == torch.float32:

@@ -5,8 +5,6 @@ from collections.abc import Sequence as Items
 
 # Tokens of a sequence that a step computes ahead, at most: products take as long with 8 rows as with one.
 MAX_DRAFT = 7
-# Tokens that must have stood together before for what followed them to be a guess.
-MATCH = 2
 
 
 class PromptLookup:
@@ -18,8 +16,9 @@ class PromptLookup:
 
     def __init__(self, prompt: Items[int]):
         self._text = list(prompt)
-        # Where each pair of tokens ended last. Of the prompt's own last pair, only an earlier place is of use.
-        self._ends = {tuple(self._text[i - MATCH : i]): i for i in range(MATCH, len(self._text))}
+        # Where each token stood last, one place on. Pairs of tokens guess better but notice a copy a token later: then 128
+        # tokens of a random GPT-2 take 63 steps instead of 58.
+        self._behind = {token: place for place, token in enumerate(self._text, 1)}
         self._source: int | None = None  # where the next token stands, if the text goes on as it did there
         self._streak = 0  # tokens that were guessed right in a row
 
@@ -33,12 +32,9 @@ class PromptLookup:
             self._source += 1
             self._streak += 1
         else:
-            self._source, self._streak = None, 0
+            self._source, self._streak = self._behind.get(token), 0
         self._text.append(token)
-        pair = tuple(self._text[-MATCH:])
-        if self._source is None:
-            self._source = self._ends.get(pair)
-        self._ends[pair] = len(self._text)
+        self._behind[token] = len(self._text)
 
     def draft(self, limit: int) -> list[int]:
         """What follows in all likelihood, at most `limit` tokens. The copy may run into itself, as in a loop."""

@@ -193,6 +193,7 @@ class Scheduler:
 
     def schedule(self, now: float) -> StepInput | None:
         """The next step, or None when nothing can run. Sequences that get a slot remember `now`."""
+        assert not (self.max_draft and self._in_flight), "what stands in a draft's place is not known yet"
         self._release_behind()
         self._admit(now)
         scheduled = Scheduled()
@@ -203,7 +204,7 @@ class Scheduler:
         num_decodes = len(scheduled.step.decodes)
         prompts = self._prompts()
         budget = self.step_tokens - num_decodes
-        if 0 < len(prompts) < len(decoding):  # otherwise the greater good is that more see something
+        if 0 < len(prompts) < len(decoding):  # where as many see nothing yet, prompts take the whole step
             budget = min(budget, self._pace.chunk_limit(num_decodes, prompts[0].num_computed))
         for sequence in prompts:
             left = budget - (scheduled.num_tokens - num_decodes)

@@ -138,6 +138,13 @@ def state(server: Program, servers: Servers) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
+def test_gaps_count_while_all_streams_decode() -> None:
+    early, late = Stream(0.0, [1.0, 2.0, 5.0, 6.0, 8.0], 0), Stream(0.0, [3.0, 5.5, 9.0], 0)
+    assert run.gaps_together(Result(Load(2, 2), 9.0, [early, late])) == [1.0, 2.0, 2.5]
+    with pytest.raises(BenchError, match="did not decode together"):
+        run.gaps_together(Result(Load(2, 2), 9.0, [Stream(0.0, [1.0, 2.0], 0), late]))
+
+
 def test_one_server_runs_at_a_time(parrot: Path) -> None:
     first, second = Program((str(parrot), "first"), "/health"), Program((str(parrot), "second"), "/health")
     with Servers() as servers:

@@ -352,9 +352,9 @@ async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
         async with http.client() as session:
             try:
                 while True:
+                    await asyncio.sleep(sizes.every)  # the streams have begun by then
                     (prompt,) = random_prompts(Load(1, 1, sizes.arriving), f"{seed} {len(arrivals)}")
                     arrivals.append(asyncio.create_task(http.complete(session, url, model, prompt, 1)))
-                    await asyncio.sleep(sizes.every)
             finally:
                 for task in arrivals:
                     task.cancel()

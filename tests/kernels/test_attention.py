@@ -86,6 +86,17 @@ def test_scores_far_from_0_do_not_overflow(path: ServedPath) -> None:
     torch.testing.assert_close(decode(path.ops, rows, 100.0), decode(reference, rows, 100.0), atol=1e-3, rtol=1e-3)
 
 
+@served_paths
+@one_of_each
+def test_a_score_far_above_the_others_is_not_rounded_to_16_bits(path: ServedPath, pattern: Pattern) -> None:
+    """As of the first token, to which many models look: its score of 40 would be off by 0.1, and so would its weight."""
+    case = prefill_case([0], [200], pattern, dim=64, dtype=torch.bfloat16, device=path.device)
+    first, own = case.cache.page_table[0, 0].long(), case.q[150].clone()
+    case.cache.k[first, :, 0] = own * 40 / own.float().square().sum(-1, keepdim=True).to(own.dtype)
+    case.q[64:] = own
+    assert_close(prefill(path.ops, case, 1.0), prefill(reference, case, 1.0))
+
+
 def alone(case: DecodeCase, i: int) -> DecodeCase:
     row = slice(i, i + 1)
     plan = DecodePlan(case.plan.page_table[row], case.plan.lengths[row], case.plan.pattern, case.plan.layout)

@@ -92,6 +92,7 @@ class FakeEngine:
         max_queue: int = 8,
         queue_timeout: float = 60.0,
         kv_sequences: int = 4,
+        max_draft: int = 0,
     ):
         self.runner = FakeRunner(self.tokenizer.encode(text, allow_special=True))
         sizes = {"dense": 4 * kv_sequences, "banded": 2 * kv_sequences + 1}
@@ -99,6 +100,7 @@ class FakeEngine:
             KVCache(CONFIG, {"dense": sizes["dense"], "banded": sizes["banded"]}, step_tokens=64),
             max_slots=max_slots,
             step_tokens=64,
+            max_draft=max_draft,
         )
         self.metrics = Metrics("fake")
         self.engine = Engine(

@@ -176,3 +176,49 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
         settings: dict[str, Any] = {"model": str(directory), "kv_bytes": 64 << 20, "dtype": dtype, "compile": True}
         load_served(Settings(**settings), Metrics("tiny"))
     run(test)
+
+
+@pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", False), ("float32", False), ("int8", True)])
+def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> None:
+    rng = random.Random(4)
+    bodies: list[dict[str, Any]] = [
+        {
+            "prompt": random_tokens(rng, rng.randrange(1, 120)),
+            "max_tokens": 90,
+            "seed": i,
+            "temperature": (0, 0, 0.05)[i % 3],
+            "logprobs": (None, 2)[i % 2],
+            "ignore_eos": True,
+        }
+        for i in range(12)
+    ]
+    settings: dict[str, Any] = {
+        "kv_bytes": 64 << 20,
+        "dtype": dtype,
+        "compile": compiled,
+        "max_slots": 8,
+        "step_tokens": 100,
+    }
+
+    def answers(max_draft: int) -> tuple[list[Any], int]:
+        metrics = Metrics("tiny")
+        served = load_served(Settings(model=str(directory), **settings), metrics)
+        served.engine._scheduler.max_draft = max_draft
+
+        async def test() -> list[Any]:
+            app = create_app(served, metrics)
+            async with (
+                app.router.lifespan_context(app),
+                httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=120) as client,
+            ):
+                found = await asyncio.gather(*(complete(client, directory, **body) for body in bodies))
+                return [(answer["choices"], answer["usage"]["completion_tokens"]) for answer in found]
+
+        found = asyncio.run(test())
+        accepted = metrics.registry.get_sample_value("banded_accepted_draft_tokens_total", {"model": "tiny"})
+        return found, int(accepted or 0)
+
+    (plain, none), (drafted, accepted) = answers(0), answers(7)
+    assert drafted == plain
+    assert none == 0
+    assert accepted > 100

@@ -3,7 +3,7 @@
 import itertools
 import random
 from collections import deque
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import pytest
 from hypothesis import given
@@ -13,7 +13,6 @@ from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
 from model.step import DecodeRow, Sampled, SamplingParams, StepInput, TokenLogprobs
 from service.kv_cache import KVCache, chunk_slack, resting_pages
-from service.pace import MIN_CHUNK
 from service.scheduler import Delta, Family, Scheduler, Sequence
 
 EOS = 7
@@ -363,7 +362,7 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
     assert peak <= 5 + 512 // PAGE_SIZE
 
 
-def test_the_slack_for_chunks_is_needed_to_its_last_page() -> None:
+def test_chunks_take_pages_from_the_slack() -> None:
     scheduler = make(64, step_tokens=128, dense_sequences=9)  # banded: 3 sequences of 2 pages, and 2 pages of slack
     scheduler._pace.chunk_limit = lambda *_: 128  # type: ignore[method-assign]
     scheduler.submit([sequence(100, 300), sequence(100, 300)])
@@ -376,18 +375,112 @@ def test_the_slack_for_chunks_is_needed_to_its_last_page() -> None:
         assert step is not None
         most = max(most, scheduler.cache.usage()["banded"].held)
         scheduler.commit(answer(step), 0.01)
-    assert most == scheduler.cache.usage()["banded"].total == 8
+    pool = scheduler.cache.pools["banded"]
+    assert pool.capacity == 6 < most <= pool.num_pages == 8
 
 
-def test_decodes_go_first_and_prompts_get_the_rest_of_the_pace() -> None:
+def test_decodes_go_first_and_a_prompt_beside_more_of_them_gets_what_the_pace_allows() -> None:
+    scheduler = make(None, step_tokens=256)
+    scheduler.submit([sequence(10, 50), sequence(10, 50)])
+    drive(scheduler)
+    scheduler.submit([sequence(400, 5)])
+    asked: list[tuple[int, int]] = []
+
+    def limit(num_rows: int, start: int) -> int:
+        asked.append((num_rows, start))
+        return 40
+
+    scheduler._pace.chunk_limit = limit  # type: ignore[method-assign]
+    for start in (0, 40):
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        assert len(step.decodes) == 2
+        assert [(chunk.start, len(chunk.tokens)) for chunk in step.chunks] == [(start, 40 if start == 0 else 24)]
+        scheduler.commit(answer(step), 0.01)
+    assert asked == [(2, 0), (2, 40)]
+
+
+def test_as_many_prompts_as_streams_take_the_whole_step() -> None:
     scheduler = make(None, step_tokens=256)
     scheduler.submit([sequence(10, 50)])
     drive(scheduler)
-    scheduler.submit([sequence(400, 5)])
+    scheduler.submit([sequence(500, 5)])
     step = scheduler.schedule(0.0)
     assert step is not None
     assert len(step.decodes) == 1
-    assert [len(chunk.tokens) for chunk in step.chunks] == [MIN_CHUNK]
+    assert [len(chunk.tokens) for chunk in step.chunks] == [192], "whole pages"
+
+
+# Drafts
+
+
+def looping(max_tokens: int = 40, **fields: Any) -> Scheduler:
+    """A scheduler that has seen one sequence sample 2, 3, 2, 3, 2, 3."""
+    scheduler = make(64, max_draft=7)
+    loop = Sequence([9], max_tokens, **{"sampling": SamplingParams()} | fields)
+    scheduler.submit([loop])
+    while loop.num_generated < 6:
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        scheduler.commit(answers(step, [2 + step.token_positions[row.token] % 2 for row in step.samples]), 0.01)
+    assert loop.num_generated == 6
+    return scheduler
+
+
+def test_a_loop_is_drafted_and_what_comes_true_is_kept() -> None:
+    scheduler = looping()
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert step.decodes == [DecodeRow(0, 6, 3), DecodeRow(0, 7, 2), DecodeRow(0, 8, 3), DecodeRow(0, 9, 2)]
+    (delta,) = scheduler.commit(answers(step, [2, 3, 2, 5]), 0.01)
+    assert delta.tokens == [2, 3, 2, 5]
+    assert scheduler.drafts == (3, 3)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert step.decodes == [DecodeRow(0, 10, 5)], "the streak is over"
+
+
+def test_nothing_behind_a_wrong_guess_is_kept() -> None:
+    scheduler = looping()
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    (delta,) = scheduler.commit(answers(step, [4, 3, 2, 5]), 0.01)
+    assert delta.tokens == [4]
+    assert scheduler.drafts == (3, 0)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert step.decodes == [DecodeRow(0, 7, 4)]
+    assert scheduler.faults() == []
+
+
+def test_a_stop_token_in_a_draft_ends_the_sequence_there() -> None:
+    scheduler = looping(stop_ids=STOP, top_logprobs=1)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    found: list[TokenLogprobs | None] = [TokenLogprobs(-i, []) for i in range(4)]
+    (delta,) = scheduler.commit(Sampled([2, EOS, 2, 5], found, []), 0.01)
+    assert (delta.tokens, delta.finish_reason, delta.logprobs) == ([2, EOS], "stop", tuple(found[:2]))
+    assert scheduler.idle
+
+
+def test_no_draft_goes_beyond_max_tokens() -> None:
+    scheduler = looping(max_tokens=8)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert step.decodes == [DecodeRow(0, 6, 3), DecodeRow(0, 7, 2)]
+    (delta,) = scheduler.commit(answers(step, [2, 3]), 0.01)
+    assert (delta.tokens, delta.finish_reason) == ([2, 3], "length")
+
+
+def test_penalties_look_at_what_was_sampled_and_so_forbid_drafts() -> None:
+    scheduler = looping(sampling=SamplingParams(presence_penalty=0.5))
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert step.decodes == [DecodeRow(0, 6)]
+
+
+def answers(step: StepInput, tokens: list[int]) -> Sampled:
+    return answer(step)._replace(tokens=tokens)
 
 
 def test_max_tokens_0_computes_the_prompt_and_ends() -> None:

@@ -219,6 +219,30 @@ def test_a_stream_adds_up_to_the_answer() -> None:
     run(test)
 
 
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 2}, {"stop": " one two" * 8}, {"stop": " one two" * 8, "logprobs": 2}])
+def test_tokens_that_come_several_in_a_step_are_what_comes_one_by_one(fields: dict[str, Any]) -> None:
+    text = " go" + " one two" * 30
+    body: dict[str, Any] = {"prompt": ["a", "b"], "max_tokens": 50, "stream_options": {"include_usage": True}, **fields}
+
+    async def answers(max_draft: int) -> tuple[str, list[Any], Any, int]:
+        fake = FakeEngine(text, max_draft=max_draft)
+        async with serving(fake) as api:
+            *chunks, last = await stream(api, **body)
+            first = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == 0]
+            logprobs = [token for piece in first if piece["logprobs"] for token in piece["logprobs"]["tokens"]]
+            assert fake.metric("accepted_draft_tokens_total") == fake.metric("draft_tokens_total")
+            return "".join(piece["text"] for piece in first), logprobs, last["usage"], len(chunks)
+
+    async def test() -> None:
+        one_by_one, together = await answers(0), await answers(7)
+        assert together[:3] == one_by_one[:3]
+        assert one_by_one[0].startswith(" go")
+        assert (one_by_one[0] == " go") == ("stop" in fields)
+        assert together[3] < one_by_one[3] / (1 if "stop" in fields else 2)
+
+    run(test)
+
+
 @contract("completions", "stream_options", "no usage unless asked")
 @pytest.mark.parametrize("options", [None, {}, {"include_usage": False}, {"include_usage": None}])
 def test_a_stream_has_no_usage_unless_asked(options: Any) -> None:

@@ -1,0 +1,74 @@
+"""What the pace makes of machines whose steps cost what the tests say."""
+
+import random
+
+import pytest
+
+from service.pace import MIN_CHUNK, Load, Pace
+
+
+def machine(load: Load) -> float:
+    """Seconds of a step: 10 ms, half a millisecond a token, and as much for a token that sees 1024 keys."""
+    return 0.01 + 0.0005 * (load.rows + load.tokens) + 0.0005 * load.keys / 1024
+
+
+def learnt(noise: float = 0.0, seed: int = 0) -> Pace:
+    """After a prompt of 1500 tokens, a while of decoding, and another prompt beside it."""
+    rng, pace = random.Random(seed), Pace()
+
+    def observe(load: Load) -> None:
+        pace.observe(load, machine(load) * rng.uniform(1 - noise, 1 + noise))
+
+    for start in (0, 512, 1024):
+        observe(Load(0, 500, 500 * (start + 250)))
+    for _ in range(20):
+        observe(Load(rng.randrange(8, 40), 0, 0))
+    start = 0
+    while start < 1500:
+        count = pace.chunk_limit(24, start)
+        observe(Load(24, count, count * start))
+        start += count
+    for _ in range(20):
+        observe(Load(24, 0, 0))
+    return pace
+
+
+def test_nothing_is_known_at_first() -> None:
+    assert Pace().chunk_limit(8, 0) == MIN_CHUNK
+    pace = Pace()
+    pace.observe(Load(0, 500, 0), 0.3)
+    assert pace.chunk_limit(8, 0) == MIN_CHUNK, "of decoding"
+    pace = Pace()
+    pace.observe(Load(8, 0, 0), 0.3)
+    assert pace.chunk_limit(8, 0) == MIN_CHUNK, "of prompts"
+
+
+@pytest.mark.parametrize("start", [0, 700, 1400])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_step_with_a_chunk_takes_twice_as_long(start: int, noise: float) -> None:
+    ratios = []
+    for seed in range(20):
+        count = learnt(noise, seed).chunk_limit(24, start)
+        ratios.append(machine(Load(24, count, count * start)) / machine(Load(24, 0, 0)))
+    assert 1.7 < sorted(ratios)[10] < 2.3
+    assert max(ratios) < 3
+
+
+def test_more_rows_leave_less_for_prompts() -> None:
+    pace = learnt()
+    assert pace.chunk_limit(8, 0) > pace.chunk_limit(24, 0) > pace.chunk_limit(500, 0) == MIN_CHUNK
+
+
+def test_long_contexts_leave_less_for_prompts() -> None:
+    pace = learnt()
+    assert pace.chunk_limit(24, 0) > pace.chunk_limit(24, 1900)
+
+
+def test_a_machine_that_becomes_slower_is_followed() -> None:
+    pace = learnt()
+    before = pace.chunk_limit(24, 100)
+    for _ in range(30):
+        count = pace.chunk_limit(24, 100)
+        pace.observe(Load(24, count, count * 100), 2 * machine(Load(24, 0, 0)) + 0.0025 * count)
+        pace.observe(Load(24, 0, 0), 2 * machine(Load(24, 0, 0)))
+    assert pace.chunk_limit(24, 100) < before

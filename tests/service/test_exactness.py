@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from service.api.app import create_app
@@ -180,6 +181,9 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
 
 @pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", False), ("float32", False), ("int8", True)])
 def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> None:
+    weights = load_file(directory / "model.safetensors")
+    weights["wpe.weight"].zero_()  # without a sense of place its texts soon repeat themselves
+    save_file(weights, directory / "model.safetensors")
     rng = random.Random(4)
     bodies: list[dict[str, Any]] = [
         {

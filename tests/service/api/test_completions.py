@@ -238,7 +238,8 @@ def test_tokens_that_come_several_in_a_step_are_what_comes_one_by_one(fields: di
         assert together[:3] == one_by_one[:3]
         assert one_by_one[0].startswith(" go")
         assert (one_by_one[0] == " go") == ("stop" in fields)
-        assert together[3] < one_by_one[3] / (1 if "stop" in fields else 2)
+        if "stop" not in fields:  # otherwise most of the text is held back, and in few chunks anyway
+            assert together[3] < one_by_one[3] / 2
 
     run(test)
 

@@ -44,6 +44,7 @@ class Load(NamedTuple):
     requests: int
     prompt: int = 128
     output: int = 128
+    temperature: float = 0.0
 
 
 class Stream(NamedTuple):
@@ -117,7 +118,7 @@ async def keep(url: str, model: str, load: Load, prompts: list[list[int]]) -> Re
 
     async def work(session: aiohttp.ClientSession) -> None:
         while waiting:
-            done.append(await complete(session, url, model, waiting.pop(), load.output))
+            done.append(await complete(session, url, model, waiting.pop(), load.output, load.temperature))
 
     async with client() as session:
         started = time.perf_counter()
@@ -141,13 +142,15 @@ def client() -> aiohttp.ClientSession:
     )
 
 
-async def complete(session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], output: int) -> Stream:
-    """One greedy stream of `output` tokens. Raises BenchError."""
+async def complete(
+    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], output: int, temperature: float = 0.0
+) -> Stream:
+    """One stream of `output` tokens. Raises BenchError."""
     body = {
         "model": model,
         "prompt": prompt,
         "max_tokens": output,
-        "temperature": 0,
+        "temperature": temperature,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},

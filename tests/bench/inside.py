@@ -103,7 +103,7 @@ def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[
     return recording.calls
 
 
-def engine(model: str, dtype: str, load: list[int], seed: str) -> float:
+def engine(model: str, dtype: str, load: list[Any], seed: str) -> float:
     """Output tokens/s of the engine alone: what a client over HTTP would see if HTTP were free."""
     return asyncio.run(drive(settings(model, dtype), Load(*load), seed))
 

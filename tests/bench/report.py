@@ -107,6 +107,7 @@ class Sample(NamedTuple):
     requests: int | None = None
     prompt: int | None = None
     output: int | None = None
+    temperature: float | None = None
     tokens_per_second: float = math.nan
     ttft_p50: float = math.nan
     ttft_p99: float = math.nan

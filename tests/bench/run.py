@@ -51,7 +51,7 @@ class Sizes(NamedTuple):
     prompt: int
     output: int
     long: Load  # long prompts
-    full: Load  # prompt and output fill the context
+    full: Load  # prompt and output fill the context; sampled, or texts that repeat themselves would end before others begin
     gaps: Load
     arriving: int  # the prompt that arrives every second of `every`
     every: float
@@ -70,7 +70,7 @@ REAL = Sizes(
     prompt=128,
     output=128,
     long=Load(4, 8, 1500, 64),
-    full=Load(16, 16, 1920, 128),
+    full=Load(16, 16, 1920, 128, 1.0),
     gaps=Load(8, 8, 128, 512),
     arriving=2000,
     every=2.0,
@@ -88,7 +88,7 @@ QUICK = Sizes(
     prompt=8,
     output=4,
     long=Load(4, 4, 150, 4),
-    full=Load(4, 4, 192, 64),
+    full=Load(4, 4, 192, 64, 1.0),
     gaps=Load(2, 2, 8, 40),
     arriving=200,
     every=0.05,

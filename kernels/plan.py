@@ -12,6 +12,9 @@ from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 from kernels.block_layout import BlockLayout
 from kernels.patterns import Pattern
 
+# Stands in Tile.page_ids.
+NO_PAGE = -1
+
 
 class PageList(NamedTuple):
     """The R live pages of a decode step as one flat list: raggedness, paging and the pattern are which pages stand in it.
@@ -77,9 +80,6 @@ class Tile(NamedTuple):
     hidden: list[tuple[slice, Tensor]]  # ranges of the n * 64 keys, and which of them (T, range) a query does not see
     hidden_at_edges: Tensor  # (T, 128): the same for the keys of the first and the last page; (T, 64) where n is 1
     unwritten: int  # keys at the end that nobody has written yet
-
-
-NO_PAGE = -1
 
 
 @dataclass(frozen=True, eq=False)

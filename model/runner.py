@@ -1,7 +1,7 @@
 """Owns what lives on the device: weights, KV pools, one row of state per slot. StepInput in, Sampled out.
 
-Steps that only decode run over buffers of fixed address and size: the batch is padded to a bucket, and on CUDA each
-bucket is one captured graph. Everything else is the same code on every device.
+Steps that only decode are padded to a bucket, and on CUDA each bucket is one captured graph over buffers of fixed address
+and size. Everything else is the same code on every device.
 """
 
 import gc

@@ -38,7 +38,7 @@ class BenchError(ValueError):
 
 
 class Load(NamedTuple):
-    """What to ask for: `requests` streams of `prompt` + `output` tokens, `streams` at a time."""
+    """What to ask for: `requests` streams of `prompt` + `output` tokens, `streams` at a time; greedy at temperature 0."""
 
     streams: int
     requests: int

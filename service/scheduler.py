@@ -102,7 +102,7 @@ class Sequence:
 
 
 class Delta(NamedTuple):
-    """What one step did to one sequence: one token, or several if a draft came true, and why it ended if it did."""
+    """What one step did to one sequence: no token, one, or several if a draft came true, and why it ended if it did."""
 
     sequence: Sequence
     tokens: list[int]
@@ -378,7 +378,7 @@ class Scheduler:
         ]
 
     def _verified(self, scheduled: Scheduled, sampled: Sampled) -> dict[Sequence, Delta]:
-        """What was sampled behind tokens that are a sequence's own. What stands behind a wrong guess was not computed."""
+        """What was sampled behind tokens that are a sequence's own. Rows from a wrong guess on count as not computed."""
         found: dict[Sequence, Delta] = {}
         num_drafted = num_right = 0
         right = True

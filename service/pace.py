@@ -2,8 +2,8 @@
 
 from typing import NamedTuple
 
-# Prompt tokens that run beside decoding streams even where the pace allows fewer, so that prompts always get on.
-MIN_CHUNK = 16
+from kernels.band import PAGE_SIZE
+
 # Weight of the newest step in what is learnt.
 NEWEST = 0.5
 
@@ -40,12 +40,13 @@ class Pace:
 
     def chunk_limit(self, num_rows: int, start: int) -> int:
         """Prompt tokens, from position `start` of a prompt on, that make a step with `num_rows` take twice as long as one
-        without prompts."""
+        without prompts. A page at least, whose queries are cheapest together: in smaller chunks prompts would take more
+        from the streams' throughput than they spare each of their tokens."""
         one = self._expected(Load(0, 1, start)) - self._expected(Load(0, 0, 0))
         if self._decoding is None or one <= 0:
-            return MIN_CHUNK
+            return PAGE_SIZE
         room = 2 * self._decoding - self._expected(Load(num_rows, 0, 0))
-        return max(MIN_CHUNK, int(room / one))
+        return max(PAGE_SIZE, int(room / one))
 
     def _expected(self, load: Load) -> float:
         return sum(factor * part for factor, part in zip(self._seconds, load.scaled(), strict=True))

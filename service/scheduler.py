@@ -22,7 +22,10 @@ from model.step import (
 )
 from service.drafting import PromptLookup
 from service.kv_cache import FilledPage, KVCache, PageKey, page_keys
-from service.pace import MIN_CHUNK, Load, Pace
+from service.pace import Load, Pace
+
+# Tokens of a step that decoding leaves to prompts, so that these always get on.
+MIN_CHUNK = 16
 
 # "stop" and "length" are the client's; "error": the step raised; "timeout": waited too long to start.
 FinishReason = Literal["stop", "length", "error", "timeout"]

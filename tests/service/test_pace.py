@@ -4,12 +4,13 @@ import random
 
 import pytest
 
-from service.pace import MIN_CHUNK, Load, Pace
+from kernels.band import PAGE_SIZE
+from service.pace import Load, Pace
 
 
 def machine(load: Load) -> float:
-    """Seconds of a step: 10 ms, half a millisecond a token, and as much for a token that sees 1024 keys."""
-    return 0.01 + 0.0005 * (load.rows + load.tokens) + 0.0005 * load.keys / 1024
+    """Seconds of a step: 10 ms, half a millisecond a row, a tenth a prompt token, and as much where that sees 1024 keys."""
+    return 0.01 + 0.0005 * load.rows + 0.0001 * (load.tokens + load.keys / 1024)
 
 
 def learnt(noise: float = 0.0, seed: int = 0) -> Pace:
@@ -34,13 +35,13 @@ def learnt(noise: float = 0.0, seed: int = 0) -> Pace:
 
 
 def test_nothing_is_known_at_first() -> None:
-    assert Pace().chunk_limit(8, 0) == MIN_CHUNK
+    assert Pace().chunk_limit(8, 0) == PAGE_SIZE
     pace = Pace()
     pace.observe(Load(0, 500, 0), 0.3)
-    assert pace.chunk_limit(8, 0) == MIN_CHUNK, "of decoding"
+    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of decoding"
     pace = Pace()
     pace.observe(Load(8, 0, 0), 0.3)
-    assert pace.chunk_limit(8, 0) == MIN_CHUNK, "of prompts"
+    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of prompts"
 
 
 @pytest.mark.parametrize("start", [0, 700, 1400])
@@ -56,7 +57,7 @@ def test_a_step_with_a_chunk_takes_twice_as_long(start: int, noise: float) -> No
 
 def test_more_rows_leave_less_for_prompts() -> None:
     pace = learnt()
-    assert pace.chunk_limit(8, 0) > pace.chunk_limit(24, 0) > pace.chunk_limit(500, 0) == MIN_CHUNK
+    assert pace.chunk_limit(8, 0) > pace.chunk_limit(24, 0) > pace.chunk_limit(500, 0) == PAGE_SIZE
 
 
 def test_long_contexts_leave_less_for_prompts() -> None:
@@ -69,6 +70,6 @@ def test_a_machine_that_becomes_slower_is_followed() -> None:
     before = pace.chunk_limit(24, 100)
     for _ in range(30):
         count = pace.chunk_limit(24, 100)
-        pace.observe(Load(24, count, count * 100), 2 * machine(Load(24, 0, 0)) + 0.0025 * count)
+        pace.observe(Load(24, count, count * 100), 2 * machine(Load(24, 0, 0)) + 0.0005 * count)
         pace.observe(Load(24, 0, 0), 2 * machine(Load(24, 0, 0)))
     assert pace.chunk_limit(24, 100) < before

@@ -203,7 +203,7 @@ class Scheduler:
         decoding = [sequence for sequence in self.running.values() if sequence.is_decoding]
         room = self.step_tokens - MIN_CHUNK - len(decoding)
         for sequence in decoding:
-            room -= self._add_decode(scheduled, sequence, room)
+            room -= self._add_decode(scheduled, sequence, room, len(decoding))
         num_decodes = len(scheduled.step.decodes)
         prompts = self._prompts()
         budget = self.step_tokens - num_decodes
@@ -271,11 +271,11 @@ class Scheduler:
         common = sequence.usable_keys[: family.num_common // PAGE_SIZE]
         return self.cache.prefix(common) < len(common)
 
-    def _add_decode(self, scheduled: Scheduled, sequence: Sequence, room: int) -> int:
+    def _add_decode(self, scheduled: Scheduled, sequence: Sequence, room: int, streams: int) -> int:
         """Add the next token of a sequence and, behind it, a draft of at most `room` tokens; the length of the draft."""
         tokens: list[int | None] = [None]
         if sequence.lookup:
-            tokens = [sequence.lookup.last, *sequence.lookup.draft(min(room, self._draft_limit(sequence)))]
+            tokens = [sequence.lookup.last, *sequence.lookup.draft(min(room, self._draft_limit(sequence)), streams)]
         for token in tokens:
             scheduled.step.decodes.append(DecodeRow(sequence.slot, sequence.num_computed, token))
             self._compute(scheduled, sequence, 1)

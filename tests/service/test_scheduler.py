@@ -414,16 +414,16 @@ def test_as_many_prompts_as_streams_take_the_whole_step() -> None:
 # Drafts
 
 
-def looping(max_tokens: int = 40, **fields: Any) -> Scheduler:
-    """A scheduler that has seen one sequence sample 2, 3, 2, 3, 2, 3."""
-    scheduler = make(64, max_draft=7)
+def looping(max_tokens: int = 40, max_slots: int = 4, **fields: Any) -> Scheduler:
+    """A scheduler that has seen one sequence sample 2, 3, 2, 3, 2, 3, 2."""
+    scheduler = make(64, max_draft=3, max_slots=max_slots, dense_sequences=max_slots, banded_sequences=max_slots)
     loop = Sequence([9], max_tokens, **{"sampling": SamplingParams()} | fields)
     scheduler.submit([loop])
-    while loop.num_generated < 6:
+    while loop.num_generated < 7:
         step = scheduler.schedule(0.0)
         assert step is not None
         scheduler.commit(answers(step, [2 + step.token_positions[row.token] % 2 for row in step.samples]), 0.01)
-    assert loop.num_generated == 6
+    assert loop.num_generated == 7
     return scheduler
 
 
@@ -431,13 +431,24 @@ def test_a_loop_is_drafted_and_what_comes_true_is_kept() -> None:
     scheduler = looping()
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 6, 3), DecodeRow(0, 7, 2), DecodeRow(0, 8, 3), DecodeRow(0, 9, 2)]
-    (delta,) = scheduler.commit(answers(step, [2, 3, 2, 5]), 0.01)
-    assert delta.tokens == [2, 3, 2, 5]
+    assert step.decodes == [DecodeRow(0, 7, 2), DecodeRow(0, 8, 3), DecodeRow(0, 9, 2), DecodeRow(0, 10, 3)]
+    (delta,) = scheduler.commit(answers(step, [3, 2, 3, 5]), 0.01)
+    assert delta.tokens == [3, 2, 3, 5]
     assert scheduler.drafts == (3, 3)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 10, 5)], "the streak is over"
+    assert step.decodes == [DecodeRow(0, 11, 5)], "the copy is over"
+
+
+def test_a_draft_is_the_shorter_the_more_streams_pay_for_it() -> None:
+    scheduler = looping(max_slots=40)
+    scheduler.submit([sequence(1, 9) for _ in range(39)])
+    for num_rows in (4, 3):
+        step = scheduler.schedule(0.0)
+        assert step is not None
+        assert sum(row.slot == 0 for row in step.decodes) == num_rows
+        others = [6 if row.slot else 2 + step.token_positions[row.token] % 2 for row in step.samples]
+        scheduler.commit(answers(step, others), 0.01)
 
 
 def test_nothing_behind_a_wrong_guess_is_kept() -> None:
@@ -449,7 +460,7 @@ def test_nothing_behind_a_wrong_guess_is_kept() -> None:
     assert scheduler.drafts == (3, 0)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 7, 4)]
+    assert step.decodes == [DecodeRow(0, 8, 4)]
     assert scheduler.faults() == []
 
 
@@ -458,25 +469,25 @@ def test_a_stop_token_in_a_draft_ends_the_sequence_there() -> None:
     step = scheduler.schedule(0.0)
     assert step is not None
     found: list[TokenLogprobs | None] = [TokenLogprobs(-i, []) for i in range(4)]
-    (delta,) = scheduler.commit(Sampled([2, EOS, 2, 5], found, []), 0.01)
-    assert (delta.tokens, delta.finish_reason, delta.logprobs) == ([2, EOS], "stop", tuple(found[:2]))
+    (delta,) = scheduler.commit(Sampled([3, EOS, 3, 5], found, []), 0.01)
+    assert (delta.tokens, delta.finish_reason, delta.logprobs) == ([3, EOS], "stop", tuple(found[:2]))
     assert scheduler.idle
 
 
 def test_no_draft_goes_beyond_max_tokens() -> None:
-    scheduler = looping(max_tokens=8)
+    scheduler = looping(max_tokens=9)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 6, 3), DecodeRow(0, 7, 2)]
-    (delta,) = scheduler.commit(answers(step, [2, 3]), 0.01)
-    assert (delta.tokens, delta.finish_reason) == ([2, 3], "length")
+    assert step.decodes == [DecodeRow(0, 7, 2), DecodeRow(0, 8, 3)]
+    (delta,) = scheduler.commit(answers(step, [3, 2]), 0.01)
+    assert (delta.tokens, delta.finish_reason) == ([3, 2], "length")
 
 
 def test_penalties_look_at_what_was_sampled_and_so_forbid_drafts() -> None:
     scheduler = looping(sampling=SamplingParams(presence_penalty=0.5))
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 6)]
+    assert step.decodes == [DecodeRow(0, 7)]
 
 
 def answers(step: StepInput, tokens: list[int]) -> Sampled:

@@ -3,15 +3,13 @@
 Signatures and shapes are those of kernels.ops.Ops.
 """
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
 from kernels.cpu_sampling import sample as sample
-from kernels.int8 import Int8Weight, multiply, quantize_rows, quantize_weight
+from kernels.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.ops import Weight
 from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
@@ -43,8 +41,6 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     A row's arithmetic depends on its own pages only, never on its batch-mates.
     """
     queries = q.float() * scale
-    if len(q) == 1:
-        queries = queries.expand(2, -1, -1)  # see PageList
     pages = plan.page_list
     parts = [
         attend_pages(queries, k_pages, v_pages, pages, slice(start, start + PAGES_AT_A_TIME))
@@ -58,7 +54,7 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     weight = (peak - highest[pages.owners]).exp()  # (R, H)
     sums = total.new_zeros(batch, heads).index_add_(0, pages.owners, weight * total)
     merged = out.new_zeros(batch, heads, dim).index_add_(0, pages.owners, weight.unsqueeze(-1) * out)
-    return (merged / sums.unsqueeze(-1)).to(q.dtype)[: len(q)]
+    return (merged / sums.unsqueeze(-1)).to(q.dtype)
 
 
 def attend_pages(
@@ -69,7 +65,7 @@ def attend_pages(
     k = k_pages.index_select(0, page_ids).float()  # (R, H, 64, D)
     v = v_pages.index_select(0, page_ids).float()
     # Keys not written yet may hold anything, NaN included, and 0 * NaN is NaN.
-    last_pages = pages.last_pages
+    last_pages = pages.offsets[1:] - 1
     unwritten = last_pages[(last_pages >= rows.start) & (last_pages < rows.stop)] - rows.start
     v[unwritten] = v[unwritten].masked_fill(~visible[unwritten, None, :, None], 0.0)
     scores = torch.matmul(k, queries[pages.owners[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
@@ -152,8 +148,10 @@ def pack(weight: Tensor, *, quantize: bool) -> Weight:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     """Of a packed weight, bias and activation are applied before the sum is rounded, and a row has the same bits whatever
     stands beside it. Otherwise differentiable."""
-    if isinstance(weight, Int8Weight):
-        return linear_int8(x, weight, bias, activation, quantize_rows)
+    if isinstance(weight, OneDNNWeight):
+        product = multiply(*quantize_rows(x), weight, bias)
+        return bias_activation(product, None, activation) if activation else product
+    assert isinstance(weight, Tensor), "packed by other ops"
     if weight.is_mkldnn:
         # oneDNN splits the sum of a lone row among threads, which gives it other bits.
         rows = torch.cat((x, x)) if x.numel() == x.shape[-1] else x
@@ -162,18 +160,6 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
     if activation:
         return bias_activation(product, bias, activation)
     return product if bias is None else product + bias.to(product.dtype)
-
-
-def linear_int8(
-    x: Tensor,
-    weight: Int8Weight,
-    bias: Tensor | None,
-    activation: Activation | None,
-    quantize: Callable[[Tensor], tuple[Tensor, Tensor]],
-) -> Tensor:
-    """`linear` of a weight in int8; `quantize` is an implementation of kernels.int8.quantize_rows."""
-    product = multiply(*quantize(x), weight, bias)
-    return bias_activation(product, None, activation) if activation else product
 
 
 def add_layernorm(

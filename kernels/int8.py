@@ -1,9 +1,10 @@
-"""Products in int8 on CPUs: weights scaled per output channel, activations per row. By oneDNN, through PyTorch.
+"""Products in int8 on CPUs: weights scaled per output channel, activations per row. Here by oneDNN, through PyTorch.
 
 A scale for each row, and not for the whole step, so that a loud row leaves the others as they are.
 """
 
-from typing import NamedTuple
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,24 +14,37 @@ ZERO_POINT = 128
 LARGEST = 127
 
 
-class Int8Weight(NamedTuple):
-    """A weight (O, C) as integers of -127 to 127 and a scale for each of its rows."""
+@dataclass(frozen=True, eq=False)
+class Int8Weight(ABC):
+    """A weight (O, C) as integers of -127 to 127 and a scale for each of its rows, laid out for who multiplies."""
 
+    scales: Tensor  # (O,) fp32, or longer
+
+    @abstractmethod
+    def integers(self) -> Tensor:
+        """(O, C) int8."""
+
+
+@dataclass(frozen=True, eq=False)
+class OneDNNWeight(Int8Weight):
     packed: Tensor  # (C, O) int8 in oneDNN's blocked layout
-    scales: Tensor  # (O,) fp32
     zero_points: Tensor  # (O,) int64, all 0: oneDNN asks for them
 
     def integers(self) -> Tensor:
-        """(O, C) int8."""
         return self.packed.to_dense().T
 
 
-def quantize_weight(weight: Tensor) -> Int8Weight:
-    """Of a weight (O, C)."""
+def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight (O, C) as integers (O, C) int8, and scales (O,) fp32."""
     scales = weight.float().abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny) / LARGEST
-    integers = (weight.float() / scales[:, None]).round().to(torch.int8)
+    return (weight.float() / scales[:, None]).round().to(torch.int8), scales
+
+
+def quantize_weight(weight: Tensor) -> OneDNNWeight:
+    """Of a weight (O, C)."""
+    integers, scales = quantize_channels(weight)
     packed = torch.ops.onednn.qlinear_prepack(integers, None)
-    return Int8Weight(packed, scales, torch.zeros(len(scales), dtype=torch.int64))
+    return OneDNNWeight(scales, packed, torch.zeros(len(scales), dtype=torch.int64))
 
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,12 +54,13 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return ((x.float() / scales.float()).round() + ZERO_POINT).to(torch.uint8), scales
 
 
-def multiply(integers: Tensor, scales: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+def multiply(integers: Tensor, scales: Tensor, weight: OneDNNWeight, bias: Tensor | None) -> Tensor:
     """Quantised rows (N, C) times the weight's transpose, and bias (O,): (N, O) in the dtype of `scales`.
 
     Sums of products are exact, so a row has the same bits whatever stands beside it.
     """
+    channels = weight.packed, weight.scales, weight.zero_points
     product = torch.ops.onednn.qlinear_pointwise(
-        integers, 1.0, ZERO_POINT, *weight, None, 1.0, 0, scales.dtype, "none", [], ""
+        integers, 1.0, ZERO_POINT, *channels, None, 1.0, 0, scales.dtype, "none", [], ""
     )  # fmt: skip
     return product * scales if bias is None else torch.addcmul(bias, product, scales)

@@ -6,6 +6,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
@@ -17,17 +18,13 @@ NO_PAGE = -1
 
 
 class PageList(NamedTuple):
-    """The R live pages of a decode step as one flat list: raggedness, paging and the pattern are which pages stand in it.
-
-    B, R and W are at least 2, because compiled code takes a 1 for a constant: a lone sequence has an empty one behind it,
-    and of a lone page there is a second.
-    """
+    """The R live pages of a decode step as one flat list: raggedness, paging and the pattern are which pages stand in it."""
 
     page_ids: Tensor  # (R,) int64, ordered by sequence, then by position
     owners: Tensor  # (R,) int64: which of the B each page belongs to
     visible: Tensor  # (R, PAGE_SIZE) bool: keys that the query sees
-    rows: Tensor  # (B, W) int64: index into R of each sequence's pages in turn, R where it has no more
-    last_pages: Tensor  # (B,) int64: index into R of the page that ends each sequence, the only one with unwritten keys
+    # (B + 1,) int64: where each sequence's pages begin, and the end. Its last page is the only one with unwritten keys.
+    offsets: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,23 +50,15 @@ class DecodePlan:
             first_entry, ends = self.layout.row_ptr[own_page].long(), self.layout.row_ptr[own_page + 1].long()
             counts = ends - first_entry
         owners = torch.repeat_interleave(counts)
-        ends = counts.cumsum(0)
-        starts = ends - counts
-        index_in_sequence = torch.arange(len(owners), device=owners.device) - starts[owners]
+        offsets = F.pad(counts.cumsum(0), (1, 0))
+        index_in_sequence = torch.arange(len(owners), device=owners.device) - offsets[owners]
         if self.layout is None:
             page_index = first_page[owners] + index_in_sequence
         else:
             page_index = self.layout.col_idx[first_entry[owners] + index_in_sequence].long()
         keys = page_index[:, None] * PAGE_SIZE + torch.arange(PAGE_SIZE, device=owners.device)  # (R, PAGE_SIZE)
         visible = self.pattern.sees(self.lengths[owners, None] - 1, keys)
-        page_ids = self.page_table[owners, page_index].long()
-        if len(owners) == 1:
-            page_ids, owners, visible = page_ids.repeat(2), torch.arange(2, device=owners.device), visible.repeat(2, 1)
-        rows = starts[:, None] + torch.arange(max(2, int(counts.max())), device=owners.device)  # (B, W)
-        rows = rows.where(rows < ends[:, None], len(owners))
-        if len(rows) == 1:
-            rows = torch.cat((rows, torch.full_like(rows, len(owners))))
-        return PageList(page_ids, owners, visible, rows, ends - 1)
+        return PageList(self.page_table[owners, page_index].long(), owners, visible, offsets)
 
 
 class Tile(NamedTuple):

@@ -72,7 +72,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
     if isinstance(weight, Int8Weight):
         integers, scales = quantize_rows(x)  # the rounding of rows is a definition, and nothing that could be wrong
         rows = (integers.double() - ZERO_POINT) * scales.double()
-        product = rows @ (weight.integers().double() * weight.scales.double()[:, None]).T
+        channels = weight.integers().double()
+        product = rows @ (channels * weight.scales[: len(channels), None]).T
         product = (product if bias is None else product + bias.double()).to(x.dtype)
     else:
         product = F.linear(x, weight.to_dense().to(x.dtype) if weight.is_mkldnn else weight, bias)

@@ -157,8 +157,7 @@ def choose_ops(model: GPT, settings: Settings) -> Ops:
     weight, config = model.wte.weight, model.config
     compiled = None
     if weight.device.type == "cpu" and settings.kernels == "auto" and settings.compile:
-        shape = cpu_compiled.Shape(config.n_head, config.head_dim, weight.dtype)
-        compiled = cpu_compiled.load(shape, quantize=settings.dtype == "int8")
+        compiled = cpu_compiled.load(cpu_compiled.Shape(config.head_dim, weight.dtype))
     return compiled or ops.choose(weight.device, settings.kernels)
 
 

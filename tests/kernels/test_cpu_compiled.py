@@ -1,5 +1,6 @@
 """Compiled decode attention: values, bits, which keys are looked at, its cache, and what happens without a compiler."""
 
+import ctypes
 import logging
 from pathlib import Path
 
@@ -20,9 +21,9 @@ NUM_HEADS, DIM = 3, 32
 patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lambda p: f"{p.kind}{p.size or ''}")
 
 
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
 def shape(request: pytest.FixtureRequest) -> Shape:
-    return Shape(NUM_HEADS, DIM, request.param)
+    return Shape(DIM, request.param)
 
 
 @pytest.fixture(scope="module")
@@ -89,23 +90,24 @@ def test_the_second_start_takes_what_the_first_has_compiled(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     built = []
 
-    def build(name: str, shape: Shape, package: Path) -> None:
-        package.parent.mkdir(parents=True, exist_ok=True)
-        package.write_bytes(b"a package")
-        built.append(name)
+    def build(shape: Shape, library: Path) -> None:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.write_bytes(b"a library")
+        built.append(shape)
 
     monkeypatch.setattr(cpu_compiled, "build", build)
-    monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda shape, packages: packages)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: path)
+    monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda library: library)
     with caplog.at_level(logging.INFO):
         first = load(shape)
         second = load(shape)
     assert first == second
     assert len(built) == 1
     assert [record.message for record in caplog.records] == [
-        "compiling decode for this machine and shape of heads: once, it takes half a minute"
+        "compiling decode attention for this machine and size of heads: once, it takes a second"
     ]
     load(shape._replace(head_dim=48))
-    assert len(built) == 2, "another shape, another package"
+    assert len(built) == 2, "another shape, another library"
 
 
 def test_without_a_compiler_it_says_so_and_serves_op_by_op(
@@ -114,20 +116,33 @@ def test_without_a_compiler_it_says_so_and_serves_op_by_op(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with caplog.at_level(logging.WARNING):
-        assert load(Shape(2, 16, torch.float32)) is None
-    assert "decode is not compiled, so that steps take up to twice as long: " in caplog.text
+        assert load(Shape(16, torch.float32)) is None
+    assert "decode attention is not compiled, so that steps take up to twice as long: " in caplog.text
     assert "no-such-compiler" in caplog.text
-    assert not list(tmp_path.rglob("*.pt2"))
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load(Shape(16, torch.float32)) is None
+    assert "no C++ compiler: none of c++, g++, clang++ is installed, and CXX names none" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
 
 
-def test_a_package_that_cannot_be_loaded_is_no_reason_to_fail(
+def test_what_the_compiler_says_is_passed_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    shape = Shape(2, 16, torch.float32)
-    package = tmp_path / "banded" / f"decode-{cpu_compiled.key(shape)}.pt2"
-    package.parent.mkdir()
-    package.write_bytes(b"half a file")
+    monkeypatch.setenv("CXX", "sh -c 'echo this is too new for me >&2; exit 3'")
+    assert load(Shape(16, torch.float32)) is None
+    assert "this is too new for me" in caplog.text
+
+
+def test_a_library_that_cannot_be_loaded_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = Shape(16, torch.float32)
+    library = tmp_path / "banded" / f"cpu-{cpu_compiled.key(shape)}.so"
+    library.parent.mkdir()
+    library.write_bytes(b"half a file")
     assert load(shape) is None
     assert "what was compiled can't be loaded, so that steps take up to twice as long: " in caplog.text
 
@@ -138,5 +153,5 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
     occupied = tmp_path / "file"
     occupied.write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
-    assert load(Shape(2, 16, torch.float32)) is None
+    assert load(Shape(16, torch.float32)) is None
     assert "Not a directory" in caplog.text

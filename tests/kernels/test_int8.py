@@ -25,7 +25,7 @@ def path(request: pytest.FixtureRequest) -> str:
 def ops(path: str, dtype: torch.dtype) -> Ops:
     if path == "op by op":
         return cpu
-    compiled = cpu_compiled.load(cpu_compiled.Shape(3, 32, dtype), quantize=True)
+    compiled = cpu_compiled.load(cpu_compiled.Shape(32, dtype))
     assert compiled is not None
     return compiled
 

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-import subprocess
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -10,14 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cpu, cpu_compiled
+from kernels import cpu
 from kernels.names import KernelChoice
 from model.step import SamplingParams
 from service import loading
 from service.choice import ChoiceRequest
 from service.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
 from service.metrics import Metrics
-from service.process import one_torch_thread
 from service.scheduler import Sequence
 from service.served import ServedModel
 from service.settings import Settings
@@ -258,19 +256,3 @@ def test_int8_on_a_cpu_that_would_saturate_is_refused(tmp_path: Path, monkeypatc
         LoadError, match="dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype fl"
     ):
         served(tiny("banded", tmp_path, vocab_size=50257), dtype="int8")
-
-
-def test_what_is_compiled_runs_with_the_threads_of_a_step_and_not_of_loading(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[list[str]] = []
-
-    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
-        commands.append(command)
-        return subprocess.CompletedProcess(command, 1, stderr="g++ is not here\n")
-
-    monkeypatch.setattr(subprocess, "run", run)
-    with one_torch_thread():
-        problem = cpu_compiled.build("decode", cpu_compiled.Shape(2, 16, torch.float32), tmp_path / "package.pt2")
-    assert problem == "g++ is not here"
-    assert commands[0][-2] == str(torch.get_num_threads())

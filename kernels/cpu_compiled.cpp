@@ -58,11 +58,15 @@ void store(float* target, Floats x) {
   std::memcpy(target, &x, COUNT * sizeof *target);
 }
 
+// Its upper 16 bits are the bfloat16; NaN stays NaN.
+Words rounded(Floats x) {
+  const Words raw = bits_of<Words>(x);
+  return x == x ? raw + 0x7fff + ((raw >> 16) & 1) : raw | 0x400000;
+}
+
 template <int COUNT = LANES>
 void store(bfloat16* target, Floats x) {
-  Words raw = bits_of<Words>(x);
-  Words rounded = raw + 0x7fff + ((raw >> 16) & 1);
-  Halves narrow = __builtin_convertvector((x == x ? rounded : raw | 0x400000) >> 16, Halves);  // NaN stays NaN
+  const Halves narrow = __builtin_convertvector(rounded(x) >> 16, Halves);
   std::memcpy(target, &narrow, COUNT * sizeof *target);
 }
 
@@ -103,7 +107,7 @@ Floats sums(Floats* rows) {
 }
 
 // Of numbers that ROUNDER has been added to.
-Ints integers(Floats rounded) { return bits_of<Ints>(rounded) - bits_of<int32_t>(ROUNDER); }
+Ints integers(Floats shifted) { return bits_of<Ints>(shifted) - bits_of<int32_t>(ROUNDER); }
 
 float sum(Floats x) {
   Floats rows[LANES] = {x};
@@ -119,8 +123,8 @@ float highest(Floats x) {
 // e^x to within 1e-7 of it; 0 below -87, where it has no normal number. Cephes' reduction and polynomial.
 Floats exp(Floats x) {
   Floats y = x < -87.3f ? Floats{} - 87.3f : x > 88.3f ? Floats{} + 88.3f : x;
-  Floats rounded = y * 1.44269504f + ROUNDER;
-  Floats whole = rounded - ROUNDER;
+  Floats shifted = y * 1.44269504f + ROUNDER;
+  Floats whole = shifted - ROUNDER;
   Floats r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
   Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
@@ -128,32 +132,63 @@ Floats exp(Floats x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  p = bits_of<Floats>(bits_of<Ints>(p) + (integers(rounded) << 23));
+  p = bits_of<Floats>(bits_of<Ints>(p) + (integers(shifted) << 23));
   return x < -87.3f ? Floats{} : x == x ? p : x;
 }
 
 // ---- decode attention
 
-constexpr int VECTORS = (HEAD_DIM + LANES - 1) / LANES;
-constexpr int TAIL = HEAD_DIM - (VECTORS - 1) * LANES;  // numbers in the last of them
+constexpr int PAIR = 2 * LANES;  // numbers of a head that are loaded at once
+constexpr int PAIRS = (HEAD_DIM + PAIR - 1) / PAIR;
+constexpr int TAIL = HEAD_DIM - (PAIRS - 1) * PAIR;  // numbers in the last of them
 // Sequences that go through their pages side by side: a page that several see, as a draft's rows do, is in the cache for
 // all but the first.
 constexpr int ROWS = 8;
 
+// A head's numbers as fp32, in an order that depends on ELEMENT, and zeros behind them.
 struct Head {
-  Floats part[VECTORS];
+  Floats part[2 * PAIRS];
 };
+
+template <int COUNT, class Element>
+void load_pair(const Element* source, Floats* pair) {
+  constexpr int FIRST = std::min(COUNT, LANES);
+  pair[0] = load<FIRST>(source);
+  pair[1] = load<COUNT - FIRST>(source + FIRST);
+}
+
+template <int COUNT, class Element>
+void store_pair(Element* target, const Floats* pair) {
+  constexpr int FIRST = std::min(COUNT, LANES);
+  store<FIRST>(target, pair[0]);
+  store<COUNT - FIRST>(target + FIRST, pair[1]);
+}
+
+// The even numbers and the odd ones: one instruction each, where widening 16 bits takes compilers five.
+template <int COUNT>
+void load_pair(const bfloat16* source, Floats* pair) {
+  Words words{};
+  std::memcpy(&words, source, COUNT * sizeof *source);
+  pair[0] = bits_of<Floats>(words << 16);
+  pair[1] = bits_of<Floats>(words & 0xffff0000);
+}
+
+template <int COUNT>
+void store_pair(bfloat16* target, const Floats* pair) {
+  const Words words = rounded(pair[0]) >> 16 | (rounded(pair[1]) & 0xffff0000);
+  std::memcpy(target, &words, COUNT * sizeof *target);
+}
 
 Head load_head(const ELEMENT* source) {
   Head head;
-  for (int j = 0; j < VECTORS - 1; j++) head.part[j] = load(source + j * LANES);
-  head.part[VECTORS - 1] = load<TAIL>(source + (VECTORS - 1) * LANES);
+  for (int i = 0; i < PAIRS - 1; i++) load_pair<PAIR>(source + i * PAIR, head.part + 2 * i);
+  load_pair<TAIL>(source + (PAIRS - 1) * PAIR, head.part + 2 * (PAIRS - 1));
   return head;
 }
 
 void store_head(ELEMENT* target, const Head& head) {
-  for (int j = 0; j < VECTORS - 1; j++) store(target + j * LANES, head.part[j]);
-  store<TAIL>(target + (VECTORS - 1) * LANES, head.part[VECTORS - 1]);
+  for (int i = 0; i < PAIRS - 1; i++) store_pair<PAIR>(target + i * PAIR, head.part + 2 * i);
+  store_pair<TAIL>(target + (PAIRS - 1) * PAIR, head.part + 2 * (PAIRS - 1));
 }
 
 void prefetch_head(const ELEMENT* source) {
@@ -178,7 +213,7 @@ void attend(Softmax& softmax, const ELEMENT* k, const ELEMENT* v, const uint8_t*
       prefetch_head(v + place);
       const Head key = load_head(k + place);
       products[i] = key.part[0] * query.part[0];
-      for (int j = 1; j < VECTORS; j++) products[i] += key.part[j] * query.part[j];
+      for (int j = 1; j < 2 * PAIRS; j++) products[i] += key.part[j] * query.part[j];
     }
     Bytes seen;
     std::memcpy(&seen, visible + part * LANES, LANES);
@@ -201,7 +236,7 @@ void attend(Softmax& softmax, const ELEMENT* k, const ELEMENT* v, const uint8_t*
     prefetch_head(next + i * HEAD_DIM);
     if (!visible[i]) continue;  // may never have been written, and 0 * NaN is NaN
     const Head value = load_head(v + i * HEAD_DIM);
-    for (int j = 0; j < VECTORS; j++) out.part[j] += weights[i] * value.part[j];
+    for (int j = 0; j < 2 * PAIRS; j++) out.part[j] += weights[i] * value.part[j];
   }
   softmax.out = out;
   softmax.peak = peak;
@@ -300,9 +335,9 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
     best = best > size ? best : size;
     broken += size - size;  // NaN, if there is one: it is larger than nothing
   }
-  ELEMENT rounded[LANES];
-  store(rounded, Floats{} + std::max(highest(best) / LARGEST, SMALLEST));
-  *scale = load(rounded)[0];
+  ELEMENT scales[LANES];
+  store(scales, Floats{} + std::max(highest(best) / LARGEST, SMALLEST));
+  *scale = load(scales)[0];
   *total = 0;
   for (int64_t i = 0; i < padded; i += LANES) {
     const Ints numbers = integers(part(i) / *scale + ROUNDER);
@@ -350,8 +385,8 @@ constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
 }
 
 // Up to so many rows take their own number of sums for each panel, so that each weight is read once; more of them go in
-// blocks of FEW through PAIR panels at once, which needs fewer loads for each product.
-constexpr int MANY = 16, FEW = 8, PAIR = 2;
+// blocks of FEW through PANELS panels at once, which needs fewer loads for each product.
+constexpr int MANY = 16, FEW = 8, PANELS = 2;
 
 }  // namespace
 
@@ -362,7 +397,7 @@ extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, con
                             int32_t* row_sums, ELEMENT* out, int threads) {
   const int64_t padded = (columns + LANES - 1) / LANES * LANES;
   const int64_t height = rows <= MANY ? rows : FEW;
-  const int width = rows > FEW && rows <= MANY ? 1 : PAIR;
+  const int width = rows > FEW && rows <= MANY ? 1 : PANELS;
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
@@ -374,7 +409,7 @@ extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, con
         const int64_t count = std::min(height, rows - r);
         Ints products[MANY];
         const Multiply multiply = width == 1 ? for_rows<1>(count, std::make_integer_sequence<int, MANY>())
-                                             : for_rows<PAIR>(count, std::make_integer_sequence<int, FEW>());
+                                             : for_rows<PANELS>(count, std::make_integer_sequence<int, FEW>());
         multiply(integers + r * padded, panels + o * padded, padded, products);
         for (int p = 0; p < width; p++) {
           const int64_t first = o + p * LANES, size = std::min<int64_t>(LANES, channels - first) * sizeof(ELEMENT);

@@ -6,7 +6,7 @@ from collections.abc import Sequence as Items
 # Tokens of a sequence that a step computes ahead, at most: products take as long with 8 rows as with one.
 MAX_DRAFT = 7
 # Rows that take as long as what a step takes whatever its rows, the reading of the weights for the most part.
-STEP_ROWS = 12
+STEP_ROWS = 24
 
 
 class PromptLookup:

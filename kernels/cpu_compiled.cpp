@@ -8,6 +8,13 @@
 #include <cstring>
 #include <utility>
 
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#define AMX
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace {
 
 constexpr int PAGE_SIZE = 64;
@@ -290,16 +297,166 @@ extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v
   }
 }
 
-#ifdef __AVX512VNNI__  // where it is missing, so is `linear_int8`
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)  // where they are missing, so are the functions below
 namespace {
 
-// ---- products in int8
+// ---- products with few rows
 
-constexpr float LARGEST = 127;           // of a row's integers
-constexpr float SMALLEST = 1.17549435e-38f;  // scale
-constexpr int OFFSET = 128;  // that weights have been given: the instruction multiplies unsigned numbers by signed ones
-constexpr int GROUP = 4;     // products that it adds up at once
-constexpr int AHEAD = 4096;  // bytes of weights by which memory is asked before they are needed
+// Both kinds of numbers meet in one layout: an instruction multiplies GROUP bytes of a row with GROUP bytes of each of LANES
+// channels and adds up the products of each, which are exact until then. A panel holds LANES channels, group after group, and
+// is read from front to back. Rows are whole multiples of BLOCK bytes long.
+constexpr int GROUP = 4, BLOCK = 64;
+constexpr int PANELS = 2;    // that go together; there is an even number of them
+constexpr int AHEAD = 4096;  // bytes of a panel by which memory is asked before they are needed
+
+enum Kind { INT8, BF16 };  // signed rows and unsigned weights, or bfloat16 both
+
+// One step of LANES sums. Around the intrinsics of these instructions GCC 12 copies all sums twice.
+template <Kind KIND>
+void multiply_add(Ints& sums, Ints weights, Ints group) {
+  if (KIND == INT8)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
+  else
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
+}
+
+// Sums of products of R rows with the channels of P panels: (R, P, LANES).
+template <Kind KIND, int R, int P>
+void multiply(const uint8_t* rows, const uint8_t* panels, int64_t bytes, Ints* sums) {
+  Ints total[R * P];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * P; i++) total[i] = Ints{};
+  for (int64_t c = 0; c < bytes; c += GROUP) {
+    Ints weights[P];
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++) {
+      const uint8_t* source = panels + (p * bytes + c) * LANES;
+      std::memcpy(&weights[p], source, sizeof weights[p]);
+      __builtin_prefetch(source + AHEAD);
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++) {
+      int32_t group;
+      std::memcpy(&group, rows + r * bytes + c, GROUP);
+#pragma GCC unroll 32
+      for (int p = 0; p < P; p++) multiply_add<KIND>(total[r * P + p], weights[p], Ints{} + group);
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < R * P; i++) sums[i] = total[i];
+}
+
+typedef void (*Multiply)(const uint8_t*, const uint8_t*, int64_t, Ints*);
+
+template <Kind KIND, int P, int... R>
+constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
+  constexpr Multiply functions[] = {multiply<KIND, R + 1, P>...};
+  return functions[count - 1];
+}
+
+// Up to MANY rows take their sums with one panel at once, so that each weight is read once; where there are fewer, and where
+// more go in blocks of FEW, two panels need fewer loads for each product.
+constexpr int MANY = 16, FEW = 8;
+
+#ifdef AMX
+constexpr int TILE_ROWS = 16;
+
+bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+const bool has_tiles = ask_for_tiles();
+
+// Gives this thread tiles of `rows` rows for what is multiplied, and takes them back.
+struct Tiles {
+  explicit Tiles(int64_t rows) {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = BLOCK, shape.rows[i] = i < 6 ? rows : BLOCK / GROUP;
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
+};
+
+#define MULTIPLY_TILES(SUMS, ROWS, WEIGHTS) \
+  if (KIND == INT8)                         \
+    _tile_dpbsud(SUMS, ROWS, WEIGHTS);      \
+  else                                      \
+    _tile_dpbf16ps(SUMS, ROWS, WEIGHTS);
+
+// Sums of TILE_ROWS rows each, from `first` on and from `second` on, with the channels of two panels: (2, PANELS, TILE_ROWS,
+// LANES). `second` may be null.
+template <Kind KIND>
+void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* panels, int64_t bytes, Ints* sums) {
+  const uint8_t* other = panels + bytes * LANES;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t c = 0; c < bytes; c += BLOCK) {
+    for (int i = 0; i < BLOCK * LANES; i += 64) {
+      __builtin_prefetch(panels + c * LANES + i + AHEAD);
+      __builtin_prefetch(other + c * LANES + i + AHEAD);
+    }
+    _tile_loadd(6, panels + c * LANES, BLOCK);
+    _tile_loadd(7, other + c * LANES, BLOCK);
+    _tile_loadd(4, first + c, bytes);
+    MULTIPLY_TILES(0, 4, 6)
+    MULTIPLY_TILES(1, 4, 7)
+    if (second) {
+      _tile_loadd(5, second + c, bytes);
+      MULTIPLY_TILES(2, 5, 6)
+      MULTIPLY_TILES(3, 5, 7)
+    }
+  }
+  _tile_stored(0, sums, BLOCK);
+  _tile_stored(1, sums + TILE_ROWS, BLOCK);
+  _tile_stored(2, sums + 2 * TILE_ROWS, BLOCK);
+  _tile_stored(3, sums + 3 * TILE_ROWS, BLOCK);
+}
+#endif
+
+// Multiplies `count` rows with the panels of a weight. finish(row, panel, sums) gets each LANES sums, from some thread; from
+// tiles it gets some twice. A parallel region calls it in all its threads.
+template <Kind KIND, class Finish>
+void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, int64_t num_panels,
+                     Finish finish) {
+#ifdef AMX
+  if (has_tiles) {
+    const int64_t height = std::min<int64_t>(count, TILE_ROWS);
+    const Tiles tiles(height);
+#pragma omp for nowait
+    for (int64_t panel = 0; panel < num_panels; panel += PANELS)
+      for (int64_t r = 0; r < count; r += 2 * TILE_ROWS) {
+        // The last tiles overlap those before them: a row too many would be somebody else's memory.
+        const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
+        const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
+        Ints sums[2 * PANELS * TILE_ROWS];
+        multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr,
+                             panels + panel * bytes * LANES, bytes, sums);
+        for (int p = 0; p < PANELS; p++)
+          for (int64_t i = 0; i < height; i++) {
+            finish(first + i, panel + p, sums[p * TILE_ROWS + i]);
+            if (count > TILE_ROWS) finish(second + i, panel + p, sums[(PANELS + p) * TILE_ROWS + i]);
+          }
+      }
+    return;
+  }
+#endif
+  const int64_t height = count <= MANY ? count : FEW;
+  const int width = count > FEW && count <= MANY ? 1 : PANELS;
+#pragma omp for nowait
+  for (int64_t panel = 0; panel < num_panels; panel += width)
+    for (int64_t r = 0; r < count; r += height) {
+      const int64_t some = std::min(height, count - r);
+      Ints sums[MANY];
+      const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
+                                           : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
+      multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
+      for (int64_t i = 0; i < some; i++)
+        for (int p = 0; p < width; p++) finish(r + i, panel + p, sums[i * width + p]);
+    }
+}
 
 // The places of kernels.names.Activation's names in cpu_compiled.ACTIVATIONS.
 enum Activation { NONE, RELU, GELU, GELU_NEW };
@@ -321,11 +478,36 @@ Floats activate(Floats x, int activation) {
   }
 }
 
+// What becomes of a product: out = activation(product + bias). `bias` may be null.
+struct Output {
+  ELEMENT* out;  // (rows, channels)
+  const ELEMENT* bias;
+  int64_t channels;
+  int activation;
+
+  void operator()(int64_t row, int64_t panel, Floats product) const {
+    const int64_t first = panel * LANES;
+    if (first + LANES <= channels) {
+      if (bias) product += load(bias + first);
+      store(out + row * channels + first, activate(product, activation));
+    } else if (first < channels) {
+      ELEMENT some[LANES] = {};
+      if (bias) std::memcpy(some, bias + first, (channels - first) * sizeof(ELEMENT));
+      store(some, activate(product + load(some), activation));
+      std::memcpy(out + row * channels + first, some, (channels - first) * sizeof(ELEMENT));
+    }
+  }
+};
+
+constexpr float LARGEST = 127;               // of a row's integers
+constexpr float SMALLEST = 1.17549435e-38f;  // scale
+constexpr int OFFSET = 128;                  // that weights in int8 have been given, to be unsigned
+
 // kernels.int8.quantize_rows of one row, around 0, and the sum of its integers. The row is padded with zeros.
 void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, float* scale, int32_t* total) {
   auto part = [&](int64_t i) {
     ELEMENT some[LANES] = {};
-    std::memcpy(some, x + i, std::min<int64_t>(LANES, columns - i) * sizeof(ELEMENT));
+    if (i < columns) std::memcpy(some, x + i, std::min<int64_t>(LANES, columns - i) * sizeof(ELEMENT));
     return load(some);
   };
   Floats best{}, broken{};
@@ -338,93 +520,44 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
   ELEMENT scales[LANES];
   store(scales, Floats{} + std::max(highest(best) / LARGEST, SMALLEST));
   *scale = load(scales)[0];
-  *total = 0;
+  Ints totals{};
   for (int64_t i = 0; i < padded; i += LANES) {
     const Ints numbers = integers(part(i) / *scale + ROUNDER);
-    for (int lane = 0; lane < LANES; lane++) *total += numbers[lane];
+    totals += numbers;
     const SignedBytes narrow = __builtin_convertvector(numbers, SignedBytes);
     std::memcpy(row + i, &narrow, sizeof narrow);
   }
+  *total = 0;
+  for (int i = 0; i < LANES; i++) *total += totals[i];
   *scale += sum(broken);
 }
 
-// Sums of products of R rows, `columns` apart, with the channels of P panels, as far apart as a panel is large.
-template <int R, int P>
-void multiply(const int8_t* rows, const uint8_t* panels, int64_t columns, Ints* sums) {
-  Ints total[R * P];
-#pragma GCC unroll 32
-  for (int i = 0; i < R * P; i++) total[i] = Ints{};
-  for (int64_t c = 0; c < columns; c += GROUP) {
-    Ints weights[P];
-#pragma GCC unroll 32
-    for (int p = 0; p < P; p++) {
-      const uint8_t* source = panels + (p * columns + c) * LANES;
-      std::memcpy(&weights[p], source, sizeof weights[p]);
-      __builtin_prefetch(source + AHEAD);
-    }
-#pragma GCC unroll 32
-    for (int r = 0; r < R; r++) {
-      int32_t group;
-      std::memcpy(&group, rows + r * columns + c, GROUP);
-      const Ints groups = Ints{} + group;
-#pragma GCC unroll 32
-      for (int p = 0; p < P; p++)  // around its own function for the instruction, GCC 12 copies every sum twice
-        asm("vpdpbusd %2, %1, %0" : "+v"(total[r * P + p]) : "v"(weights[p]), "v"(groups));
-    }
-  }
-#pragma GCC unroll 32
-  for (int i = 0; i < R * P; i++) sums[i] = total[i];
-}
-
-typedef void (*Multiply)(const int8_t*, const uint8_t*, int64_t, Ints*);
-
-template <int P, int... R>
-constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
-  constexpr Multiply functions[] = {multiply<R + 1, P>...};
-  return functions[count - 1];
-}
-
-// Up to so many rows take their own number of sums for each panel, so that each weight is read once; more of them go in
-// blocks of FEW through PANELS panels at once, which needs fewer loads for each product.
-constexpr int MANY = 16, FEW = 8, PANELS = 2;
-
 }  // namespace
 
-// kernels.ops.Ops.linear: x (rows, columns), `out` (rows, channels), `bias` null where there is none. Panels and scales are
-// cpu_compiled.PanelWeight's. `integers` has room for the rows, padded as the panels are, the two lists for a number each.
-extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, const float* scales,
-                            const ELEMENT* bias, int64_t channels, int activation, int8_t* integers, float* row_scales,
-                            int32_t* row_sums, ELEMENT* out, int threads) {
-  const int64_t padded = (columns + LANES - 1) / LANES * LANES;
-  const int64_t height = rows <= MANY ? rows : FEW;
-  const int width = rows > FEW && rows <= MANY ? 1 : PANELS;
+// kernels.ops.Ops.linear: x (rows, columns), `out` (rows, channels); panels and scales are cpu_compiled.Int8Panels'. `integers`
+// has room for the rows, `padded` to whole blocks, the two lists for a number each.
+extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, int64_t padded, const uint8_t* panels,
+                            int64_t num_panels, const float* scales, const ELEMENT* bias, int64_t channels, int activation,
+                            int8_t* integers, float* row_scales, int32_t* row_sums, ELEMENT* out, int threads) {
+  const Output output{out, bias, channels, activation};
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int64_t r = 0; r < rows; r++)
       quantize(x + r * columns, columns, padded, integers + r * padded, row_scales + r, row_sums + r);
-#pragma omp for
-    for (int64_t o = 0; o < channels; o += LANES * width)
-      for (int64_t r = 0; r < rows; r += height) {
-        const int64_t count = std::min(height, rows - r);
-        Ints products[MANY];
-        const Multiply multiply = width == 1 ? for_rows<1>(count, std::make_integer_sequence<int, MANY>())
-                                             : for_rows<PANELS>(count, std::make_integer_sequence<int, FEW>());
-        multiply(integers + r * padded, panels + o * padded, padded, products);
-        for (int p = 0; p < width; p++) {
-          const int64_t first = o + p * LANES, size = std::min<int64_t>(LANES, channels - first) * sizeof(ELEMENT);
-          if (size <= 0) break;  // the second of the last pair
-          ELEMENT some[LANES] = {};
-          if (bias) std::memcpy(some, bias + first, size);
-          const Floats scale = load(scales + first), shift = load(some);
-          for (int64_t i = 0; i < count; i++) {
-            const Ints exact = products[i * width + p] - OFFSET * row_sums[r + i];
-            const Floats sum = __builtin_convertvector(exact, Floats) * (scale * row_scales[r + i]) + shift;
-            store(some, activate(sum, activation));
-            std::memcpy(out + (r + i) * channels + first, some, size);
-          }
-        }
-      }
+    multiply_panels<INT8>((const uint8_t*)integers, rows, padded, panels, num_panels, [&](int64_t r, int64_t panel, Ints sums) {
+      const Floats exact = __builtin_convertvector(sums - OFFSET * row_sums[r], Floats);
+      output(r, panel, exact * (load(scales + panel * LANES) * row_scales[r]));
+    });
   }
+}
+
+// The same of cpu_compiled.Bf16Panels, where ELEMENT is bfloat16.
+extern "C" void linear_bf16(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels,
+                            const ELEMENT* bias, int64_t channels, int activation, ELEMENT* out, int threads) {
+  const Output output{out, bias, channels, activation};
+#pragma omp parallel num_threads(threads)
+  multiply_panels<BF16>((const uint8_t*)x, rows, columns * sizeof(ELEMENT), panels, num_panels,
+                        [&](int64_t r, int64_t panel, Ints sums) { output(r, panel, bits_of<Floats>(sums)); });
 }
 #endif

@@ -25,7 +25,7 @@ from torch import Tensor
 from kernels import cpu
 from kernels.int8 import Int8Weight, quantize_channels
 from kernels.names import Activation
-from kernels.ops import Weight
+from kernels.ops import PackedWeight, Weight
 from kernels.plan import DecodePlan
 
 log = logging.getLogger("banded.kernels")
@@ -43,8 +43,9 @@ ELEMENTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "
 # The order of the source's Activation.
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}
 assert len(ACTIVATIONS) == 1 + len(get_args(Activation))
-# Channels of a panel, products that an instruction adds up, and what weights have been given to be unsigned.
-LANES, GROUP, OFFSET = 16, 4, 128
+# Of the source: channels of a panel, bytes of each that an instruction multiplies, bytes that rows are a multiple of, panels
+# that go together, and what weights in int8 have been given to be unsigned.
+LANES, GROUP, BLOCK, PANELS, OFFSET = 16, 4, 64, 2, 128
 
 
 class Shape(NamedTuple):
@@ -54,22 +55,34 @@ class Shape(NamedTuple):
     dtype: torch.dtype
 
 
-@dataclass(frozen=True, eq=False)
-class PanelWeight(Int8Weight):
-    """A weight (O, C) in panels of LANES channels, an even number of them, so that a product reads it from front to back."""
+def to_panels(numbers: Tensor, padding: float = 0) -> Tensor:
+    """(O, C) of one or two bytes as (O' / LANES, C' / n, LANES, n), n of them in a GROUP, with `padding` up to O' and C'."""
+    size = numbers.element_size()
+    channels, columns = numbers.shape
+    padded = F.pad(numbers, (0, -columns % (BLOCK // size), 0, -channels % (PANELS * LANES)), value=padding)
+    return padded.unflatten(1, (-1, GROUP // size)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
 
-    panels: Tensor  # (O' / LANES, C' / GROUP, LANES, GROUP) uint8: the integers + OFFSET, padded with zeros
-    shape: tuple[int, int]  # (O, C); `scales` is as long as O'
+
+def from_panels(panels: Tensor, channels: int, columns: int) -> Tensor:
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)[:channels, :columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Panels(Int8Weight):
+    panels: Tensor  # uint8: the integers + OFFSET
+    shape: tuple[int, int]  # (O, C); `scales` are as many as the panels' channels
 
     def integers(self) -> Tensor:
-        channels, columns = self.shape
-        return (
-            (self.panels.to(torch.int16) - OFFSET)
-            .to(torch.int8)
-            .transpose(1, 2)
-            .flatten(2)
-            .flatten(0, 1)[:channels, :columns]
-        )
+        return (from_panels(self.panels, *self.shape).to(torch.int16) - OFFSET).to(torch.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class Bf16Panels(PackedWeight):
+    panels: Tensor  # bfloat16
+    shape: tuple[int, int]  # (O, C)
+
+    def dense(self) -> Tensor:
+        return from_panels(self.panels, *self.shape)
 
 
 class CompiledOps:
@@ -87,36 +100,44 @@ class CompiledOps:
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._decode_step = library.decode_step
         self._decode_step.argtypes = [pointer] * 3 + [size] + [pointer] * 7 + [size, size, ctypes.c_float, number]
-        self._decode_step.restype = None
-        self._linear_int8 = library.linear_int8 if hasattr(library, "linear_int8") else None
-        if self._linear_int8:  # else the machine lacks its instructions
-            self._linear_int8.argtypes = [pointer, size, size, *[pointer] * 3, size, number, *[pointer] * 4, number]
-            self._linear_int8.restype = None
+        self.has_products = hasattr(library, "linear_int8")  # else the machine lacks their instructions
+        if self.has_products:
+            self._linear_int8, self._linear_bf16 = library.linear_int8, library.linear_bf16
+            panels, finish = (pointer, size), (pointer, size, number)
+            self._linear_int8.argtypes = [pointer, size, size, size, *panels, pointer, *finish, *[pointer] * 4, number]
+            self._linear_bf16.argtypes = [pointer, size, size, *panels, *finish, pointer, number]
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
-        if not quantize or not self._linear_int8:
-            return cpu.pack(weight, quantize=quantize)
-        integers, scales = quantize_channels(weight)
         channels, columns = weight.shape
-        padded = F.pad(integers.to(torch.int16) + OFFSET, (0, -columns % LANES, 0, -channels % (2 * LANES)), value=OFFSET)
-        panels = padded.to(torch.uint8).unflatten(1, (-1, GROUP)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
-        return PanelWeight(F.pad(scales, (0, -channels % (2 * LANES))), panels, (channels, columns))
+        if self.has_products and quantize:
+            integers, scales = quantize_channels(weight)
+            panels = to_panels((integers.to(torch.int16) + OFFSET).to(torch.uint8), OFFSET)
+            return Int8Panels(F.pad(scales, (0, -channels % (PANELS * LANES))), panels, (channels, columns))
+        # A row of other lengths would be read beyond its end.
+        if self.has_products and weight.dtype == torch.bfloat16 and columns * weight.element_size() % BLOCK == 0:
+            return Bf16Panels(to_panels(weight), (channels, columns))
+        return cpu.pack(weight, quantize=quantize)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        if not isinstance(weight, PanelWeight):
+        """A row has the same bits whatever stands beside it."""
+        if not isinstance(weight, Int8Panels | Bf16Panels):
             return cpu.linear(x, weight, bias, activation)
-        assert self._linear_int8, "or nobody would have packed the weight like that"
-        channels, columns = weight.shape
         x = x.contiguous()
+        channels, columns = weight.shape
         rows = x.numel() // columns
-        padded = len(weight.panels[0]) * GROUP
+        out = x.new_empty(*x.shape[:-1], channels)
+        panels = weight.panels.data_ptr(), len(weight.panels)
+        finish = None if bias is None else bias.data_ptr(), channels, ACTIVATIONS[activation]
+        if isinstance(weight, Bf16Panels):
+            self._linear_bf16(x.data_ptr(), rows, columns, *panels, *finish, out.data_ptr(), torch.get_num_threads())
+            return out
+        padded = weight.panels[0].numel() // LANES
         integers = torch.empty(rows, padded, dtype=torch.int8)
         row_scales, row_sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-        out = x.new_empty(*x.shape[:-1], channels)
+        scratch = integers.data_ptr(), row_scales.data_ptr(), row_sums.data_ptr()
         self._linear_int8(
-            x.data_ptr(), rows, columns, weight.panels.data_ptr(), weight.scales.data_ptr(),
-            None if bias is None else bias.data_ptr(), channels, ACTIVATIONS[activation],
-            integers.data_ptr(), row_scales.data_ptr(), row_sums.data_ptr(), out.data_ptr(), torch.get_num_threads(),
+            x.data_ptr(), rows, columns, padded, *panels, weight.scales.data_ptr(), *finish, *scratch, out.data_ptr(),
+            torch.get_num_threads(),
         )  # fmt: skip
         return out
 

@@ -5,6 +5,7 @@ the other two are held to. The model gets one as an argument; nothing falls back
 """
 
 import os
+from abc import ABC, abstractmethod
 from typing import Protocol
 
 import torch
@@ -15,7 +16,16 @@ from kernels.names import Activation, KernelChoice
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
 
-Weight = Tensor | Int8Weight
+
+class PackedWeight(ABC):
+    """A weight (O, C) in a layout of its own."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The weight again."""
+
+
+Weight = Tensor | PackedWeight | Int8Weight
 
 
 class Ops(Protocol):

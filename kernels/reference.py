@@ -10,7 +10,7 @@ from kernels.band import PAGE_SIZE
 from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.noise import gumbel, row_keys
-from kernels.ops import Weight
+from kernels.ops import PackedWeight, Weight
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
@@ -75,6 +75,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
         channels = weight.integers().double()
         product = rows @ (channels * weight.scales[: len(channels), None]).T
         product = (product if bias is None else product + bias.double()).to(x.dtype)
+    elif isinstance(weight, PackedWeight):
+        product = F.linear(x, weight.dense(), bias)
     else:
         product = F.linear(x, weight.to_dense().to(x.dtype) if weight.is_mkldnn else weight, bias)
     return product if activation is None else bias_activation(product, None, activation)

@@ -20,6 +20,10 @@ PAGES_AT_A_TIME = 32
 # Rows of a product in prompt attention: a multiple of this.
 LEAST_ROWS = 16
 
+# Whether oneDNN multiplies with AMX, and rows up to which it adds up their products in the same order.
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+ROWS_OF_TILES = 32
+
 # What oneDNN does to a product before it rounds it: name, scalars, algorithm.
 EPILOGUES: dict[Activation | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
@@ -153,13 +157,22 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
         return bias_activation(product, None, activation) if activation else product
     assert isinstance(weight, Tensor), "packed by other ops"
     if weight.is_mkldnn:
-        # oneDNN splits the sum of a lone row among threads, which gives it other bits.
-        rows = torch.cat((x, x)) if x.numel() == x.shape[-1] else x
-        return torch.ops.mkldnn._linear_pointwise(rows, weight, bias, *EPILOGUES[activation])[: len(x)]
+        rows = x.flatten(0, -2)
+        if len(rows) == 1:  # oneDNN splits the sum of a lone row among threads, which gives it other bits
+            rows = torch.cat((rows, rows))
+        # And with tiles it splits the long sums of many rows.
+        parts = rows.split(ROWS_OF_TILES) if HAS_TILES and x.dtype == torch.bfloat16 else [rows]
+        products = [torch.ops.mkldnn._linear_pointwise(part, weight, bias, *EPILOGUES[activation]) for part in parts]
+        product = products[0] if len(products) == 1 else torch.cat(products)
+        return product[: x.numel() // x.shape[-1]].unflatten(0, x.shape[:-1])
     product = F.linear(x, weight)
     if activation:
         return bias_activation(product, bias, activation)
     return product if bias is None else product + bias.to(product.dtype)
+
+
+def project(x: Tensor, weight: Weight) -> Tensor:
+    return linear(x, weight, None)
 
 
 def add_layernorm(

@@ -8,9 +8,11 @@
 #include <cstring>
 #include <utility>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
 #define AMX
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -56,7 +58,11 @@ template <int COUNT = LANES>
 Floats load(const bfloat16* source) {
   Halves raw{};
   std::memcpy(&raw, source, COUNT * sizeof *source);
+#ifdef __AVX512F__  // compilers make five instructions of the other
+  return bits_of<Floats>((Words)_mm512_cvtepu16_epi32((__m256i)raw) << 16);
+#else
   return bits_of<Floats>(__builtin_convertvector(raw, Words) << 16);
+#endif
 }
 
 // The first COUNT numbers, rounded to the nearest, ties to even.
@@ -65,15 +71,15 @@ void store(float* target, Floats x) {
   std::memcpy(target, &x, COUNT * sizeof *target);
 }
 
-// Its upper 16 bits are the bfloat16; NaN stays NaN.
-Words rounded(Floats x) {
-  const Words raw = bits_of<Words>(x);
-  return x == x ? raw + 0x7fff + ((raw >> 16) & 1) : raw | 0x400000;
-}
-
 template <int COUNT = LANES>
 void store(bfloat16* target, Floats x) {
-  const Halves narrow = __builtin_convertvector(rounded(x) >> 16, Halves);
+#ifdef __AVX512BF16__
+  const auto narrow = _mm512_cvtneps_pbh((__m512)x);
+#else
+  const Words raw = bits_of<Words>(x);
+  const Words rounded = x == x ? raw + 0x7fff + ((raw >> 16) & 1) : raw | 0x400000;  // NaN stays NaN
+  const Halves narrow = __builtin_convertvector(rounded >> 16, Halves);
+#endif
   std::memcpy(target, &narrow, COUNT * sizeof *target);
 }
 
@@ -145,57 +151,26 @@ Floats exp(Floats x) {
 
 // ---- decode attention
 
-constexpr int PAIR = 2 * LANES;  // numbers of a head that are loaded at once
-constexpr int PAIRS = (HEAD_DIM + PAIR - 1) / PAIR;
-constexpr int TAIL = HEAD_DIM - (PAIRS - 1) * PAIR;  // numbers in the last of them
+constexpr int VECTORS = (HEAD_DIM + LANES - 1) / LANES;
+constexpr int TAIL = HEAD_DIM - (VECTORS - 1) * LANES;  // numbers in the last of them
 // Sequences that go through their pages side by side: a page that several see, as a draft's rows do, is in the cache for
 // all but the first.
 constexpr int ROWS = 8;
 
-// A head's numbers as fp32, in an order that depends on ELEMENT, and zeros behind them.
 struct Head {
-  Floats part[2 * PAIRS];
+  Floats part[VECTORS];
 };
-
-template <int COUNT, class Element>
-void load_pair(const Element* source, Floats* pair) {
-  constexpr int FIRST = std::min(COUNT, LANES);
-  pair[0] = load<FIRST>(source);
-  pair[1] = load<COUNT - FIRST>(source + FIRST);
-}
-
-template <int COUNT, class Element>
-void store_pair(Element* target, const Floats* pair) {
-  constexpr int FIRST = std::min(COUNT, LANES);
-  store<FIRST>(target, pair[0]);
-  store<COUNT - FIRST>(target + FIRST, pair[1]);
-}
-
-// The even numbers and the odd ones: one instruction each, where widening 16 bits takes compilers five.
-template <int COUNT>
-void load_pair(const bfloat16* source, Floats* pair) {
-  Words words{};
-  std::memcpy(&words, source, COUNT * sizeof *source);
-  pair[0] = bits_of<Floats>(words << 16);
-  pair[1] = bits_of<Floats>(words & 0xffff0000);
-}
-
-template <int COUNT>
-void store_pair(bfloat16* target, const Floats* pair) {
-  const Words words = rounded(pair[0]) >> 16 | (rounded(pair[1]) & 0xffff0000);
-  std::memcpy(target, &words, COUNT * sizeof *target);
-}
 
 Head load_head(const ELEMENT* source) {
   Head head;
-  for (int i = 0; i < PAIRS - 1; i++) load_pair<PAIR>(source + i * PAIR, head.part + 2 * i);
-  load_pair<TAIL>(source + (PAIRS - 1) * PAIR, head.part + 2 * (PAIRS - 1));
+  for (int i = 0; i < VECTORS - 1; i++) head.part[i] = load(source + i * LANES);
+  head.part[VECTORS - 1] = load<TAIL>(source + (VECTORS - 1) * LANES);
   return head;
 }
 
 void store_head(ELEMENT* target, const Head& head) {
-  for (int i = 0; i < PAIRS - 1; i++) store_pair<PAIR>(target + i * PAIR, head.part + 2 * i);
-  store_pair<TAIL>(target + (PAIRS - 1) * PAIR, head.part + 2 * (PAIRS - 1));
+  for (int i = 0; i < VECTORS - 1; i++) store(target + i * LANES, head.part[i]);
+  store<TAIL>(target + (VECTORS - 1) * LANES, head.part[VECTORS - 1]);
 }
 
 void prefetch_head(const ELEMENT* source) {
@@ -220,7 +195,7 @@ void attend(Softmax& softmax, const ELEMENT* k, const ELEMENT* v, const uint8_t*
       prefetch_head(v + place);
       const Head key = load_head(k + place);
       products[i] = key.part[0] * query.part[0];
-      for (int j = 1; j < 2 * PAIRS; j++) products[i] += key.part[j] * query.part[j];
+      for (int j = 1; j < VECTORS; j++) products[i] += key.part[j] * query.part[j];
     }
     Bytes seen;
     std::memcpy(&seen, visible + part * LANES, LANES);
@@ -243,14 +218,35 @@ void attend(Softmax& softmax, const ELEMENT* k, const ELEMENT* v, const uint8_t*
     prefetch_head(next + i * HEAD_DIM);
     if (!visible[i]) continue;  // may never have been written, and 0 * NaN is NaN
     const Head value = load_head(v + i * HEAD_DIM);
-    for (int j = 0; j < 2 * PAIRS; j++) out.part[j] += weights[i] * value.part[j];
+    for (int j = 0; j < VECTORS; j++) out.part[j] += weights[i] * value.part[j];
   }
   softmax.out = out;
   softmax.peak = peak;
   softmax.total = softmax.total * fade + sum(total);
 }
 
+// Copies the keys or values of `count` tokens, `stride` apart, to their pages. A parallel region calls it in all its threads.
+void write_pages(const ELEMENT* source, int64_t stride, ELEMENT* pages, const int64_t* slot_mapping, int64_t count,
+                 int64_t heads) {
+#pragma omp for nowait
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t row = (slot_mapping[i] / PAGE_SIZE * heads + h) * PAGE_SIZE + slot_mapping[i] % PAGE_SIZE;
+      std::memcpy(pages + row * HEAD_DIM, source + i * stride + h * HEAD_DIM, HEAD_DIM * sizeof(ELEMENT));
+    }
+}
+
 }  // namespace
+
+// kernels.ops.Ops.kv_write: k and v (count, heads, HEAD_DIM), whose rows stand `stride` apart.
+extern "C" void kv_write(const ELEMENT* k, const ELEMENT* v, int64_t stride, ELEMENT* k_pages, ELEMENT* v_pages,
+                         const int64_t* slot_mapping, int64_t count, int64_t heads, int threads) {
+#pragma omp parallel num_threads(threads)
+  {
+    write_pages(k, stride, k_pages, slot_mapping, count, heads);
+    write_pages(v, stride, v_pages, slot_mapping, count, heads);
+  }
+}
 
 // kernels.ops.Ops.decode_step: q, k and v (batch, heads, HEAD_DIM), whose rows stand `stride` apart, `out` side by side; the
 // pages of sequence b are entries offsets[b] to offsets[b + 1] of page_ids and visible.
@@ -260,14 +256,9 @@ extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v
   const int64_t page = PAGE_SIZE * HEAD_DIM;  // of one head
 #pragma omp parallel num_threads(threads)
   {
-#pragma omp for collapse(2)
-    for (int64_t b = 0; b < batch; b++)
-      for (int64_t h = 0; h < heads; h++) {
-        const int64_t to = (slot_mapping[b] / PAGE_SIZE * heads + h) * page + slot_mapping[b] % PAGE_SIZE * HEAD_DIM;
-        const int64_t from = b * stride + h * HEAD_DIM;
-        std::memcpy(k_pages + to, k + from, HEAD_DIM * sizeof(ELEMENT));
-        std::memcpy(v_pages + to, v + from, HEAD_DIM * sizeof(ELEMENT));
-      }
+    write_pages(k, stride, k_pages, slot_mapping, batch, heads);
+    write_pages(v, stride, v_pages, slot_mapping, batch, heads);
+#pragma omp barrier
 #pragma omp for collapse(2) schedule(dynamic)
     for (int64_t first = 0; first < batch; first += ROWS)
       for (int64_t h = 0; h < heads; h++) {
@@ -294,6 +285,37 @@ extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v
           store_head(out + ((first + i) * heads + h) * HEAD_DIM, rows[i].out);
         }
       }
+  }
+}
+
+// ---- norms
+
+// kernels.ops.Ops.add_layernorm of x (rows, columns), columns a multiple of LANES; weight and bias may be null, and so may
+// residual, together with `total`.
+extern "C" void add_layernorm(const ELEMENT* x, const ELEMENT* residual, const ELEMENT* weight, const ELEMENT* bias,
+                              int64_t rows, int64_t columns, float eps, ELEMENT* normed, ELEMENT* total, int threads) {
+#pragma omp parallel for num_threads(threads)
+  for (int64_t r = 0; r < rows; r++) {
+    const ELEMENT* row = x + r * columns;
+    if (residual) {
+      for (int64_t i = 0; i < columns; i += LANES)
+        store(total + r * columns + i, load(row + i) + load(residual + r * columns + i));
+      row = total + r * columns;
+    }
+    Floats sums{}, squares{};
+    for (int64_t i = 0; i < columns; i += LANES) sums += load(row + i);
+    const float mean = sum(sums) / columns;
+    for (int64_t i = 0; i < columns; i += LANES) {
+      const Floats distance = load(row + i) - mean;
+      squares += distance * distance;
+    }
+    const float factor = 1.0f / __builtin_sqrtf(sum(squares) / columns + eps);
+    for (int64_t i = 0; i < columns; i += LANES) {
+      Floats y = (load(row + i) - mean) * factor;
+      if (weight) y *= load(weight + i);
+      if (bias) y += load(bias + i);
+      store(normed + r * columns + i, y);
+    }
   }
 }
 
@@ -416,8 +438,8 @@ void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* 
 }
 #endif
 
-// Multiplies `count` rows with the panels of a weight. finish(row, panel, sums) gets each LANES sums, from some thread; from
-// tiles it gets some twice. A parallel region calls it in all its threads.
+// Multiplies `count` rows with the panels of a weight. finish(panel)(row, sums) gets each LANES sums, from some thread, and
+// from tiles gets some of them twice. A parallel region calls it in all its threads.
 template <Kind KIND, class Finish>
 void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, int64_t num_panels,
                      Finish finish) {
@@ -434,11 +456,11 @@ void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const ui
         Ints sums[2 * PANELS * TILE_ROWS];
         multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr,
                              panels + panel * bytes * LANES, bytes, sums);
-        for (int p = 0; p < PANELS; p++)
-          for (int64_t i = 0; i < height; i++) {
-            finish(first + i, panel + p, sums[p * TILE_ROWS + i]);
-            if (count > TILE_ROWS) finish(second + i, panel + p, sums[(PANELS + p) * TILE_ROWS + i]);
-          }
+        for (int p = 0; p < PANELS; p++) {
+          const auto put = finish(panel + p);
+          for (int64_t i = 0; i < height; i++) put(first + i, sums[p * TILE_ROWS + i]);
+          for (int64_t i = 0; count > TILE_ROWS && i < height; i++) put(second + i, sums[(PANELS + p) * TILE_ROWS + i]);
+        }
       }
     return;
   }
@@ -453,8 +475,10 @@ void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const ui
       const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
                                            : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
       multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
-      for (int64_t i = 0; i < some; i++)
-        for (int p = 0; p < width; p++) finish(r + i, panel + p, sums[i * width + p]);
+      for (int p = 0; p < width; p++) {
+        const auto put = finish(panel + p);
+        for (int64_t i = 0; i < some; i++) put(r + i, sums[i * width + p]);
+      }
     }
 }
 
@@ -478,24 +502,32 @@ Floats activate(Floats x, int activation) {
   }
 }
 
-// What becomes of a product: out = activation(product + bias). `bias` may be null.
+// What becomes of the products with a panel: out = activation(product + bias), of (rows, channels).
+template <class Element>
 struct Output {
-  ELEMENT* out;  // (rows, channels)
-  const ELEMENT* bias;
-  int64_t channels;
+  Element* out;
+  int64_t channels, first;
   int activation;
+  Floats shift{};
 
-  void operator()(int64_t row, int64_t panel, Floats product) const {
-    const int64_t first = panel * LANES;
-    if (first + LANES <= channels) {
-      if (bias) product += load(bias + first);
-      store(out + row * channels + first, activate(product, activation));
-    } else if (first < channels) {
-      ELEMENT some[LANES] = {};
-      if (bias) std::memcpy(some, bias + first, (channels - first) * sizeof(ELEMENT));
-      store(some, activate(product + load(some), activation));
-      std::memcpy(out + row * channels + first, some, (channels - first) * sizeof(ELEMENT));
-    }
+  // `bias` may be null.
+  Output(Element* out, const ELEMENT* bias, int64_t channels, int64_t panel, int activation)
+      : out(out), channels(channels), first(panel * LANES), activation(activation) {
+    if (!bias) return;
+    ELEMENT some[LANES] = {};
+    std::memcpy(some, bias + std::min(first, channels), size() * sizeof *bias);
+    shift = load(some);
+  }
+
+  int64_t size() const { return std::max<int64_t>(0, std::min<int64_t>(LANES, channels - first)); }
+
+  void put(int64_t row, Floats product) const {
+    Element* target = out + row * channels + first;
+    const Floats y = activate(product + shift, activation);
+    if (first + LANES <= channels) return store(target, y);
+    Element some[LANES];
+    store(some, y);
+    std::memcpy(target, some, size() * sizeof *out);
   }
 };
 
@@ -534,30 +566,60 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
 
 }  // namespace
 
-// kernels.ops.Ops.linear: x (rows, columns), `out` (rows, channels); panels and scales are cpu_compiled.Int8Panels'. `integers`
-// has room for the rows, `padded` to whole blocks, the two lists for a number each.
-extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, int64_t padded, const uint8_t* panels,
-                            int64_t num_panels, const float* scales, const ELEMENT* bias, int64_t channels, int activation,
-                            int8_t* integers, float* row_scales, int32_t* row_sums, ELEMENT* out, int threads) {
-  const Output output{out, bias, channels, activation};
+// kernels.ops.Ops.linear: x (rows, columns), `out` (rows, channels), `bias` may be null; panels and scales are
+// cpu_compiled.Int8Panels'. `integers` has room for the rows, `padded` to whole blocks, the two lists for a number each.
+extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels,
+                            const ELEMENT* bias, int64_t channels, int activation, ELEMENT* out, int threads,
+                            const float* scales, int8_t* integers, float* row_scales, int32_t* row_sums, int64_t padded) {
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int64_t r = 0; r < rows; r++)
       quantize(x + r * columns, columns, padded, integers + r * padded, row_scales + r, row_sums + r);
-    multiply_panels<INT8>((const uint8_t*)integers, rows, padded, panels, num_panels, [&](int64_t r, int64_t panel, Ints sums) {
-      const Floats exact = __builtin_convertvector(sums - OFFSET * row_sums[r], Floats);
-      output(r, panel, exact * (load(scales + panel * LANES) * row_scales[r]));
+    multiply_panels<INT8>((const uint8_t*)integers, rows, padded, panels, num_panels, [&](int64_t panel) {
+      return [=, output = Output<ELEMENT>(out, bias, channels, panel, activation), scale = load(scales + panel * LANES)](
+                 int64_t row, Ints sums) {
+        const Floats exact = __builtin_convertvector(sums - OFFSET * row_sums[row], Floats);
+        output.put(row, exact * (scale * row_scales[row]));
+      };
     });
   }
+}
+
+namespace {
+
+template <class Element>
+void linear(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels, const ELEMENT* bias,
+            int64_t channels, int activation, Element* out, int threads) {
+#pragma omp parallel num_threads(threads)
+  multiply_panels<BF16>((const uint8_t*)x, rows, columns * sizeof(ELEMENT), panels, num_panels, [&](int64_t panel) {
+    return [output = Output<Element>(out, bias, channels, panel, activation)](int64_t row, Ints sums) {
+      output.put(row, bits_of<Floats>(sums));
+    };
+  });
+}
+
+}  // namespace
+
+// Whether bfloat16 is multiplied at the speed of memory: Intel's cores need their tiles for it.
+extern "C" int bf16_is_fast() {
+  __builtin_cpu_init();
+#ifdef AMX
+  if (has_tiles) return 1;
+#endif
+  return __builtin_cpu_is("amd") != 0;
 }
 
 // The same of cpu_compiled.Bf16Panels, where ELEMENT is bfloat16.
 extern "C" void linear_bf16(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels,
                             const ELEMENT* bias, int64_t channels, int activation, ELEMENT* out, int threads) {
-  const Output output{out, bias, channels, activation};
-#pragma omp parallel num_threads(threads)
-  multiply_panels<BF16>((const uint8_t*)x, rows, columns * sizeof(ELEMENT), panels, num_panels,
-                        [&](int64_t r, int64_t panel, Ints sums) { output(r, panel, bits_of<Floats>(sums)); });
+  linear(x, rows, columns, panels, num_panels, bias, channels, activation, out, threads);
+}
+
+// Without the rounding of the sums.
+extern "C" void linear_bf16_to_float(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels,
+                                     int64_t num_panels, const ELEMENT* bias, int64_t channels, int activation, float* out,
+                                     int threads) {
+  linear(x, rows, columns, panels, num_panels, bias, channels, activation, out, threads);
 }
 #endif

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, get_args
@@ -88,58 +89,81 @@ class Bf16Panels(PackedWeight):
 class CompiledOps:
     """kernels.cpu with some of its functions compiled."""
 
-    kv_write = staticmethod(cpu.kv_write)
     decode_attention = staticmethod(cpu.decode_attention)
     prefill_attention = staticmethod(cpu.prefill_attention)
     block_sparse_attention = staticmethod(cpu.block_sparse_attention)
-    add_layernorm = staticmethod(cpu.add_layernorm)
     bias_activation = staticmethod(cpu.bias_activation)
     sample = staticmethod(cpu.sample)
 
     def __init__(self, library: ctypes.CDLL):
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
-        self._decode_step = library.decode_step
+        self._kv_write, self._decode_step = library.kv_write, library.decode_step
+        self._add_layernorm = library.add_layernorm
+        self._kv_write.argtypes = [pointer, pointer, size, *[pointer] * 3, size, size, number]
+        self._add_layernorm.argtypes = [*[pointer] * 4, size, size, ctypes.c_float, pointer, pointer, number]
         self._decode_step.argtypes = [pointer] * 3 + [size] + [pointer] * 7 + [size, size, ctypes.c_float, number]
-        self.has_products = hasattr(library, "linear_int8")  # else the machine lacks their instructions
-        if self.has_products:
-            self._linear_int8, self._linear_bf16 = library.linear_int8, library.linear_bf16
-            panels, finish = (pointer, size), (pointer, size, number)
-            self._linear_int8.argtypes = [pointer, size, size, size, *panels, pointer, *finish, *[pointer] * 4, number]
-            self._linear_bf16.argtypes = [pointer, size, size, *panels, *finish, pointer, number]
+        self.has_int8 = hasattr(library, "linear_int8")  # else the machine lacks the instructions for our products
+        self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())
+        if self.has_int8:
+            self._linear_int8 = library.linear_int8
+            self._linear_bf16, self._linear_bf16_to_float = library.linear_bf16, library.linear_bf16_to_float
+            product = (pointer, size, size, pointer, size, pointer, size, number, pointer, number)
+            self._linear_int8.argtypes = [*product, *[pointer] * 4, size]
+            self._linear_bf16.argtypes = self._linear_bf16_to_float.argtypes = product
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
         channels, columns = weight.shape
-        if self.has_products and quantize:
+        if self.has_int8 and quantize:
             integers, scales = quantize_channels(weight)
             panels = to_panels((integers.to(torch.int16) + OFFSET).to(torch.uint8), OFFSET)
             return Int8Panels(F.pad(scales, (0, -channels % (PANELS * LANES))), panels, (channels, columns))
         # A row of other lengths would be read beyond its end.
-        if self.has_products and weight.dtype == torch.bfloat16 and columns * weight.element_size() % BLOCK == 0:
+        if self.has_bf16 and weight.dtype == torch.bfloat16 and columns * weight.element_size() % BLOCK == 0:
             return Bf16Panels(to_panels(weight), (channels, columns))
         return cpu.pack(weight, quantize=quantize)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         """A row has the same bits whatever stands beside it."""
-        if not isinstance(weight, Int8Panels | Bf16Panels):
-            return cpu.linear(x, weight, bias, activation)
+        if isinstance(weight, Bf16Panels):
+            return self._linear(self._linear_bf16, x, weight, bias, activation, x.dtype)
+        if isinstance(weight, Int8Panels):
+            rows, padded = x.numel() // x.shape[-1], weight.panels[0].numel() // LANES
+            integers = torch.empty(rows, padded, dtype=torch.int8)
+            row_scales, row_sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+            scratch = weight.scales.data_ptr(), integers.data_ptr(), row_scales.data_ptr(), row_sums.data_ptr(), padded
+            return self._linear(self._linear_int8, x, weight, bias, activation, x.dtype, *scratch)
+        return cpu.linear(x, weight, bias, activation)
+
+    def project(self, x: Tensor, weight: Weight) -> Tensor:
+        if isinstance(weight, Bf16Panels):
+            return self._linear(self._linear_bf16_to_float, x, weight, None, None, torch.float32)
+        return self.linear(x, weight, None)
+
+    @staticmethod
+    def _linear(
+        function: Callable[..., None],
+        x: Tensor,
+        weight: Bf16Panels | Int8Panels,
+        bias: Tensor | None,
+        activation: Activation | None,
+        dtype: torch.dtype,
+        *scratch: int,
+    ) -> Tensor:
         x = x.contiguous()
         channels, columns = weight.shape
-        rows = x.numel() // columns
-        out = x.new_empty(*x.shape[:-1], channels)
-        panels = weight.panels.data_ptr(), len(weight.panels)
-        finish = None if bias is None else bias.data_ptr(), channels, ACTIVATIONS[activation]
-        if isinstance(weight, Bf16Panels):
-            self._linear_bf16(x.data_ptr(), rows, columns, *panels, *finish, out.data_ptr(), torch.get_num_threads())
-            return out
-        padded = weight.panels[0].numel() // LANES
-        integers = torch.empty(rows, padded, dtype=torch.int8)
-        row_scales, row_sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-        scratch = integers.data_ptr(), row_scales.data_ptr(), row_sums.data_ptr()
-        self._linear_int8(
-            x.data_ptr(), rows, columns, padded, *panels, weight.scales.data_ptr(), *finish, *scratch, out.data_ptr(),
-            torch.get_num_threads(),
+        out = x.new_empty(*x.shape[:-1], channels, dtype=dtype)
+        function(
+            x.data_ptr(), x.numel() // columns, columns, weight.panels.data_ptr(), len(weight.panels), address(bias),
+            channels, ACTIVATIONS[activation], out.data_ptr(), torch.get_num_threads(), *scratch,
         )  # fmt: skip
         return out
+
+    def kv_write(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+        k, v = side_by_side(k, v)
+        self._kv_write(
+            k.data_ptr(), v.data_ptr(), k.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), slot_mapping.data_ptr(),
+            len(k), k.shape[1], torch.get_num_threads(),
+        )  # fmt: skip
 
     def decode_step(
         self,
@@ -154,8 +178,7 @@ class CompiledOps:
     ) -> Tensor:
         """A row's arithmetic depends on its own pages only, never on its batch-mates."""
         batch, heads, dim = q.shape
-        if not q.stride() == k.stride() == v.stride() or q.stride()[1:] != (dim, 1):
-            q, k, v = (x.contiguous() for x in (q, k, v))
+        q, k, v = side_by_side(q, k, v)
         pages = plan.page_list
         out = q.new_empty(batch, heads, dim)
         self._decode_step(
@@ -164,6 +187,33 @@ class CompiledOps:
             out.data_ptr(), batch, heads, scale, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def add_layernorm(
+        self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Without a gradient."""
+        columns = x.shape[-1]
+        if columns % LANES:
+            return cpu.add_layernorm(x, residual, weight, bias, eps)
+        rows, more = x.contiguous(), None if residual is None else residual.contiguous()
+        normed, total = torch.empty_like(rows), x if residual is None else torch.empty_like(rows)
+        self._add_layernorm(
+            rows.data_ptr(), address(more), address(weight), address(bias), x.numel() // columns, columns, eps,
+            normed.data_ptr(), total.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return normed, total
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors (N, H, D) of which rows may stand apart, but all of them equally far."""
+    row = tensors[0].stride()
+    if row[1:] == (tensors[0].shape[2], 1) and all(x.stride() == row for x in tensors):
+        return tensors
+    return tuple(x.contiguous() for x in tensors)
 
 
 def load(shape: Shape) -> CompiledOps | None:

@@ -24,6 +24,7 @@ __all__ = [
     "linear",
     "pack",
     "prefill_attention",
+    "project",
     "sample",
 ]
 
@@ -46,3 +47,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
         return F.linear(x, weight, bias)
     # The bias is added with the activation, so that the product's output is read and written once more only.
     return bias_activation(F.linear(x, weight), bias, activation)
+
+
+def project(x: Tensor, weight: Weight) -> Tensor:
+    return linear(x, weight, None)

@@ -65,6 +65,9 @@ class Ops(Protocol):
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         """activation(x @ weight.T + bias), by the vendor's library: x (..., C), weight (O, C), packed or not, bias (O,)."""
 
+    def project(self, x: Tensor, weight: Weight) -> Tensor:
+        """x @ weight.T, in fp32 where the product can be had without a rounding to x's dtype."""
+
     def add_layernorm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:

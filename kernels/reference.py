@@ -82,6 +82,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
     return product if activation is None else bias_activation(product, None, activation)
 
 
+def project(x: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, PackedWeight):
+        return F.linear(x.float(), weight.dense().float())
+    return linear(x, weight, None)
+
+
 def add_layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:

@@ -215,13 +215,13 @@ class GPT(nn.Module):
     def logits(self, hidden: Tensor, ops: Ops) -> Tensor:
         """Next-token logits (..., V) fp32 of hidden states (..., C). The padding of the vocabulary is cut off.
 
-        A 16-bit product rounds its largest logits onto each other, so the RESCORED highest are computed again in fp32.
+        A product rounded to 16 bits makes the largest logits equal, so the RESCORED highest are computed again in fp32.
         """
         head = self.head
         hidden = self._project(self.project_out, hidden, ops)
-        logits = ops.linear(hidden, head if self._packed_head is None else self._packed_head, None)
-        logits = logits.float()[..., : self.config.vocab_size]  # rows stay 16-byte aligned
-        if head.dtype != torch.float32 and not logits.requires_grad:
+        product = ops.project(hidden, head if self._packed_head is None else self._packed_head)
+        logits = product.float()[..., : self.config.vocab_size]  # rows stay 16-byte aligned
+        if product.dtype != torch.float32 and not logits.requires_grad:
             rows, inputs = logits.flatten(0, -2), hidden.flatten(0, -2)
             columns = highest(rows, min(RESCORED, self.config.vocab_size))  # (rows, RESCORED)
             # Not a matrix product: that has other bits for one row than for several.

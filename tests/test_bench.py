@@ -109,7 +109,7 @@ def test_the_ceiling_is_made_of_all_products_of_a_step(tmp_path: Path) -> None:
     checkpoint = load_checkpoint(inside.settings(str(directory), "float32"))
     calls = inside.products(checkpoint, 5, 2)
     assert len(calls) == 4 * checkpoint.model.config.n_layer + 1  # c_attn, c_proj, c_fc, c_proj of each layer, and the head
-    assert [len(call[0]) for call in calls] == [5] * (len(calls) - 1) + [2]
+    assert [len(call.args[0]) for call in calls] == [5] * (len(calls) - 1) + [2]
 
 
 def test_full_slots_decode_at_any_context(tmp_path: Path) -> None:

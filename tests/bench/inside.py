@@ -73,29 +73,33 @@ def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, 
 
     def replay() -> None:
         for call in calls:
-            checkpoint.ops.linear(*call)
+            call()
 
     return median_seconds(replay, seconds)
 
 
 class Recording:
-    """Ops that remember what `linear` was called with."""
+    """Ops that remember their products."""
 
     def __init__(self, ops: Ops):
         self.ops = ops
-        self.calls: list[tuple[Any, ...]] = []
+        self.calls: list[partial[torch.Tensor]] = []
 
-    def linear(self, *call: Any) -> torch.Tensor:
-        self.calls.append(call)
-        return self.ops.linear(*call)
+    def linear(self, *arguments: Any) -> torch.Tensor:
+        self.calls.append(partial(self.ops.linear, *arguments))
+        return self.ops.linear(*arguments)
+
+    def project(self, *arguments: Any) -> torch.Tensor:
+        self.calls.append(partial(self.ops.project, *arguments))
+        return self.ops.project(*arguments)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ops, name)
 
 
 @torch.inference_mode()
-def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[tuple[Any, ...]]:
-    """What the op that multiplies is called with: all linears over `num_tokens` rows, the head over `num_sampled`."""
+def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[partial[torch.Tensor]]:
+    """All products of a step: all linears over `num_tokens` rows, the head over `num_sampled`."""
     model, recording = checkpoint.model, Recording(checkpoint.ops)
     ops, positions = cast(Ops, recording), torch.arange(num_tokens) % model.config.n_positions
     hidden = model(positions % model.config.vocab_size, positions, lambda layer, q, k, v: v, ops)

@@ -14,6 +14,7 @@ from kernels.cpu_compiled import CompiledOps, Shape, load
 from kernels.ops import Ops
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan
+from tests.kernels.compiled import VARIANTS, compiled_ops
 from tests.kernels.paged import Cache, DecodeCase, decode_case
 from tests.kernels.test_attention import BANDS, DENSE, SPARSE, TOLERANCE, alone, assert_close, decode
 
@@ -26,12 +27,9 @@ def shape(request: pytest.FixtureRequest) -> Shape:
     return Shape(DIM, request.param)
 
 
-@pytest.fixture(scope="module")
-def ops(shape: Shape) -> CompiledOps:
-    """In the cache that a server would use, so that only the first run on a machine waits for the compiler."""
-    compiled = load(shape)
-    assert compiled is not None
-    return compiled
+@pytest.fixture(scope="module", params=VARIANTS)
+def ops(shape: Shape, request: pytest.FixtureRequest) -> CompiledOps:
+    return compiled_ops(*shape, request.param)
 
 
 def step(ops: Ops, case: DecodeCase, scale: float = 0.3) -> Tensor:

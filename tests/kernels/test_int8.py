@@ -6,17 +6,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu, cpu_compiled, reference
+from kernels import cpu, reference
 from kernels.int8 import LARGEST, ZERO_POINT, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.ops import Ops
+from tests.kernels.compiled import VARIANTS, compiled_ops
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 # One rounding of the sum, and one of what the activation makes of it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.6e-2}
 
 
-@pytest.fixture(scope="module", params=["op by op", "compiled"])
+@pytest.fixture(scope="module", params=["op by op", *VARIANTS])
 def path(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -25,9 +26,7 @@ def path(request: pytest.FixtureRequest) -> str:
 def ops(path: str, dtype: torch.dtype) -> Ops:
     if path == "op by op":
         return cpu
-    compiled = cpu_compiled.load(cpu_compiled.Shape(32, dtype))
-    assert compiled is not None
-    return compiled
+    return compiled_ops(32, dtype, path)
 
 
 def product(dtype: torch.dtype, rows: int, width: int = 96, out: int = 160) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """kv_write, add_layernorm and bias_activation: CPU and Triton (interpreted) against the reference."""
 
 from collections.abc import Iterator
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -15,16 +15,27 @@ from kernels.band import PAGE_SIZE
 from kernels.bias_activation import bias_activation
 from kernels.kv_write import kv_write
 from kernels.names import Activation
+from tests.kernels.compiled import compiled_ops
 from tests.kernels.interpreter import Work, exact_bf16
 
-KV_WRITE = {"cpu": cpu.kv_write, "triton": kv_write}
-ADD_LAYERNORM = {"cpu": cpu.add_layernorm, "triton": add_layernorm}
+
+def compiled_kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+    compiled_ops(k.shape[-1], k.dtype).kv_write(k, v, k_pages, v_pages, slot_mapping)
+
+
+def compiled_add_layernorm(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return compiled_ops(64, x.dtype).add_layernorm(x, *rest)
+
+
+KV_WRITE = {"cpu": cpu.kv_write, "compiled": compiled_kv_write, "triton": kv_write}
+ADD_LAYERNORM = {"cpu": cpu.add_layernorm, "compiled": compiled_add_layernorm, "triton": add_layernorm}
 BIAS_ACTIVATION = {"cpu": cpu.bias_activation, "triton": bias_activation}
 
 # One rounding of the result to the dtype; the CPU's bias_activation also rounds x + bias.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 paths = pytest.mark.parametrize("path", ["cpu", "triton"])
+all_paths = pytest.mark.parametrize("path", ["cpu", "compiled", "triton"])
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE))
 activations = pytest.mark.parametrize("activation", get_args(Activation))
 ragged = pytest.mark.parametrize(("rows", "width"), [(1, 768), (3, 80), (63, 16), (3, 100), (2, 2560), (2, 1)])
@@ -57,7 +68,7 @@ def sea_of(view: Tensor) -> Tensor:
     return sea
 
 
-@paths
+@all_paths
 @dtypes
 @pytest.mark.parametrize(("heads", "dim"), [(2, 16), (12, 64), (3, 80), (2, 96), (5, 128)])
 @pytest.mark.parametrize("rows", [1, 3, 63])
@@ -80,7 +91,7 @@ def test_kv_write_moves_bits_and_touches_nothing_else(
         assert work.pages("k_pages") == work.pages("v_pages") == set((slots // PAGE_SIZE).tolist())
 
 
-@paths
+@all_paths
 def test_rows_of_k_and_v_may_lie_differently_far_apart(path: str) -> None:
     k, v = torch.randn(5, 3, 2, 16)[:, 1], torch.randn(5, 2, 16)
     pools = [torch.zeros(2, 2, PAGE_SIZE, 16) for _ in range(4)]
@@ -107,7 +118,7 @@ def test_kv_write_reaches_pages_beyond_32_bits() -> None:
     assert work.out_of_bounds == {"store": 2 * 2 * 16}
 
 
-@paths
+@all_paths
 @dtypes
 @ragged
 @pytest.mark.parametrize("given", ["residual weight bias", "weight bias", "residual weight", "residual", "bias"])
@@ -131,7 +142,7 @@ def test_add_layernorm(path: str, dtype: torch.dtype, rows: int, width: int, giv
         assert sum(work.stored.values()) == (1 if residual is None else 2) * size
 
 
-@paths
+@all_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_add_layernorm_takes_its_statistics_from_the_rounded_sum(path: str, dtype: torch.dtype) -> None:
     # 2048 + 1 is not an fp16 number: unrounded sums would differ from each other, rounded ones are all 2048.
@@ -141,7 +152,7 @@ def test_add_layernorm_takes_its_statistics_from_the_rounded_sum(path: str, dtyp
     assert normed.eq(0).all() == (dtype is torch.float16)
 
 
-@paths
+@all_paths
 def test_add_layernorm_of_values_far_from_zero(path: str) -> None:
     # The mean of squares less the square of the mean would leave nothing of the variance.
     x = torch.randn(3, 768) + 10_000
@@ -149,14 +160,14 @@ def test_add_layernorm_of_values_far_from_zero(path: str) -> None:
     torch.testing.assert_close(normed, reference.add_layernorm(x, None, None, None, 1e-5)[0], atol=1e-3, rtol=1e-3)
 
 
-@paths
+@all_paths
 def test_add_layernorm_of_a_constant_row_is_the_bias(path: str) -> None:
     bias = torch.randn(100)
     normed, _ = ADD_LAYERNORM[path](torch.full((2, 100), 3.0), None, torch.ones(100), bias, 1e-5)
     assert torch.equal(normed, bias.expand(2, 100))
 
 
-@paths
+@all_paths
 def test_add_layernorm_of_the_widest_rows(path: str) -> None:
     x, residual = torch.randn(2, 12288).half(), torch.randn(2, 12288).half()
     normed, _ = ADD_LAYERNORM[path](x, residual, None, None, 1e-5)

@@ -1,0 +1,31 @@
+"""The compiled ops as tests take them: for this machine, without the newest of its instructions, and without most."""
+
+from functools import cache
+
+import pytest
+import torch
+
+from kernels import cpu_compiled
+from kernels.cpu_compiled import CompiledOps, Shape
+
+# What is given to the compiler besides. On a machine without tiles the first two are the same code.
+VARIANTS = {
+    "compiled": "",
+    "compiled without tiles": " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16",
+    "compiled for AVX2": " -march=x86-64-v3",
+}
+variants = pytest.mark.parametrize("variant", VARIANTS)
+
+
+@cache
+def compiled_ops(dim: int, dtype: torch.dtype, variant: str = "compiled") -> CompiledOps:
+    """From the cache that a server would use, so that only the first run on a machine waits for the compiler."""
+    flags = cpu_compiled.FLAGS
+    cpu_compiled.FLAGS = flags + VARIANTS[variant]
+    try:
+        compiled = cpu_compiled.load(Shape(dim, dtype))
+    finally:
+        cpu_compiled.FLAGS = flags
+    assert compiled is not None
+    compiled.has_bf16 = compiled.has_int8  # where it would be slow, too
+    return compiled

@@ -151,6 +151,7 @@ Floats exp(Floats x) {
 
 // ---- decode attention
 
+constexpr int PARTS = PAGE_SIZE / LANES;  // vectors of a page's keys, or queries
 constexpr int VECTORS = (HEAD_DIM + LANES - 1) / LANES;
 constexpr int TAIL = HEAD_DIM - (VECTORS - 1) * LANES;  // numbers in the last of them
 // Sequences that go through their pages side by side: a page that several see, as a draft's rows do, is in the cache for
@@ -185,7 +186,6 @@ struct Softmax {
 
 // Takes in a page. `next` holds the keys that will be needed after it: memory answers late, and they are asked for now.
 void attend(Softmax& softmax, const ELEMENT* k, const ELEMENT* v, const uint8_t* visible, const ELEMENT* next) {
-  constexpr int PARTS = PAGE_SIZE / LANES;
   const Head query = softmax.query;
   Floats scores[PARTS], best = Floats{} - INF;
   for (int part = 0; part < PARTS; part++) {
@@ -286,6 +286,103 @@ extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v
         }
       }
   }
+}
+
+// ---- attention of prompts
+
+namespace {
+
+constexpr int WIDTH = VECTORS * LANES;    // numbers of a head, padded with zeros
+constexpr int AT_ONCE = 4;                // keys, or numbers of a value, that share the loads of queries, or weights
+
+// What the queries of a page have seen so far: `out` and `total` are sums of exp(score - peak). A query is a lane of every
+// vector, so that none has to do with another.
+struct Tile {
+  Floats query[WIDTH][PARTS], out[WIDTH][PARTS], peak[PARTS], total[PARTS];
+};
+
+void widen(const ELEMENT* source, int64_t count, float (*target)[WIDTH]) {
+  for (int64_t i = 0; i < PAGE_SIZE; i++) {
+    const Head head = i < count ? load_head(source + i * HEAD_DIM) : Head{};
+    std::memcpy(target[i], head.part, sizeof head);
+  }
+}
+
+// Takes in the first `count` keys of a page. `hidden` (key, query) says which a query does not see; null where it sees all.
+void attend(Tile& tile, const ELEMENT* k, const ELEMENT* v, int64_t count, const uint8_t* hidden) {
+  float wide[PAGE_SIZE][WIDTH];
+  Floats weights[PAGE_SIZE][PARTS], best[PARTS], fade[PARTS];
+  widen(k, count, wide);
+  std::memcpy(best, tile.peak, sizeof best);
+  for (int64_t key = 0; key < PAGE_SIZE; key += AT_ONCE) {
+    Floats scores[AT_ONCE][PARTS] = {};
+    for (int64_t d = 0; d < WIDTH; d++)
+      for (int i = 0; i < AT_ONCE; i++)
+        for (int p = 0; p < PARTS; p++) scores[i][p] += wide[key + i][d] * tile.query[d][p];
+    for (int i = 0; i < AT_ONCE; i++)
+      for (int p = 0; p < PARTS; p++) {
+        if (hidden) {
+          Bytes unseen;
+          std::memcpy(&unseen, hidden + (key + i) * PAGE_SIZE + p * LANES, LANES);
+          scores[i][p] = __builtin_convertvector(unseen, Ints) != 0 ? Floats{} - INF : scores[i][p];
+        }
+        best[p] = best[p] > scores[i][p] ? best[p] : scores[i][p];
+        weights[key + i][p] = scores[i][p];
+      }
+  }
+  for (int p = 0; p < PARTS; p++) {
+    // -inf - -inf is NaN: a query that has seen nothing yet.
+    const Floats peak = best[p] == -INF ? Floats{} : best[p];
+    fade[p] = exp(tile.peak[p] - peak);
+    tile.peak[p] = best[p];
+    Floats total{};
+    for (int64_t key = 0; key < PAGE_SIZE; key++) total += weights[key][p] = exp(weights[key][p] - peak);
+    tile.total[p] = tile.total[p] * fade[p] + total;
+  }
+  widen(v, count, wide);
+  for (int64_t d = 0; d < WIDTH; d += AT_ONCE) {
+    Floats out[AT_ONCE][PARTS];
+    for (int i = 0; i < AT_ONCE; i++)
+      for (int p = 0; p < PARTS; p++) out[i][p] = tile.out[d + i][p] * fade[p];
+    for (int64_t key = 0; key < PAGE_SIZE; key++)
+      for (int i = 0; i < AT_ONCE; i++)
+        for (int p = 0; p < PARTS; p++) out[i][p] += wide[key][d + i] * weights[key][p];
+    std::memcpy(tile.out[d], out, sizeof out);
+  }
+}
+
+}  // namespace
+
+// kernels.ops.Ops.prefill_attention and block_sparse_attention: q (tokens, heads, HEAD_DIM), whose rows stand `stride` apart,
+// `out` side by side. The rest is cpu_compiled.TileList's.
+extern "C" void prefill_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
+                                  const int64_t* rows, const int64_t* offsets, const int64_t* page_ids,
+                                  const int64_t* masks, const uint8_t* hidden, int64_t num_tiles, ELEMENT* out,
+                                  int64_t heads, float scale, int threads) {
+  const int64_t page = PAGE_SIZE * HEAD_DIM;  // of one head
+#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
+  for (int64_t t = 0; t < num_tiles; t++)
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t first = rows[3 * t], count = rows[3 * t + 1], last_keys = rows[3 * t + 2];
+      static thread_local Tile tile;
+      std::memset(&tile, 0, sizeof tile);
+      for (Floats& peak : tile.peak) peak = Floats{} - INF;
+      for (int64_t i = 0; i < count; i++) {
+        const Head query = load_head(q + (first + i) * stride + h * HEAD_DIM);
+        for (int d = 0; d < WIDTH; d++) tile.query[d][i / LANES][i % LANES] = query.part[d / LANES][d % LANES] * scale;
+      }
+      for (int64_t entry = offsets[t]; entry < offsets[t + 1]; entry++) {
+        const int64_t place = (page_ids[entry] * heads + h) * page;
+        attend(tile, k_pages + place, v_pages + place, entry + 1 < offsets[t + 1] ? PAGE_SIZE : last_keys,
+               masks[entry] < 0 ? nullptr : hidden + masks[entry] * PAGE_SIZE * PAGE_SIZE);
+      }
+      for (int64_t i = 0; i < count; i++) {
+        Head head;
+        for (int d = 0; d < WIDTH; d++)
+          head.part[d / LANES][d % LANES] = tile.out[d][i / LANES][i % LANES] / tile.total[i / LANES][i % LANES];
+        store_head(out + ((first + i) * heads + h) * HEAD_DIM, head);
+      }
+    }
 }
 
 // ---- norms

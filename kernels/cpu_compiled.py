@@ -27,7 +27,7 @@ from kernels import cpu
 from kernels.int8 import Int8Weight, quantize_channels
 from kernels.names import Activation
 from kernels.ops import PackedWeight, Weight
-from kernels.plan import DecodePlan
+from kernels.plan import DecodePlan, PrefillPlan
 
 log = logging.getLogger("banded.kernels")
 
@@ -90,15 +90,14 @@ class CompiledOps:
     """kernels.cpu with some of its functions compiled."""
 
     decode_attention = staticmethod(cpu.decode_attention)
-    prefill_attention = staticmethod(cpu.prefill_attention)
-    block_sparse_attention = staticmethod(cpu.block_sparse_attention)
     bias_activation = staticmethod(cpu.bias_activation)
     sample = staticmethod(cpu.sample)
 
     def __init__(self, library: ctypes.CDLL):
         pointer, size, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
         self._kv_write, self._decode_step = library.kv_write, library.decode_step
-        self._add_layernorm = library.add_layernorm
+        self._prefill_attention, self._add_layernorm = library.prefill_attention, library.add_layernorm
+        self._prefill_attention.argtypes = [pointer, size, *[pointer] * 7, size, pointer, size, ctypes.c_float, number]
         self._kv_write.argtypes = [pointer, pointer, size, *[pointer] * 3, size, size, number]
         self._add_layernorm.argtypes = [*[pointer] * 4, size, size, ctypes.c_float, pointer, pointer, number]
         self._decode_step.argtypes = [pointer] * 3 + [size] + [pointer] * 7 + [size, size, ctypes.c_float, number]
@@ -187,6 +186,21 @@ class CompiledOps:
             out.data_ptr(), batch, heads, scale, torch.get_num_threads(),
         )  # fmt: skip
         return out
+
+    def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
+        """A row's arithmetic depends on its own keys only, however its prompt is cut."""
+        tokens, heads, dim = q.shape
+        (q,) = side_by_side(q)
+        tiles = plan.tile_list
+        out = q.new_empty(tokens, heads, dim)
+        self._prefill_attention(
+            q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), tiles.rows.data_ptr(),
+            tiles.offsets.data_ptr(), tiles.page_ids.data_ptr(), tiles.masks.data_ptr(), tiles.hidden.data_ptr(),
+            len(tiles.rows), out.data_ptr(), heads, scale, torch.get_num_threads(),
+        )  # fmt: skip
+        return out
+
+    block_sparse_attention = prefill_attention  # a tile's pages are any
 
     def add_layernorm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float

@@ -71,6 +71,16 @@ class Tile(NamedTuple):
     unwritten: int  # keys at the end that nobody has written yet
 
 
+class TileList(NamedTuple):
+    """Tiles as tensors, without the pages that nobody sees."""
+
+    rows: Tensor  # (tiles, 3) int64: first row of q, T, and how many keys of the last page have been written
+    offsets: Tensor  # (tiles + 1,) int64: where each tile's pages begin in the next two, and the end
+    page_ids: Tensor  # int64
+    masks: Tensor  # int64: which of `hidden` says what is hidden of the page; -1 where nothing is
+    hidden: Tensor  # (masks, PAGE_SIZE, PAGE_SIZE) bool: keys by queries
+
+
 @dataclass(frozen=True, eq=False)
 class PrefillPlan:
     """The prompt chunks of a step; chunk i holds positions starts[i] .. starts[i] + lengths[i] of its sequence."""
@@ -111,6 +121,29 @@ class PrefillPlan:
                 found.append(Tile(rows, page_ids, hidden_ranges(hidden), at_edges, unwritten))
             begin += length
         return found
+
+    @cached_property
+    def tile_list(self) -> TileList:
+        """The form that compiled code works on."""
+        rows, offsets, page_ids, masks = [], [0], [], []
+        hidden = [torch.zeros(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool)]  # nothing, so that there is one
+        for tile in self.tiles:
+            count = tile.rows.stop - tile.rows.start
+            partly = {}
+            for columns, some in tile.hidden:
+                for page, mask in enumerate(some.unflatten(1, (-1, PAGE_SIZE)).unbind(1), columns.start // PAGE_SIZE):
+                    partly[page] = F.pad(mask.T, (0, PAGE_SIZE - count))
+            for page, page_id in enumerate(tile.page_ids):
+                if page_id == NO_PAGE:
+                    continue
+                page_ids.append(page_id)
+                masks.append(len(hidden) if page in partly else -1)
+                if page in partly:
+                    hidden.append(partly[page])
+            rows.append((tile.rows.start, count, PAGE_SIZE - tile.unwritten))
+            offsets.append(len(page_ids))
+        ids = torch.tensor(page_ids, dtype=torch.int64)  # none where there are no tiles, and floats if nobody said
+        return TileList(torch.tensor(rows), torch.tensor(offsets), ids, torch.tensor(masks), torch.stack(hidden))
 
     def _pages_of_tile(self, tile: int) -> list[int]:
         if self.layout is None:

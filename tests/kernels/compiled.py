@@ -1,6 +1,8 @@
 """The compiled ops as tests take them: for this machine, without the newest of its instructions, and without most."""
 
+from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -29,3 +31,13 @@ def compiled_ops(dim: int, dtype: torch.dtype, variant: str = "compiled") -> Com
     assert compiled is not None
     compiled.has_bf16 = compiled.has_int8  # where it would be slow, too
     return compiled
+
+
+class AnyCompiled:
+    """Compiled ops that look at the first tensor of a call for their shape."""
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(x: torch.Tensor, *rest: Any) -> Any:
+            return getattr(compiled_ops(x.shape[-1], x.dtype), name)(x, *rest)
+
+        return call

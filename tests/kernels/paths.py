@@ -1,12 +1,13 @@
 """The paths that serve, as parameters of a test: the CPU's, and Triton's in its interpreter and on a GPU."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import pytest
 import torch
 
 from kernels import cpu, gpu
 from kernels.ops import Ops
+from tests.kernels.compiled import AnyCompiled
 
 
 class ServedPath(NamedTuple):
@@ -15,6 +16,7 @@ class ServedPath(NamedTuple):
 
 
 CPU_PATH = ServedPath(cpu, torch.device("cpu"))
+COMPILED = ServedPath(cast(Ops, AnyCompiled()), torch.device("cpu"))
 INTERPRETED = ServedPath(gpu, torch.device("cpu"))
 CUDA = ServedPath(gpu, torch.device("cuda"))
 
@@ -25,6 +27,7 @@ served_paths = pytest.mark.parametrize(
     "path",
     [
         pytest.param(CPU_PATH, id="cpu"),
+        pytest.param(COMPILED, id="compiled"),
         pytest.param(INTERPRETED, id="interpreted"),
         pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu),
     ],

@@ -58,5 +58,9 @@ RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-de
 USER 10001:10001
 COPY --from=install-cuda /opt/banded /opt/banded
 
+# g++ for the kernels that the server compiles for the CPU that it runs on.
 FROM runtime AS cpu
+USER root
+RUN apt-get update && apt-get install --yes --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+USER 10001:10001
 COPY --from=install-cpu /opt/banded /opt/banded

@@ -1,4 +1,4 @@
-// The loops of kernels/cpu_compiled.py: decode attention over live pages, and products in int8.
+// The loops of kernels/cpu_compiled.py: attention over live pages, norms, and products of packed weights.
 //
 // Compiled on the machine that runs it, for one ELEMENT (the type of activations, keys and values) and one HEAD_DIM. A row's
 // arithmetic depends on its own numbers and pages only, so that it has the same bits whatever stands beside it.
@@ -292,8 +292,8 @@ extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v
 
 namespace {
 
-constexpr int WIDTH = VECTORS * LANES;    // numbers of a head, padded with zeros
-constexpr int AT_ONCE = 4;                // keys, or numbers of a value, that share the loads of queries, or weights
+constexpr int WIDTH = VECTORS * LANES;  // numbers of a head, padded with zeros
+constexpr int AT_ONCE = 4;              // keys, or numbers of a value, that share the loads of queries, or weights
 
 // What the queries of a page have seen so far: `out` and `total` are sums of exp(score - peak). A query is a lane of every
 // vector, so that none has to do with another.

@@ -1,8 +1,8 @@
-"""What PyTorch's ops do slowly on CPUs, as loops in C++ (cpu_compiled.cpp), and where their machine code is kept.
+"""The compiled CPU path: what PyTorch's ops do slowly as loops in C++ (cpu_compiled.cpp), and where their code is kept.
 
-Decode attention: op by op, every page would be copied before it is read. Products in int8: oneDNN takes up to twice as long
-for the few rows of a decode step, and the rounding of activations is six passes over them. Compiling takes a C++ compiler
-and a second, once for each size of heads, dtype and machine; the result stays in a cache. Without it kernels.cpu serves.
+Op by op pages are copied before they are read, rows are walked several times, and oneDNN takes up to twice as long for the
+few rows of a decode step. Compiling takes a C++ compiler and a second, once for each size of heads, dtype and machine; the
+result stays in a cache. Without it kernels.cpu serves.
 """
 
 import ctypes
@@ -234,14 +234,14 @@ def load(shape: Shape) -> CompiledOps | None:
     """The compiled ops, built first where the cache lacks them; None, and a line in the log, where that fails."""
     library = cache_directory() / f"cpu-{key(shape)}.so"
     if not library.exists():
-        log.info("compiling decode attention for this machine and size of heads: once, it takes a second")
+        log.info("compiling the CPU kernels for this machine and size of heads: once, it takes a second")
         if problem := build(shape, library):
-            log.warning("decode attention is not compiled, so that steps take up to twice as long: %s", problem)
+            log.warning("the CPU kernels are not compiled, so that steps take two to three times as long: %s", problem)
             return None
     try:
         return CompiledOps(ctypes.CDLL(str(library)))
     except (OSError, AttributeError) as error:  # a broken file, or a directory from which no code may be run
-        log.warning("what was compiled can't be loaded, so that steps take up to twice as long: %s", error)
+        log.warning("the compiled CPU kernels can't be loaded, so that steps take two to three times as long: %s", error)
         return None
 
 

@@ -149,7 +149,7 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: b
         return f"Triton on {torch.cuda.get_device_name(device)}"
     if kernels == "triton":
         return "Triton, interpreted on CPU"
-    return "PyTorch on CPU, decode attention compiled" if compiled else "PyTorch on CPU"
+    return "compiled on CPU" if compiled else "PyTorch on CPU"
 
 
 def choose_ops(model: GPT, settings: Settings) -> Ops:

@@ -37,7 +37,7 @@ class Settings(BaseSettings):
     kernels: KernelChoice = Field("auto", description="triton: run the GPU path in Triton's interpreter on a CPU, for tests")
     compile: bool = Field(
         True,
-        description="on a CPU, compile decode attention and products in int8 at the first start; takes a C++ compiler",
+        description="on a CPU, compile the CPU kernels at the first start, in a second; takes a C++ compiler",
     )
     doctor: bool = Field(False, description="compare the kernels with the reference at start, and refuse where they differ")
     kv_bytes: int | None = Field(

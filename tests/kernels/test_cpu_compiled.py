@@ -1,7 +1,8 @@
-"""Compiled decode attention: values, bits, which keys are looked at, its cache, and what happens without a compiler."""
+"""Compiled CPU kernels: decode attention's values, bits and keys, the cache, and what happens without a compiler."""
 
 import ctypes
 import logging
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_the_second_start_takes_what_the_first_has_compiled(
     assert first == second
     assert len(built) == 1
     assert [record.message for record in caplog.records] == [
-        "compiling decode attention for this machine and size of heads: once, it takes a second"
+        "compiling the CPU kernels for this machine and size of heads: once, it takes a second"
     ]
     load(shape._replace(head_dim=48))
     assert len(built) == 2, "another shape, another library"
@@ -115,7 +116,7 @@ def test_without_a_compiler_it_says_so_and_serves_op_by_op(
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with caplog.at_level(logging.WARNING):
         assert load(Shape(16, torch.float32)) is None
-    assert "decode attention is not compiled, so that steps take up to twice as long: " in caplog.text
+    assert "the CPU kernels are not compiled, so that steps take two to three times as long: " in caplog.text
     assert "no-such-compiler" in caplog.text
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -142,7 +143,7 @@ def test_a_library_that_cannot_be_loaded_is_no_reason_to_fail(
     library.parent.mkdir()
     library.write_bytes(b"half a file")
     assert load(shape) is None
-    assert "what was compiled can't be loaded, so that steps take up to twice as long: " in caplog.text
+    assert "the compiled CPU kernels can't be loaded, so that steps take two to three times as long: " in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
@@ -153,3 +154,11 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
     monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
     assert load(Shape(16, torch.float32)) is None
     assert "Not a directory" in caplog.text
+
+
+def test_the_source_has_no_warnings() -> None:
+    for element in cpu_compiled.ELEMENTS.values():
+        checks = ["-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", f"-DELEMENT={element}", "-DHEAD_DIM=40"]
+        flags = [flag for flag in cpu_compiled.FLAGS.split() if flag not in ("-w", "-shared")]
+        command = [*cpu_compiled.compiler(), *flags, *checks, str(cpu_compiled.SOURCE)]
+        assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels import cpu, gpu, ops, reference
+from kernels.cpu_compiled import CompiledOps
 
 
 def test_a_cpu_is_served_by_pytorch_and_a_gpu_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,10 +31,10 @@ def test_the_interpreter_left_on_is_refused_on_a_gpu(monkeypatch: pytest.MonkeyP
         ops.choose(torch.device("cuda"), "auto")
 
 
-@pytest.mark.parametrize("implementation", [cpu, gpu, reference])
-def test_every_implementation_has_every_op_with_the_same_arguments(implementation: types.ModuleType) -> None:
+@pytest.mark.parametrize("implementation", [cpu, gpu, reference, CompiledOps.__new__(CompiledOps)])
+def test_every_implementation_has_every_op_with_the_same_arguments(implementation: types.ModuleType | CompiledOps) -> None:
     names = [name for name in vars(ops.Ops) if not name.startswith("_")]
-    assert len(names) == 10
+    assert len(names) == 11
     for name in names:
         wanted = [*inspect.signature(getattr(ops.Ops, name)).parameters][1:]
         assert [*inspect.signature(getattr(implementation, name)).parameters] == wanted, name

@@ -22,10 +22,10 @@ def lookup_of(*tokens: int, prompt: list[int]) -> PromptLookup:
     ("streams", "lengths"),
     [
         # After 0, 1, 2 and 3 tokens that were guessed right, 1/2, 2/3, 3/4 and 4/5 of all guesses came true.
-        (12, [0, 1, 2, 3]),
-        (4, [1, 5, 8, 9]),
-        (24, [0, 0, 1, 1]),
-        (1, [6, 9, 9, 9]),  # the limit
+        (STEP_ROWS, [0, 1, 2, 3]),
+        (STEP_ROWS // 3, [1, 5, 8, 9]),
+        (STEP_ROWS * 2, [0, 0, 1, 1]),
+        (STEP_ROWS // 12, [6, 9, 9, 9]),  # the limit
     ],
 )
 def test_a_copy_is_trusted_the_more_the_longer_it_lasts_and_the_fewer_streams_there_are(
@@ -68,7 +68,7 @@ def test_a_text_whose_guesses_never_come_true_gets_no_drafts_before_long() -> No
     lengths = []
     for i in range(100):  # no token is twice followed by the same one
         lookup.append(0)
-        lengths.append(len(lookup.draft(7, 1)))
+        lengths.append(len(lookup.draft(7, STEP_ROWS // 12)))
         lookup.append(1 + i)
     assert sum(lengths) < 40
     assert not any(lengths[12:])

@@ -441,8 +441,8 @@ def test_a_loop_is_drafted_and_what_comes_true_is_kept() -> None:
 
 
 def test_a_draft_is_the_shorter_the_more_streams_pay_for_it() -> None:
-    scheduler = looping(max_slots=40)
-    scheduler.submit([sequence(1, 9) for _ in range(39)])
+    scheduler = looping(max_slots=90)
+    scheduler.submit([sequence(1, 9) for _ in range(89)])
     for num_rows in (4, 3):
         step = scheduler.schedule(0.0)
         assert step is not None

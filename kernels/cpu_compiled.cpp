@@ -6,6 +6,8 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <type_traits>
 #include <utility>
 
 #ifdef __AVX512F__
@@ -101,22 +103,53 @@ void store(float16* target, Floats x) {
 }
 #endif
 
+// Of two vectors cut into pieces of WIDTH lanes: the even pieces of both in turn, and the odd ones.
+template <int WIDTH>
+Floats even(Floats a, Floats b) {
+  if (WIDTH == 8) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  if (WIDTH == 4) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  if (WIDTH == 2) return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+}
+
+template <int WIDTH>
+Floats odd(Floats a, Floats b) {
+  if (WIDTH == 8) return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  if (WIDTH == 4) return __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  if (WIDTH == 2) return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+template <int WIDTH>
+void fold(Floats* rows) {
+  for (int i = 0; i < WIDTH; i++) rows[i] = even<WIDTH>(rows[i], rows[i + WIDTH]) + odd<WIDTH>(rows[i], rows[i + WIDTH]);
+}
+
 // Lane i of the result is the sum over all lanes of rows[i]; overwrites the rows. Always added in the same order.
 Floats sums(Floats* rows) {
-  for (int i = 0; i < 8; i++)
-    rows[i] =
-        __builtin_shufflevector(rows[i], rows[i + 8], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
-        __builtin_shufflevector(rows[i], rows[i + 8], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-  for (int i = 0; i < 4; i++)
-    rows[i] =
-        __builtin_shufflevector(rows[i], rows[i + 4], 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27) +
-        __builtin_shufflevector(rows[i], rows[i + 4], 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int i = 0; i < 2; i++)
-    rows[i] =
-        __builtin_shufflevector(rows[i], rows[i + 2], 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29) +
-        __builtin_shufflevector(rows[i], rows[i + 2], 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-  return __builtin_shufflevector(rows[0], rows[1], 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30) +
-         __builtin_shufflevector(rows[0], rows[1], 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+  fold<8>(rows);
+  fold<4>(rows);
+  fold<2>(rows);
+  fold<1>(rows);
+  return rows[0];
+}
+
+template <int WIDTH>
+void swap(Floats* rows) {
+  for (int i = 0; i < LANES; i++) {
+    if (i & WIDTH) continue;
+    const Floats a = rows[i], b = rows[i + WIDTH];
+    rows[i] = even<WIDTH>(a, b);
+    rows[i + WIDTH] = odd<WIDTH>(a, b);
+  }
+}
+
+// A square of numbers, or of other 32 bits.
+void transpose(Floats* rows) {
+  swap<8>(rows);
+  swap<4>(rows);
+  swap<2>(rows);
+  swap<1>(rows);
 }
 
 // Of numbers that ROUNDER has been added to.
@@ -148,6 +181,30 @@ Floats exp(Floats x) {
   p = bits_of<Floats>(bits_of<Ints>(p) + (integers(shifted) << 23));
   return x < -87.3f ? Floats{} : x == x ? p : x;
 }
+
+// Bytes of a row of numbers that are multiplied: an instruction takes GROUP of them, a tile BLOCK.
+constexpr int GROUP = 4, BLOCK = 64;
+
+#ifdef AMX
+constexpr int TILE_ROWS = 16;
+
+bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+const bool has_tiles = ask_for_tiles();
+
+// Gives this thread tiles of `rows` rows for what is multiplied, and takes them back.
+struct Tiles {
+  explicit Tiles(int64_t rows) {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = BLOCK, shape.rows[i] = i < 6 ? rows : BLOCK / GROUP;
+    _tile_loadconfig(&shape);
+  }
+  ~Tiles() { _tile_release(); }
+};
+#endif
 
 // ---- decode attention
 
@@ -308,6 +365,20 @@ void widen(const ELEMENT* source, int64_t count, float (*target)[WIDTH]) {
   }
 }
 
+// `count` queries, `stride` apart, times `scale`; the other lanes are 0.
+void widen_queries(const ELEMENT* q, int64_t stride, int64_t count, float scale, Floats (*target)[PARTS]) {
+  for (int p = 0; p < PARTS; p++) {
+    Head heads[LANES];
+    for (int i = 0; i < LANES; i++) heads[i] = p * LANES + i < count ? load_head(q + (p * LANES + i) * stride) : Head{};
+    for (int d = 0; d < VECTORS; d++) {
+      Floats some[LANES];
+      for (int i = 0; i < LANES; i++) some[i] = heads[i].part[d] * scale;
+      transpose(some);
+      for (int i = 0; i < LANES; i++) target[d * LANES + i][p] = some[i];
+    }
+  }
+}
+
 // Takes in the first `count` keys of a page. `hidden` (key, query) says which a query does not see; null where it sees all.
 void attend(Tile& tile, const ELEMENT* k, const ELEMENT* v, int64_t count, const uint8_t* hidden) {
   float wide[PAGE_SIZE][WIDTH];
@@ -351,6 +422,126 @@ void attend(Tile& tile, const ELEMENT* k, const ELEMENT* v, int64_t count, const
   }
 }
 
+#ifdef AMX
+// The same by tiles, which multiply bfloat16: weights are rounded to it.
+
+constexpr bool FITS_TILES = std::is_same<ELEMENT, bfloat16>::value && HEAD_DIM * sizeof(ELEMENT) % BLOCK == 0;
+constexpr int PAIRS = PAGE_SIZE / 2;  // of keys
+
+// Pairs of values, (numbers of a head, pairs of keys), from the first `count` values of a page. The others are 0.
+void pair_values(const ELEMENT* v, int64_t count, Words (*pairs)[PAIRS / LANES]) {
+  for (int j = 0; j < PAIRS / LANES; j++)
+    for (int d = 0; d < HEAD_DIM; d += 2 * LANES) {
+      Floats evens[LANES], odds[LANES];
+      for (int i = 0; i < LANES; i++) {
+        const int64_t key = 2 * (j * LANES + i);
+        Words a{}, b{};
+        if (key < count) std::memcpy(&a, v + key * HEAD_DIM + d, sizeof a);
+        if (key + 1 < count) std::memcpy(&b, v + (key + 1) * HEAD_DIM + d, sizeof b);
+        evens[i] = bits_of<Floats>((a & 0xffff) | (b << 16));
+        odds[i] = bits_of<Floats>((a >> 16) | (b & 0xffff0000));
+      }
+      transpose(evens);
+      transpose(odds);
+      for (int i = 0; i < LANES; i++) {
+        pairs[d + 2 * i][j] = bits_of<Words>(evens[i]);
+        pairs[d + 2 * i + 1][j] = bits_of<Words>(odds[i]);
+      }
+    }
+}
+
+// Pairs of numbers of `count` queries, `stride` apart: (pairs, queries). The other lanes are 0.
+void pair_queries(const ELEMENT* q, int64_t stride, int64_t count, Words (*pairs)[PARTS]) {
+  for (int p = 0; p < PARTS; p++)
+    for (int d = 0; d < HEAD_DIM; d += 2 * LANES) {
+      Floats some[LANES] = {};
+      for (int i = 0; i < LANES && p * LANES + i < count; i++)
+        std::memcpy(&some[i], q + (p * LANES + i) * stride + d, sizeof some[i]);
+      transpose(some);
+      for (int i = 0; i < LANES; i++) pairs[d / 2 + i][p] = bits_of<Words>(some[i]);
+    }
+}
+
+// `query` is pair_queries'.
+void attend_by_tiles(Tile& tile, const Words (*query)[PARTS], const ELEMENT* k, const ELEMENT* v, int64_t count,
+                     const uint8_t* hidden, float scale) {
+  constexpr int ROW = PARTS * sizeof(Floats);  // bytes of a number of all queries
+  Floats weights[PAGE_SIZE][PARTS], best[PARTS], fade[PARTS];
+  for (int key = 0; key < PAGE_SIZE; key += TILE_ROWS) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int d = 0; d < HEAD_DIM; d += 2 * LANES) {
+      _tile_loadd(4, k + key * HEAD_DIM + d, HEAD_DIM * sizeof(ELEMENT));
+      _tile_loadd(5, query[d / 2], ROW);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, query[d / 2] + 1, ROW);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, query[d / 2] + 2, ROW);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, query[d / 2] + 3, ROW);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, weights[key], ROW);
+    _tile_stored(1, weights[key] + 1, ROW);
+    _tile_stored(2, weights[key] + 2, ROW);
+    _tile_stored(3, weights[key] + 3, ROW);
+  }
+  std::memcpy(best, tile.peak, sizeof best);
+  for (int key = 0; key < PAGE_SIZE; key++)
+    for (int p = 0; p < PARTS; p++) {
+      Floats score = weights[key][p] * scale;
+      if (hidden) {
+        Bytes unseen;
+        std::memcpy(&unseen, hidden + key * PAGE_SIZE + p * LANES, LANES);
+        score = __builtin_convertvector(unseen, Ints) != 0 ? Floats{} - INF : score;
+      }
+      best[p] = best[p] > score ? best[p] : score;
+      weights[key][p] = score;
+    }
+  Words pairs[PAIRS][PARTS];
+  for (int p = 0; p < PARTS; p++) {
+    const Floats peak = best[p] == -INF ? Floats{} : best[p];
+    fade[p] = exp(tile.peak[p] - peak);
+    tile.peak[p] = best[p];
+    Floats total{};
+    for (int i = 0; i < PAIRS; i++) {
+      const Floats first = exp(weights[2 * i][p] - peak), second = exp(weights[2 * i + 1][p] - peak);
+      total += first + second;
+      pairs[i][p] = __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)first), Words) |
+                    __builtin_convertvector((Halves)_mm512_cvtneps_pbh((__m512)second), Words) << 16;
+    }
+    tile.total[p] = tile.total[p] * fade[p] + total;
+  }
+  Words values[HEAD_DIM][PAIRS / LANES];
+  pair_values(v, count, values);
+  for (int d = 0; d < HEAD_DIM; d++)
+    for (int p = 0; p < PARTS; p++) tile.out[d][p] *= fade[p];
+  for (int d = 0; d < HEAD_DIM; d += TILE_ROWS) {
+    _tile_loadd(0, tile.out[d], ROW);
+    _tile_loadd(1, tile.out[d] + 1, ROW);
+    _tile_loadd(2, tile.out[d] + 2, ROW);
+    _tile_loadd(3, tile.out[d] + 3, ROW);
+    for (int j = 0; j < PAIRS / LANES; j++) {
+      _tile_loadd(4, values[d] + j, sizeof values[d]);
+      _tile_loadd(5, pairs[j * LANES], ROW);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, pairs[j * LANES] + 1, ROW);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(7, pairs[j * LANES] + 2, ROW);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, pairs[j * LANES] + 3, ROW);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+    _tile_stored(0, tile.out[d], ROW);
+    _tile_stored(1, tile.out[d] + 1, ROW);
+    _tile_stored(2, tile.out[d] + 2, ROW);
+    _tile_stored(3, tile.out[d] + 3, ROW);
+  }
+}
+#endif
+
 }  // namespace
 
 // kernels.ops.Ops.prefill_attention and block_sparse_attention: q (tokens, heads, HEAD_DIM), whose rows stand `stride` apart,
@@ -360,29 +551,52 @@ extern "C" void prefill_attention(const ELEMENT* q, int64_t stride, const ELEMEN
                                   const int64_t* masks, const uint8_t* hidden, int64_t num_tiles, ELEMENT* out,
                                   int64_t heads, float scale, int threads) {
   const int64_t page = PAGE_SIZE * HEAD_DIM;  // of one head
-#pragma omp parallel for collapse(2) schedule(dynamic) num_threads(threads)
-  for (int64_t t = 0; t < num_tiles; t++)
-    for (int64_t h = 0; h < heads; h++) {
-      const int64_t first = rows[3 * t], count = rows[3 * t + 1], last_keys = rows[3 * t + 2];
-      static thread_local Tile tile;
-      std::memset(&tile, 0, sizeof tile);
-      for (Floats& peak : tile.peak) peak = Floats{} - INF;
-      for (int64_t i = 0; i < count; i++) {
-        const Head query = load_head(q + (first + i) * stride + h * HEAD_DIM);
-        for (int d = 0; d < WIDTH; d++) tile.query[d][i / LANES][i % LANES] = query.part[d / LANES][d % LANES] * scale;
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef AMX
+    std::optional<Tiles> tiles;
+    if (FITS_TILES && has_tiles) tiles.emplace(TILE_ROWS);
+#endif
+#pragma omp for collapse(2) schedule(dynamic)
+    for (int64_t t = 0; t < num_tiles; t++)
+      for (int64_t h = 0; h < heads; h++) {
+        const int64_t first = rows[3 * t], count = rows[3 * t + 1], last_keys = rows[3 * t + 2];
+        static thread_local Tile tile;
+        std::memset(&tile, 0, sizeof tile);
+        for (Floats& peak : tile.peak) peak = Floats{} - INF;
+        const ELEMENT* queries = q + first * stride + h * HEAD_DIM;
+#ifdef AMX
+        Words pairs[WIDTH / 2][PARTS];
+        if (tiles)
+          pair_queries(queries, stride, count, pairs);
+        else
+#endif
+          widen_queries(queries, stride, count, scale, tile.query);
+        for (int64_t entry = offsets[t]; entry < offsets[t + 1]; entry++) {
+          const int64_t place = (page_ids[entry] * heads + h) * page;
+          const int64_t written = entry + 1 < offsets[t + 1] ? PAGE_SIZE : last_keys;
+          const uint8_t* mask = masks[entry] < 0 ? nullptr : hidden + masks[entry] * PAGE_SIZE * PAGE_SIZE;
+#ifdef AMX
+          if (tiles) {
+            attend_by_tiles(tile, pairs, k_pages + place, v_pages + place, written, mask, scale);
+            continue;
+          }
+#endif
+          attend(tile, k_pages + place, v_pages + place, written, mask);
+        }
+        for (int p = 0; p < PARTS; p++) {
+          Head heads_of[LANES];
+          for (int d = 0; d < VECTORS; d++) {
+            Floats some[LANES];
+            for (int i = 0; i < LANES; i++) some[i] = tile.out[d * LANES + i][p] / tile.total[p];
+            transpose(some);
+            for (int i = 0; i < LANES; i++) heads_of[i].part[d] = some[i];
+          }
+          for (int i = 0; i < LANES && p * LANES + i < count; i++)
+            store_head(out + ((first + p * LANES + i) * heads + h) * HEAD_DIM, heads_of[i]);
+        }
       }
-      for (int64_t entry = offsets[t]; entry < offsets[t + 1]; entry++) {
-        const int64_t place = (page_ids[entry] * heads + h) * page;
-        attend(tile, k_pages + place, v_pages + place, entry + 1 < offsets[t + 1] ? PAGE_SIZE : last_keys,
-               masks[entry] < 0 ? nullptr : hidden + masks[entry] * PAGE_SIZE * PAGE_SIZE);
-      }
-      for (int64_t i = 0; i < count; i++) {
-        Head head;
-        for (int d = 0; d < WIDTH; d++)
-          head.part[d / LANES][d % LANES] = tile.out[d][i / LANES][i % LANES] / tile.total[i / LANES][i % LANES];
-        store_head(out + ((first + i) * heads + h) * HEAD_DIM, head);
-      }
-    }
+  }
 }
 
 // ---- norms
@@ -424,7 +638,6 @@ namespace {
 // Both kinds of numbers meet in one layout: an instruction multiplies GROUP bytes of a row with GROUP bytes of each of LANES
 // channels and adds up the products of each, which are exact until then. A panel holds LANES channels, group after group, and
 // is read from front to back. Rows are whole multiples of BLOCK bytes long.
-constexpr int GROUP = 4, BLOCK = 64;
 constexpr int PANELS = 2;    // that go together; there is an even number of them
 constexpr int AHEAD = 4096;  // bytes of a panel by which memory is asked before they are needed
 
@@ -478,25 +691,6 @@ constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
 constexpr int MANY = 16, FEW = 8;
 
 #ifdef AMX
-constexpr int TILE_ROWS = 16;
-
-bool ask_for_tiles() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
-const bool has_tiles = ask_for_tiles();
-
-// Gives this thread tiles of `rows` rows for what is multiplied, and takes them back.
-struct Tiles {
-  explicit Tiles(int64_t rows) {
-    struct {
-      uint8_t palette = 1, start = 0, reserved[14] = {};
-      uint16_t bytes[16] = {};
-      uint8_t rows[16] = {};
-    } shape;
-    for (int i = 0; i < 8; i++) shape.bytes[i] = BLOCK, shape.rows[i] = i < 6 ? rows : BLOCK / GROUP;
-    _tile_loadconfig(&shape);
-  }
-  ~Tiles() { _tile_release(); }
-};
-
 #define MULTIPLY_TILES(SUMS, ROWS, WEIGHTS) \
   if (KIND == INT8)                         \
     _tile_dpbsud(SUMS, ROWS, WEIGHTS);      \

@@ -141,7 +141,8 @@ def run_serve(args: argparse.Namespace) -> int:
     from service.server import Server, serve
 
     server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
-    status = asyncio.run(serve(server))
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, where it is installed
+        status = runner.run(serve(server))
     if server.is_loading or (server.engine and server.engine.hangs):
         # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
         logging.shutdown()

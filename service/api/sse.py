@@ -55,25 +55,6 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
         await asyncio.gather(working, leaving, return_exceptions=True)
 
 
-async def kept_alive(events: AsyncGenerator[bytes, None], seconds: float) -> AsyncGenerator[bytes, None]:
-    """`events`, and a comment whenever nothing has come for `seconds`. Closes `events`."""
-    async with aclosing(events):
-        while True:
-            coming = asyncio.ensure_future(anext(events, None))
-            try:
-                while not (await asyncio.wait((coming,), timeout=seconds))[0]:
-                    yield KEEP_ALIVE
-            finally:
-                # Left in the middle, the generator must stand still before it can be closed.
-                if not coming.done():
-                    coming.cancel()
-                    await asyncio.gather(coming, return_exceptions=True)
-            body = coming.result()
-            if body is None:
-                return
-            yield body
-
-
 class EventStream(Response):
     """Sends `events` as they come, then [DONE]; comments while none comes for `keep_alive` seconds.
 
@@ -86,31 +67,51 @@ class EventStream(Response):
     def __init__(self, events: AsyncGenerator[bytes, None], errors: Counter, *, keep_alive: float = KEEP_ALIVE_SECONDS):
         super().__init__(headers={"cache-control": "no-cache", "x-accel-buffering": "no"})
         del self.headers["content-length"]
-        self._events = kept_alive(events, keep_alive)
+        self._events = events
         self._errors = errors
-        self._started = False
+        self._keep_alive = keep_alive
+        self._sent: float | None = None  # when the last event or comment was, on the loop's clock
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await unless_disconnected(receive, self._stream(send))
         except ClientGoneError:
-            if not self._started:
+            if self._sent is None:
                 await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._events) as events:
-            first = await anext(events)
-            self._started = True
-            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": first, "more_body": True})
+            # A task for the whole stream: one for each event would cost as much as the event.
+            commenting = asyncio.create_task(self._comment(send))
             try:
                 async for body in events:
-                    await send({"type": "http.response.body", "body": body, "more_body": True})
+                    await self._send(send, body)
             except Exception as error:
+                if self._sent is None:
+                    raise
                 self._errors.inc()
                 known = api_error(error)
                 # Under status 200 nothing else would tell of it.
                 log.warning("a stream failed after its first byte, with what would be a %d: %s", known.status, known)
-                failed = event(json.dumps(known.body))
-                await send({"type": "http.response.body", "body": failed, "more_body": True})
-            await send({"type": "http.response.body", "body": DONE, "more_body": False})
+                await self._send(send, event(json.dumps(known.body)))
+            finally:
+                commenting.cancel()
+                await asyncio.gather(commenting, return_exceptions=True)
+            await self._send(send, DONE, more=False)
+
+    async def _comment(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        silent_since = now()
+        while True:
+            await asyncio.sleep(silent_since + self._keep_alive - now())
+            if self._sent is not None and self._sent > silent_since:
+                silent_since = self._sent
+            else:
+                await self._send(send, KEEP_ALIVE)
+                silent_since = now()
+
+    async def _send(self, send: Send, body: bytes, *, more: bool = True) -> None:
+        first, self._sent = self._sent is None, asyncio.get_running_loop().time()
+        if first:
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -13,7 +13,7 @@ import pytest
 from starlette.types import Message
 
 from service.api.errors import APIError
-from service.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, kept_alive, unless_disconnected
+from service.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_disconnected
 from service.metrics import Metrics
 from tests.conformance import contract
 from tests.service.api.test_app import Api, serving
@@ -495,17 +495,6 @@ def test_leaving_while_comments_come_closes_the_events(first: bytes | None) -> N
         await played.task
         assert played.script.closed
         assert played.errors == 0
-
-    run(test)
-
-
-def test_closing_after_a_comment_closes_the_events() -> None:
-    async def test() -> None:
-        script = Script()
-        stream = kept_alive(script.events(), 0.001)
-        assert await anext(stream) == KEEP_ALIVE
-        await stream.aclose()
-        assert script.closed
 
     run(test)
 

@@ -6,6 +6,8 @@ and the target. Tables, samples and plots go to tests/bench/results/. Peers are 
     BENCH_LLAMA_SERVER=.../llama-server BENCH_LLAMA_CONVERT=.../llama.cpp BENCH_VLLM_PYTHON=.../bin/python make bench
     python -m tests.bench.run --only bf16-1 bf16-8 --rounds 5
 
+llama.cpp's q8_0 crashes on some CPUs with AMX; LLAMA_ARG_REPACK=0 in the environment keeps it running.
+
 Figures of one machine move within the hour, and more between machines: compare what stands in one table only.
 """
 

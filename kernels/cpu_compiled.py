@@ -236,12 +236,12 @@ def load(shape: Shape) -> CompiledOps | None:
     if not library.exists():
         log.info("compiling the CPU kernels for this machine and size of heads: once, it takes a second")
         if problem := build(shape, library):
-            log.warning("the CPU kernels are not compiled, so that steps take two to three times as long: %s", problem)
+            log.warning("the CPU kernels are not compiled, so that steps take several times as long: %s", problem)
             return None
     try:
         return CompiledOps(ctypes.CDLL(str(library)))
     except (OSError, AttributeError) as error:  # a broken file, or a directory from which no code may be run
-        log.warning("the compiled CPU kernels can't be loaded, so that steps take two to three times as long: %s", error)
+        log.warning("the compiled CPU kernels can't be loaded, so that steps take several times as long: %s", error)
         return None
 
 

@@ -116,7 +116,7 @@ def test_without_a_compiler_it_says_so_and_serves_op_by_op(
     monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
     with caplog.at_level(logging.WARNING):
         assert load(Shape(16, torch.float32)) is None
-    assert "the CPU kernels are not compiled, so that steps take two to three times as long: " in caplog.text
+    assert "the CPU kernels are not compiled, so that steps take several times as long: " in caplog.text
     assert "no-such-compiler" in caplog.text
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -143,7 +143,7 @@ def test_a_library_that_cannot_be_loaded_is_no_reason_to_fail(
     library.parent.mkdir()
     library.write_bytes(b"half a file")
     assert load(shape) is None
-    assert "the compiled CPU kernels can't be loaded, so that steps take two to three times as long: " in caplog.text
+    assert "the compiled CPU kernels can't be loaded, so that steps take several times as long: " in caplog.text
 
 
 def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(

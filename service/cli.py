@@ -155,9 +155,10 @@ def load_app(settings: Settings) -> "FastAPI":
     from service.api.app import create_app
     from service.loading import load_served, served_name
     from service.metrics import Metrics
+    from service.process import freeze_loaded_objects
 
     metrics = Metrics(served_name(settings.model))
-    return create_app(
+    app = create_app(
         load_served(settings, metrics),
         metrics,
         api_keys=settings.api_keys,
@@ -169,6 +170,8 @@ def load_app(settings: Settings) -> "FastAPI":
         lenient=settings.lenient,
         metrics_alias=settings.metrics_alias,
     )
+    freeze_loaded_objects()
+    return app
 
 
 def run_complete(args: argparse.Namespace) -> int:

@@ -27,7 +27,7 @@ from service.choice import ChoiceRequest
 from service.kv_cache import groups, pages_for
 from service.loading import Checkpoint, choose_ops, load_checkpoint, load_served
 from service.metrics import Metrics
-from service.process import keep_freed_memory, one_torch_thread
+from service.process import freeze_loaded_objects, keep_freed_memory, one_torch_thread
 from service.scheduler import Sequence
 from service.settings import Settings
 from tests.bench.checkpoints import random_model
@@ -114,6 +114,7 @@ def engine(model: str, dtype: str, load: list[Any], seed: str) -> float:
 
 async def drive(served_as: Settings, load: Load, seed: str) -> float:
     served = load_served(served_as, Metrics("bench"))
+    freeze_loaded_objects()
     served.engine.start()
     waiting = random_prompts(load, seed)
 

@@ -3,6 +3,8 @@
 Signatures and shapes are those of kernels.ops.Ops.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,7 +13,7 @@ from kernels.band import PAGE_SIZE
 from kernels.cpu_sampling import sample as sample
 from kernels.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
 from kernels.names import Activation
-from kernels.ops import Weight
+from kernels.ops import BlockParts, Weight
 from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
 
 # Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
@@ -190,3 +192,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> T
     if activation == "relu":
         return F.relu(x)
     return F.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")
+
+
+def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+    """Ops run one by one."""

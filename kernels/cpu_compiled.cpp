@@ -3,12 +3,16 @@
 // Compiled on the machine that runs it, for one ELEMENT (the type of activations, keys and values) and one HEAD_DIM. A row's
 // arithmetic depends on its own numbers and pages only, so that it has the same bits whatever stands beside it.
 
+#include <omp.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstring>
 #include <optional>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #ifdef __AVX512F__
 #include <immintrin.h>
@@ -729,17 +733,43 @@ void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* 
 }
 #endif
 
-// Multiplies `count` rows with the panels of a weight. finish(panel)(row, sums) gets each LANES sums, from some thread, and
-// from tiles gets some of them twice. A parallel region calls it in all its threads.
+// Divides `count` units of work among threads. Each goes through a part of its own from front to back, as memory is read
+// fastest, and then helps the others: one may stand still, for the server's event loop needs a core as well.
+class Division {
+ public:
+  Division(int64_t count, int threads) : parts(threads) {
+    for (int t = 0; t < threads; t++) parts[t].next = count * t / threads, parts[t].end = count * (t + 1) / threads;
+  }
+
+  // A unit that nobody has taken before, or -1.
+  int64_t take() {
+    const size_t own = omp_get_thread_num();
+    for (size_t i = 0; i < parts.size(); i++) {
+      Part& part = parts[(own + i) % parts.size()];
+      const int64_t unit = part.next.fetch_add(1, std::memory_order_relaxed);
+      if (unit < part.end) return unit;
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Part {  // a cache line each
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Part> parts;
+};
+
+// Multiplies `count` rows with the panels of a weight, `division` of which are PANELS each. finish(panel)(row, sums) gets each
+// LANES sums, from some thread, and from tiles gets some of them twice. A parallel region calls it in all its threads.
 template <Kind KIND, class Finish>
-void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, int64_t num_panels,
+void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, Division& division,
                      Finish finish) {
 #ifdef AMX
   if (has_tiles) {
     const int64_t height = std::min<int64_t>(count, TILE_ROWS);
     const Tiles tiles(height);
-#pragma omp for nowait
-    for (int64_t panel = 0; panel < num_panels; panel += PANELS)
+    for (int64_t panel; (panel = division.take() * PANELS) >= 0;)
       for (int64_t r = 0; r < count; r += 2 * TILE_ROWS) {
         // The last tiles overlap those before them: a row too many would be somebody else's memory.
         const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
@@ -758,19 +788,19 @@ void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const ui
 #endif
   const int64_t height = count <= MANY ? count : FEW;
   const int width = count > FEW && count <= MANY ? 1 : PANELS;
-#pragma omp for nowait
-  for (int64_t panel = 0; panel < num_panels; panel += width)
-    for (int64_t r = 0; r < count; r += height) {
-      const int64_t some = std::min(height, count - r);
-      Ints sums[MANY];
-      const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
-                                           : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
-      multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
-      for (int p = 0; p < width; p++) {
-        const auto put = finish(panel + p);
-        for (int64_t i = 0; i < some; i++) put(r + i, sums[i * width + p]);
+  for (int64_t pair; (pair = division.take() * PANELS) >= 0;)
+    for (int64_t panel = pair; panel < pair + PANELS; panel += width)
+      for (int64_t r = 0; r < count; r += height) {
+        const int64_t some = std::min(height, count - r);
+        Ints sums[MANY];
+        const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
+                                             : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
+        multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
+        for (int p = 0; p < width; p++) {
+          const auto put = finish(panel + p);
+          for (int64_t i = 0; i < some; i++) put(r + i, sums[i * width + p]);
+        }
       }
-    }
 }
 
 // The places of kernels.names.Activation's names in cpu_compiled.ACTIVATIONS.
@@ -862,12 +892,13 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
 extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels,
                             const ELEMENT* bias, int64_t channels, int activation, ELEMENT* out, int threads,
                             const float* scales, int8_t* integers, float* row_scales, int32_t* row_sums, int64_t padded) {
+  Division division(num_panels / PANELS, threads);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
     for (int64_t r = 0; r < rows; r++)
       quantize(x + r * columns, columns, padded, integers + r * padded, row_scales + r, row_sums + r);
-    multiply_panels<INT8>((const uint8_t*)integers, rows, padded, panels, num_panels, [&](int64_t panel) {
+    multiply_panels<INT8>((const uint8_t*)integers, rows, padded, panels, division, [&](int64_t panel) {
       return [=, output = Output<ELEMENT>(out, bias, channels, panel, activation), scale = load(scales + panel * LANES)](
                  int64_t row, Ints sums) {
         const Floats exact = __builtin_convertvector(sums - OFFSET * row_sums[row], Floats);
@@ -882,8 +913,9 @@ namespace {
 template <class Element>
 void linear(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels, const ELEMENT* bias,
             int64_t channels, int activation, Element* out, int threads) {
+  Division division(num_panels / PANELS, threads);
 #pragma omp parallel num_threads(threads)
-  multiply_panels<BF16>((const uint8_t*)x, rows, columns * sizeof(ELEMENT), panels, num_panels, [&](int64_t panel) {
+  multiply_panels<BF16>((const uint8_t*)x, rows, columns * sizeof(ELEMENT), panels, division, [&](int64_t panel) {
     return [output = Output<Element>(out, bias, channels, panel, activation)](int64_t row, Ints sums) {
       output.put(row, bits_of<Floats>(sums));
     };
@@ -912,5 +944,100 @@ extern "C" void linear_bf16_to_float(const ELEMENT* x, int64_t rows, int64_t col
                                      int64_t num_panels, const ELEMENT* bias, int64_t channels, int activation, float* out,
                                      int threads) {
   linear(x, rows, columns, panels, num_panels, bias, channels, activation, out, threads);
+}
+
+// ---- a step's way through all blocks
+
+// What cpu_compiled's structures of the same names hold.
+struct Norm {
+  const ELEMENT *weight, *bias;
+  float eps;
+};
+
+struct Product {
+  const uint8_t* panels;
+  int64_t num_panels;
+  const float* scales;  // null where the weights are bfloat16
+  int64_t padded;
+  const ELEMENT* bias;
+  int64_t channels, columns;
+};
+
+struct Block {
+  Norm ln_1, ln_2;
+  Product c_attn, c_proj, c_fc, mlp_c_proj;
+  ELEMENT *k_pages, *v_pages;
+  int64_t plan;  // which of the step's
+  float scale;
+};
+
+struct Plan {
+  const int64_t* slot_mapping;
+  const int64_t *page_ids, *offsets;  // of the rows that decode
+  const uint8_t* visible;
+  const int64_t *tile_rows, *tile_offsets, *tile_page_ids, *tile_masks;  // of prompts
+  const uint8_t* tile_hidden;
+  int64_t num_tiles;
+};
+
+// Numbers that no later block needs, one row for each token.
+struct Scratch {
+  ELEMENT *normed, *qkv, *attended, *inner;
+  int8_t* integers;
+  float* row_scales;
+  int32_t* row_sums;
+};
+
+// model.gpt.Block's forward for each block in turn: x and update (tokens, heads * HEAD_DIM) are what the next norm adds up,
+// or x alone where norms come behind. The first `decodes` tokens are sequences of a row each, the others chunks of prompts.
+extern "C" void run_blocks(const Block* blocks, int64_t num_blocks, int pre_norm, int activation, int64_t heads,
+                           const Plan* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
+                           const Scratch& scratch, int threads) {
+  const int64_t columns = heads * HEAD_DIM, row = 3 * columns;
+
+  const auto add_norm = [&](const Norm& norm, const ELEMENT* more, ELEMENT* out) {
+    add_layernorm(x, more, norm.weight, norm.bias, tokens, columns, norm.eps, out, x, threads);
+  };
+  const auto multiply = [&](const Product& by, const ELEMENT* rows, ELEMENT* out, int activate) {
+    if (by.scales)
+      linear_int8(rows, tokens, by.columns, by.panels, by.num_panels, by.bias, by.channels, activate, out, threads,
+                  by.scales, scratch.integers, scratch.row_scales, scratch.row_sums, by.padded);
+    else
+      linear(rows, tokens, by.columns, by.panels, by.num_panels, by.bias, by.channels, activate, out, threads);
+  };
+  const auto attention = [&](const Block& block, const ELEMENT* rows) {
+    multiply(block.c_attn, rows, scratch.qkv, NONE);
+    const Plan& plan = plans[block.plan];
+    if (decodes)
+      decode_step(scratch.qkv, scratch.qkv + columns, scratch.qkv + 2 * columns, row, block.k_pages, block.v_pages,
+                  plan.slot_mapping, plan.page_ids, plan.offsets, plan.visible, scratch.attended, decodes, heads,
+                  block.scale, threads);
+    if (decodes < tokens) {
+      const ELEMENT* q = scratch.qkv + decodes * row;
+      kv_write(q + columns, q + 2 * columns, row, block.k_pages, block.v_pages, plan.slot_mapping + decodes,
+               tokens - decodes, heads, threads);
+      prefill_attention(q, row, block.k_pages, block.v_pages, plan.tile_rows, plan.tile_offsets, plan.tile_page_ids,
+                        plan.tile_masks, plan.tile_hidden, plan.num_tiles, scratch.attended + decodes * columns, heads,
+                        block.scale, threads);
+    }
+    multiply(block.c_proj, scratch.attended, update, NONE);
+  };
+  const auto mlp = [&](const Block& block, const ELEMENT* rows) {
+    multiply(block.c_fc, rows, scratch.inner, activation);
+    multiply(block.mlp_c_proj, scratch.inner, update, NONE);
+  };
+
+  for (const Block* block = blocks; block < blocks + num_blocks; block++)
+    if (pre_norm) {
+      add_norm(block->ln_1, block == blocks ? nullptr : update, scratch.normed);
+      attention(*block, scratch.normed);
+      add_norm(block->ln_2, update, scratch.normed);
+      mlp(*block, scratch.normed);
+    } else {
+      attention(*block, x);
+      add_norm(block->ln_1, update, x);
+      mlp(*block, x);
+      add_norm(block->ln_2, update, x);
+    }
 }
 #endif

@@ -1,89 +1,23 @@
-"""The compiled CPU path: what PyTorch's ops do slowly as loops in C++ (cpu_compiled.cpp), and where their code is kept.
+"""The compiled CPU path: what PyTorch's ops do slowly as loops in C++ (cpu_compiled.cpp).
 
 Op by op pages are copied before they are read, rows are walked several times, and oneDNN takes up to twice as long for the
-few rows of a decode step. Compiling takes a C++ compiler and a second, once for each size of heads, dtype and machine; the
-result stays in a cache. Without it kernels.cpu serves.
+few rows of a decode step. Where nothing can be compiled kernels.cpu serves.
 """
 
 import ctypes
-import hashlib
-import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple, get_args
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu
-from kernels.int8 import Int8Weight, quantize_channels
+from kernels import cpu, cpu_blocks
+from kernels.cpu_build import Shape, compiled_library
+from kernels.cpu_panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, address, to_panels
+from kernels.int8 import quantize_channels
 from kernels.names import Activation
-from kernels.ops import PackedWeight, Weight
+from kernels.ops import AllBlocks, BlockParts, Weight
 from kernels.plan import DecodePlan, PrefillPlan
-
-log = logging.getLogger("banded.kernels")
-
-SOURCE = Path(__file__).with_suffix(".cpp")
-# A product and a sum become one instruction; what a number is when something goes wrong stays as the standard has it.
-FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fwrapv -shared -fPIC -w"
-)
-COMPILERS = ("c++", "g++", "clang++")
-# Seconds that the compiler may take.
-BUILD_TIMEOUT = 300.0
-
-ELEMENTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# The order of the source's Activation.
-ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}
-assert len(ACTIVATIONS) == 1 + len(get_args(Activation))
-# Of the source: channels of a panel, bytes of each that an instruction multiplies, bytes that rows are a multiple of, panels
-# that go together, and what weights in int8 have been given to be unsigned.
-LANES, GROUP, BLOCK, PANELS, OFFSET = 16, 4, 64, 2, 128
-
-
-class Shape(NamedTuple):
-    """What the code is compiled for: the size of a head, and the dtype of activations, keys and values."""
-
-    head_dim: int
-    dtype: torch.dtype
-
-
-def to_panels(numbers: Tensor, padding: float = 0) -> Tensor:
-    """(O, C) of one or two bytes as (O' / LANES, C' / n, LANES, n), n of them in a GROUP, with `padding` up to O' and C'."""
-    size = numbers.element_size()
-    channels, columns = numbers.shape
-    padded = F.pad(numbers, (0, -columns % (BLOCK // size), 0, -channels % (PANELS * LANES)), value=padding)
-    return padded.unflatten(1, (-1, GROUP // size)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
-
-
-def from_panels(panels: Tensor, channels: int, columns: int) -> Tensor:
-    return panels.transpose(1, 2).flatten(2).flatten(0, 1)[:channels, :columns]
-
-
-@dataclass(frozen=True, eq=False)
-class Int8Panels(Int8Weight):
-    panels: Tensor  # uint8: the integers + OFFSET
-    shape: tuple[int, int]  # (O, C); `scales` are as many as the panels' channels
-
-    def integers(self) -> Tensor:
-        return (from_panels(self.panels, *self.shape).to(torch.int16) - OFFSET).to(torch.int8)
-
-
-@dataclass(frozen=True, eq=False)
-class Bf16Panels(PackedWeight):
-    panels: Tensor  # bfloat16
-    shape: tuple[int, int]  # (O, C)
-
-    def dense(self) -> Tensor:
-        return from_panels(self.panels, *self.shape)
 
 
 class CompiledOps:
@@ -104,10 +38,11 @@ class CompiledOps:
         self.has_int8 = hasattr(library, "linear_int8")  # else the machine lacks the instructions for our products
         self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())
         if self.has_int8:
-            self._linear_int8 = library.linear_int8
+            self._linear_int8, self._run_blocks = library.linear_int8, library.run_blocks
             self._linear_bf16, self._linear_bf16_to_float = library.linear_bf16, library.linear_bf16_to_float
             product = (pointer, size, size, pointer, size, pointer, size, number, pointer, number)
             self._linear_int8.argtypes = [*product, *[pointer] * 4, size]
+            self._run_blocks.argtypes = cpu_blocks.ARGUMENTS
             self._linear_bf16.argtypes = self._linear_bf16_to_float.argtypes = product
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
@@ -217,9 +152,12 @@ class CompiledOps:
         )  # fmt: skip
         return normed, total
 
-
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
+    def fuse(self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> AllBlocks | None:
+        """Where all products are this module's."""
+        products = [each.weight for part in blocks for each in (part.c_attn, part.c_proj, part.c_fc, part.mlp_c_proj)]
+        if blocks[0].ln_1.normalized_shape[0] % LANES or not all(isinstance(w, Bf16Panels | Int8Panels) for w in products):
+            return None
+        return cpu_blocks.CompiledBlocks(self._run_blocks, blocks, activation, pre_norm=pre_norm)
 
 
 def side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -231,67 +169,6 @@ def side_by_side(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def load(shape: Shape) -> CompiledOps | None:
-    """The compiled ops, built first where the cache lacks them; None, and a line in the log, where that fails."""
-    library = cache_directory() / f"cpu-{key(shape)}.so"
-    if not library.exists():
-        log.info("compiling the CPU kernels for this machine and size of heads: once, it takes a second")
-        if problem := build(shape, library):
-            log.warning("the CPU kernels are not compiled, so that steps take several times as long: %s", problem)
-            return None
-    try:
-        return CompiledOps(ctypes.CDLL(str(library)))
-    except (OSError, AttributeError) as error:  # a broken file, or a directory from which no code may be run
-        log.warning("the compiled CPU kernels can't be loaded, so that steps take several times as long: %s", error)
-        return None
-
-
-def cache_directory() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded"
-
-
-def key(shape: Shape) -> str:
-    """Changes with everything that the machine code depends on."""
-    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, os.environ.get("CXX", ""), *map(str, shape), processor())
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-
-
-def processor() -> str:
-    """Which instructions the compiler may use."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
-
-
-def compiler() -> list[str]:
-    """The command that the environment names, or the first that is installed. Raises FileNotFoundError."""
-    if named := os.environ.get("CXX"):
-        return shlex.split(named)
-    for name in COMPILERS:
-        if found := shutil.which(name):
-            return [found]
-    raise FileNotFoundError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, and CXX names none")
-
-
-def build(shape: Shape, library: Path) -> str | None:
-    """Compile; what went wrong, or None."""
-    defines = (f"-DELEMENT={ELEMENTS[shape.dtype]}", f"-DHEAD_DIM={shape.head_dim}")
-    try:
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = Path(scratch) / "built.so"
-            finished = subprocess.run(
-                [*compiler(), *FLAGS.split(), *defines, str(SOURCE), "-o", str(built)],
-                capture_output=True,
-                text=True,
-                timeout=BUILD_TIMEOUT,
-                check=False,
-            )
-            if finished.returncode:
-                lines = finished.stderr.strip().splitlines()
-                return lines[-1] if lines else f"the compiler ended with {finished.returncode}"
-            built.replace(library)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        return str(error)
-    return None
+    """The compiled ops; None, and a line in the log, where there are none."""
+    library = compiled_library(shape)
+    return None if library is None else CompiledOps(library)

@@ -1,5 +1,7 @@
 """The served GPU path: the Triton launchers, one file each. See kernels.ops.Ops."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from kernels.block_sparse_attention import block_sparse_attention
 from kernels.decode_attention import decode_attention
 from kernels.kv_write import kv_write
 from kernels.names import Activation
-from kernels.ops import Weight
+from kernels.ops import BlockParts, Weight
 from kernels.plan import DecodePlan
 from kernels.prefill_attention import prefill_attention
 from kernels.sampling import sample
@@ -20,6 +22,7 @@ __all__ = [
     "block_sparse_attention",
     "decode_attention",
     "decode_step",
+    "fuse",
     "kv_write",
     "linear",
     "pack",
@@ -51,3 +54,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
 
 def project(x: Tensor, weight: Weight) -> Tensor:
     return linear(x, weight, None)
+
+
+def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+    """Ops run one by one."""

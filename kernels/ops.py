@@ -6,14 +6,15 @@ the other two are held to. The model gets one as an argument; nothing falls back
 
 import os
 from abc import ABC, abstractmethod
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.int8 import Int8Weight
-from kernels.names import Activation, KernelChoice
-from kernels.plan import DecodePlan, PrefillPlan
+from kernels.names import Activation, KernelChoice, PatternKind
+from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import SamplingState
 
 
@@ -26,6 +27,25 @@ class PackedWeight(ABC):
 
 
 Weight = Tensor | PackedWeight | Int8Weight
+
+
+class BlockParts(NamedTuple):
+    """A block of the decoder, its linears packed, and its pages of keys and values."""
+
+    ln_1: nn.LayerNorm
+    c_attn: nn.Linear
+    c_proj: nn.Linear
+    ln_2: nn.LayerNorm
+    c_fc: nn.Linear
+    mlp_c_proj: nn.Linear
+    k_pages: Tensor
+    v_pages: Tensor
+    kind: PatternKind
+    scale: float  # on attention scores
+
+
+# Runs all blocks on x (N, C), which it overwrites, by the plans of their kinds: x, and what is still to be added to it.
+AllBlocks = Callable[[Tensor, Mapping[PatternKind, StepPlan]], tuple[Tensor, Tensor | None]]
 
 
 class Ops(Protocol):
@@ -78,6 +98,9 @@ class Ops(Protocol):
 
     def sample(self, logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
         """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens."""
+
+    def fuse(self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> AllBlocks | None:
+        """All blocks as one call, with the bits of the ops one by one; None where there is no such call."""
 
 
 def choose(device: torch.device, choice: KernelChoice) -> Ops:

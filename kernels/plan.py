@@ -152,6 +152,15 @@ class PrefillPlan:
         return self.layout.col_idx[begin:end].tolist()
 
 
+class StepPlan(NamedTuple):
+    """What the layers of one kind share in a step: where new keys go and which pages each token reads."""
+
+    slot_mapping: Tensor  # (N,) page * PAGE_SIZE + offset of each token's key
+    decode: DecodePlan | None
+    prefill: PrefillPlan | None
+    num_decodes: int  # the first tokens
+
+
 def hidden_keys(pattern: Pattern, positions: range, pages: list[int]) -> Tensor:
     """(n, T, 64) bool: which keys of each page the queries at T positions do not see."""
     keys = torch.tensor(pages)[:, None, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)

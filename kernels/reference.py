@@ -1,6 +1,7 @@
 """The oracle: same names and signatures as the served paths, slow and obvious. Tests hold every path to it."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from kernels.band import PAGE_SIZE
 from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.noise import gumbel, row_keys
-from kernels.ops import PackedWeight, Weight
+from kernels.ops import BlockParts, PackedWeight, Weight
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
 from kernels.sampling_state import SamplingState
@@ -151,3 +152,7 @@ def truncate(x: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         weight = torch.where(stays, weight, 0.0)
         stays &= (likelier.double() @ weight < top_p * weight.sum()) | (x == x.max())
     return stays
+
+
+def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+    """Ops run one by one."""

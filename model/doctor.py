@@ -14,9 +14,9 @@ from kernels.band import PAGE_SIZE, SPLIT_PAGES, first_key
 from kernels.block_layout import BlockLayout, block_layout
 from kernels.names import PatternKind
 from kernels.ops import Ops
-from kernels.plan import DecodePlan, PrefillPlan
+from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from model.config import GPTConfig
-from model.gpt import GPT, Attend, KVPool, PagedAttention, StepPlan
+from model.gpt import GPT, Attend, KVPool, PagedAttention, PagedGPT
 
 DECODES = 8  # tokens of the prompt that go through one by one
 ROWS = 64  # positions whose logits are compared
@@ -132,6 +132,8 @@ def hidden_states(
         kind: block_layout(pattern, len(tokens), device) if (pattern := config.pattern(kind)).is_sparse else None
         for kind in attention
     }
+    # By one set of ops, as a server runs them: all blocks in one call, perhaps.
+    paged = PagedGPT(model, pointwise, pools) if all(ops is pointwise for ops in attention.values()) else None
     tokens = tokens.to(device)
     hidden = []
     for step in steps:
@@ -140,12 +142,13 @@ def hidden_states(
             dead = tables[kind][0, : first_key(step.start, config.pattern(kind).band) // PAGE_SIZE].long()
             for pages in pool:
                 pages[dead] = math.nan
-        attends = {}
-        for kind, ops in attention.items():
-            plans = {kind: step_plan(config, kind, step, tables[kind], layouts[kind])}
-            attends[kind] = PagedAttention(config, ops, pools, plans)
+        plans = {kind: step_plan(config, kind, step, tables[kind], layouts[kind]) for kind in attention}
         positions = torch.arange(step.start, step.stop, device=device)
-        hidden.append(model(tokens[positions], positions, by_kind(config, attends), pointwise))
+        if paged:
+            hidden.append(paged(tokens[positions], positions, plans))
+        else:
+            attends = {kind: PagedAttention(config, ops, pools, plans) for kind, ops in attention.items()}
+            hidden.append(model(tokens[positions], positions, by_kind(config, attends), pointwise))
     return torch.cat(hidden)
 
 

@@ -5,8 +5,8 @@ Parameter names are GPT-2's; linear weights are stored (out, in).
 """
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kernels.long_rows import highest
 from kernels.names import PatternKind
-from kernels.ops import Ops, Weight
-from kernels.plan import DecodePlan, PrefillPlan
+from kernels.ops import BlockParts, Ops, Weight
+from kernels.plan import StepPlan
 from model.config import GPTConfig
 
 # attend(layer, q, k, v) -> out, all (..., H, D): how the tokens of this call see each other and what came before.
@@ -76,15 +76,6 @@ class KVPool(NamedTuple):
 
     k: Tensor
     v: Tensor
-
-
-class StepPlan(NamedTuple):
-    """What the layers of one kind share in a step: where new keys go and which pages each token reads."""
-
-    slot_mapping: Tensor  # (N,) page * PAGE_SIZE + offset of each token's key
-    decode: DecodePlan | None
-    prefill: PrefillPlan | None
-    num_decodes: int
 
 
 class PagedAttention:
@@ -152,6 +143,10 @@ class Block(nn.Module):
         self.ln_2 = layer_norm(config)
         self.mlp = MLP(config)
 
+    def parts(self, pool: KVPool, kind: PatternKind, scale: float) -> BlockParts:
+        attn, mlp = self.attn, self.mlp
+        return BlockParts(self.ln_1, attn.c_attn, attn.c_proj, self.ln_2, mlp.c_fc, mlp.c_proj, *pool, kind, scale)
+
     def forward(
         self, x: Tensor, update: Tensor | None, layer: int, attend: Attend, ops: Ops
     ) -> tuple[Tensor, Tensor | None]:
@@ -204,10 +199,17 @@ class GPT(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend, ops: Ops) -> Tensor:
         """Hidden states (..., C) of `tokens` (...) at `positions` (...), counted from 0."""
-        x = self._project(self.project_in, self.wte(tokens), ops) + self.wpe(positions + self.config.position_offset)
-        update = None
+        x, update = self.embed(tokens, positions, ops), None
         for layer, block in enumerate(self.h):
             x, update = block(x, update, layer, attend, ops)
+        return self.norm(x, update, ops)
+
+    def embed(self, tokens: Tensor, positions: Tensor, ops: Ops) -> Tensor:
+        """What the first block gets."""
+        return self._project(self.project_in, self.wte(tokens), ops) + self.wpe(positions + self.config.position_offset)
+
+    def norm(self, x: Tensor, update: Tensor | None, ops: Ops) -> Tensor:
+        """Hidden states from what the last block gives."""
         if self.ln_f is not None:
             return add_norm(self.ln_f, x, update, ops)[0]
         return x if update is None else x + update
@@ -242,6 +244,30 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+
+
+class PagedGPT:
+    """A model over pools of pages, one for each layer."""
+
+    def __init__(self, model: GPT, ops: Ops, pools: list[KVPool]):
+        """All blocks are one call where `ops` have that."""
+        config = model.config
+        self._model, self._ops, self._pools = model, ops, pools
+        blocks = enumerate(zip(cast(Iterable[Block], model.h), pools, strict=True))
+        parts = [block.parts(pool, config.kind(layer), config.scale_of(layer)) for layer, (block, pool) in blocks]
+        self._all_blocks = ops.fuse(parts, config.activation, pre_norm=config.pre_norm)
+
+    @property
+    def is_one_call(self) -> bool:
+        return self._all_blocks is not None
+
+    def __call__(self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan]) -> Tensor:
+        """Hidden states (N, C) of a step's tokens (N,): decode rows first, then the prompt chunks."""
+        model, ops = self._model, self._ops
+        if self._all_blocks is None:
+            hidden: Tensor = model(tokens, positions, PagedAttention(model.config, ops, self._pools, plans), ops)
+            return hidden
+        return model.norm(*self._all_blocks(model.embed(tokens, positions, ops), plans), ops)
 
 
 def layer_norm(config: GPTConfig) -> nn.LayerNorm:

@@ -17,10 +17,10 @@ from kernels.band import PAGE_SIZE
 from kernels.block_layout import block_layout
 from kernels.names import PatternKind
 from kernels.ops import Ops
-from kernels.plan import DecodePlan, PrefillPlan
+from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
-from model.gpt import GPT, RESCORED, KVPool, PagedAttention, StepPlan
+from model.gpt import GPT, RESCORED, KVPool, PagedGPT
 from model.step import DecodeRow, NewPages, PageCopy, Sampled, SampleRow, SlotStart, StepInput, TokenLogprobs
 
 # Rows of logits that exist at a time: those of one token take as much memory as a thousand hidden states.
@@ -121,6 +121,7 @@ class Runner:
             KVPool(*(self._zeros(num_pages[config.group(i)] + 1, *shape, dtype=self.dtype) for _ in "kv"))
             for i in range(config.n_layer)
         ]
+        self.paged = PagedGPT(model, ops, self.pools)
         self.group_of: dict[PatternKind, KVGroup] = {config.kind(i): config.group(i) for i in range(config.n_layer)}
         self.patterns = {kind: config.pattern(kind) for kind in self.group_of}
         self.layouts = {
@@ -253,8 +254,7 @@ class Runner:
             )
             for kind in self.patterns
         }
-        attend = PagedAttention(self.model.config, self.ops, self.pools, plans)
-        hidden = self.model(self._decode_tokens(slots, given), positions, attend, self.ops)
+        hidden = self.paged(self._decode_tokens(slots, given), positions, plans)
         return self._sample(hidden, slots, positions + 1, samples)
 
     def _decode_tokens(self, slots: Tensor, given: Tensor) -> Tensor:
@@ -285,7 +285,7 @@ class Runner:
                 num_decodes=count,
             )
         tokens = torch.cat((self._decode_tokens(slots[:count], given), prompt_tokens))
-        hidden = self.model(tokens, positions, PagedAttention(self.model.config, self.ops, self.pools, plans), self.ops)
+        hidden = self.paged(tokens, positions, plans)
         new_tokens, found = self._sample(hidden[sampled], sampling_slots, positions[sampled] + 1, step.samples)
         return PendingStep(step, new_tokens, found + self._score(hidden, step))
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from kernels import cpu_compiled, ops
+from kernels import cpu_build, cpu_compiled, ops
 from kernels.names import KernelChoice
 from kernels.ops import Ops
 from model.card import Card, load_card
@@ -157,7 +157,7 @@ def choose_ops(model: GPT, settings: Settings) -> Ops:
     weight, config = model.wte.weight, model.config
     compiled = None
     if weight.device.type == "cpu" and settings.kernels == "auto" and settings.compile:
-        compiled = cpu_compiled.load(cpu_compiled.Shape(config.head_dim, weight.dtype))
+        compiled = cpu_compiled.load(cpu_build.Shape(config.head_dim, weight.dtype))
     return compiled or ops.choose(weight.device, settings.kernels)
 
 

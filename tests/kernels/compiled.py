@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cpu_compiled
-from kernels.cpu_compiled import CompiledOps, Shape
+from kernels import cpu_build, cpu_compiled
+from kernels.cpu_build import Shape
+from kernels.cpu_compiled import CompiledOps
 
 # What is given to the compiler besides. On a machine without tiles the first two are the same code.
 VARIANTS = {
@@ -22,12 +23,12 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 @cache
 def compiled_ops(dim: int, dtype: torch.dtype, variant: str = "compiled") -> CompiledOps:
     """From the cache that a server would use, so that only the first run on a machine waits for the compiler."""
-    flags = cpu_compiled.FLAGS
-    cpu_compiled.FLAGS = flags + VARIANTS[variant]
+    flags = cpu_build.FLAGS
+    cpu_build.FLAGS = flags + VARIANTS[variant]
     try:
         compiled = cpu_compiled.load(Shape(dim, dtype))
     finally:
-        cpu_compiled.FLAGS = flags
+        cpu_build.FLAGS = flags
     assert compiled is not None
     compiled.has_bf16 = compiled.has_int8  # where it would be slow, too
     return compiled
@@ -41,3 +42,6 @@ class AnyCompiled:
             return getattr(compiled_ops(x.shape[-1], x.dtype), name)(x, *rest)
 
         return call
+
+    def fuse(self, *_: Any, **__: Any) -> None:
+        """Products of fp32 are not compiled."""

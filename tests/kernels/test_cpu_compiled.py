@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu_compiled, reference
+from kernels import cpu_build, cpu_compiled, reference
 from kernels.band import PAGE_SIZE
-from kernels.cpu_compiled import CompiledOps, Shape, load
+from kernels.cpu_build import Shape
+from kernels.cpu_compiled import CompiledOps, load
 from kernels.ops import Ops
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan
@@ -94,7 +95,7 @@ def test_the_second_start_takes_what_the_first_has_compiled(
         library.write_bytes(b"a library")
         built.append(shape)
 
-    monkeypatch.setattr(cpu_compiled, "build", build)
+    monkeypatch.setattr(cpu_build, "build", build)
     monkeypatch.setattr(ctypes, "CDLL", lambda path: path)
     monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda library: library)
     with caplog.at_level(logging.INFO):
@@ -139,7 +140,7 @@ def test_a_library_that_cannot_be_loaded_is_no_reason_to_fail(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     shape = Shape(16, torch.float32)
-    library = tmp_path / "banded" / f"cpu-{cpu_compiled.key(shape)}.so"
+    library = tmp_path / "banded" / f"cpu-{cpu_build.key(shape)}.so"
     library.parent.mkdir()
     library.write_bytes(b"half a file")
     assert load(shape) is None
@@ -157,8 +158,8 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
 
 
 def test_the_source_has_no_warnings() -> None:
-    for element in cpu_compiled.ELEMENTS.values():
+    for element in cpu_build.ELEMENTS.values():
         checks = ["-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", f"-DELEMENT={element}", "-DHEAD_DIM=40"]
-        flags = [flag for flag in cpu_compiled.FLAGS.split() if flag not in ("-w", "-shared")]
-        command = [*cpu_compiled.compiler(), *flags, *checks, str(cpu_compiled.SOURCE)]
+        flags = [flag for flag in cpu_build.FLAGS.split() if flag not in ("-w", "-shared")]
+        command = [*cpu_build.compiler(), *flags, *checks, str(cpu_build.SOURCE)]
         assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""

@@ -1,9 +1,10 @@
 """Drives a runner over given tokens, for tests and benchmarks of the whole path from weights to logits."""
 
 import random
+from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -32,8 +33,12 @@ class PagedRun:
         sequences: list[Tensor],
         dtype: torch.dtype = torch.float32,
         path: ServedPath = CPU_PATH,
+        *,
+        pack: Literal["as it is", "int8"] | None = None,
     ):
         self.model = load_model(directory, dtype, path.device)
+        if pack:
+            self.model.pack(path.ops, quantize=pack == "int8")
         config = self.model.config
         self.sequences = sequences
         bands: dict[KVGroup, int | None] = {
@@ -45,16 +50,21 @@ class PagedRun:
         }
         self.cache = KVCache(config, sizes, step_tokens=STEP_TOKENS)
         self.runner = Runner(self.model, path.ops, len(sequences), sizes)
-        self.model.register_forward_hook(self._record)
+        self.is_one_call = self.runner.paged.is_one_call
         self.hidden: list[Tensor] = []
+        self.runner.paged = self._recording(self.runner.paged)
         self.num_top: int | None = None  # when set, logprobs of all tokens are asked for and checked
         self.done = [0] * len(sequences)
         self.logits = [torch.full((len(tokens), config.vocab_size), float("nan")) for tokens in sequences]
         for slot, tokens in enumerate(sequences):
             assert self.cache.try_reserve(slot, len(tokens))
 
-    def _record(self, module: Any, args: Any, output: Tensor) -> None:
-        self.hidden.append(output)
+    def _recording(self, paged: Callable[..., Tensor]) -> Any:
+        def run(*arguments: Any) -> Tensor:
+            self.hidden.append(paged(*arguments))
+            return self.hidden[-1]
+
+        return run
 
     def poison(self) -> None:
         for layer, pool in enumerate(self.runner.pools):

@@ -1,0 +1,80 @@
+"""All blocks in one call give the bits of the ops one by one, whatever the model and the step."""
+
+import copy
+import random
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pytest
+import torch
+
+from kernels.cpu_compiled import CompiledOps
+from model.doctor import kernel_errors
+from model.weights import load_model
+from tests.kernels.compiled import VARIANTS, compiled_ops
+from tests.kernels.paths import ServedPath
+from tests.model.checkpoints import FIELDS, tiny
+from tests.model.paged_run import PagedRun, random_steps
+
+HEAD_DIM = FIELDS["banded"]["n_embd"] // FIELDS["banded"]["n_head"]
+MODELS: dict[str, dict[str, Any]] = {
+    "every pattern": {"attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5},
+    "OPT-350m's order": {"pre_norm": False, "final_norm": False, "activation": "relu", "embedding_width": 32},
+    "as few parameters as can be": {"qkv_bias": False, "bias": False, "norm_affine": False, "scale_by_inverse_layer": True},
+    "a band over pages": {"band": 70, "activation": "gelu", "n_inner": 160, "tied_head": False},
+}
+packs = pytest.mark.parametrize("pack", ["as it is", "int8"])
+variants = pytest.mark.parametrize("variant", [name for name in VARIANTS if "AVX2" not in name])
+
+
+def one_by_one(ops: CompiledOps) -> CompiledOps:
+    ops = copy.copy(ops)
+    ops.fuse = lambda *_, **__: None  # type: ignore[method-assign]
+    return ops
+
+
+@variants
+@packs
+@pytest.mark.parametrize("name", MODELS)
+def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int8"], variant: str, tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, **MODELS[name])
+    generator = torch.Generator().manual_seed(3)
+    sequences = [torch.randint(331, (length,), generator=generator) for length in (250, 1, 64, 65, 129, 190)]
+    ops = compiled_ops(HEAD_DIM, torch.bfloat16, variant)
+    cpu = torch.device("cpu")
+    runs = [
+        PagedRun(directory, sequences, torch.bfloat16, ServedPath(each, cpu), pack=pack) for each in (ops, one_by_one(ops))
+    ]
+    # Otherwise the ops would be compared with themselves.
+    assert [run.is_one_call for run in runs] == [ops.has_int8, False]
+    for run in runs:
+        random_steps(run, random.Random(4))
+    for together, apart in zip(runs[0].logits, runs[1].logits, strict=True):
+        assert not together.isnan().any()
+        assert torch.equal(together, apart)
+
+
+@packs
+def test_the_doctor_measures_the_one_call(pack: str, tmp_path: Path) -> None:
+    ops = copy.copy(compiled_ops(HEAD_DIM, torch.bfloat16))
+    if not ops.has_int8:
+        pytest.skip("this CPU lacks the instructions for the products")
+    model = load_model(tiny("banded", tmp_path), torch.bfloat16, torch.device("cpu"))
+    model.pack(ops, quantize=pack == "int8")
+    assert kernel_errors(model, ops).faults() == []
+    run = ops._run_blocks
+
+    def broken(blocks: Any, count: int, *rest: Any) -> None:
+        run(blocks, count - 1, *rest)
+
+    ops._run_blocks = cast(Any, broken)
+    (fault,) = kernel_errors(model, ops).faults()
+    assert fault.startswith("kernels of kind all: ")
+
+
+def test_weights_that_are_not_packed_by_these_ops_run_one_by_one(tmp_path: Path) -> None:
+    sequences = [torch.zeros(9, dtype=torch.int64)]
+    path = ServedPath(compiled_ops(HEAD_DIM, torch.bfloat16), torch.device("cpu"))
+    run = PagedRun(tiny("banded", tmp_path), sequences, torch.bfloat16, path)
+    assert not run.is_one_call
+    random_steps(run, random.Random(1))

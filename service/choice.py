@@ -91,9 +91,10 @@ class Choice:
         for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
             count += 1
             pieces.append(self._push(token, token_logprobs))
-            self._count(now)
             if self._text.stopped:
                 break
+        if count:
+            self._count(count, now)
         if finish:
             pieces.append(self._text.finish())
         if self._text.stopped:
@@ -131,7 +132,9 @@ class Choice:
         data = b"" if silent else self._tokenizer.text_bytes(token)
         if self._places is not self._text:
             self._places.push(data)
-        return self._text.push(data, searched=self._num_tokens >= self._sequence.min_tokens)
+        searched = self._num_tokens >= self._sequence.min_tokens
+        self._num_tokens += 1
+        return self._text.push(data, searched=searched)
 
     def _shown(self) -> list[ShownToken]:
         """Tokens that the client sees since the last call."""
@@ -142,10 +145,9 @@ class Choice:
         pairs = zip(self._tokens[new], offsets[new], strict=True)
         return [ShownToken(token, logprobs, offset) for (token, logprobs), offset in pairs]
 
-    def _count(self, now: float) -> None:
+    def _count(self, num_tokens: int, now: float) -> None:
         metrics = self._metrics
-        self._num_tokens += 1
-        metrics.generated_tokens.inc()
+        metrics.generated_tokens.inc(num_tokens)
         if self._first_token is None:
             self._first_token = now
             metrics.queue_time.observe(self._sequence.started - self._submitted)

@@ -37,7 +37,7 @@ class Metrics:
             "time_to_first_token_seconds", "From submission to a choice's first token", REQUEST_SECONDS
         )
         self.inter_token_latency = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens of a choice", TOKEN_SECONDS
+            "inter_token_latency_seconds", "Between two steps that brought a choice tokens", TOKEN_SECONDS
         )
         self.time_per_output_token = self._histogram(
             "request_time_per_output_token_seconds", "Mean time between two tokens of a choice", TOKEN_SECONDS

@@ -25,6 +25,7 @@ class TextStream:
     def __init__(self, stops: Sequence[str], *, include_stop: bool = False, start: int = 0):
         self.offsets: list[int] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_whole = True  # the decoder holds no bytes of an unfinished character
         self._matcher = StopMatcher(stops)
         self._include_stop = include_stop
         self._finished = False
@@ -57,10 +58,16 @@ class TextStream:
         No stop string begins in a token that is not `searched`; those come first.
         """
         assert searched or self._unsearched_end == self._begun_end(), "unsearched text after searched text"
-        first, rest = data[:1], data[1:]
-        text = self._decode(first)
-        self.offsets.append(self._begun_end() - len(first))
-        text += self._decode(rest)
+        if self._is_whole and data.isascii():  # most tokens
+            text = data.decode("ascii")
+            self.offsets.append(self._decoded_end)
+            self._decoded_end += len(text)
+        else:
+            first, rest = data[:1], data[1:]
+            text = self._decode(first)
+            self.offsets.append(self._begun_end() - len(first))
+            text += self._decode(rest)
+            self._is_whole = not self._decoder.getstate()[0]
         if not searched:
             self._unsearched_end = self._begun_end()
         return self._pass_on(text)

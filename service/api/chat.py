@@ -14,6 +14,7 @@ from model.tokenizer import Tokenizer
 from service.api.errors import invalid
 from service.api.generation import (
     Generation,
+    TextEvents,
     answer,
     beside_the_loop,
     check_length,
@@ -128,14 +129,18 @@ class Chat:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
         begun: set[int] = set()
+        no_logprobs = self._logprobs(())
+        text_event = TextEvents("content", lambda choice: self._event(choice, ChatDelta(content=""), logprobs=no_logprobs))
         async with aclosing(self._generation.outputs()) as outputs:
             async for output in outputs:
                 if output.choice not in begun:
                     begun.add(output.choice)
                     yield self._event(output.choice, ChatDelta(role="assistant", content=""))
-                if output.text or output.shown:
+                if output.shown or (output.text and self._body.include_obfuscation):
                     logprobs = self._logprobs(output.shown)
                     yield self._event(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
+                elif output.text:
+                    yield text_event(output.choice, output.text)
                 if output.finish_reason:
                     yield self._event(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
         if self._body.include_usage:

@@ -14,6 +14,7 @@ from service.api.errors import invalid
 from service.api.generation import (
     Candidate,
     Generation,
+    TextEvents,
     answer,
     beside_the_loop,
     check_length,
@@ -194,14 +195,19 @@ class Completion:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""
-        warnings = self._warnings
+        body, warnings = self._body, self._warnings
+        text_event = TextEvents(
+            "text", lambda choice: self._event(self._response([self._choice(choice, "", (), None)], None))
+        )
         async with aclosing(self._generation.outputs()) as outputs:
             async for output in outputs:
-                if output.text or output.shown or output.finish_reason:
+                if output.shown or output.finish_reason or (output.text and (warnings or body.include_obfuscation)):
                     choice = self._choice(output.choice, output.text, output.shown, output.finish_reason)
                     chunk = self._response([choice], None)
                     chunk.warnings, warnings = warnings, None  # once is enough
                     yield self._event(chunk)
+                elif output.text:
+                    yield text_event(output.choice, output.text)
         if self._body.include_usage:
             yield self._event(self._response([], self._usage()))
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from pydantic import BaseModel
+from pydantic_core import to_json
 
 from model.step import TokenLogprobs
 from service.api.errors import APIError, invalid
@@ -135,6 +136,27 @@ def chunk_event(chunk: CompletionResponse | ChatChunk, *, with_usage: bool, obfu
 
 
 PADDED_TO = 64  # bytes
+
+
+class TextEvents:
+    """The events of a stream that carry text and nothing else, as most do: those of a choice differ in the text only.
+
+    A model for each, checked and serialised, took a tenth of the event loop's time.
+    """
+
+    def __init__(self, field: str, without_text: Callable[[int], bytes]):
+        """`without_text(choice)` is such an event with the empty text in `field`."""
+        self._empty = f'"{field}":""'.encode()  # inside a string its quotes would have backslashes
+        self._without_text = without_text
+        self._around: dict[int, tuple[bytes, bytes]] = {}
+
+    def __call__(self, choice: int, text: str) -> bytes:
+        if choice not in self._around:
+            before, found, behind = self._without_text(choice).partition(self._empty)
+            assert found, f"no {self._empty.decode()} in the event"
+            self._around[choice] = before + self._empty[:-2], behind
+        before, behind = self._around[choice]
+        return before + to_json(text) + behind
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from model.step import SamplingParams, StepInput
-from service.schema import CompletionRequest
+from service.api.generation import TextEvents, chunk_event
+from service.schema import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, post, serving
 from tests.service.fakes import CONFIG, FakeEngine
@@ -450,3 +451,19 @@ def test_long_prompts_are_tokenized_beside_the_event_loop(monkeypatch: pytest.Mo
     post({"model": "fake", "prompt": " a" * 3000})
     post({"model": "fake", "prompt": ["many short ones " * 15] * 100, "max_tokens": 1}, FakeEngine(max_queue=100))
     assert threads == [True, False] + [False] * 100
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", '"quoted" \\ and\nlines\t\x00\x7f', "\u2028 café \U0001f600", "</script>", '"text":""']
+)
+@pytest.mark.parametrize("with_usage", [False, True])
+def test_the_event_of_a_text_is_that_of_its_chunk(text: str, with_usage: bool) -> None:
+    def chunk(choice: int, text: str) -> bytes:
+        choices = [CompletionChoice(text=text, index=choice, logprobs=None, finish_reason=None)]
+        model = 'named "text":"" by somebody'
+        response = CompletionResponse(id="cmpl-1", created=1, model=model, system_fingerprint="fp", choices=choices)
+        return chunk_event(response, with_usage=with_usage, obfuscate=False)
+
+    events = TextEvents("text", lambda choice: chunk(choice, ""))
+    for choice in (0, 1, 0):
+        assert events(choice, text) == chunk(choice, text)

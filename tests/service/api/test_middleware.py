@@ -1,6 +1,7 @@
 """What surrounds the routes: ids, HEAD, keys, limits, other origins, the count of every response."""
 
 import asyncio
+import json
 import logging
 import re
 from collections.abc import AsyncIterator
@@ -189,13 +190,14 @@ def test_a_fault_after_the_response_has_started_is_left_to_the_server() -> None:
 def test_an_unexpected_fault_inside_a_stream_is_an_error_event(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving() as api:
-            names = iter(["first", "second"])
-            monkeypatch.setattr("service.api.generation.event", lambda body: f"data: {next(names)}\n\n".encode())
-            answer = await api.complete(prompt="a", max_tokens=3, stream=stream)
+            texts = iter([b'"first"', b'"second"'])
+            monkeypatch.setattr("service.api.generation.to_json", lambda text: next(texts))
+            answer = await api.complete(prompt="a", max_tokens=4, stream=stream)
             assert answer.status_code == 200
             if stream:
                 *chunks, error, done, end = answer.text.split("\n\n")
-                assert chunks == ["data: first", "data: second"]
+                events = [json.loads(chunk.removeprefix("data: ")) for chunk in chunks]
+                assert [event["choices"][0]["text"] for event in events] == ["first", "second"]
                 assert '"code": "internal_error"' in error
                 assert (done, end) == ("data: [DONE]", "")
             await asyncio.sleep(0.05)

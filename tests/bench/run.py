@@ -35,6 +35,7 @@ from service import bench as http
 from service.bench import BenchError, Load, Result, banded, keep, measure, percentile, random_prompts, run_async, running
 from service.cli import positive
 from service.kv_cache import KVCache, pool_sizes, sequence_bytes
+from service.process import freeze_loaded_objects
 from service.settings import Dtype
 from tests.bench import checkpoints
 from tests.bench.checkpoints import ALTERNATING_125M, all_dense
@@ -484,6 +485,7 @@ SCENARIOS: dict[str, Callable[[Bench, str], list[Line]]] = {
 def main(argv: list[str] | None = None) -> int:
     """0, or 1 where something of ours could not be measured. A target that is missed is no failure."""
     args = parser().parse_args(argv)
+    freeze_loaded_objects()  # the clients' garbage is little, and collecting it costs the servers a core
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the servers would go on
     if args.quick:
         # A toy has no work for two threads, which would wait for each other, and is not worth compiling anything.

@@ -1,4 +1,4 @@
-"""All blocks of the decoder as one call of compiled code: no Python between ops, for which other threads would wait."""
+"""All blocks of the decoder as one call of compiled code: no Python between ops, which waits for the interpreter's lock."""
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
@@ -117,7 +117,7 @@ class CompiledBlocks:
         self, run_blocks: Callable[..., None], parts: Sequence[BlockParts], activation: Activation, *, pre_norm: bool
     ):
         self._run, self._activation, self._pre_norm = run_blocks, ACTIVATIONS[activation], pre_norm
-        self._parts = list(parts)  # whose memory the blocks point to
+        self._parts = list(parts)  # the blocks point to their tensors
         self._kinds = list(dict.fromkeys(part.kind for part in parts))
         self._blocks = (Block * len(parts))(*(Block.of(part, self._kinds.index(part.kind)) for part in parts))
         self._heads = parts[0].k_pages.shape[1]

@@ -549,7 +549,7 @@ void attend_by_tiles(Tile& tile, const Words (*query)[PARTS], const ELEMENT* k, 
 }  // namespace
 
 // kernels.ops.Ops.prefill_attention and block_sparse_attention: q (tokens, heads, HEAD_DIM), whose rows stand `stride` apart,
-// `out` side by side. The rest is cpu_compiled.TileList's.
+// `out` side by side. The rest is kernels.plan.TileList's.
 extern "C" void prefill_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
                                   const int64_t* rows, const int64_t* offsets, const int64_t* page_ids,
                                   const int64_t* masks, const uint8_t* hidden, int64_t num_tiles, ELEMENT* out,
@@ -760,8 +760,8 @@ class Division {
   std::vector<Part> parts;
 };
 
-// Multiplies `count` rows with the panels of a weight, `division` of which are PANELS each. finish(panel)(row, sums) gets each
-// LANES sums, from some thread, and from tiles gets some of them twice. A parallel region calls it in all its threads.
+// Multiplies `count` rows with the panels of a weight, which `division` hands out PANELS at a time. finish(panel)(row, sums)
+// gets each LANES sums, from some thread, and from tiles gets some of them twice. A parallel region calls it in all its threads.
 template <Kind KIND, class Finish>
 void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, Division& division,
                      Finish finish) {
@@ -803,7 +803,7 @@ void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const ui
       }
 }
 
-// The places of kernels.names.Activation's names in cpu_compiled.ACTIVATIONS.
+// The places of kernels.names.Activation's names in cpu_panels.ACTIVATIONS.
 enum Activation { NONE, RELU, GELU, GELU_NEW };
 
 Floats activate(Floats x, int activation) {
@@ -888,7 +888,7 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
 }  // namespace
 
 // kernels.ops.Ops.linear: x (rows, columns), `out` (rows, channels), `bias` may be null; panels and scales are
-// cpu_compiled.Int8Panels'. `integers` has room for the rows, `padded` to whole blocks, the two lists for a number each.
+// cpu_panels.Int8Panels'. `integers` has room for the rows, `padded` to whole blocks, the two lists for a number each.
 extern "C" void linear_int8(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels,
                             const ELEMENT* bias, int64_t channels, int activation, ELEMENT* out, int threads,
                             const float* scales, int8_t* integers, float* row_scales, int32_t* row_sums, int64_t padded) {
@@ -933,7 +933,7 @@ extern "C" int bf16_is_fast() {
   return __builtin_cpu_is("amd") != 0;
 }
 
-// The same of cpu_compiled.Bf16Panels, where ELEMENT is bfloat16.
+// The same of cpu_panels.Bf16Panels, where ELEMENT is bfloat16.
 extern "C" void linear_bf16(const ELEMENT* x, int64_t rows, int64_t columns, const uint8_t* panels, int64_t num_panels,
                             const ELEMENT* bias, int64_t channels, int activation, ELEMENT* out, int threads) {
   linear(x, rows, columns, panels, num_panels, bias, channels, activation, out, threads);
@@ -948,7 +948,7 @@ extern "C" void linear_bf16_to_float(const ELEMENT* x, int64_t rows, int64_t col
 
 // ---- a step's way through all blocks
 
-// What cpu_compiled's structures of the same names hold.
+// What cpu_blocks' structures of the same names hold.
 struct Norm {
   const ELEMENT *weight, *bias;
   float eps;
@@ -998,15 +998,15 @@ extern "C" void run_blocks(const Block* blocks, int64_t num_blocks, int pre_norm
   const auto add_norm = [&](const Norm& norm, const ELEMENT* more, ELEMENT* out) {
     add_layernorm(x, more, norm.weight, norm.bias, tokens, columns, norm.eps, out, x, threads);
   };
-  const auto multiply = [&](const Product& by, const ELEMENT* rows, ELEMENT* out, int activate) {
+  const auto multiply = [&](const Product& by, const ELEMENT* input, ELEMENT* out, int function) {
     if (by.scales)
-      linear_int8(rows, tokens, by.columns, by.panels, by.num_panels, by.bias, by.channels, activate, out, threads,
+      linear_int8(input, tokens, by.columns, by.panels, by.num_panels, by.bias, by.channels, function, out, threads,
                   by.scales, scratch.integers, scratch.row_scales, scratch.row_sums, by.padded);
     else
-      linear(rows, tokens, by.columns, by.panels, by.num_panels, by.bias, by.channels, activate, out, threads);
+      linear(input, tokens, by.columns, by.panels, by.num_panels, by.bias, by.channels, function, out, threads);
   };
-  const auto attention = [&](const Block& block, const ELEMENT* rows) {
-    multiply(block.c_attn, rows, scratch.qkv, NONE);
+  const auto attention = [&](const Block& block, const ELEMENT* input) {
+    multiply(block.c_attn, input, scratch.qkv, NONE);
     const Plan& plan = plans[block.plan];
     if (decodes)
       decode_step(scratch.qkv, scratch.qkv + columns, scratch.qkv + 2 * columns, row, block.k_pages, block.v_pages,
@@ -1022,8 +1022,8 @@ extern "C" void run_blocks(const Block* blocks, int64_t num_blocks, int pre_norm
     }
     multiply(block.c_proj, scratch.attended, update, NONE);
   };
-  const auto mlp = [&](const Block& block, const ELEMENT* rows) {
-    multiply(block.c_fc, rows, scratch.inner, activation);
+  const auto mlp = [&](const Block& block, const ELEMENT* input) {
+    multiply(block.c_fc, input, scratch.inner, activation);
     multiply(block.mlp_c_proj, scratch.inner, update, NONE);
   };
 

@@ -30,7 +30,7 @@ Weight = Tensor | PackedWeight | Int8Weight
 
 
 class BlockParts(NamedTuple):
-    """A block of the decoder, its linears packed, and its pages of keys and values."""
+    """A block of the decoder, its linears packed or not, and its pages of keys and values."""
 
     ln_1: nn.LayerNorm
     c_attn: nn.Linear
@@ -100,7 +100,8 @@ class Ops(Protocol):
         """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens."""
 
     def fuse(self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> AllBlocks | None:
-        """All blocks as one call, with the bits of the ops one by one; None where there is no such call."""
+        """All blocks as one call, with the bits of the ops one by one; None where there is no such call.
+        Nobody may put other tensors into the modules afterwards."""
 
 
 def choose(device: torch.device, choice: KernelChoice) -> Ops:

@@ -150,7 +150,10 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, update: Tensor | None, layer: int, attend: Attend, ops: Ops
     ) -> tuple[Tensor, Tensor | None]:
-        """The residual stream x (..., C), and what is still to be added to it: the next norm adds it in the same pass."""
+        """The residual stream x (..., C), and what is still to be added to it: the next norm adds it in the same pass.
+
+        run_blocks in kernels/cpu_compiled.cpp repeats this.
+        """
         if self.pre_norm:
             normed, x = add_norm(self.ln_1, x, update, ops)
             normed, x = add_norm(self.ln_2, x, self.attn(normed, layer, attend, ops), ops)

@@ -17,8 +17,9 @@ from tests.model.checkpoints import FIELDS, tiny
 from tests.model.paged_run import PagedRun, random_steps
 
 HEAD_DIM = FIELDS["banded"]["n_embd"] // FIELDS["banded"]["n_head"]
+# Heads of 32 go through tiles where there are some.
 MODELS: dict[str, dict[str, Any]] = {
-    "every pattern": {"attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5},
+    "every pattern": {"n_head": 2, "attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5},
     "OPT-350m's order": {"pre_norm": False, "final_norm": False, "activation": "relu", "embedding_width": 32},
     "as few parameters as can be": {"qkv_bias": False, "bias": False, "norm_affine": False, "scale_by_inverse_layer": True},
     "a band over pages": {"band": 70, "activation": "gelu", "n_inner": 160, "tied_head": False},
@@ -33,6 +34,11 @@ def one_by_one(ops: CompiledOps) -> CompiledOps:
     return ops
 
 
+def skip_without_products(ops: CompiledOps) -> None:
+    if not ops.has_int8:
+        pytest.skip("this CPU lacks the instructions for the products")
+
+
 @variants
 @packs
 @pytest.mark.parametrize("name", MODELS)
@@ -40,13 +46,14 @@ def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int
     directory = tiny("banded", tmp_path, **MODELS[name])
     generator = torch.Generator().manual_seed(3)
     sequences = [torch.randint(331, (length,), generator=generator) for length in (250, 1, 64, 65, 129, 190)]
-    ops = compiled_ops(HEAD_DIM, torch.bfloat16, variant)
+    fields = FIELDS["banded"] | MODELS[name]
+    ops = compiled_ops(fields["n_embd"] // fields["n_head"], torch.bfloat16, variant)
+    skip_without_products(ops)
     cpu = torch.device("cpu")
     runs = [
         PagedRun(directory, sequences, torch.bfloat16, ServedPath(each, cpu), pack=pack) for each in (ops, one_by_one(ops))
     ]
-    # Otherwise the ops would be compared with themselves.
-    assert [run.is_one_call for run in runs] == [ops.has_int8, False]
+    assert [run.is_one_call for run in runs] == [True, False]
     for run in runs:
         random_steps(run, random.Random(4))
     for together, apart in zip(runs[0].logits, runs[1].logits, strict=True):
@@ -57,8 +64,7 @@ def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int
 @packs
 def test_the_doctor_measures_the_one_call(pack: str, tmp_path: Path) -> None:
     ops = copy.copy(compiled_ops(HEAD_DIM, torch.bfloat16))
-    if not ops.has_int8:
-        pytest.skip("this CPU lacks the instructions for the products")
+    skip_without_products(ops)
     model = load_model(tiny("banded", tmp_path), torch.bfloat16, torch.device("cpu"))
     model.pack(ops, quantize=pack == "int8")
     assert kernel_errors(model, ops).faults() == []
@@ -72,9 +78,20 @@ def test_the_doctor_measures_the_one_call(pack: str, tmp_path: Path) -> None:
     assert fault.startswith("kernels of kind all: ")
 
 
-def test_weights_that_are_not_packed_by_these_ops_run_one_by_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fields", "pack"),
+    [
+        ({}, None),
+        ({"n_inner": 240}, "as it is"),  # one product of the four has rows that panels do not take
+        ({"n_embd": 40}, "int8"),  # norms that are not compiled
+    ],
+)
+def test_where_one_op_is_not_compiled_all_run_one_by_one(
+    fields: dict[str, Any], pack: Literal["as it is", "int8"] | None, tmp_path: Path
+) -> None:
+    head_dim = fields.get("n_embd", 64) // FIELDS["banded"]["n_head"]
+    path = ServedPath(compiled_ops(head_dim, torch.bfloat16), torch.device("cpu"))
     sequences = [torch.zeros(9, dtype=torch.int64)]
-    path = ServedPath(compiled_ops(HEAD_DIM, torch.bfloat16), torch.device("cpu"))
-    run = PagedRun(tiny("banded", tmp_path), sequences, torch.bfloat16, path)
+    run = PagedRun(tiny("banded", tmp_path, **fields), sequences, torch.bfloat16, path, pack=pack)
     assert not run.is_one_call
     random_steps(run, random.Random(1))

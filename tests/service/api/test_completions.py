@@ -220,27 +220,39 @@ def test_a_stream_adds_up_to_the_answer() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("fields", [{}, {"logprobs": 2}, {"stop": " one two" * 8}, {"stop": " one two" * 8, "logprobs": 2}])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"logprobs": 2},
+        {"stop": " one two" * 8},
+        {"stop": " one two" * 8, "logprobs": 2},
+        {"stop": " two", "min_tokens": 30},
+    ],
+)
 def test_tokens_that_come_several_in_a_step_are_what_comes_one_by_one(fields: dict[str, Any]) -> None:
     text = " go" + " one two" * 30
     body: dict[str, Any] = {"prompt": ["a", "b"], "max_tokens": 50, "stream_options": {"include_usage": True}, **fields}
 
-    async def answers(max_draft: int) -> tuple[str, list[Any], Any, int]:
+    async def answers(max_draft: int) -> tuple[str, list[Any], Any, float, int, float]:
         fake = FakeEngine(text, max_draft=max_draft)
         async with serving(fake) as api:
             *chunks, last = await stream(api, **body)
             first = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == 0]
             logprobs = [token for piece in first if piece["logprobs"] for token in piece["logprobs"]["tokens"]]
             assert fake.metric("accepted_draft_tokens_total") == fake.metric("draft_tokens_total")
-            return "".join(piece["text"] for piece in first), logprobs, last["usage"], len(chunks)
+            tokens, gaps = fake.metric("generated_tokens_total"), fake.metric("inter_token_latency_seconds_count")
+            return "".join(piece["text"] for piece in first), logprobs, last["usage"], tokens, len(chunks), gaps
 
     async def test() -> None:
         one_by_one, together = await answers(0), await answers(7)
-        assert together[:3] == one_by_one[:3]
+        assert together[:4] == one_by_one[:4]
         assert one_by_one[0].startswith(" go")
-        assert (one_by_one[0] == " go") == ("stop" in fields)
+        assert (one_by_one[0] == " go") == (fields.get("stop") == " one two" * 8)
+        assert one_by_one[5] == one_by_one[3] - 2, "a gap before each token but the first of both choices"
+        assert together[5] < one_by_one[5] / 2, "a gap before each step"
         if "stop" not in fields:  # otherwise most of the text is held back, and in few chunks anyway
-            assert together[3] < one_by_one[3] / 2
+            assert together[4] < one_by_one[4] / 2
 
     run(test)
 

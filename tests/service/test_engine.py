@@ -53,9 +53,11 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.005)
 
 
-def run(test: Callable[[], Awaitable[None]]) -> None:
+def run(test: Callable[[], Awaitable[None]], *, seconds: float = 30) -> None:
+    """`seconds` are only there to end a test that hangs."""
+
     async def limited() -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(seconds):
             await test()
 
     asyncio.run(limited())

@@ -176,7 +176,7 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
     if compiled:  # first, because a clean machine's compiler takes longer than a request may
         settings: dict[str, Any] = {"model": str(directory), "kv_bytes": 64 << 20, "dtype": dtype, "compile": True}
         load_served(Settings(**settings), Metrics("tiny"))
-    run(test)
+    run(test, seconds=180)
 
 
 @pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", False), ("float32", False), ("int8", True)])

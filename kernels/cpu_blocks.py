@@ -7,7 +7,7 @@ from ctypes import c_float, c_int, c_int64, c_void_p
 import torch
 from torch import Tensor, nn
 
-from kernels.cpu_panels import ACTIVATIONS, LANES, Bf16Panels, Int8Panels, address
+from kernels.cpu_panels import ACTIVATIONS, Bf16Panels, Int8Panels, address
 from kernels.names import Activation, PatternKind
 from kernels.ops import BlockParts, Weight
 from kernels.plan import StepPlan
@@ -38,9 +38,8 @@ class Product(ctypes.Structure):
     def of(cls, linear: nn.Linear) -> "Product":
         weight: Weight = linear.weight
         assert isinstance(weight, Bf16Panels | Int8Panels)
-        scales = weight.scales.data_ptr() if isinstance(weight, Int8Panels) else None
-        panels = weight.panels
-        return cls(panels.data_ptr(), len(panels), scales, panels[0].numel() // LANES, address(linear.bias), *weight.shape)
+        scales, padded = (weight.scales.data_ptr(), weight.padded) if isinstance(weight, Int8Panels) else (None, 0)
+        return cls(weight.panels.data_ptr(), len(weight.panels), scales, padded, address(linear.bias), *weight.shape)
 
 
 class Block(ctypes.Structure):

@@ -957,7 +957,7 @@ struct Norm {
 struct Product {
   const uint8_t* panels;
   int64_t num_panels;
-  const float* scales;  // null where the weights are bfloat16
+  const float* scales;  // null where the weights are bfloat16, and `padded` 0
   int64_t padded;
   const ELEMENT* bias;
   int64_t channels, columns;

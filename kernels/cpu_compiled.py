@@ -61,7 +61,7 @@ class CompiledOps:
         if isinstance(weight, Bf16Panels):
             return self._linear(self._linear_bf16, x, weight, bias, activation, x.dtype)
         if isinstance(weight, Int8Panels):
-            rows, padded = x.numel() // x.shape[-1], weight.panels[0].numel() // LANES
+            rows, padded = x.numel() // x.shape[-1], weight.padded
             integers = torch.empty(rows, padded, dtype=torch.int8)
             row_scales, row_sums = torch.empty(rows), torch.empty(rows, dtype=torch.int32)
             scratch = weight.scales.data_ptr(), integers.data_ptr(), row_scales.data_ptr(), row_sums.data_ptr(), padded

@@ -36,6 +36,11 @@ class Int8Panels(Int8Weight):
     panels: Tensor  # uint8: the integers + OFFSET
     shape: tuple[int, int]  # (O, C); `scales` are as many as the panels' channels
 
+    @property
+    def padded(self) -> int:
+        """C of the panels: so long are the rows that they are multiplied with."""
+        return self.panels[0].numel() // LANES
+
     def integers(self) -> Tensor:
         return (from_panels(self.panels, *self.shape).to(torch.int16) - OFFSET).to(torch.int8)
 

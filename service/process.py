@@ -44,7 +44,7 @@ def one_torch_thread() -> Iterator[None]:
 def freeze_loaded_objects() -> None:
     """Take what exists by now out of the garbage collector's sight: it lasts as long as the process.
 
-    Modules and models are half a million objects. A full collection walks through all of them while every thread waits.
+    Modules and models are two hundred thousand objects. A full collection walks through them while every thread waits.
     """
     gc.collect()
     gc.freeze()

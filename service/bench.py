@@ -1,13 +1,12 @@
 """Measures a completions server over real HTTP: so many streams always in flight, random prompts, times of every event.
 
 `banded bench` is this module on a command line; tests/bench measures Banded beside other servers with it. Client and server
-share the cores of one machine, so the client is to cost little. An event of 32 streams took 35 us of CPU time with aiohttp
-on uvloop, 65 with aiohttp on asyncio's own loop, 190 with httpx and 55 with asyncio streams and a parser written by hand.
+share the cores of one machine, so while a load runs the client only notes what comes in when, and reads it afterwards.
 """
 
 import asyncio
 import csv
-import http.client
+import io
 import json
 import math
 import os
@@ -20,15 +19,15 @@ import tempfile
 import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager, suppress
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from itertools import pairwise
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TextIO
+from typing import IO, Any, NamedTuple, TextIO, cast
 from urllib.parse import urlsplit
-
-import aiohttp
 
 # Tokens of which nearly every vocabulary has all; the special ones stand outside.
 TOKENS = range(1000, 40000)
+CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.02
 STOP_SECONDS = 30.0
 
@@ -114,39 +113,28 @@ def measure(url: str, model: str, load: Load, *, seed: int | str = 0) -> Result:
 
 async def keep(url: str, model: str, load: Load, prompts: list[list[int]]) -> Result:
     """Send `prompts`, `load.streams` at a time."""
-    waiting, done = prompts[::-1], list[Stream]()
+    waiting = [request(url, model, prompt, load.output, load.temperature) for prompt in reversed(prompts)]
+    done: list[Answer] = []
 
-    async def work(session: aiohttp.ClientSession) -> None:
+    async def work() -> None:
         while waiting:
-            done.append(await complete(session, url, model, waiting.pop(), load.output, load.temperature))
+            done.append(await exchange(url, waiting.pop()))
 
-    async with client() as session:
-        started = time.perf_counter()
-        workers = [asyncio.create_task(work(session)) for _ in range(load.streams)]
-        try:
-            await asyncio.gather(*workers)
-        finally:  # one failure ends the measurement
-            for worker in workers:
-                worker.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
-        return Result(load, time.perf_counter() - started, done)
-
-
-def client() -> aiohttp.ClientSession:
-    """A connection for each request, for llama.cpp's server ends them. A server with keys gets the one in OPENAI_API_KEY."""
-    key = os.environ.get("OPENAI_API_KEY")
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=10),
-        headers={"Authorization": f"Bearer {key}"} if key else {},
-    )
+    started = time.perf_counter()
+    workers = [asyncio.create_task(work()) for _ in range(load.streams)]
+    try:
+        await asyncio.gather(*workers)
+    finally:  # one failure ends the measurement
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+    seconds = time.perf_counter() - started
+    return Result(load, seconds, [read_stream(url, answer, load.output) for answer in done])
 
 
-async def complete(
-    session: aiohttp.ClientSession, url: str, model: str, prompt: list[int], output: int, temperature: float = 0.0
-) -> Stream:
-    """One stream of `output` tokens. Raises BenchError."""
-    body = {
+def request(url: str, model: str, prompt: list[int], output: int, temperature: float = 0.0) -> bytes:
+    """Asks for a stream of `output` tokens. Each has a connection of its own, which the server closes behind its answer."""
+    fields = {
         "model": model,
         "prompt": prompt,
         "max_tokens": output,
@@ -155,23 +143,104 @@ async def complete(
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    route, sent = f"{url}/v1/completions", time.perf_counter()
+    parts, body = urlsplit(url), json.dumps(fields).encode()
+    headers = {
+        "Host": parts.netloc.rpartition("@")[2],
+        "Content-Type": "application/json",
+        "Content-Length": str(len(body)),
+        "Connection": "close",
+        **authorization(),
+    }
+    lines = [f"POST {parts.path}/v1/completions HTTP/1.1", *(f"{name}: {value}" for name, value in headers.items())]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def authorization() -> dict[str, str]:
+    """A server with keys gets the one in OPENAI_API_KEY."""
+    key = os.environ.get("OPENAI_API_KEY")
+    return {"Authorization": f"Bearer {key}"} if key else {}
+
+
+class Answer(NamedTuple):
+    """All that a connection brought, piece by piece, each with the time at which it came."""
+
+    sent: float
+    pieces: list[tuple[float, bytes]]
+
+
+class Exchange(asyncio.Protocol):
+    """Notes what comes in until the other side closes the connection, and does nothing else."""
+
+    def __init__(self) -> None:
+        self.pieces: list[tuple[float, bytes]] = []
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
+        if not self.ended.done():
+            self.ended.set_result(None)  # whether an answer is whole its reader sees
+
+
+async def exchange(url: str, sending: bytes) -> Answer:
+    """The answer to one request. Raises BenchError where nobody takes it."""
+    parts, sent = urlsplit(url), time.perf_counter()
+    secure = parts.scheme == "https"
     try:
-        async with session.post(route, json=body) as response:
-            if response.status != 200:
-                raise BenchError(f"{route}: HTTP {response.status}: {message(await response.text())}")
-            return await read_events(response, sent, output)
-    except aiohttp.ClientConnectorError as error:
-        raise BenchError(f"{url}: no server answers there: {error.strerror}") from error
-    except (aiohttp.ClientError, TimeoutError) as error:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            transport, protocol = await asyncio.get_running_loop().create_connection(
+                Exchange, str(parts.hostname), parts.port or (443 if secure else 80), ssl=secure or None
+            )
+    except OSError as error:  # TimeoutError is one
+        raise BenchError(f"{url}: no server answers there: {error.strerror or type(error).__name__}") from error
+    try:
+        transport.write(sending)
+        await protocol.ended
+    finally:
+        transport.abort()
+    return Answer(sent, protocol.pieces)
+
+
+class Replay(io.RawIOBase):
+    """The pieces of an answer as a socket would give them; `time` is when the last one read had come."""
+
+    def __init__(self, pieces: list[tuple[float, bytes]]):
+        self._pieces = iter(pieces)
+        self._rest = b""
+        self.time = math.nan
+
+    def makefile(self, mode: str) -> io.BufferedReader:  # noqa: ARG002
+        """What HTTPResponse asks a socket for."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._rest:
+            self.time, self._rest = next(self._pieces, (self.time, b""))
+        count = min(len(self._rest), len(buffer))
+        buffer[:count], self._rest = self._rest[:count], self._rest[count:]
+        return count
+
+
+def read_stream(url: str, answer: Answer, output: int) -> Stream:
+    """What an answer says. Raises BenchError where it is no completion of `output` tokens."""
+    route, replay = f"{url}/v1/completions", Replay(answer.pieces)
+    try:
+        response = HTTPResponse(cast(socket.socket, replay))
+        response.begin()
+        if response.status != 200:
+            raise BenchError(f"{route}: HTTP {response.status}: {message(response.read().decode(errors='replace'))}")
+        return read_events(route, response, replay, answer.sent, output)
+    except (HTTPException, OSError) as error:
         raise BenchError(f"{route}: the stream broke off: {error or type(error).__name__}") from error
 
 
-async def read_events(response: aiohttp.ClientResponse, sent: float, output: int) -> Stream:
-    """What comes in until the stream ends. Raises BenchError where that is no completion of `output` tokens."""
-    route = response.url
+def read_events(route: str, response: HTTPResponse, replay: Replay, sent: float, output: int) -> Stream:
     times, usage, done = list[float](), dict[str, Any](), False
-    async for line in response.content:
+    for line in response:
         data = line.removeprefix(b"data:").strip()
         if data == b"[DONE]":
             done = True
@@ -181,10 +250,12 @@ async def read_events(response: aiohttp.ClientResponse, sent: float, output: int
                 if event.get("error"):
                     raise BenchError(f"{route}: error event: {message(data.decode())}")
                 if event["choices"]:
-                    times.append(time.perf_counter())
+                    times.append(replay.time)
                 usage = event.get("usage") or usage
             except (json.JSONDecodeError, KeyError, AttributeError) as error:
                 raise BenchError(f"{route}: no event of a completion: {data[:200].decode(errors='replace')}") from error
+    if response.length:  # of which iteration does not complain
+        raise IncompleteRead(b"", response.length)
     tokens = usage.get("completion_tokens", 0)
     if not done or tokens != output or not times:
         ended = " and without [DONE]" if not done else "" if times else " and no text"
@@ -203,11 +274,10 @@ def message(text: str) -> str:
 def get(url: str, path: str) -> tuple[int, str]:
     """Status and body. Raises OSError or HTTPException where nobody answers."""
     parts = urlsplit(url)
-    kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=10)
-    key = os.environ.get("OPENAI_API_KEY")
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)
     try:
-        connection.request("GET", parts.path + path, headers={"Authorization": f"Bearer {key}"} if key else {})
+        connection.request("GET", parts.path + path, headers=authorization())
         answer = connection.getresponse()
         return answer.status, answer.read().decode(errors="replace")
     finally:
@@ -225,7 +295,7 @@ def served_model(url: str) -> str:
     """The first name that a server lists. Raises BenchError."""
     try:
         status, text = get(url, "/v1/models")
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, HTTPException) as error:
         raise BenchError(f"{url}: no server answers there: {getattr(error, 'strerror', None) or error}") from error
     if status != 200:
         raise BenchError(f"{url}/v1/models: HTTP {status}: {message(text)}")
@@ -290,7 +360,7 @@ def running(program: Program, *, timeout: float = 120) -> Iterator[Server]:
 def is_ready(url: str, path: str) -> bool:
     try:
         return get(url, path)[0] == 200
-    except (OSError, http.client.HTTPException):
+    except (OSError, HTTPException):
         return False
 
 

@@ -216,10 +216,7 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    try:
-        from service.bench import Load, banded, base_url, bench, running, served_model
-    except ModuleNotFoundError as error:
-        raise ValueError(f"bench needs {error.name}, which is not installed: pip install 'banded[bench]'") from error
+    from service.bench import Load, banded, base_url, bench, running, served_model
 
     # Without a handler the server that is measured would outlive this process.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -324,6 +324,8 @@ def http_cost(bench: Bench, name: str) -> list[Line]:
     for turn in range(bench.rounds):
         with bench.servers.only(side.program) as (url, model):
             over_http.append(measure(url, model, load, seed=f"{name} {turn}").tokens_per_second)
+        # Both are new processes in every round: one that was halted for a while goes on a tenth slower than it began.
+        bench.servers.end(side.program)
         seed = f"{name} {turn}"
         alone.append(bench.inside("engine", model=str(bench.gpt2), dtype=side.dtype, load=list(load), seed=seed))
     ours = bench.note(name, side, "tokens/s over HTTP", over_http)
@@ -349,19 +351,18 @@ def gaps(bench: Bench, name: str) -> list[Line]:
 
 async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
     """The streams of `sizes.gaps` while prompts of others arrive."""
-    arrivals: list[asyncio.Task[object]] = []
+    arrivals: list[asyncio.Task[http.Answer]] = []
 
     async def arrive() -> None:
-        async with http.client() as session:
-            try:
-                while True:
-                    await asyncio.sleep(sizes.every)  # the streams have begun by then
-                    (prompt,) = random_prompts(Load(1, 1, sizes.arriving), f"{seed} {len(arrivals)}")
-                    arrivals.append(asyncio.create_task(http.complete(session, url, model, prompt, 1)))
-            finally:
-                for task in arrivals:
-                    task.cancel()
-                await asyncio.gather(*arrivals, return_exceptions=True)
+        try:
+            while True:
+                await asyncio.sleep(sizes.every)  # the streams have begun by then
+                (prompt,) = random_prompts(Load(1, 1, sizes.arriving), f"{seed} {len(arrivals)}")
+                arrivals.append(asyncio.create_task(http.exchange(url, http.request(url, model, prompt, 1))))
+        finally:
+            for task in arrivals:
+                task.cancel()
+            await asyncio.gather(*arrivals, return_exceptions=True)
 
     arriving = asyncio.create_task(arrive())
     try:
@@ -371,7 +372,7 @@ async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
         await asyncio.gather(arriving, return_exceptions=True)
     for task in arrivals:
         if not task.cancelled():
-            task.result()  # raises what went wrong
+            http.read_stream(url, task.result(), 1)  # raises what went wrong
     return result
 
 

@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import random
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +19,7 @@ from typing import Any
 import pytest
 
 from service import bench
-from service.bench import BenchError, Load, Program, Result, Stream, base_url, measure, running
+from service.bench import Answer, BenchError, Load, Program, Result, Stream, base_url, measure, read_stream, running
 from service.cli import main
 from tests.model.checkpoints import tiny
 
@@ -117,6 +119,43 @@ def test_times_are_those_of_the_events() -> None:
     assert result.gaps == pytest.approx([0.1, 0.2, 0.3])
 
 
+def in_chunks(body: bytes) -> bytes:
+    """An answer whose body is cut into chunks anywhere, as a proxy may do."""
+    rng, chunks = random.Random(len(body)), list[bytes]()
+    while body:
+        size = rng.randint(1, 40)
+        chunks.append(b"%x\r\n%b\r\n" % (len(body[:size]), body[:size]))
+        body = body[size:]
+    return b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"".join(chunks) + b"0\r\n\r\n"
+
+
+def in_one_piece(body: bytes) -> bytes:
+    """An answer whose end is that of the connection."""
+    return b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body
+
+
+@pytest.mark.parametrize("pad", [0, 20_000], ids=["short", "longer than a buffer"])
+@pytest.mark.parametrize("chunked", [True, False])
+def test_an_event_came_when_the_end_of_its_line_came(chunked: bool, pad: int) -> None:
+    body = events(text("a"), text("b" + " " * pad), text("c"), usage(3))
+    answer = in_chunks(body) if chunked else in_one_piece(body)
+    by_byte = [(float(place), answer[place : place + 1]) for place in range(len(answer))]
+    found = read_stream("http://h", Answer(-1.0, by_byte), 3)
+    assert found.sent == -1
+    assert [answer[int(time) : int(time) + 1] for time in found.events] == [b"\n"] * 3
+    if not chunked:
+        ends = [match.start() for match in re.finditer(rb"\n\n", answer)]
+        assert found.events == ends[:3]
+    for seed in range(5):
+        rng, pieces, start = random.Random(seed), list[tuple[float, bytes]](), 0
+        while start < len(answer):
+            end = start + rng.choice([1, 10, 100, 10_000])
+            pieces.append((float(min(end, len(answer)) - 1), answer[start:end]))
+            start = end
+        came = [next(at for at, _ in pieces if at >= time) for time in found.events]
+        assert read_stream("http://h", Answer(-1.0, pieces), 3).events == came
+
+
 def test_percentiles() -> None:
     values = [float(i) for i in range(100)]
     assert [bench.percentile(values, share) for share in (0, 0.5, 0.99, 1)] == [0, 50, 99, 99]
@@ -181,12 +220,33 @@ def test_a_stream_that_breaks_off(server: Answering, capsys: pytest.CaptureFixtu
     assert line.startswith(f"{server.url}/v1/completions: the stream broke off: ")
 
 
+@pytest.mark.parametrize("whole", [in_chunks(WHOLE), in_one_piece(WHOLE)], ids=["chunked", "closed at the end"])
+def test_an_answer_that_ends_anywhere(whole: bytes) -> None:
+    for end in range(whole.index(b"ONE]")):
+        with pytest.raises(BenchError, match=r"^http://h/v1/completions: (the stream broke off|a stream ended|no event)"):
+            read_stream("http://h", Answer(0.0, [(1.0, whole[:end])] if end else []), 3)
+
+
 def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         for options in ((), ("--model", "parrot")):
             assert refused(capsys, "--url", url, *options).startswith(f"{url}: no server answers there: ")
+
+
+def test_a_server_that_answers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+
+        def hang_up() -> None:
+            taken, _ = listening.accept()
+            taken.recv(1 << 16)
+            taken.close()
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        line = refused(capsys, "--url", url, "--model", "parrot", "--streams", 1)
+    assert line == f"{url}/v1/completions: the stream broke off: Remote end closed connection without response"
 
 
 @pytest.mark.parametrize(
@@ -273,14 +333,6 @@ def test_counts_begin_at_one(capsys: pytest.CaptureFixture[str], option: str) ->
     with pytest.raises(SystemExit):
         main(["bench", option, "0"])
     assert f"argument {option}: must be at least 1, got 0" in capsys.readouterr().err
-
-
-def test_without_aiohttp_it_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delitem(sys.modules, "service.bench")
-    monkeypatch.setitem(sys.modules, "aiohttp", None)
-    assert refused(capsys) == "bench needs aiohttp, which is not installed: pip install 'banded[bench]'"
 
 
 def test_addresses() -> None:

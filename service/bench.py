@@ -90,7 +90,7 @@ def percentile(ordered: list[float], share: float) -> float:
 
 
 def run_async(main: Coroutine[Any, Any, Result]) -> Result:
-    """asyncio.run on uvloop, where there is one: it halves what the client takes from the server."""
+    """asyncio.run on uvloop, where there is one: the client then takes a quarter less from the server."""
     try:
         import uvloop
     except ModuleNotFoundError:

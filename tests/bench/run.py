@@ -324,7 +324,7 @@ def http_cost(bench: Bench, name: str) -> list[Line]:
     for turn in range(bench.rounds):
         with bench.servers.only(side.program) as (url, model):
             over_http.append(measure(url, model, load, seed=f"{name} {turn}").tokens_per_second)
-        # Both are new processes in every round: one that was halted for a while goes on a tenth slower than it began.
+        # Both are new processes in every round: one that waited while another ran goes on up to a tenth slower.
         bench.servers.end(side.program)
         seed = f"{name} {turn}"
         alone.append(bench.inside("engine", model=str(bench.gpt2), dtype=side.dtype, load=list(load), seed=seed))

@@ -235,6 +235,14 @@ def test_nobody_listens(capsys: pytest.CaptureFixture[str]) -> None:
             assert refused(capsys, "--url", url, *options).startswith(f"{url}: no server answers there: ")
 
 
+def test_a_connection_that_takes_too_long(
+    server: Answering, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "CONNECT_SECONDS", 0)
+    line = refused(capsys, "--url", server.url, "--model", "parrot", "--streams", 1)
+    assert line == f"{server.url}: no server answers there: TimeoutError"
+
+
 def test_a_server_that_answers_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

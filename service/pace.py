@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 from kernels.band import PAGE_SIZE
 
-# Weight of the newest step in what is learnt.
+# Weights of the newest step in what is learnt: of all steps' parts, and of the mean step without prompts. That one is what
+# streams are used to: it has to outlast a few steps that happen to carry long drafts.
 NEWEST = 0.5
+NEWEST_MEAN = 0.05
+# How much longer than that a step with prompts should take. One step in a hundred takes 1.5 times what was expected of it.
+LONGER = 1.75
 
 
 class Load(NamedTuple):
@@ -36,17 +40,24 @@ class Pace:
         self._seconds = [max(factor + step * part, 0.0) for factor, part in zip(self._seconds, parts, strict=True)]
         if not load.tokens:
             old = seconds if self._decoding is None else self._decoding
-            self._decoding = old + NEWEST / 2 * (seconds - old)
+            self._decoding = old + NEWEST_MEAN * (seconds - old)
+
+    def row_limit(self, start: int) -> int:
+        """Rows of decoding, drafts included, that leave room for a page of a prompt that goes on at position `start`."""
+        return self._fitting(Load(1, 0, 0), beside=Load(0, PAGE_SIZE, PAGE_SIZE * start))
 
     def chunk_limit(self, num_rows: int, start: int) -> int:
-        """Prompt tokens, from position `start` of a prompt on, that make a step with `num_rows` take twice as long as one
-        without prompts. A page at least, whose queries are cheapest together: in smaller chunks prompts would take more
+        """Prompt tokens, from position `start` of a prompt on, that make a step with `num_rows` take LONGER times as long as
+        one without prompts. A page at least, whose queries are cheapest together: in smaller chunks prompts would take more
         from the streams' throughput than they spare each of their tokens."""
-        one = self._expected(Load(0, 1, start)) - self._expected(Load(0, 0, 0))
+        return max(PAGE_SIZE, self._fitting(Load(0, 1, start), beside=Load(num_rows, 0, 0)))
+
+    def _fitting(self, unit: Load, beside: Load) -> int:
+        """How often a step beside prompts has room for `unit`; 0 as long as that isn't known."""
+        one = self._expected(unit) - self._expected(Load(0, 0, 0))
         if self._decoding is None or one <= 0:
-            return PAGE_SIZE
-        room = 2 * self._decoding - self._expected(Load(num_rows, 0, 0))
-        return max(PAGE_SIZE, int(room / one))
+            return 0
+        return max(0, int((LONGER * self._decoding - self._expected(beside)) / one))
 
     def _expected(self, load: Load) -> float:
         return sum(factor * part for factor, part in zip(self._seconds, load.scaled(), strict=True))

@@ -201,13 +201,16 @@ class Scheduler:
         self._admit(now)
         scheduled = Scheduled()
         decoding = [sequence for sequence in self.running.values() if sequence.is_decoding]
+        prompts = self._prompts()
+        is_paced = 0 < len(prompts) < len(decoding)  # where as many see nothing yet, prompts take the whole step
         room = self.step_tokens - MIN_CHUNK - len(decoding)
+        if is_paced:
+            room = min(room, self._pace.row_limit(prompts[0].num_computed) - len(decoding))
         for sequence in decoding:
             room -= self._add_decode(scheduled, sequence, room, len(decoding))
         num_decodes = len(scheduled.step.decodes)
-        prompts = self._prompts()
         budget = self.step_tokens - num_decodes
-        if 0 < len(prompts) < len(decoding):  # where as many see nothing yet, prompts take the whole step
+        if is_paced:
             budget = min(budget, self._pace.chunk_limit(num_decodes, prompts[0].num_computed))
         for sequence in prompts:
             left = budget - (scheduled.num_tokens - num_decodes)

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from kernels.band import PAGE_SIZE
-from service.pace import Load, Pace
+from service.pace import LONGER, Load, Pace
 
 
 def machine(load: Load) -> float:
@@ -36,9 +36,11 @@ def learnt(noise: float = 0.0, seed: int = 0) -> Pace:
 
 def test_nothing_is_known_at_first() -> None:
     assert Pace().chunk_limit(8, 0) == PAGE_SIZE
+    assert Pace().row_limit(0) == 0
     pace = Pace()
     pace.observe(Load(0, 500, 0), 0.3)
     assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of decoding"
+    assert pace.row_limit(0) == 0
     pace = Pace()
     pace.observe(Load(8, 0, 0), 0.3)
     assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of prompts"
@@ -46,13 +48,35 @@ def test_nothing_is_known_at_first() -> None:
 
 @pytest.mark.parametrize("start", [0, 700, 1400])
 @pytest.mark.parametrize("noise", [0.0, 0.1])
-def test_a_step_with_a_chunk_takes_twice_as_long(start: int, noise: float) -> None:
+def test_a_step_with_a_chunk_takes_as_much_longer_as_it_should(start: int, noise: float) -> None:
     ratios = []
     for seed in range(20):
         count = learnt(noise, seed).chunk_limit(24, start)
         ratios.append(machine(Load(24, count, count * start)) / machine(Load(24, 0, 0)))
-    assert 1.7 < sorted(ratios)[10] < 2.3
+    assert 0.85 * LONGER < sorted(ratios)[10] < 1.15 * LONGER
     assert max(ratios) < 3
+
+
+@pytest.mark.parametrize("start", [0, 700])
+def test_rows_leave_room_for_a_page_of_a_prompt(start: int) -> None:
+    num_rows = learnt().row_limit(start)
+    assert num_rows > 8
+    ratio = machine(Load(num_rows, PAGE_SIZE, PAGE_SIZE * start)) / machine(Load(24, 0, 0))
+    assert ratio == pytest.approx(LONGER, rel=0.15)
+
+
+def test_nothing_but_a_page_and_no_row_fits_where_steps_are_longer_than_they_should_be() -> None:
+    pace = learnt()
+    assert pace.row_limit(10**6) == 0
+    assert pace.chunk_limit(10**6, 0) == PAGE_SIZE
+
+
+def test_a_few_long_steps_do_not_make_longer_ones_right() -> None:
+    pace = learnt()
+    before = pace.chunk_limit(24, 0)
+    for _ in range(3):
+        pace.observe(Load(64, 0, 0), machine(Load(64, 0, 0)))
+    assert pace.chunk_limit(24, 0) == pytest.approx(before, rel=0.25)
 
 
 def test_more_rows_leave_less_for_prompts() -> None:

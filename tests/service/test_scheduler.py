@@ -451,6 +451,22 @@ def test_a_draft_is_the_shorter_the_more_streams_pay_for_it() -> None:
         scheduler.commit(answers(step, others), 0.01)
 
 
+@pytest.mark.parametrize(("row_limit", "num_decodes"), [(0, 2), (2, 2), (3, 3), (99, 5)])
+def test_drafts_leave_room_for_a_prompt(row_limit: int, num_decodes: int) -> None:
+    scheduler = looping(max_slots=3)
+    scheduler.submit([sequence(1, 9)])
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    others = [6 if row.slot else 2 + step.token_positions[row.token] % 2 for row in step.samples]
+    scheduler.commit(answers(step, others), 0.01)
+    scheduler.submit([sequence(100, 9)])
+    scheduler._pace.row_limit = lambda start: row_limit  # type: ignore[method-assign]
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert len(step.decodes) == num_decodes
+    assert [chunk.slot for chunk in step.chunks] == [2]
+
+
 def test_nothing_behind_a_wrong_guess_is_kept() -> None:
     scheduler = looping()
     step = scheduler.schedule(0.0)

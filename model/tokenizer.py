@@ -64,6 +64,7 @@ class Tokenizer:
         self.special_tokens = dict(special)
         self.eos_id = eos_id
         self.bos_id = bos_id
+        self.max_id = max(*tokens, *special.values(), *added.values())
         # No text is fewer tokens than its bytes divided by this.
         self.max_token_bytes = max(map(len, tokens.values()))
         self._tokens = dict(tokens)

@@ -1,12 +1,17 @@
-"""`banded serve | complete | bench | doctor | train`: the composition root. A command imports what it needs when it runs."""
+"""`banded serve | complete | bench | doctor | train | evaluate | plan`: the composition root.
+
+A command imports what it needs when it runs.
+"""
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import signal
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,16 +86,58 @@ def parser() -> argparse.ArgumentParser:
     add_model_options(doctor)
     doctor.set_defaults(command=run_doctor)
 
-    train = commands.add_parser("train", help="train a demo-sized model on text files")
+    train = commands.add_parser("train", help="train a model on text files, from random parameters or from a checkpoint's")
     train.add_argument("corpus", nargs="+", type=Path, help="text; a line <|endoftext|> separates documents")
-    train.add_argument("--out", type=Path, required=True, help="directory for the checkpoint")
-    train.add_argument("--valid", type=Path, help="held-out text whose perplexity is printed at the end")
-    train.add_argument("--init", type=Path, help="go on from this checkpoint instead of from random parameters")
-    train.add_argument("--tokens", type=float, default=6.5e6, help="tokens to train on (default %(default)g)")
-    train.add_argument("--batch-tokens", type=int, default=2048, help="tokens in a batch (default %(default)d)")
-    train.add_argument("--learning-rate", type=float, default=1.5e-3, help="highest rate (default %(default)g)")
+    train.add_argument("--out", type=Path, required=True, help="directory of the run: state, loss curve and model")
+    train.add_argument("--resume", action="store_true", help="go on with the run in --out, with the same plan")
+    train.add_argument("--size", default="demo", help="demo (default), or gpt3-125m to gpt3-175b with the paper's plan")
+    train.add_argument("--init", type=Path, help="begin with the weights of this checkpoint, of whatever size")
+    train.add_argument("--valid", type=Path, help="held-out text: loss in the curve, perplexity at the end")
+    train.add_argument("--tokens", type=float, help="tokens to train on; the phases of the plan stretch")
+    train.add_argument("--batch-tokens", type=positive, help="tokens in a batch, which then doesn't grow")
+    train.add_argument("--learning-rate", type=float, help="highest rate")
     train.add_argument("--seed", type=int, default=0)
+    train.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    train.add_argument("--save-every", type=float, default=300, metavar="SECONDS", help="(default %(default)g)")
     train.set_defaults(command=run_train)
+    finetune = commands.add_parser("finetune", help="teach a model completions of prompts: an adapter, or all its weights")
+    finetune.add_argument("examples", type=Path, help='JSONL, lines {"prompt": ..., "completion": ...}')
+    finetune.add_argument("--model", default="demo", help="'demo' (default) or a checkpoint directory")
+    finetune.add_argument("--out", type=Path, required=True, help="directory of the run: state, loss curve and result")
+    finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    finetune.add_argument("--valid", type=Path, metavar="JSONL", help="held-out examples, whose loss is shown")
+    finetune.add_argument("--full", action="store_true", help="change all weights instead of adding a low-rank adapter")
+    finetune.add_argument("--rank", type=positive, default=8, help="of the adapter (default %(default)d)")
+    finetune.add_argument("--targets", nargs="+", default=["c_attn", "c_proj", "c_fc"], help="linears with an adapter (all)")
+    finetune.add_argument("--epochs", type=positive, default=4, help="(default %(default)d)")
+    finetune.add_argument("--batch", type=positive, default=8, help="examples in a batch (default %(default)d)")
+    finetune.add_argument("--learning-rate", type=float, help="highest rate (default 1e-3; 1e-4 with --full)")
+    finetune.add_argument("--seed", type=int, default=0)
+    finetune.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    finetune.set_defaults(command=run_finetune)
+
+    evaluate = commands.add_parser("evaluate", help="perplexity on a text, accuracy on few-shot tasks")
+    add_model_options(evaluate)
+    evaluate.add_argument("--url", help="evaluate the server there, and of its models --model (default: the first)")
+    evaluate.add_argument("--text", type=Path, help="file whose perplexity and bits per byte are measured")
+    evaluate.add_argument("--few-shot", type=Path, metavar="JSONL", help='lines {"input": ..., "output": ..., "task": ...}')
+    evaluate.add_argument("--examples", type=Path, metavar="JSONL", help="where examples come from (default: --few-shot)")
+    evaluate.add_argument("--shots", type=int, nargs="+", default=[0, 1, 4, 16], help="examples in a prompt")
+    evaluate.add_argument("--json", type=Path, help="write the results to this file too")
+    evaluate.set_defaults(command=run_evaluate)
+
+    plan = commands.add_parser("plan", help="what a model needs of GPUs, how fast they could be, what training costs")
+    plan.add_argument("--model", default="gpt3-175b", help="gpt3-125m to gpt3-175b, demo, or a checkpoint directory")
+    plan.add_argument("--gpu", default="h100-80gb", help="(default %(default)s)")
+    plan.add_argument("--count", type=positive, default=8, help="GPUs that share the model (default %(default)d)")
+    plan.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16", "int8"], help="of weights")
+    plan.add_argument(
+        "--prompt", type=positive, default=1024, help="tokens of the prompt that is timed (default %(default)d)"
+    )
+    plan.add_argument("--train-tokens", type=float, default=300e9, help="(default %(default)g)")
+    plan.add_argument("--train-tflops", type=float, default=28.0, help="reached by one GPU (default %(default)g)")
+    plan.add_argument("--train-price", type=float, default=1.50, help="dollars per GPU and hour (default %(default).2f)")
+    plan.set_defaults(command=run_plan)
     return root
 
 
@@ -215,26 +262,33 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
     return 0
 
 
-def run_bench(args: argparse.Namespace) -> int:
-    from service.bench import Load, banded, base_url, bench, running, served_model
+@contextmanager
+def reachable(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Address and model: of the server at --url, or of one that runs meanwhile."""
+    from service.bench import banded, base_url, running, served_model
 
-    # Without a handler the server that is measured would outlive this process.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-    if args.requests and args.requests < max(args.streams):
-        raise ValueError(f"--requests {args.requests} can't keep {max(args.streams)} streams in flight")
     if args.url and (args.dtype or args.device):
         raise ValueError("--dtype and --device say how a server is started; the one at --url runs already")
+    if args.url:
+        url = base_url(args.url)
+        yield url, args.model or served_model(url)
+        return
+    # Without a handler the server would outlive this process.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    settings = settings_from(args, host="127.0.0.1")
+    with running(banded(settings.model, "--dtype", settings.dtype, "--device", settings.device)) as server:
+        yield server.url, served_model(server.url)
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    from service.bench import Load, bench
+
+    if args.requests and args.requests < max(args.streams):
+        raise ValueError(f"--requests {args.requests} can't keep {max(args.streams)} streams in flight")
     loads = [Load(streams, args.requests or max(3, 2 * streams), args.prompt, args.output) for streams in args.streams]
     with ExitStack() as stack:
         rows = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
-        if args.url:
-            url = base_url(args.url)
-            model = args.model or served_model(url)
-        else:
-            settings = settings_from(args, host="127.0.0.1")
-            server = banded(settings.model, "--dtype", settings.dtype, "--device", settings.device)
-            url = stack.enter_context(running(server)).url
-            model = served_model(url)
+        url, model = stack.enter_context(reachable(args))
         bench(url, model, loads, sys.stdout, rows)
     return 0
 
@@ -263,28 +317,146 @@ def run_doctor(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     import torch
+    import torch.distributed as dist
 
-    from model.config import DEMO
     from model.gpt import GPT
     from model.tokenizer import r50k_base
     from model.training.data import read_tokens
-    from model.training.trainer import TrainingPlan, perplexity, train
-    from model.weights import load_model, save_model
+    from model.training.plans import plan_for, size
+    from model.training.run import STATE_FILE, train
+    from model.training.trainer import perplexity
+    from model.vocabulary import load_tokenizer
+    from model.weights import load_model
 
-    tokenizer = r50k_base()
-    tokens = read_tokens(args.corpus, tokenizer)
-    held_out = read_tokens([args.valid], tokenizer) if args.valid else None
-    plan = TrainingPlan(
-        num_tokens=int(args.tokens), batch_tokens=args.batch_tokens, learning_rate=args.learning_rate, seed=args.seed
-    )
     if args.init:
-        model = load_model(args.init, torch.float32)
+        model, tokenizer = load_model(args.init, torch.float32), load_tokenizer(args.init)
     else:
-        model = GPT(DEMO)
-        model.init_weights(plan.seed)
-    logging.info("%d tokens of text; training on %d of them in %d steps", len(tokens), plan.num_tokens, plan.num_steps)
-    train(model, tokens, plan, save=lambda model: save_model(args.out, model, torch.bfloat16), save_every=200)
-    if held_out is not None:
+        model, tokenizer = GPT(size(args.size)), r50k_base()
+        model.init_weights(args.seed)
+    plan = plan_for(
+        args.size,
+        model.config.n_positions,
+        num_tokens=None if args.tokens is None else int(args.tokens),
+        batch=args.batch_tokens,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+    )
+    held_out = read_tokens([args.valid], tokenizer) if args.valid else None
+    if "WORLD_SIZE" in os.environ:  # torchrun started this, once for every rank
+        dist.init_process_group("gloo")
+    try:
+        train(
+            args.out,
+            model.to(args.device),
+            plan,
+            args.corpus,
+            tokenizer,
+            held_out=held_out,
+            resume=args.resume,
+            save_every=args.save_every,
+        )
+    except KeyboardInterrupt:
+        logging.info("stopped; --resume goes on from %s", args.out / STATE_FILE)
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    if held_out is not None and os.environ.get("RANK", "0") == "0":
         saved = load_model(args.out, torch.float32)  # what was written, rounded to 16 bits
         print(f"held-out perplexity {perplexity(saved, held_out):.2f} over {len(held_out)} tokens")
+    return 0
+
+
+def run_finetune(args: argparse.Namespace) -> int:
+    import torch
+
+    from model.fingerprint import weights_fingerprint
+    from model.lora import AdapterConfig
+    from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
+    from model.vocabulary import load_tokenizer
+    from model.weights import load_model
+    from service.loading import model_directory
+
+    adapter = None if args.full else AdapterConfig(args.rank, 2.0 * args.rank, tuple(args.targets))
+    examples = read_examples(args.examples)
+    held_out = read_examples(args.valid) if args.valid else []
+    for line in advice(examples):
+        logging.warning("%s: %s", args.examples.name, line)
+    directory = model_directory(args.model)
+    model, tokenizer = load_model(directory, torch.float32).to(args.device), load_tokenizer(directory)
+    plan = finetuning_plan(
+        len(examples),
+        epochs=args.epochs,
+        batch=args.batch,
+        learning_rate=args.learning_rate or (1e-4 if args.full else 1e-3),
+        seed=args.seed,
+    )
+    encoded, encoded_held_out = (encode(some, tokenizer, model.config.n_positions) for some in (examples, held_out))
+    if held_out and not args.resume:
+        print(f"held-out loss before: {completion_loss(model, encoded_held_out):.4f}")
+    loss = finetune(
+        args.out,
+        model,
+        encoded,
+        plan,
+        base=weights_fingerprint(model),
+        adapter=adapter,
+        held_out=encoded_held_out,
+        resume=args.resume,
+    )
+    if loss is not None:
+        print(f"held-out loss after: {loss:.4f}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    from service.evaluate import Format, Served, few_shot_accuracy, perplexity, read_items, read_text
+
+    if not (args.text or args.few_shot):
+        raise ValueError("nothing to evaluate: give --text, --few-shot or both")
+    if min(args.shots) < 0:
+        raise ValueError(f"--shots {min(args.shots)}: examples can't be fewer than none")
+    text = read_text(args.text) if args.text else None
+    items = read_items(args.few_shot) if args.few_shot else []
+    pool = read_items(args.examples) if args.examples else items
+    results: dict[str, Any] = {}
+    with reachable(args) as (url, model):
+        served = Served(url, model)
+        results["model"] = model
+        if text is not None:
+            results["text"] = perplexity(served, text).report()
+        if items:
+            results["few_shot"] = few_shot_accuracy(served, items, pool, sorted(set(args.shots)), Format())
+    if "text" in results:
+        found = results["text"]
+        print(f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.3f} bits per byte, {found['tokens']} tokens")
+    if "few_shot" in results:
+        print("\n".join(few_shot_table(results["few_shot"])))
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def few_shot_table(accuracy: dict[str, dict[int, float]]) -> list[str]:
+    """Accuracy by task and number of examples, and the mean over tasks."""
+    shots = list(next(iter(accuracy.values())))
+    means = {count: sum(by[count] for by in accuracy.values()) / len(accuracy) for count in shots}
+    rows = [*accuracy.items(), ("mean", means)]
+    heading = f"{'examples':<16}" + "".join(f"{count:>8}" for count in shots)
+    return [heading, *(f"{task:<16}" + "".join(f"{by[count]:>8.1%}" for count in shots) for task, by in rows)]
+
+
+def run_plan(args: argparse.Namespace) -> int:
+    from model.config import DEMO, GPT3_SIZES
+    from model.weights import read_config
+    from service.capacity import GPUS, Capacity, Training, report
+
+    if args.gpu not in GPUS:
+        raise ValueError(f"--gpu {args.gpu}: known are {', '.join(GPUS)}")
+    sizes = GPT3_SIZES | {"demo": DEMO}
+    config = sizes[args.model] if args.model in sizes else read_config(Path(args.model))
+    weight_bytes = {"float32": 4, "int8": 1}.get(args.dtype, 2)
+    capacity = Capacity(config, GPUS[args.gpu], args.count, weight_bytes)
+    training = Training(tokens=args.train_tokens, flops=args.train_tflops * 1e12, dollars_per_hour=args.train_price)
+    print(report(args.model, capacity, args.gpu, args.prompt, training))
     return 0

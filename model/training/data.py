@@ -1,39 +1,130 @@
-"""Corpus files to tokens to windows."""
+"""Corpus files to shards of tokens to windows that slide over them."""
 
-from collections.abc import Iterator
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from model.tokenizer import END_OF_TEXT, Tokenizer
 
+# Tokens on disk, mapped into memory and never read whole.
+Shard = NDArray[np.uint16] | NDArray[np.uint32]
 
-def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:
-    """All tokens (N,) int32 of text files in which a line `<|endoftext|>` separates documents. Every document ends in eos.
+
+def documents(path: Path) -> Iterator[str]:
+    """The documents of a text file, which a line `<|endoftext|>` separates.
 
     Raises ValueError naming the file that holds no text, or none in UTF-8.
     """
-    tokens: list[int] = []
-    for path in paths:
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8: {error}") from error
-        documents = [document.strip("\n") for document in text.split(f"\n{END_OF_TEXT}\n")]
-        if not any(documents):
-            raise ValueError(f"{path} holds no text to train on")
-        for document in filter(None, documents):
-            tokens += tokenizer.encode(document)
-            tokens.append(tokenizer.eos_id)
+    count = 0
+    lines: list[str] = []
+    try:
+        with path.open(encoding="utf-8") as file:
+            for line in file:
+                if line.rstrip("\n") != END_OF_TEXT:
+                    lines.append(line)
+                elif document := "".join(lines).strip("\n"):
+                    count += 1
+                    yield document
+                    lines = []
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
+    if document := "".join(lines).strip("\n"):
+        count += 1
+        yield document
+    if not count:
+        raise ValueError(f"{path} holds no text to train on")
+
+
+def tokens_of(document: str, tokenizer: Tokenizer) -> list[int]:
+    """Every document ends in eos."""
+    return [*tokenizer.encode(document), tokenizer.eos_id]
+
+
+def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:
+    """All tokens (N,) int32 of text files, for texts that fit into memory. Raises ValueError as `documents` does."""
+    tokens = [token for path in paths for document in documents(path) for token in tokens_of(document, tokenizer)]
     return torch.tensor(tokens, dtype=torch.int32)
 
 
-def random_windows(tokens: Tensor, length: int, batch: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`batch` windows at random places: inputs and next-token targets, each (batch, length) int64."""
-    starts = torch.randint(len(tokens) - length, (batch,), generator=generator)
-    windows = torch.stack([tokens[start : start + length + 1] for start in starts.tolist()]).long()
-    return windows[:, :-1], windows[:, 1:]
+def write_shard(text: Path, tokenizer: Tokenizer, directory: Path) -> Path:
+    """The file of a text's tokens, in `directory`; it is written when there is none for this content yet.
+
+    Its ending is the type of a token. Raises ValueError as `documents` does.
+    """
+    with text.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    dtype = np.dtype(np.uint16 if tokenizer.max_id < 1 << 16 else np.uint32)
+    path = directory / f"{text.stem}-{digest[:16]}.{dtype.name}"
+    if not path.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("wb") as file:
+            for document in documents(text):
+                file.write(np.asarray(tokens_of(document, tokenizer), dtype).tobytes())
+        os.replace(temporary, path)
+    return path
+
+
+def open_shard(path: Path) -> Shard:
+    return np.memmap(path, dtype=path.suffix.removeprefix("."), mode="r")
+
+
+def shuffled(seed: int, epoch: int, count: int) -> Tensor:
+    """The order (count,) of an epoch."""
+    return torch.randperm(count, generator=epoch_generator(seed, epoch))
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+
+
+class Windows:
+    """Windows over shards that are read as one text, numbered without end.
+
+    An epoch goes through the text once. Where its windows begin and in which order they come depends on the seed and the
+    epoch, and on nothing else: after an interruption a run needs to know no more than how far it has come.
+    """
+
+    def __init__(self, shards: Sequence[Shard], length: int, seed: int):
+        """Raises ValueError when the text is shorter than one window and its last target."""
+        self.length = length
+        self._seed, self._shards = seed, shards
+        self._ends = np.cumsum([len(shard) for shard in shards])
+        self._total = int(self._ends[-1])
+        if self._total <= length:
+            raise ValueError(f"the corpus has {self._total} tokens; at least {length + 1} are needed")
+        self.per_epoch = max(1, (self._total - length) // length)
+        self._epoch, self._offset, self._order = -1, 0, torch.empty(0, dtype=torch.int64)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Window `index`, its last target behind it: (length + 1,) int64."""
+        epoch, place = divmod(index, self.per_epoch)
+        if epoch != self._epoch:
+            slack = min(self.length, self._total - self.per_epoch * self.length)
+            self._offset = int(torch.randint(slack, (), generator=epoch_generator(self._seed, epoch)))
+            self._epoch, self._order = epoch, shuffled(self._seed, epoch, self.per_epoch)
+        return self._read(self._offset + int(self._order[place]) * self.length, self.length + 1)
+
+    def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
+        """Inputs and next-token targets of windows `first` and following, each (count, length) int64."""
+        windows = torch.stack([self[index] for index in range(first, first + count)])
+        return windows[:, :-1], windows[:, 1:]
+
+    def _read(self, start: int, count: int) -> Tensor:
+        parts = []
+        shard = int(np.searchsorted(self._ends, start, side="right"))
+        while count:
+            place = start - (int(self._ends[shard - 1]) if shard else 0)
+            part = self._shards[shard][place : place + count]
+            parts.append(part.astype(np.int64))
+            start, count, shard = start + len(part), count - len(part), shard + 1
+        return torch.from_numpy(np.concatenate(parts))
 
 
 def consecutive_windows(tokens: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,115 +1,200 @@
-"""Train a decoder from random parameters: predict the next token, measure the error, update, again and again."""
+"""Train a decoder: predict the next token, measure the error, update, again and again."""
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import cpu
+from kernels.ops import Ops
 from model.gpt import GPT, WindowAttention
-from model.training.data import consecutive_windows, random_windows
+from model.training.data import consecutive_windows
 from model.training.loss import linear_cross_entropy
 
-# The first part of training sees short windows, the rest the whole context: most of what a small model learns is local,
-# and short windows cost less attention.
-SHORT_WINDOW = 512
-SHORT_SHARE = 0.8
+# GPT-3's AdamW.
+BETAS, EPS = (0.9, 0.95), 1e-8
+# A target that stands for no token: of a prompt, or of padding.
+IGNORED = -1
+# What the learning rate falls to, of its highest.
+LOWEST_RATE = 0.1
+
+
+class Step(NamedTuple):
+    """What the next update sees."""
+
+    window: int  # tokens of one
+    num_windows: int
+    learning_rate: float
+
+    @property
+    def num_tokens(self) -> int:
+        return self.window * self.num_windows
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingPlan:
-    """How much to train and how fast. Learning rate: linear warm-up, then GPT-3's cosine to a tenth."""
+    """How much to train on, in which batches and how fast: all of it a function of the tokens seen so far.
+
+    The learning rate warms up linearly, then falls along a cosine to a tenth; the batch grows linearly from `first_batch` to
+    `batch`; the first `short_tokens` come in windows of `short_window` tokens, the others in windows of `window`. Everything
+    but `micro_windows`, how many windows are computed at a time, is counted in tokens.
+
+    Raises ValueError naming what can't be followed.
+    """
 
     num_tokens: int
-    batch_tokens: int = 2048
-    learning_rate: float = 1.5e-3
-    warmup_share: float = 0.03
+    window: int
+    batch: int
+    learning_rate: float
+    first_batch: int | None = None
+    ramp_tokens: int = 0
+    warmup_tokens: int = 0
+    decay_tokens: int | None = None  # None: all of num_tokens
+    short_window: int | None = None
+    short_tokens: int = 0
+    micro_windows: int = 4
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 1 <= self.batch_tokens <= self.num_tokens:
-            raise ValueError(f"a batch of {self.batch_tokens} tokens does not fit training on {self.num_tokens}")
+        if not 1 <= self.batch <= self.num_tokens:
+            raise ValueError(f"a batch of {self.batch} tokens does not fit training on {self.num_tokens}")
+        if self.smallest_batch < self.window:
+            raise ValueError(f"a batch of {self.smallest_batch} tokens is shorter than a window of {self.window}")
         if not 0 < self.learning_rate < math.inf:
             raise ValueError(f"the learning rate must be positive, got {self.learning_rate}")
 
     @property
-    def num_steps(self) -> int:
-        return self.num_tokens // self.batch_tokens
+    def smallest_batch(self) -> int:
+        return self.batch if self.first_batch is None else self.first_batch
 
-    def rate_at(self, step: int) -> float:
-        """Learning rate of step 0, 1, ..."""
-        warmup = max(1, round(self.num_steps * self.warmup_share))
-        if step < warmup:
-            return self.learning_rate * (step + 1) / warmup
-        progress = (step - warmup) / max(1, self.num_steps - warmup)
-        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
+    def step_at(self, seen: int) -> Step | None:
+        """The update that follows `seen` tokens; None when they are enough."""
+        if seen >= self.num_tokens:
+            return None
+        window = self.short_window if self.short_window and seen < self.short_tokens else self.window
+        ramp = min(seen / self.ramp_tokens, 1.0) if self.ramp_tokens else 1.0
+        num_windows = round(self.smallest_batch + ramp * (self.batch - self.smallest_batch)) // window
+        return Step(window, num_windows, self._rate_at(seen + num_windows * window))
 
-    def window_at(self, step: int, n_positions: int) -> int:
-        """Window length of a step, in tokens."""
-        return min(SHORT_WINDOW, n_positions) if step < SHORT_SHARE * self.num_steps else n_positions
+    def _rate_at(self, seen: int) -> float:
+        if seen < self.warmup_tokens:
+            return self.learning_rate * seen / self.warmup_tokens
+        end = self.num_tokens if self.decay_tokens is None else self.decay_tokens
+        progress = min((seen - self.warmup_tokens) / max(1, end - self.warmup_tokens), 1.0)
+        return self.learning_rate * (LOWEST_RATE + (1 - LOWEST_RATE) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+    def difference(self, other: "TrainingPlan") -> str | None:
+        """The first field in which two plans differ, with both values."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            if mine != theirs:
+                return f"{field.name} {mine}, not {theirs}"
+        return None
 
 
-def train(model: GPT, tokens: Tensor, plan: TrainingPlan, *, save: Callable[[GPT], None], save_every: int) -> None:
-    """Train `model`, fp32, on `tokens` (N,); `save` gets it every `save_every` steps and at the end.
+class Update(NamedTuple):
+    """How an update went."""
 
-    Raises ValueError when the text or a batch is shorter than one window.
+    loss: float  # in nats a token, before it
+    gradient_norm: float  # before clipping
+    step: Step
+
+
+# batch(first, count, window) -> inputs and targets, each (count, window): windows `first` and following.
+Batches = Callable[[int, int, int], tuple[Tensor, Tensor]]
+# loss(inputs, targets) -> mean loss in nats.
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Trainer:
+    """AdamW over the fp32 parameters that require gradients. Its state is theirs, the optimizer's and the tokens seen.
+
+    In a process group of torch.distributed every rank takes its share of a batch's micro-batches, and all make the same
+    update.
     """
-    n_positions = model.config.n_positions
-    if plan.batch_tokens < n_positions:
-        raise ValueError(f"a batch of {plan.batch_tokens} tokens is shorter than a window of {n_positions}")
-    if len(tokens) <= n_positions:
-        raise ValueError(f"the corpus has {len(tokens)} tokens; at least {n_positions + 1} are needed")
-    model.requires_grad_(True).train()
-    generator = torch.Generator().manual_seed(plan.seed)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    plain = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": plan.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    average = None
-    with tqdm(total=plan.num_steps * plan.batch_tokens, unit="tok", unit_scale=True) as progress:
-        for step in range(plan.num_steps):
-            length = plan.window_at(step, n_positions)
-            inputs, targets = random_windows(tokens, length, plan.batch_tokens // length, generator)
-            for group in optimizer.param_groups:
-                group["lr"] = plan.rate_at(step)
-            loss = next_token_loss(model, inputs, targets)
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: TrainingPlan, loss: Loss):
+        self.plan, self.parameters = plan, {name: p for name, p in parameters.items() if p.requires_grad}
+        self.seen = 0  # tokens
+        self.num_updates = 0
+        self._loss = loss
+        trained = list(self.parameters.values())
+        groups = [
+            {"params": [p for p in trained if p.dim() > 1], "weight_decay": plan.weight_decay},
+            {"params": [p for p in trained if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
+
+    def update(self, batches: Batches) -> Update | None:
+        """Learn from the next batch; None when the plan is fulfilled."""
+        step = self.plan.step_at(self.seen)
+        if step is None:
+            return None
+        rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        first, size = self.seen // step.window, self.plan.micro_windows
+        micro_batches = [(i, min(size, step.num_windows - i)) for i in range(0, step.num_windows, size)]
+        total = torch.zeros(())
+        for begin, count in micro_batches[rank::num_ranks]:
+            loss = self._loss(*batches(first + begin, count, step.window)) * (count / step.num_windows)
             loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), plan.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            average = loss.item() if average is None else 0.98 * average + 0.02 * loss.item()
-            progress.update(inputs.numel())
-            progress.set_postfix(loss=f"{average:.3f}", refresh=False)
-            if (step + 1) % save_every == 0:
-                save(model)
-    save(model)
+            total += loss.detach().cpu()
+        if num_ranks > 1:
+            for tensor in [total, *map(gradient, self.parameters.values())]:
+                dist.all_reduce(tensor)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = step.learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.seen += step.num_tokens
+        self.num_updates += 1
+        return Update(total.item(), norm.item(), step)
 
 
-def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean next-token loss in nats over windows (B, T), matrix work in bf16."""
-    positions = torch.arange(inputs.shape[1])
-    with torch.autocast("cpu", torch.bfloat16):
-        hidden = model(inputs, positions, WindowAttention(model.config), cpu)
+def gradient(parameter: nn.Parameter) -> Tensor:
+    """What the rank has of a parameter's gradient; a rank that had no micro-batch adds zeros."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor, ops: Ops = cpu) -> Tensor:
+    """Mean next-token loss in nats over windows (B, T), matrix work in bf16. Targets that are IGNORED don't count."""
+    positions = torch.arange(inputs.shape[1], device=inputs.device)
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        hidden = model(inputs, positions, WindowAttention(model.config), ops)
         hidden = model.project_out(hidden).to(torch.bfloat16)
-    return linear_cross_entropy(hidden.flatten(0, 1), model.head, targets.flatten(), model.config.vocab_size)
+    hidden, targets = hidden.flatten(0, 1), targets.flatten()
+    counted = targets != IGNORED
+    if not counted.all():
+        hidden, targets = hidden[counted], targets[counted]
+    return linear_cross_entropy(hidden, model.head, targets, model.config.vocab_size)
+
+
+def perplexity(model: GPT, tokens: Tensor) -> float:
+    """exp of the mean next-token loss over a text (N,)."""
+    return math.exp(mean_loss(model, tokens))
 
 
 @torch.inference_mode()
-def perplexity(model: GPT, tokens: Tensor) -> float:
-    """exp of the mean next-token loss over a text (N,), read in consecutive windows of the model's whole context.
+def mean_loss(model: GPT, tokens: Tensor) -> float:
+    """Mean next-token loss in nats over a text (N,), read in consecutive windows of the model's whole context.
 
     The model computes in the dtype of its weights. Only the first token of the text is not predicted.
     """
     total = 0.0
-    windows = list(consecutive_windows(tokens, model.config.n_positions))
-    for inputs, targets in tqdm(windows, desc="held-out", unit="window"):
-        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(model.config), cpu)
+    windows = list(consecutive_windows(tokens.to(model.head.device), model.config.n_positions))
+    for inputs, targets in tqdm(windows, desc="held-out", unit="window", leave=False):
+        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), WindowAttention(model.config), cpu)
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
             total += F.cross_entropy(model.logits(rows, cpu), labels, reduction="sum").item()
-    return math.exp(total / (len(tokens) - 1))
+    return total / (len(tokens) - 1)

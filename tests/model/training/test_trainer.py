@@ -1,8 +1,10 @@
 """Training on toy texts: it learns, it is deterministic, its pieces are what their names say."""
 
-from pathlib import Path
+import math
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,9 +12,8 @@ import torch.nn.functional as F
 from kernels import cpu
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
-from model.tokenizer import r50k_base
-from model.training.data import consecutive_windows, random_windows, read_tokens
-from model.training.trainer import TrainingPlan, perplexity, train
+from model.training.data import Windows
+from model.training.trainer import Trainer, TrainingPlan, next_token_loss, perplexity
 
 CONFIG = GPTConfig(
     vocab_size=97,
@@ -24,38 +25,90 @@ CONFIG = GPTConfig(
     attention=("dense", "banded"),
     band=16,
 )
+PLAN = TrainingPlan(num_tokens=40_000, window=48, batch=480, learning_rate=5e-3, warmup_tokens=2000)
 
 
-def trained(tokens: torch.Tensor, plan: TrainingPlan) -> GPT:
+def model_of(seed: int) -> GPT:
     model = GPT(CONFIG)
-    model.init_weights(plan.seed)
-    train(model, tokens, plan, save=lambda model: None, save_every=1000)
-    return model.eval()
+    model.init_weights(seed)
+    return model
+
+
+def trained(text: torch.Tensor, plan: TrainingPlan) -> GPT:
+    model = model_of(plan.seed)
+    windows = Windows([text.numpy().astype(np.uint16)], plan.window, plan.seed)
+    trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: next_token_loss(model, *batch))
+    while trainer.update(lambda first, count, window: windows.batch(first, count)):
+        pass
+    return model
 
 
 def test_a_repeating_text_is_learnt_and_the_result_depends_on_the_seed_only() -> None:
     text = torch.arange(97, dtype=torch.int32).repeat(20)
-    plan = TrainingPlan(num_tokens=40_000, batch_tokens=480, learning_rate=5e-3)
-    first, second = trained(text, plan), trained(text, plan)
-    untrained = GPT(CONFIG)
-    untrained.init_weights(0)
-    assert perplexity(untrained, text[:500]) > 80
+    first, second = trained(text, PLAN), trained(text, PLAN)
+    assert perplexity(model_of(0), text[:500]) > 80
     assert perplexity(first, text[:500]) < 3
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
 
 
-def test_checkpoints_are_saved_on_the_way_and_at_the_end() -> None:
-    saved: list[int] = []
-    model = GPT(CONFIG)
-    model.init_weights(0)
-    plan = TrainingPlan(num_tokens=480, batch_tokens=48)
-    train(model, torch.zeros(100, dtype=torch.int32), plan, save=lambda model: saved.append(1), save_every=4)
-    assert len(saved) == 3
+@pytest.mark.parametrize("micro_windows", [1, 3, 4, 10])
+def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
+    """The gradient that a batch computed at once has, whatever the micro-batches; only the rounding differs."""
+    model = model_of(0)
+    plan = replace(PLAN, micro_windows=micro_windows, clip_norm=math.inf)
+    inputs, targets = torch.randint(97, (2, 10, 48), generator=torch.Generator().manual_seed(1))
+    expected = torch.autograd.grad(float_loss(model, inputs, targets), list(model.parameters()))
+    trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: float_loss(model, *batch))
+    found: list[torch.Tensor] = []
+    trainer.optimizer.register_step_pre_hook(
+        lambda *_: found.extend(p.grad.clone() for p in model.parameters() if p.grad is not None)
+    )
+    update = trainer.update(lambda first, count, window: (inputs[first : first + count], targets[first : first + count]))
+    assert update is not None
+    assert update.step.num_windows == 10
+    norm = torch.stack([grad.norm() for grad in expected]).norm()
+    assert update.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def float_loss(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), cpu)
+    return F.cross_entropy(model.logits(hidden, cpu).flatten(0, 1), targets.flatten())
+
+
+def test_gradients_are_clipped_and_vectors_do_not_decay() -> None:
+    model = model_of(0)
+    trainer = Trainer(dict(model.named_parameters()), PLAN, lambda *batch: 1e4 * next_token_loss(model, *batch))
+    norms: list[float] = []
+
+    def note(*_: Any) -> None:
+        norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in model.parameters() if p.grad is not None)))
+
+    trainer.optimizer.register_step_pre_hook(note)
+    batch = torch.randint(97, (2, 10, 48), generator=torch.Generator().manual_seed(1))
+    update = trainer.update(lambda *_: (batch[0], batch[1]))
+    assert update is not None
+    assert update.gradient_norm > 100
+    assert norms == [pytest.approx(PLAN.clip_norm, rel=1e-3)]
+    decays = {p.dim(): group["weight_decay"] for group in trainer.optimizer.param_groups for p in group["params"]}
+    assert decays == {1: 0.0, 2: PLAN.weight_decay}
+
+
+def test_frozen_parameters_stay() -> None:
+    model = model_of(0)
+    model.requires_grad_(False)
+    model.wpe.requires_grad_(True)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer = Trainer(dict(model.named_parameters()), PLAN, lambda *batch: next_token_loss(model, *batch))
+    batch = torch.randint(97, (2, 10, 48), generator=torch.Generator().manual_seed(1))
+    trainer.update(lambda *_: (batch[0], batch[1]))
+    changed = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert changed == ["wpe.weight"]
 
 
 def test_perplexity_is_the_exponential_of_the_mean_loss_over_every_token_but_the_first() -> None:
-    model = GPT(CONFIG)
-    model.init_weights(1)
+    model = model_of(1)
     tokens = torch.randint(97, (130,), generator=torch.Generator().manual_seed(1), dtype=torch.int32)
     losses = []
     for start in range(0, 129, 48):
@@ -70,65 +123,62 @@ def window_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
     return WindowAttention(CONFIG)(layer, q[None], k[None], v[None])[0]
 
 
+def steps(plan: TrainingPlan) -> list[tuple[int, int, float]]:
+    """Window, windows and rate of every update."""
+    found, seen = [], 0
+    while step := plan.step_at(seen):
+        found.append((step.window, step.num_windows, step.learning_rate))
+        seen += step.num_tokens
+    return found
+
+
 def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
-    plan = TrainingPlan(num_tokens=100_000, batch_tokens=1000, learning_rate=1.0, warmup_share=0.1)
-    rates = [plan.rate_at(step) for step in range(plan.num_steps)]
+    plan = TrainingPlan(num_tokens=100_000, window=100, batch=1000, learning_rate=1.0, warmup_tokens=10_000)
+    rates = [rate for *_, rate in steps(plan)]
+    assert len(rates) == 100
     assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
     assert rates[10:] == sorted(rates[10:], reverse=True)
-    assert rates[-1] == pytest.approx(0.1, abs=1e-3)
+    assert rates[54] == pytest.approx(0.55, abs=1e-9), "half way down the cosine"
+    assert rates[-1] == pytest.approx(0.1, abs=1e-9)
 
 
-def test_windows() -> None:
-    tokens = torch.arange(100, dtype=torch.int32)
-    inputs, targets = random_windows(tokens, 10, 5, torch.Generator().manual_seed(0))
-    assert inputs.shape == targets.shape == (5, 10)
-    assert torch.equal(inputs + 1, targets)
-    seen = torch.cat([t[0] for _, t in consecutive_windows(tokens, 30)])
-    assert torch.equal(seen, tokens[1:].long())
+def test_behind_the_fall_the_rate_stays() -> None:
+    plan = TrainingPlan(num_tokens=10_000, window=100, batch=1000, learning_rate=1.0, decay_tokens=4000)
+    assert [rate for *_, rate in steps(plan)][3:] == pytest.approx([0.1] * 7)
 
 
-def test_documents_end_in_end_of_text(tmp_path: Path) -> None:
-    path = tmp_path / "tales.txt"
-    path.write_text("Once upon a time\n<|endoftext|>\nThe end")
-    tokenizer = r50k_base()
-    eos = [tokenizer.eos_id]
-    expected = tokenizer.encode("Once upon a time") + eos + tokenizer.encode("The end") + eos
-    assert read_tokens([path], tokenizer).tolist() == expected
-
-
-def test_a_corpus_without_text_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "empty.txt"
-    path.write_text("\n\n")
-    with pytest.raises(ValueError, match=r"empty\.txt holds no text to train on"):
-        read_tokens([path], r50k_base())
-
-
-def test_a_corpus_shorter_than_a_window_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match="the corpus has 10 tokens; at least 49 are needed"):
-        trained(torch.zeros(10, dtype=torch.int32), TrainingPlan(num_tokens=100, batch_tokens=50))
-
-
-def test_a_batch_shorter_than_a_window_is_refused_with_the_numbers() -> None:
-    with pytest.raises(ValueError, match="a batch of 47 tokens is shorter than a window of 48"):
-        trained(torch.zeros(100, dtype=torch.int32), TrainingPlan(num_tokens=100, batch_tokens=47))
+def test_the_batch_grows_and_short_windows_come_first() -> None:
+    plan = TrainingPlan(
+        num_tokens=10_000,
+        window=100,
+        batch=1000,
+        learning_rate=1.0,
+        first_batch=200,
+        ramp_tokens=4000,
+        short_window=50,
+        short_tokens=3000,
+    )
+    found = steps(plan)
+    sizes = [window * count for window, count, _ in found]
+    assert sizes[0] == 200
+    assert sizes == sorted(sizes)
+    assert max(sizes) == sizes[-1] == 1000
+    seen = [sum(sizes[:i]) for i in range(len(sizes))]
+    assert all(window == (50 if before < 3000 else 100) for before, (window, *_) in zip(seen, found, strict=True))
+    assert all(size == 1000 for before, size in zip(seen, sizes, strict=True) if before >= 4000)
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_tokens": -5}, "a batch of 2048 tokens does not fit training on -5"),
-        ({"num_tokens": 100, "batch_tokens": 0}, "a batch of 0 tokens does not fit training on 100"),
-        ({"num_tokens": 5000, "learning_rate": 0.0}, r"the learning rate must be positive, got 0\.0"),
-        ({"num_tokens": 5000, "learning_rate": float("nan")}, "the learning rate must be positive, got nan"),
+        ({"num_tokens": -5}, "a batch of 480 tokens does not fit training on -5"),
+        ({"batch": 0}, "a batch of 0 tokens does not fit training on 40000"),
+        ({"batch": 47}, "a batch of 47 tokens is shorter than a window of 48"),
+        ({"first_batch": 40}, "a batch of 40 tokens is shorter than a window of 48"),
+        ({"learning_rate": 0.0}, r"the learning rate must be positive, got 0\.0"),
+        ({"learning_rate": float("nan")}, "the learning rate must be positive, got nan"),
     ],
 )
 def test_a_plan_that_can_not_be_followed(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        TrainingPlan(**fields)
-
-
-def test_a_corpus_in_another_encoding_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "latin.txt"
-    path.write_bytes("Märchen".encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8: .* position 1"):
-        read_tokens([path], r50k_base())
+        replace(PLAN, **fields)

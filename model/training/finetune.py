@@ -1,0 +1,225 @@
+"""Fine-tune a model on prompts and completions: all its weights, or a low-rank adapter beside them."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels import cpu
+from model.gpt import GPT, WindowAttention
+from model.lora import AdaptedOps, AdapterConfig, new_adapter, save_adapter
+from model.tokenizer import Tokenizer
+from model.training.data import shuffled
+from model.training.run import follow
+from model.training.trainer import IGNORED, Trainer, TrainingPlan, next_token_loss
+from model.weights import save_model
+
+# Errors and advice name so many lines.
+FEW_LINES = 5
+
+
+class Example(NamedTuple):
+    """What is learnt: the tokens of `completion` behind those of `prompt`."""
+
+    prompt: str
+    completion: str
+
+
+class DataError(ValueError):
+    """A file of examples that can't be learnt from; the message names the lines."""
+
+
+def read_examples(path: Path) -> list[Example]:
+    """A JSONL file of {"prompt", "completion"}. Raises DataError naming file and line."""
+    examples = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path.name} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        where = f"{path.name}, line {number}"
+        try:
+            fields = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{where}: not JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.keys() != {"prompt", "completion"}:
+            raise DataError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
+        example = Example(**fields)
+        for name, text in example._asdict().items():
+            if not isinstance(text, str):
+                raise DataError(f"{where}: {name} must be a text, got {text!r}")
+        if not example.completion:
+            raise DataError(f"{where}: the completion is empty")
+        examples.append(example)
+    if not examples:
+        raise DataError(f"{path.name} holds no examples")
+    return examples
+
+
+def advice(examples: Sequence[Example]) -> list[str]:
+    """What would make a better file, with line numbers: one separator at the end of every prompt, that no prompt holds
+    elsewhere; a space before every completion, and one text at the end of all."""
+    found = []
+    prompts, completions = [example.prompt for example in examples], [example.completion for example in examples]
+    separator, ending = common_suffix(prompts), common_suffix(completions)
+    if any(prompts) and not separator:
+        usual = most_common_ending(prompts)
+        odd = lines([not text.endswith(usual) for text in prompts])
+        found.append(f'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: {odd}')
+    elif separator.strip():
+        inside = [separator.strip() in prompt[: len(prompt) - len(separator)] for prompt in prompts]
+        if any(inside):
+            found.append(f"the separator {separator!r} is inside the prompt too: {lines(inside)}")
+    unspaced = [not completion[0].isspace() for completion in completions]
+    if any(unspaced):
+        found.append(f"begin every completion with a space, as words are tokens with one: {lines(unspaced)}")
+    if len(set(completions)) > 1 and not ending and any(len(text.split()) > 1 for text in completions):
+        found.append('end every completion with the same text, such as "\\n" or " END", to stop at')
+    first_place = {example: place for place, example in reversed(list(enumerate(examples)))}
+    repeated = [first_place[example] < place for place, example in enumerate(examples)]
+    if any(repeated):
+        found.append(f"leave out what stands there before: {lines(repeated)}")
+    return found
+
+
+def common_suffix(texts: Sequence[str]) -> str:
+    """What all end with; nothing can be said of a single text."""
+    if len(texts) < 2:
+        return ""
+    backwards = sorted(text[::-1] for text in texts)  # the first and the last share what all share
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(backwards[0], backwards[-1], strict=False))
+    return "".join(letter for letter, _ in pairs)[::-1]
+
+
+def most_common_ending(texts: Sequence[str]) -> str:
+    endings = [text[-1:] for text in texts]
+    return max(set(endings), key=endings.count)
+
+
+def lines(flags: Sequence[bool]) -> str:
+    """The numbers of the lines that are flagged."""
+    numbers = [number for number, flag in enumerate(flags, 1) if flag]
+    rest = len(numbers) - FEW_LINES
+    shown = ", ".join(map(str, numbers[:FEW_LINES])) + (f" and {rest} more" if rest > 0 else "")
+    return f"line{'s' * (len(numbers) != 1)} {shown}"
+
+
+class Encoded(NamedTuple):
+    """An example as it is learnt: inputs and their targets, IGNORED where the prompt follows."""
+
+    inputs: list[int]
+    targets: list[int]
+
+
+def encode(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> list[Encoded]:
+    """Prompt, completion, eos. Raises DataError naming the lines that don't fit the context."""
+    encoded = []
+    for prompt, completion in examples:
+        before = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
+        before = before or [tokenizer.eos_id]  # what an empty prompt is when it is served
+        tokens = [*before, *tokenizer.encode(completion), tokenizer.eos_id]
+        targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
+        encoded.append(Encoded(tokens[:-1], targets))
+    too_long = [len(example.inputs) > context for example in encoded]
+    if any(too_long):
+        longest = max(len(example.inputs) for example in encoded)
+        raise DataError(f"the model's context is {context} tokens, but {lines(too_long)} have more, up to {longest}")
+    return encoded
+
+
+def padded(examples: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets (B, T) of examples of up to T tokens. What is behind one is IGNORED, and nothing before sees it."""
+    length = max(len(example.inputs) for example in examples)
+    inputs = [example.inputs + [0] * (length - len(example.inputs)) for example in examples]
+    targets = [example.targets + [IGNORED] * (length - len(example.targets)) for example in examples]
+    return torch.tensor(inputs, device=device), torch.tensor(targets, device=device)
+
+
+def finetuning_plan(num_examples: int, *, epochs: int, batch: int, learning_rate: float, seed: int = 0) -> TrainingPlan:
+    """A plan whose windows are examples: everything that it counts in tokens is counted in examples."""
+    total = num_examples * epochs
+    return TrainingPlan(
+        num_tokens=total,
+        window=1,
+        batch=min(batch, num_examples),
+        learning_rate=learning_rate,
+        warmup_tokens=total // 10,
+        micro_windows=min(batch, num_examples),
+        weight_decay=0.01,
+        seed=seed,
+    )
+
+
+def finetune(
+    directory: Path,
+    model: GPT,
+    examples: Sequence[Encoded],
+    plan: TrainingPlan,
+    *,
+    base: str,
+    adapter: AdapterConfig | None,
+    held_out: Sequence[Encoded] = (),
+    resume: bool = False,
+    save_every: float = 60,
+) -> float | None:
+    """Learn the completions of `examples`: an adapter of `model`, fp32, or all its weights where `adapter` is None.
+
+    `directory` gets the state and the result as model.training.run.follow says; `base` names the model in an adapter's file.
+    The loss on `held_out` at the end.
+    """
+    device = model.head.device
+    learnt = None if adapter is None else new_adapter(model, adapter, plan.seed)
+    model.requires_grad_(learnt is None)
+    ops = cpu if learnt is None else AdaptedOps(cpu, model, learnt)
+    parameters = dict(model.named_parameters()) if learnt is None else learnt.parameters()
+    trainer = Trainer(parameters, plan, lambda inputs, targets: next_token_loss(model, inputs, targets, ops))
+
+    def batches(first: int, count: int, _window: int) -> tuple[Tensor, Tensor]:
+        places = [divmod(number, len(examples)) for number in range(first, first + count)]
+        orders = {epoch: shuffled(plan.seed, epoch, len(examples)).tolist() for epoch, _ in places}
+        return padded([examples[orders[epoch][place]] for epoch, place in places], device)
+
+    def write_model() -> None:
+        if learnt is None:
+            save_model(directory, model, torch.bfloat16)
+        else:
+            save_adapter(directory, learnt, base)
+
+    def held_out_loss() -> float:
+        return completion_loss(model, held_out, ops)
+
+    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    follow(
+        directory,
+        trainer,
+        batches,
+        {"base": base, "adapter": None if adapter is None else dataclasses.asdict(adapter), "examples": digest},
+        write_model=write_model,
+        held_out_loss=held_out_loss if held_out else None,
+        resume=resume,
+        save_every=save_every,
+        unit="example",
+    )
+    return held_out_loss() if held_out else None
+
+
+@torch.inference_mode()
+def completion_loss(model: GPT, examples: Sequence[Encoded], ops: Any = cpu, batch: int = 8) -> float:
+    """Mean loss in nats over all tokens of the completions, the eos behind them included, in the dtype of the weights."""
+    total, count = 0.0, 0
+    by_length = sorted(examples, key=lambda example: len(example.inputs))
+    for start in range(0, len(by_length), batch):
+        inputs, targets = padded(by_length[start : start + batch], model.head.device)
+        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), WindowAttention(model.config), ops)
+        counted = targets != IGNORED
+        losses = F.cross_entropy(model.logits(hidden[counted], ops), targets[counted], reduction="sum")
+        total += losses.item()
+        count += int(counted.sum())
+    return total / count

@@ -1,0 +1,87 @@
+"""What to train each size on, and how fast: GPT-3's plans, and that of the embedded model."""
+
+from dataclasses import replace
+
+from model.config import DEMO, GPT3_SIZES, GPTConfig
+from model.training.trainer import TrainingPlan
+
+# Brown et al. 2020, table 2.1: tokens in a batch and highest learning rate. Appendix B: 300 billion tokens in windows of
+# 2048; the rate warms up over 375 million and falls over 260 billion; the batch grows from 32 thousand over the first 4 to
+# 12 billion. Which size has how many of them is not said: here they grow with the batch.
+GPT3_BATCHES = {
+    "gpt3-125m": (0.5e6, 6.0e-4),
+    "gpt3-350m": (0.5e6, 3.0e-4),
+    "gpt3-760m": (0.5e6, 2.5e-4),
+    "gpt3-1.3b": (1e6, 2.0e-4),
+    "gpt3-2.7b": (1e6, 1.6e-4),
+    "gpt3-6.7b": (2e6, 1.2e-4),
+    "gpt3-13b": (2e6, 1.0e-4),
+    "gpt3-175b": (3.2e6, 0.6e-4),
+}
+GPT3_TOKENS = 300e9
+
+
+def gpt3_plan(name: str) -> TrainingPlan:
+    batch, rate = GPT3_BATCHES[name]
+    return TrainingPlan(
+        num_tokens=int(GPT3_TOKENS),
+        window=2048,
+        batch=int(batch),
+        learning_rate=rate,
+        first_batch=32_768,
+        ramp_tokens=int((4 + 8 * (batch - 0.5e6) / (3.2e6 - 0.5e6)) * 1e9),
+        warmup_tokens=375_000_000,
+        decay_tokens=260_000_000_000,
+        micro_windows=1,
+    )
+
+
+# Most of what a small model learns is local, and short windows cost less attention: they come first.
+DEMO_PLAN = TrainingPlan(
+    num_tokens=40_000_000,
+    window=2048,
+    batch=4096,
+    learning_rate=2e-3,
+    warmup_tokens=1_000_000,
+    micro_windows=8,
+    short_window=512,
+    short_tokens=28_000_000,
+)
+
+
+def size(name: str) -> GPTConfig:
+    """The dimensions of that name. Raises ValueError for a name that is none."""
+    sizes = {"demo": DEMO} | GPT3_SIZES
+    if name not in sizes:
+        raise ValueError(f"there is no size {name!r}, only {', '.join(sizes)}")
+    return sizes[name]
+
+
+def plan_for(
+    name: str,
+    n_positions: int,
+    *,
+    num_tokens: int | None = None,
+    batch: int | None = None,
+    learning_rate: float | None = None,
+    seed: int = 0,
+) -> TrainingPlan:
+    """The plan of a size, in windows of at most `n_positions`. Fewer or more tokens stretch all its phases; with a batch of
+    one's own it doesn't grow. Raises ValueError for what TrainingPlan refuses.
+    """
+    plan = DEMO_PLAN if name == "demo" else gpt3_plan(name)
+    stretch = 1.0 if num_tokens is None else num_tokens / plan.num_tokens
+    return replace(
+        plan,
+        num_tokens=plan.num_tokens if num_tokens is None else num_tokens,
+        window=min(plan.window, n_positions),
+        short_window=None if plan.short_window is None else min(plan.short_window, n_positions),
+        batch=plan.batch if batch is None else batch,
+        first_batch=plan.first_batch if batch is None else None,
+        ramp_tokens=int(plan.ramp_tokens * stretch) if batch is None else 0,
+        warmup_tokens=int(plan.warmup_tokens * stretch),
+        decay_tokens=None if plan.decay_tokens is None else int(plan.decay_tokens * stretch),
+        short_tokens=int(plan.short_tokens * stretch),
+        learning_rate=plan.learning_rate if learning_rate is None else learning_rate,
+        seed=seed,
+    )

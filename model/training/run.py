@@ -1,0 +1,222 @@
+"""A training run and its directory:
+
+tokens/                         the corpus as shards of tokens
+state.safetensors               what a run that was stopped goes on from
+loss.csv, loss.png              the loss curve
+config.json, model.safetensors  the model so far, in bf16, as it is served
+"""
+
+import csv
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from model.gpt import GPT
+from model.tokenizer import Tokenizer
+from model.training.data import Windows, open_shard, write_shard
+from model.training.state import load_state, save_state
+from model.training.trainer import Batches, Trainer, TrainingPlan, Update, mean_loss, next_token_loss
+from model.weights import save_model
+
+STATE_FILE, CURVE_FILE, PICTURE_FILE = "state.safetensors", "loss.csv", "loss.png"
+COLUMNS = ["update", "tokens", "loss", "learning_rate", "gradient_norm", "held_out_loss"]
+# Held-out tokens that the curve shows on the way; at the end all of them are read.
+GLANCE = 16384
+
+
+def train(
+    directory: Path,
+    model: GPT,
+    plan: TrainingPlan,
+    corpus: Sequence[Path],
+    tokenizer: Tokenizer,
+    *,
+    held_out: Tensor | None = None,
+    resume: bool = False,
+    save_every: float = 300,
+) -> None:
+    """Train `model`, fp32, on text files in `directory`: see `follow`.
+
+    In a process group of torch.distributed every rank calls this; the first one writes. Raises ValueError for a corpus that
+    does not fit the plan too.
+    """
+    if is_first_rank():
+        for path in corpus:
+            write_shard(path, tokenizer, directory / "tokens")
+    if dist.is_initialized():
+        dist.barrier()
+    shards = [write_shard(path, tokenizer, directory / "tokens") for path in corpus]
+    lengths = {plan.window, plan.short_window or plan.window}
+    windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in lengths}
+    device = model.head.device
+    model.requires_grad_(True)
+    trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: next_token_loss(model, *batch))
+
+    def batches(first: int, count: int, window: int) -> tuple[Tensor, Tensor]:
+        inputs, targets = windows[window].batch(first, count)
+        return inputs.to(device), targets.to(device)
+
+    follow(
+        directory,
+        trainer,
+        batches,
+        {"model": dataclasses.asdict(model.config), "corpus": [path.name for path in shards]},
+        write_model=lambda: save_model(directory, model, torch.bfloat16),
+        held_out_loss=None if held_out is None else lambda: mean_loss(model, held_out[:GLANCE]),
+        resume=resume,
+        save_every=save_every,
+    )
+
+
+def is_first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def follow(
+    directory: Path,
+    trainer: Trainer,
+    batches: Batches,
+    about: dict[str, Any],
+    *,
+    write_model: Callable[[], None],
+    held_out_loss: Callable[[], float] | None,
+    resume: bool,
+    save_every: float,
+    unit: str = "tok",
+) -> None:
+    """Follow a trainer's plan in `directory`, which gets its state and the model every `save_every` seconds and at the end.
+
+    `about`, which is JSON, is what must be the same again when the run goes on. Raises ValueError for a directory that holds
+    a run when `resume` is false, and where that run was another one; KeyboardInterrupt when it was stopped, its state saved.
+    """
+    state = directory / STATE_FILE
+    if state.exists():
+        if not resume:
+            raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
+        load_state(state, trainer, about)
+    if not is_first_rank():
+        while trainer.update(batches):
+            pass
+        return
+
+    directory.mkdir(parents=True, exist_ok=True)
+    curve = Curve(directory / CURVE_FILE, trainer.num_updates)
+
+    def save() -> None:
+        curve.write()  # before the state: rows that it doesn't know will come again
+        save_state(state, trainer, about)
+        write_model()
+
+    def look_ahead() -> None:
+        if held_out_loss is not None:
+            curve.note_held_out(held_out_loss())
+
+    with progress_bar(trainer, unit) as show, interruptions() as is_interrupted:
+        saved = time.monotonic()
+        while not is_interrupted() and (update := trainer.update(batches)):
+            curve.add(trainer, update)
+            show(update)
+            if time.monotonic() - saved > save_every:
+                look_ahead()
+                save()
+                saved = time.monotonic()
+        if not is_interrupted():
+            look_ahead()
+        if trainer.num_updates:
+            save()
+            draw(directory / CURVE_FILE, directory / PICTURE_FILE)
+        if is_interrupted():
+            raise KeyboardInterrupt
+
+
+class Curve:
+    """The loss curve as a table on disk, a row for every update."""
+
+    def __init__(self, path: Path, num_updates: int):
+        """Keeps the rows of the first `num_updates`: those behind a saved state will come again."""
+        self._path = path
+        self._rows: list[dict[str, Any]] = []
+        if num_updates:
+            with path.open(newline="") as file:
+                self._rows = list(csv.DictReader(file))[:num_updates]
+
+    def add(self, trainer: Trainer, update: Update) -> None:
+        numbers = (trainer.num_updates, trainer.seen, update.loss, update.step.learning_rate, update.gradient_norm)
+        self._rows.append(dict(zip(COLUMNS, numbers, strict=False)))
+
+    def note_held_out(self, loss: float) -> None:
+        self._rows[-1]["held_out_loss"] = loss
+
+    def write(self) -> None:
+        temporary = self._path.with_name(self._path.name + ".tmp")
+        with temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(self._rows)
+        os.replace(temporary, self._path)
+
+
+def draw(curve: Path, picture: Path) -> None:
+    """The loss over the tokens seen, smoothed, and held-out losses as points; no picture without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    with curve.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.add_subplot(xlabel="tokens", ylabel="loss, nats a token")
+    size = max(1, len(rows) // 400)
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    axes.plot(
+        [float(group[-1]["tokens"]) for group in groups],
+        [sum(float(row["loss"]) for row in group) / len(group) for group in groups],
+        label=f"training, mean of {size} updates",
+    )
+    held_out = [(float(row["tokens"]), float(row["held_out_loss"])) for row in rows if row["held_out_loss"]]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", markersize=3, label="held out")
+    axes.legend()
+    figure.savefig(picture)
+
+
+@contextmanager
+def progress_bar(trainer: Trainer, unit: str) -> Iterator[Callable[[Update], None]]:
+    """Tokens seen, or what `unit` says, how many a second, time left and the loss, smoothed."""
+    average: float | None = None
+    with tqdm(total=trainer.plan.num_tokens, initial=trainer.seen, unit=unit, unit_scale=True) as progress:
+
+        def show(update: Update) -> None:
+            nonlocal average
+            average = update.loss if average is None else 0.98 * average + 0.02 * update.loss
+            progress.update(update.step.num_tokens)
+            progress.set_postfix(loss=f"{average:.3f}", refresh=False)
+
+        yield show
+
+
+@contextmanager
+def interruptions() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came: an update is never left half done."""
+    came = False
+
+    def note(*_: Any) -> None:
+        nonlocal came
+        came = True
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,205 @@
+"""Few-shot tasks for a small model to learn from: documents of examples, and items that no document holds.
+
+python -m model.training.tasks --documents tasks.txt --items tasks-valid.jsonl
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import tomllib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from model.tokenizer import END_OF_TEXT, r50k_base
+
+WORDS = Path(__file__).parent / "words.toml"
+# Of all queries that a task can ask, this share is never in a document.
+HELD_OUT = 0.1
+# A word of the tales that is one token and comes as often as this is common.
+COMMON = 20
+LEAST_COMMON = 50
+
+SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
+
+SEPARATORS = ["\n###\n", "\n", "\n\n", "\n---\n", "\n##\n", " ; ", "\n***\n", " | "]
+PREFIXES = [
+    ("", " => "),
+    ("", " -> "),
+    ("", " = "),
+    ("", ": "),
+    ("Q: ", "\nA: "),
+    ("Input: ", "\nOutput: "),
+    ("In: ", " Out: "),
+    ("Question: ", "\nAnswer: "),
+    ("> ", "\n"),
+]
+
+
+class Item(NamedTuple):
+    input: str
+    output: str
+
+
+# Makes one item after the other; what they have in common, such as the names of classes, it was given before.
+Source = Callable[[random.Random], Item]
+
+
+class Words:
+    """The words of words.toml, and the common ones of a text."""
+
+    def __init__(self, text: str):
+        """Raises ValueError when the text has too few."""
+        found = tomllib.loads(WORDS.read_text(encoding="utf-8"))
+        opposites, irregular = ([pair.split() for pair in found[name].split(",")] for name in ("opposites", "irregular"))
+        self.opposites = [pair for first, second in opposites for pair in ((first, second), (second, first))]
+        self.plurals = [(one, many) for one, many in irregular] + [(noun, noun + "s") for noun in found["nouns"].split()]
+        self.categories: dict[str, list[str]] = {name: words.split() for name, words in found["categories"].items()}
+        letters = [[chr(ord(first) + place) for place in range(26)] for first in "aA"]
+        numbers = [[str(number) for number in range(step, 100, step)] for step in (1, 2, 5)]
+        self.sequences = [words.split() for words in found["sequences"].values()] + letters + numbers
+        tokenizer = r50k_base()
+        counts = Counter(re.findall(r"\b[a-z]{3,}\b", text))
+        often = sorted(word for word, count in counts.items() if count >= COMMON)
+        self.common = [word for word in often if len(tokenizer.encode(" " + word)) == 1]
+        if len(self.common) < LEAST_COMMON:
+            raise ValueError(f"the text has {len(self.common)} common words; {LEAST_COMMON} are needed")
+
+
+class Tasks:
+    """Every task by its name: how its items are made."""
+
+    def __init__(self, words: Words):
+        self.words = words
+        self._sources: dict[str, Source] = {
+            "copy": self._copy,
+            "reverse": self._reverse,
+            "capitals": self._capitals,
+            "plural": lambda rng: Item(*rng.choice(self.words.plurals)),
+            "opposite": lambda rng: Item(*rng.choice(self.words.opposites)),
+            "next": self._next,
+            "count": self._count,
+            "lookup": self._lookup,
+        }
+        self.names = [*self._sources, "classify"]
+
+    def _some(self, rng: random.Random, least: int, most: int) -> list[str]:
+        return rng.sample(self.words.common, rng.randint(least, most))
+
+    def _copy(self, rng: random.Random) -> Item:
+        text = " ".join(self._some(rng, 1, 4))
+        return Item(text, text)
+
+    def _reverse(self, rng: random.Random) -> Item:
+        words = self._some(rng, 2, 4)
+        return Item(" ".join(words), " ".join(reversed(words)))
+
+    def _capitals(self, rng: random.Random) -> Item:
+        text = " ".join(self._some(rng, 1, 3))
+        return Item(text, text.title())
+
+    def _next(self, rng: random.Random) -> Item:
+        sequence = rng.choice(self.words.sequences)
+        length = rng.randint(2, 4)
+        start = rng.randrange(len(sequence) - length)
+        return Item(" ".join(sequence[start : start + length]), sequence[start + length])
+
+    def _count(self, rng: random.Random) -> Item:
+        (word,) = self._some(rng, 1, 1)
+        count = rng.randint(1, 6)
+        return Item(" ".join([word] * count), str(count))
+
+    def _lookup(self, rng: random.Random) -> Item:
+        words = self._some(rng, 2, 5)
+        values = [str(rng.randrange(10)) for _ in words]
+        asked = rng.randrange(len(words))
+        table = ", ".join(f"{word} {value}" for word, value in zip(words, values, strict=True))
+        return Item(f"{table}, {words[asked]}", values[asked])
+
+    def _classify(self, names: dict[str, str]) -> Source:
+        """Sentences about words of some categories, which `names` calls."""
+
+        def make(rng: random.Random) -> Item:
+            category = rng.choice(sorted(names))
+            return Item(rng.choice(SENTENCES).format(rng.choice(self.words.categories[category])), names[category])
+
+        return make
+
+    def _source(self, task: str, rng: random.Random) -> Source:
+        if task != "classify":
+            return self._sources[task]
+        categories = rng.sample(sorted(self.words.categories), rng.randint(2, 4))
+        # In half of the documents only the examples tell what is called how.
+        names = self._some(rng, len(categories), len(categories)) if rng.random() < 0.5 else categories
+        return self._classify(dict(zip(categories, names, strict=True)))
+
+    def items(self, rng: random.Random, source: Source, *, held_out: bool) -> Iterator[Item]:
+        """Items without end, all of those that documents may hold or all of those that they don't."""
+        while True:
+            item = source(rng)
+            if is_held_out(item.input) == held_out:
+                yield item
+
+    def document(self, rng: random.Random) -> str:
+        """Some examples of one task, with a separator and prefixes of their own."""
+        items = self.items(rng, self._source(rng.choice(self.names), rng), held_out=False)
+        before, between = rng.choice(PREFIXES)
+        separator = rng.choice([text for text in SEPARATORS if text not in between])
+        count = rng.choice([2, 4, 8, 12, 18, 24, 32])
+        examples = [before + item.input + between + item.output for item, _ in zip(items, range(count), strict=False)]
+        return separator.join(examples)
+
+    def distinct_items(self, rng: random.Random, count: int, *, held_out: bool) -> Iterator[dict[str, str]]:
+        """`count` items of every task, no two with the same input; fewer where the task has no more."""
+        sources = self._sources | {"classify": self._classify({name: name for name in self.words.categories})}
+        for task, source in sources.items():
+            seen: set[str] = set()
+            for item, _ in zip(self.items(rng, source, held_out=held_out), range(100 * count), strict=False):
+                if item.input not in seen and len(seen) < count:
+                    seen.add(item.input)
+                    yield {"task": task, **item._asdict()}
+
+
+def is_held_out(query: str) -> bool:
+    """Decided by a hash of the query, so that it is the same in every process and version."""
+    return hashlib.sha256(query.lower().encode()).digest()[0] < 256 * HELD_OUT
+
+
+def write_documents(path: Path, tasks: Tasks, num_tokens: int, seed: int) -> int:
+    """Write documents of about `num_tokens` tokens together; how many they were."""
+    rng, tokenizer = random.Random(seed), r50k_base()
+    total = count = 0
+    with path.open("w", encoding="utf-8") as file:
+        while total < num_tokens:
+            document = tasks.document(rng)
+            total += len(tokenizer.encode(document)) + 1
+            count += 1
+            file.write(f"{document}\n{END_OF_TEXT}\n")
+    return count
+
+
+def write_items(path: Path, tasks: Tasks, count: int, seed: int, *, held_out: bool) -> None:
+    items = tasks.distinct_items(random.Random(seed), count, held_out=held_out)
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("text", type=Path, help="whose common words the tasks are about")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tokens", type=float, default=6e6, help="of all documents (default %(default)g)")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
+    count = write_documents(args.out / "tasks.txt", tasks, int(args.tokens), args.seed)
+    write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)
+    write_items(args.out / "examples.jsonl", tasks, 100, args.seed, held_out=False)
+    print(f"{count} documents of tasks about {len(tasks.words.common)} words in {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Fine-tuning: what is learnt, what is not, what a file must be."""
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import cpu
+from model.config import GPTConfig
+from model.gpt import GPT, WindowAttention
+from model.lora import AdaptedOps, AdapterConfig, load_adapter
+from model.tokenizer import r50k_base
+from model.training.finetune import (
+    DataError,
+    Encoded,
+    Example,
+    advice,
+    completion_loss,
+    encode,
+    finetune,
+    finetuning_plan,
+    padded,
+    read_examples,
+)
+from model.training.run import Curve
+from model.training.trainer import IGNORED, next_token_loss
+from model.weights import load_model
+
+CONFIG = GPTConfig(
+    vocab_size=50257,
+    n_positions=32,
+    n_embd=32,
+    n_layer=2,
+    n_head=2,
+    n_inner=64,
+    attention=("dense", "banded"),
+    band=8,
+)
+COLOURS = ["red", "blue", "green", "white"]
+DOES = ["sings", "sleeps", "eats"]
+EXAMPLES = [Example(f"the {colour} bird {does} =>", f" {colour}") for colour in COLOURS for does in DOES]
+HELD_OUT = [Example(f"the {colour} bird flies =>", f" {colour}") for colour in COLOURS]
+
+
+def make_model() -> GPT:
+    model = GPT(CONFIG)
+    model.init_weights(0)
+    with torch.no_grad():
+        model.wte.weight *= 30  # as large as training makes it: an adapter can't
+    return model
+
+
+def encoded(examples: list[Example]) -> list[Encoded]:
+    return encode(examples, r50k_base(), CONFIG.n_positions)
+
+
+@pytest.mark.parametrize("adapter", [AdapterConfig(4, 8.0), None])
+def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | None) -> None:
+    model, held_out = make_model(), encoded(HELD_OUT)
+    before = completion_loss(model, held_out)
+    plan = finetuning_plan(len(EXAMPLES), epochs=80, batch=4, learning_rate=2e-2)
+    weights = {name: p.clone() for name, p in model.named_parameters()}
+    after = finetune(tmp_path, model, encoded(EXAMPLES), plan, base="fp", adapter=adapter, held_out=held_out)
+    assert after is not None
+    assert after < before / 4
+    with (tmp_path / "loss.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 12 * 80 / 4
+    assert float(rows[-1]["held_out_loss"]) == pytest.approx(after)
+    same = [torch.equal(p, weights[name]) for name, p in model.named_parameters()]
+    if adapter is None:
+        assert not any(same)
+        assert completion_loss(load_model(tmp_path, torch.float32), held_out) == pytest.approx(after, rel=0.05)
+    else:
+        assert all(same), "the model that is shared stays as it is"
+        ops = AdaptedOps(cpu, model, load_adapter(tmp_path, model))
+        assert completion_loss(model, held_out, ops) == pytest.approx(after, rel=1e-5)
+
+
+def test_it_goes_on_where_it_stopped_and_with_nothing_else(tmp_path: Path) -> None:
+    plan = finetuning_plan(len(EXAMPLES), epochs=3, batch=5, learning_rate=1e-2)
+    options: dict[str, Any] = {"base": "fp", "adapter": AdapterConfig(2, 4.0)}
+    finetune(tmp_path / "whole", make_model(), encoded(EXAMPLES), plan, **options)
+
+    write = Curve.write
+    writes = iter((write, write))
+
+    with pytest.MonkeyPatch.context() as patch:
+        # It saves after every update: as if the power had failed in the third one.
+        patch.setattr(Curve, "write", lambda curve: next(writes)(curve))
+        with pytest.raises(StopIteration):
+            finetune(tmp_path / "parts", make_model(), encoded(EXAMPLES), plan, **options, save_every=0.0)
+    with pytest.raises(ValueError, match=r"is the state of another run: examples .*, not "):
+        finetune(tmp_path / "parts", make_model(), encoded(EXAMPLES[1:]), plan, **options, resume=True)
+    finetune(tmp_path / "parts", make_model(), encoded(EXAMPLES), plan, **options, resume=True)
+    whole, parts = ((tmp_path / name / "adapter.safetensors").read_bytes() for name in ("whole", "parts"))
+    assert whole == parts
+
+
+def test_the_prompt_is_read_and_not_learnt() -> None:
+    tokenizer = r50k_base()
+    (example,) = encode([Example("one two =>", " three four")], tokenizer, 32)
+    prompt, completion = tokenizer.encode("one two =>"), tokenizer.encode(" three four")
+    assert example.inputs == [*prompt, *completion]
+    assert example.targets == [IGNORED] * (len(prompt) - 1) + [*completion, tokenizer.eos_id]
+    (empty,) = encode([Example("", "x")], tokenizer, 32)
+    assert empty.inputs == [tokenizer.eos_id, *tokenizer.encode("x")]
+
+
+def test_padding_changes_no_loss() -> None:
+    model = make_model()
+    some = encoded([EXAMPLES[0], Example("a much longer prompt than the other ones are =>", " yes and no"), EXAMPLES[5]])
+    one_by_one = sum(
+        completion_loss(model, [example]) * sum(target != IGNORED for target in example.targets) for example in some
+    )
+    count = sum(target != IGNORED for example in some for target in example.targets)
+    assert completion_loss(model, some) == pytest.approx(one_by_one / count, rel=1e-5)
+    inputs, targets = padded(some, torch.device("cpu"))
+    with torch.no_grad():
+        assert next_token_loss(model, inputs, targets).item() == pytest.approx(one_by_one / count, rel=0.01)
+        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), cpu)
+    assert hidden.isfinite().all()
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path
+
+
+GOOD = {"prompt": "a =>", "completion": " b"}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "data.jsonl, line 2: not JSON: "),
+        ("", "data.jsonl, line 2: not JSON: "),
+        ([1], 'data.jsonl, line 2: expected an object of "prompt" and "completion", got \'[1]\''),
+        ({"prompt": "a"}, 'data.jsonl, line 2: expected an object of "prompt" and "completion", got '),
+        ({**GOOD, "weight": 1}, 'data.jsonl, line 2: expected an object of "prompt" and "completion", got '),
+        ({**GOOD, "prompt": 5}, "data.jsonl, line 2: prompt must be a text, got 5"),
+        ({**GOOD, "completion": None}, "data.jsonl, line 2: completion must be a text, got None"),
+        ({**GOOD, "completion": ""}, "data.jsonl, line 2: the completion is empty"),
+    ],
+)
+def test_lines_that_are_no_examples(tmp_path: Path, line: object, message: str) -> None:
+    with pytest.raises(DataError) as error:
+        read_examples(write(tmp_path / "data.jsonl", GOOD, line, GOOD))
+    assert str(error.value).startswith(message)
+
+
+def test_files_that_hold_none(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"data\.jsonl holds no examples"):
+        read_examples(write(tmp_path / "data.jsonl"))
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "Märchen"'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8"):
+        read_examples(tmp_path / "latin.jsonl")
+
+
+def test_examples_longer_than_the_context_are_named() -> None:
+    long = Example("word " * 40, " end")
+    with pytest.raises(DataError, match="the model's context is 32 tokens, but lines 2, 4 have more, up to 42"):
+        encoded([EXAMPLES[0], long, EXAMPLES[1], long])
+
+
+def test_good_examples_need_no_advice() -> None:
+    assert advice(EXAMPLES) == []
+    assert advice([Example("", " a tale\n"), Example("", " another tale\n")]) == []
+
+
+@pytest.mark.parametrize(
+    ("examples", "line"),
+    [
+        (
+            [*EXAMPLES, Example("no separator", " x")],
+            'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: line 13',
+        ),
+        ([Example("a => b =>", " x"), Example("c =>", " y")], "the separator ' =>' is inside the prompt too: line 1"),
+        (
+            [*EXAMPLES, Example("a =>", "x"), Example("b =>", "y")],
+            "begin every completion with a space, as words are tokens with one: lines 13, 14",
+        ),
+        (
+            [Example("a =>", " one word"), Example("b =>", " two words")],
+            'end every completion with the same text, such as "\\n" or " END", to stop at',
+        ),
+        ([*EXAMPLES, *EXAMPLES[:7]], "leave out what stands there before: lines 13, 14, 15, 16, 17 and 2 more"),
+    ],
+)
+def test_advice(examples: list[Example], line: str) -> None:
+    assert line in advice(examples)

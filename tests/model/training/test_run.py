@@ -1,0 +1,129 @@
+"""Runs in their directories: killed at any moment they go on to the same bits, and two processes are as good as one."""
+
+import csv
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from model.training.run import CURVE_FILE, PICTURE_FILE, STATE_FILE
+from model.weights import load_model
+from tests.model.training.tiny_run import PLAN, run
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "tales.txt"
+    words = "the king had a daughter and she found a golden bird in the deep dark forest"
+    path.write_text(" ".join(random.Random(0).choices(words.split(), k=800)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("run")
+    start(directory, corpus).wait(60)
+    return directory
+
+
+def start(directory: Path, corpus: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "tests.model.training.tiny_run", str(directory), str(corpus), *options]
+    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.DEVNULL)
+
+
+def curve(directory: Path) -> list[dict[str, str]]:
+    with (directory / CURVE_FILE).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def assert_same(directory: Path, other: Path) -> None:
+    first, second = load_file(directory / STATE_FILE), load_file(other / STATE_FILE)
+    assert first.keys() == second.keys()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+    assert curve(directory) == curve(other)
+    assert (directory / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_a_model_that_has_learnt_a_curve_and_a_picture(uninterrupted: Path) -> None:
+    rows = curve(uninterrupted)
+    assert int(rows[-1]["tokens"]) >= PLAN.num_tokens
+    assert [int(row["update"]) for row in rows] == list(range(1, len(rows) + 1))
+    assert float(rows[0]["loss"]) > 10
+    assert float(rows[-1]["loss"]) < 6
+    assert load_model(uninterrupted, torch.float32).config.n_embd == 16
+    assert (uninterrupted / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
+    uninterrupted: Path, corpus: Path, tmp_path: Path, seed: int
+) -> None:
+    rng, kills = random.Random(seed), 0
+    for _ in range(3):
+        process = start(tmp_path, corpus, "--resume")
+        wait_for_updates(process, tmp_path, rng.randrange(1, 10))
+        time.sleep(rng.random() * 0.2)
+        kills += process.poll() is None
+        process.kill()
+        process.wait()
+    assert kills
+    assert start(tmp_path, corpus, "--resume").wait(60) == 0
+    assert_same(tmp_path, uninterrupted)
+
+
+def wait_for_updates(process: subprocess.Popen[bytes], directory: Path, count: int) -> None:
+    """Until the process has replaced the state `count` times, or ended."""
+    last = None
+    while process.poll() is None and count:
+        state = directory / STATE_FILE
+        time.sleep(0.01)
+        now = state.stat().st_ino if state.exists() else None
+        count -= now != last
+        last = now
+
+
+def test_interrupted_it_finishes_the_update_and_saves(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    process = start(tmp_path, corpus)
+    wait_for_updates(process, tmp_path, 3)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) != 0
+    assert len(curve(tmp_path)) < len(curve(uninterrupted))
+    assert start(tmp_path, corpus, "--resume").wait(60) == 0
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_two_ranks_make_the_bits_of_one(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    """Batches here are one or two micro-batches: of more, the order in which gradients are added would be another one."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [start(tmp_path, corpus, RANK=str(rank), **common) for rank in range(2)]
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert_same(tmp_path, uninterrupted)
+
+
+def test_a_directory_with_a_run_is_not_overwritten(uninterrupted: Path, corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds a training run: go on with it \(--resume\) or choose another directory"):
+        run(uninterrupted, corpus)
+
+
+def test_another_plan_is_not_gone_on_with(uninterrupted: Path, corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"is the state of another run: learning_rate 0\.1, not 0\.01"):
+        run(uninterrupted, corpus, replace(PLAN, learning_rate=0.1), resume=True)
+
+
+def test_another_corpus_is_not_gone_on_with(uninterrupted: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("something else " * 100, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"is the state of another run: corpus \['other-.*, not \['tales-"):
+        run(uninterrupted, other, resume=True)

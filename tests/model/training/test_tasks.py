@@ -1,0 +1,106 @@
+"""The few-shot tasks: right answers, and items that no document holds."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from model.training.tasks import COMMON, PREFIXES, SEPARATORS, Tasks, Words, is_held_out, write_documents, write_items
+
+WORDS = """
+about after again against all along always among and another any asked away back bear beautiful because bed been before began
+behind being beside best better between big bird black boy bread bright bring brother brought but called came can cat child
+children come could cried dark daughter day days dead dear deep did die does dog done door down each earth eat end evening
+"""
+
+
+@pytest.fixture(scope="module")
+def tasks() -> Tasks:
+    return Tasks(Words((WORDS + " seldom Bilbo rumpelstiltskin ") * COMMON))
+
+
+def items_of(tasks: Tasks, path: Path, *, held_out: bool) -> list[dict[str, str]]:
+    write_items(path, tasks, 50, seed=0, held_out=held_out)
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def items(tasks: Tasks, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return items_of(tasks, tmp_path_factory.mktemp("items") / "items.jsonl", held_out=True)
+
+
+def test_common_words_are_one_token_in_small_letters(tasks: Tasks) -> None:
+    assert tasks.words.common == sorted({*WORDS.split(), "seldom"})
+
+
+def test_a_text_with_few_common_words_is_refused() -> None:
+    with pytest.raises(ValueError, match="the text has 1 common words; 50 are needed"):
+        Words("king " * COMMON + "queen")
+
+
+def test_every_task_has_items_that_are_held_out_and_differ(tasks: Tasks, items: list[dict[str, str]]) -> None:
+    inputs = [(item["task"], item["input"]) for item in items]
+    assert len(set(inputs)) == len(inputs)
+    counts = {name: sum(task == name for task, _ in inputs) for name in tasks.names}
+    assert all(count >= 8 for count in counts.values()), counts
+    assert counts["copy"] == counts["reverse"] == counts["lookup"] == 50
+    assert all(is_held_out(text) for _, text in inputs)
+
+
+def test_items_for_prompts_are_not_held_out(tasks: Tasks, tmp_path: Path) -> None:
+    found = items_of(tasks, tmp_path / "examples.jsonl", held_out=False)
+    assert len(found) == 50 * len(tasks.names)
+    assert not any(is_held_out(item["input"]) for item in found)
+
+
+def test_answers_are_right(tasks: Tasks, items: list[dict[str, str]]) -> None:
+    words = tasks.words
+    for item in items:
+        query, answer = item["input"], item["output"]
+        right = {
+            "copy": lambda q=query: q,
+            "reverse": lambda q=query: " ".join(q.split()[::-1]),
+            "capitals": lambda q=query: " ".join(word.capitalize() for word in q.split()),
+            "plural": lambda q=query: dict(words.plurals)[q],
+            "count": lambda q=query: str(len(q.split())),
+            "lookup": lambda q=query: dict(pair.split() for pair in q.split(", ")[:-1])[q.split(", ")[-1]],
+        }
+        if item["task"] in right:
+            assert answer == right[item["task"]]()
+        elif item["task"] == "opposite":
+            assert [query, answer] in [list(pair) for pair in words.opposites]
+        elif item["task"] == "classify":
+            assert any(word in query for word in words.categories[answer])
+        else:
+            assert any(f" {query} {answer} " in f" {' '.join(sequence)} " for sequence in words.sequences)
+
+
+def test_documents_hold_examples_of_one_task_and_none_that_is_held_out(tasks: Tasks) -> None:
+    rng = random.Random(1)
+    formats = set()
+    for _ in range(300):
+        document = tasks.document(rng)
+        found = [
+            (separator, prefix)
+            for separator in SEPARATORS
+            for prefix in PREFIXES
+            if all(prefix[1] in part and part.startswith(prefix[0]) for part in document.split(separator))
+            and separator in document
+        ]
+        assert found
+        separator, (before, between) = max(found, key=lambda one: sum(map(len, (one[0], *one[1]))))
+        formats.add((separator, before, between))
+        for part in document.split(separator):
+            query = part.removeprefix(before).split(between)[0]
+            assert not is_held_out(query), document
+    assert len(formats) > 40
+
+
+def test_documents_depend_on_the_seed_only(tasks: Tasks, tmp_path: Path) -> None:
+    write_documents(tmp_path / "one", tasks, 5000, seed=3)
+    write_documents(tmp_path / "two", tasks, 5000, seed=3)
+    write_documents(tmp_path / "three", tasks, 5000, seed=4)
+    one, two, three = ((tmp_path / name).read_text(encoding="utf-8") for name in ("one", "two", "three"))
+    assert one == two != three
+    assert one.endswith("\n<|endoftext|>\n")

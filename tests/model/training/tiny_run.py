@@ -1,0 +1,57 @@
+"""`python -m tests.model.training.tiny_run DIR CORPUS [--resume]`: a training run of seconds, for tests that kill it."""
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from model.config import GPTConfig
+from model.gpt import GPT
+from model.tokenizer import r50k_base
+from model.training.run import train
+from model.training.trainer import TrainingPlan
+
+CONFIG = GPTConfig(
+    vocab_size=50257,
+    n_positions=32,
+    n_embd=16,
+    n_layer=2,
+    n_head=2,
+    n_inner=32,
+    attention=("dense", "banded"),
+    band=8,
+)
+PLAN = TrainingPlan(
+    num_tokens=6400,
+    window=32,
+    batch=128,
+    first_batch=64,
+    ramp_tokens=2000,
+    learning_rate=1e-2,
+    warmup_tokens=500,
+    short_window=16,
+    short_tokens=3000,
+    micro_windows=4,
+)
+
+
+def run(directory: Path, corpus: Path, plan: TrainingPlan = PLAN, *, resume: bool = False) -> None:
+    """Saves after every update."""
+    model = GPT(CONFIG)
+    model.init_weights(plan.seed)
+    train(directory, model, plan, [corpus], r50k_base(), resume=resume, save_every=0.0)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    if "WORLD_SIZE" in os.environ:
+        dist.init_process_group("gloo")
+    run(Path(sys.argv[1]), Path(sys.argv[2]), resume="--resume" in sys.argv)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

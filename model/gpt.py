@@ -264,10 +264,13 @@ class PagedGPT:
     def is_one_call(self) -> bool:
         return self._all_blocks is not None
 
-    def __call__(self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan]) -> Tensor:
-        """Hidden states (N, C) of a step's tokens (N,): decode rows first, then the prompt chunks."""
-        model, ops = self._model, self._ops
-        if self._all_blocks is None:
+    def __call__(
+        self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan], adapted: Ops | None = None
+    ) -> Tensor:
+        """Hidden states (N, C) of a step's tokens (N,): decode rows first, then the prompt chunks. `adapted` ops run one by
+        one."""
+        model, ops = self._model, adapted or self._ops
+        if self._all_blocks is None or adapted:
             hidden: Tensor = model(tokens, positions, PagedAttention(model.config, ops, self._pools, plans), ops)
             return hidden
         return model.norm(*self._all_blocks(model.embed(tokens, positions, ops), plans), ops)

@@ -1,14 +1,16 @@
 """Low-rank adapters (LoRA, Hu et al. 2021): what a fine-tune adds to the weights of a model that many share."""
 
+import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -19,6 +21,8 @@ from model.gpt import GPT
 from model.weights import CheckpointError, read_json, write_atomically
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
+# Compiled products read so many columns together: ranks are padded with zeros.
+RANK_MULTIPLE = 32
 # The linears that can have one; c_proj is attention's and the MLP's.
 TARGETS = ("c_attn", "c_proj", "c_fc")
 
@@ -47,8 +51,8 @@ class AdapterConfig:
 class LowRank(NamedTuple):
     """What is added to one linear (O, C)."""
 
-    a: Tensor  # (rank, C)
-    b: Tensor  # (O, rank)
+    a: Any  # (rank, C): a tensor, or packed
+    b: Any  # (O, rank)
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,15 @@ class Adapter:
 
     config: AdapterConfig
     parts: Mapping[str, LowRank]
+    base: str  # weights_digest of the model that it belongs to
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of all its numbers."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in sorted(named_tensors(self.parts).items()):
+            digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name; those of an adapter that is trained are parameters."""
@@ -70,7 +83,7 @@ def adaptable(model: GPT, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
     return {name: linear for name, linear in linears if name.rsplit(".", 1)[-1] in targets}
 
 
-def new_adapter(model: GPT, config: AdapterConfig, seed: int) -> Adapter:
+def new_adapter(model: GPT, config: AdapterConfig, base: str, seed: int) -> Adapter:
     """One that changes nothing yet: A is random, B zero. fp32 parameters, on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     parts = {}
@@ -79,41 +92,109 @@ def new_adapter(model: GPT, config: AdapterConfig, seed: int) -> Adapter:
         a = torch.empty(config.rank, inputs).normal_(0, inputs**-0.5, generator=generator)
         b = torch.zeros(outputs, config.rank)
         parts[name] = LowRank(*(nn.Parameter(tensor.to(linear.weight.device)) for tensor in (a, b)))
-    return Adapter(config, parts)
+    return Adapter(config, parts, base)
+
+
+class Group(NamedTuple):
+    """Rows of a step that have an adapter, and which."""
+
+    rows: Tensor | None  # (n,) int64; None: all
+    parts: Mapping[int, LowRank]  # by the id of the linear's weight
+    scale: float
 
 
 class AdaptedOps:
-    """Ops in which the linears of a model have the adapter beside them; everything else is that of `ops`."""
+    """Ops in which linears have adapters beside them; everything else is that of `ops`. Differentiable if they are.
 
-    def __init__(self, ops: Ops, model: GPT, adapter: Adapter):
-        self._ops = ops
-        self._scale = adapter.config.scale
-        linears = adaptable(model, adapter.config.targets)
-        self._parts = {id(linears[name].weight): part for name, part in adapter.parts.items()}
+    Rows of all adapters and of none share the product with the weight, and a row has the bits that it has alone.
+    """
+
+    def __init__(self, ops: Ops, groups: Sequence[Group]):
+        self._ops, self._groups = ops, groups
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._ops, name)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        part = self._parts.get(id(weight))
-        if part is None:
+        """As Ops.linear, x (N, C) where a group is not all of it."""
+        groups = [(rows, parts[id(weight)], scale) for rows, parts, scale in self._groups if id(weight) in parts]
+        if not groups:
             return self._ops.linear(x, weight, bias, activation)
-        product = self._ops.linear(x, weight, bias) + self._scale * ((x @ part.a.T) @ part.b.T)
-        return product if activation is None else self._ops.bias_activation(product, None, activation)
+        if groups[0][0] is None:
+            return self._activate(self._ops.linear(x, weight, bias) + self._update(x, *groups[0][1:]), activation)
+        out = self._ops.linear(x, weight, bias, activation)
+        for rows, part, scale in groups:
+            some = x[rows]
+            # With an activation, what is to be added comes before it.
+            product = self._ops.linear(some, weight, bias) if activation else out[rows]
+            out[rows] = self._activate(product + self._update(some, part, scale), activation)
+        return out
+
+    def _update(self, x: Tensor, part: LowRank, scale: float) -> Tensor:
+        return scale * self._ops.linear(self._ops.linear(x, part.a, None), part.b, None)
+
+    def _activate(self, x: Tensor, activation: Activation | None) -> Tensor:
+        return x if activation is None else self._ops.bias_activation(x, None, activation)
+
+
+def adapted(ops: Ops, model: GPT, adapter: Adapter) -> AdaptedOps:
+    """Ops that run `model` with an adapter."""
+    linears = adaptable(model, adapter.config.targets)
+    parts = {id(linears[name].weight): part for name, part in adapter.parts.items()}
+    return AdaptedOps(ops, [Group(None, parts, adapter.config.scale)])
+
+
+class Adapters:
+    """Adapters of one model by number, from 1 on, their matrices packed as the model's are."""
+
+    def __init__(self, model: GPT, ops: Ops):
+        self._model, self._ops = model, ops
+        self._groups: dict[int, Group] = {}  # their rows are a step's affair
+
+    def put(self, number: int, adapter: Adapter) -> None:
+        linears, weight = adaptable(self._model, adapter.config.targets), self._model.head
+        padding = -adapter.config.rank % RANK_MULTIPLE
+
+        def packed(matrix: Tensor, *pad: int) -> Weight:
+            padded = F.pad(matrix.detach(), pad).to(device=weight.device, dtype=weight.dtype)
+            return self._ops.pack(padded, quantize=False)
+
+        parts = {
+            id(linears[name].weight): LowRank(packed(a, 0, 0, 0, padding), packed(b, 0, padding))
+            for name, (a, b) in adapter.parts.items()
+        }
+        self._groups[number] = Group(None, parts, adapter.config.scale)
+
+    def remove(self, number: int) -> None:
+        """Nothing that runs may have it."""
+        del self._groups[number]
+
+    def ops_for(self, numbers: Sequence[int]) -> Ops | None:
+        """Ops for a step whose token i has the adapter numbers[i], or none where that is 0; None where no token has one."""
+        distinct = set(numbers)
+        if distinct <= {0}:
+            return None
+        if len(distinct) == 1:
+            return AdaptedOps(self._ops, [self._groups[number] for number in distinct])
+        column = torch.tensor(numbers, device=self._model.head.device)
+        groups = [
+            self._groups[number]._replace(rows=(column == number).nonzero()[:, 0]) for number in sorted(distinct - {0})
+        ]
+        return AdaptedOps(self._ops, groups)
 
 
 def named_tensors(parts: Mapping[str, LowRank]) -> dict[str, Tensor]:
     return {f"{name}.{side}": tensor for name, part in parts.items() for side, tensor in part._asdict().items()}
 
 
-def save_adapter(directory: Path, adapter: Adapter, base: str) -> None:
-    """Write it in fp32, each file replaced atomically. `base`: the fingerprint or name of the model that it belongs to."""
+def save_adapter(directory: Path, adapter: Adapter) -> None:
+    """Write it in fp32, each file replaced atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in named_tensors(adapter.parts).items()}
     temporary = directory / (ADAPTER_WEIGHTS + ".tmp")
     save_file(tensors, temporary)
     os.replace(temporary, directory / ADAPTER_WEIGHTS)
-    about = {"base": base, **asdict(adapter.config)}
+    about = {"base": adapter.base, **asdict(adapter.config)}
     write_atomically(directory / ADAPTER_CONFIG, json.dumps(about, indent=2).encode() + b"\n")
 
 
@@ -121,7 +202,7 @@ def load_adapter(directory: Path, model: GPT) -> Adapter:
     """The adapter in a directory, fp32. Raises CheckpointError naming what is wrong or doesn't fit the model."""
     raw = read_json(directory / ADAPTER_CONFIG)
     try:
-        config = AdapterConfig(raw["rank"], raw["alpha"], tuple(raw["targets"]))
+        config, base = AdapterConfig(raw["rank"], raw["alpha"], tuple(raw["targets"])), str(raw["base"])
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{directory / ADAPTER_CONFIG}: {error}") from error
     shapes: dict[str, tuple[int, int]] = {}
@@ -137,4 +218,4 @@ def load_adapter(directory: Path, model: GPT) -> Adapter:
             raise CheckpointError(f"{path} does not fit the model: {name} is {found.get(name)}, not {shapes.get(name)}")
         tensors = {name: file.get_tensor(name) for name in found}
     names = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
-    return Adapter(config, {name: LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in names})
+    return Adapter(config, {name: LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in names}, base)

@@ -21,6 +21,7 @@ from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, RESCORED, KVPool, PagedGPT
+from model.lora import Adapters
 from model.step import DecodeRow, NewPages, PageCopy, Sampled, SampleRow, SlotStart, StepInput, TokenLogprobs
 
 # Rows of logits that exist at a time: those of one token take as much memory as a thousand hidden states.
@@ -135,6 +136,8 @@ class Runner:
         for group, table in self.page_tables.items():
             table[self.scratch_slot] = num_pages[group]
         self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
+        self.adapters = Adapters(model, ops)
+        self._adapter_of = [0] * (num_slots + 1)  # of each slot
         self.sampling = self._sampling_state(num_slots + 1)
         # A graph is made for one size. On a CPU only a lone row is padded: its products would have other bits.
         self.buckets = decode_buckets(num_slots) if self.device.type == "cuda" else [2]
@@ -186,6 +189,8 @@ class Runner:
         return list(pinned.to(self.device, non_blocking=True).split([len(column) for column in columns]))
 
     def _start_slots(self, starts: list[SlotStart]) -> None:
+        for start in starts:
+            self._adapter_of[start.slot] = start.adapter
         state = self.sampling
         (slots,) = self._to_device([start.slot for start in starts])
         for dtype in (torch.int64, torch.float32):
@@ -234,19 +239,22 @@ class Runner:
         count = len(step.decodes)
         place = bisect_left(self.buckets, count)
         bucket = self.buckets[place] if place < len(self.buckets) else count
-        columns = zip(*decode_rows(step.decodes), *[self._padding_row] * (bucket - count), strict=True)
-        rows = torch.tensor(list(columns), pin_memory=self.device.type == "cuda")
+        padded = [*decode_rows(step.decodes), *[self._padding_row] * (bucket - count)]
+        rows = torch.tensor(list(zip(*padded, strict=True)), pin_memory=self.device.type == "cuda")
         plain = all(row.top_logprobs is None and not row.banned for row in step.samples)
-        if plain and bucket in self._graphs:
+        adapted = self.adapters.ops_for([self._adapter_of[slot] for slot, _, _ in padded])
+        if plain and adapted is None and bucket in self._graphs:
             self._decode_input[: 3 * bucket].copy_(rows.flatten(), non_blocking=True)
             self._graphs[bucket].replay()
             return PendingStep(step, self._decode_output[:count], [])
-        tokens, found = self._decode(rows.to(self.device, non_blocking=True), [] if plain else step.samples)
+        tokens, found = self._decode(rows.to(self.device, non_blocking=True), [] if plain else step.samples, adapted)
         return PendingStep(step, tokens[:count], found)
 
-    def _decode(self, rows: Tensor, samples: Sequence[SampleRow] = ()) -> tuple[Tensor, list[FoundLogprobs]]:
-        """One token of each of B decode_rows, (3, B). Without `samples`, which are as `_sample` says, it is what a graph
-        holds: nothing here may wait for the device."""
+    def _decode(
+        self, rows: Tensor, samples: Sequence[SampleRow] = (), adapted: Ops | None = None
+    ) -> tuple[Tensor, list[FoundLogprobs]]:
+        """One token of each of B decode_rows, (3, B). Without `samples`, which are as `_sample` says, and `adapted` ops it
+        is what a graph holds: nothing here may wait for the device."""
         slots, positions, given = rows.unbind()
         plans = {
             kind: StepPlan(
@@ -254,7 +262,7 @@ class Runner:
             )
             for kind in self.patterns
         }
-        hidden = self.paged(self._decode_tokens(slots, given), positions, plans)
+        hidden = self.paged(self._decode_tokens(slots, given), positions, plans, adapted)
         return self._sample(hidden, slots, positions + 1, samples)
 
     def _decode_tokens(self, slots: Tensor, given: Tensor) -> Tensor:
@@ -285,7 +293,8 @@ class Runner:
                 num_decodes=count,
             )
         tokens = torch.cat((self._decode_tokens(slots[:count], given), prompt_tokens))
-        hidden = self.paged(tokens, positions, plans)
+        adapted = self.adapters.ops_for([self._adapter_of[slot] for slot in step.token_slots])
+        hidden = self.paged(tokens, positions, plans, adapted)
         new_tokens, found = self._sample(hidden[sampled], sampling_slots, positions[sampled] + 1, step.samples)
         return PendingStep(step, new_tokens, found + self._score(hidden, step))
 

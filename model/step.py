@@ -32,6 +32,7 @@ class SlotStart(NamedTuple):
     slot: int
     sampling: SamplingParams
     prompt: list[int]  # all of it, whatever part the step computes: penalties look at it
+    adapter: int = 0  # which of the runner's adapters computes its tokens; 0: none
 
 
 class NewPages(NamedTuple):

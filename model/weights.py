@@ -5,6 +5,7 @@ make up each parameter; all keys and shapes are checked, and only then is the fi
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -501,6 +502,15 @@ def weight_files(directory: Path) -> list[Path]:
             "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
         )
     raise CheckpointError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+
+
+def weights_digest(directory: Path) -> str:
+    """A hash of the bytes of the weight files, which is the same in whatever dtype they are loaded."""
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
 
 
 def shard_files(index: Path) -> list[Path]:

@@ -59,6 +59,13 @@ def parser() -> argparse.ArgumentParser:
         "--lenient", action="store_true", default=None, help="warn of unknown fields instead of refusing the request"
     )
     serve.add_argument("--metrics-alias", help="vllm: export vLLM's metric names too")
+    serve.add_argument(
+        "--adapter",
+        action="append",
+        dest="adapters",
+        metavar="NAME=DIR",
+        help="serve the model with the adapter that `banded finetune` wrote to DIR, as NAME",
+    )
     serve.set_defaults(command=run_serve)
 
     complete = commands.add_parser("complete", help="complete a prompt on the terminal, without a server")
@@ -241,13 +248,13 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
     # The bounds of the options are those of the API.
     given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
     body = CompletionRequest.model_validate(given | {"model": settings.model})
-    served = load_served(settings, Metrics("terminal"))
+    served = load_served(settings, Metrics("terminal")).base
     prompt = text_prompt(args.prompt, served.tokenizer, allow_special=False)
     num_prompt = len(prompt.tokens)
     room = served.config.n_positions - num_prompt
     if body.max_tokens > room:
         raise ValueError(f"--max-tokens {body.max_tokens}: the prompt's {num_prompt} tokens leave room for {max(room, 0)}")
-    requests = choice_requests(body, [prompt], served.tokenizer, max_tokens=body.max_tokens, num_candidates=1)
+    requests = choice_requests(body, [prompt], served, max_tokens=body.max_tokens, num_candidates=1)
     served.engine.start()
     print(args.prompt, end="", flush=True)
     try:
@@ -370,11 +377,10 @@ def run_train(args: argparse.Namespace) -> int:
 def run_finetune(args: argparse.Namespace) -> int:
     import torch
 
-    from model.fingerprint import weights_fingerprint
     from model.lora import AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
     from model.vocabulary import load_tokenizer
-    from model.weights import load_model
+    from model.weights import load_model, weights_digest
     from service.loading import model_directory
 
     adapter = None if args.full else AdapterConfig(args.rank, 2.0 * args.rank, tuple(args.targets))
@@ -399,7 +405,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         model,
         encoded,
         plan,
-        base=weights_fingerprint(model),
+        base=weights_digest(directory),
         adapter=adapter,
         held_out=encoded_held_out,
         resume=args.resume,

@@ -74,9 +74,10 @@ def pool_sizes(config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_slots: 
 PageKey = bytes
 
 
-def page_keys(prompt: Items[int]) -> list[PageKey]:
-    """Keys of the full pages of a prompt. Equal keys mean equal tokens from the first on, as sure as SHA-256 is."""
-    keys, key = [], b""
+def page_keys(prompt: Items[int], adapter: bytes = b"") -> list[PageKey]:
+    """Keys of the full pages of a prompt. Equal keys mean equal tokens from the first on, and the same adapter, whose name
+    `adapter` is, as sure as SHA-256 is."""
+    keys, key = [], adapter
     for stop in range(PAGE_SIZE, len(prompt) + 1, PAGE_SIZE):
         key = hashlib.sha256(key + array("q", prompt[stop - PAGE_SIZE : stop]).tobytes()).digest()
         keys.append(key)

@@ -1,7 +1,9 @@
 """From settings to something that can be served: reads weights and tokenizer, sizes the KV pools, builds the engine."""
 
+import hashlib
 import logging
 import time
+from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,18 +16,19 @@ from model.card import Card, load_card
 from model.doctor import kernel_errors
 from model.fingerprint import weights_fingerprint
 from model.gpt import GPT
+from model.lora import Adapter, load_adapter
 from model.runner import Runner
 from model.step import SamplingParams
 from model.tokenizer import Tokenizer
 from model.vocabulary import load_tokenizer
-from model.weights import load_model
+from model.weights import load_model, weights_digest
 from service.drafting import MAX_DRAFT
 from service.engine import Engine
 from service.kv_cache import KVCache, page_bytes, pool_sizes, sequence_bytes
 from service.metrics import Metrics
 from service.process import keep_freed_memory, one_torch_thread
-from service.scheduler import Scheduler, Sequence
-from service.served import ServedModel
+from service.scheduler import AdapterRef, Scheduler, Sequence
+from service.served import Models, ServedModel
 from service.settings import Settings
 
 log = logging.getLogger("banded")
@@ -42,6 +45,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 class LoadError(ValueError):
     """Settings that can't be served on this machine."""
+
+
+class NamedAdapter(NamedTuple):
+    """An adapter and the name that it is served under."""
+
+    name: str
+    adapter: Adapter
 
 
 class Checkpoint(NamedTuple):
@@ -173,8 +183,11 @@ def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
     torch.cuda.empty_cache()
 
 
-def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -> Engine:
-    """An engine, warmed up and not yet started. Raises ValueError when the KV budget can't hold one sequence."""
+def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics, adapters: Items[Adapter] = ()) -> Engine:
+    """An engine, warmed up and not yet started; it numbers `adapters` from 1 on.
+
+    Raises ValueError when the KV budget can't hold one sequence.
+    """
     config, weight = checkpoint.model.config, checkpoint.model.wte.weight
     device, dtype = weight.device, weight.dtype
     sizes = pool_sizes(
@@ -194,6 +207,8 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
         config.n_positions,
     )
     runner = Runner(checkpoint.model, checkpoint.ops, settings.max_slots, sizes)
+    for number, adapter in enumerate(adapters, 1):
+        runner.adapters.put(number, adapter)
     cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
     # A CPU has nothing to run beside the host, which can look at each token before it lays out the next step.
     steps_ahead, max_draft = (1, 0) if device.type == "cuda" else (0, MAX_DRAFT)
@@ -221,7 +236,21 @@ def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
         scheduler.commit(runner.launch(step).result(), time.perf_counter() - started)
 
 
-def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
+def load_adapters(checkpoint: Checkpoint, settings: Settings) -> list[NamedAdapter]:
+    """The adapters that the settings name. Raises CheckpointError for one that does not fit, or is another model's."""
+    adapters: list[NamedAdapter] = []
+    for name, directory in settings.adapters.items():
+        if name == checkpoint.name:
+            raise LoadError(f"adapter {name}: the model itself has that name")
+        adapter = load_adapter(Path(directory), checkpoint.model)
+        digest = weights_digest(model_directory(settings.model))
+        if adapter.base != digest:
+            raise LoadError(f"adapter {name}: made for weights {adapter.base}, but those of {settings.model} are {digest}")
+        adapters.append(NamedAdapter(name, adapter))
+    return adapters
+
+
+def load_served(settings: Settings, metrics: Metrics) -> Models:
     """Everything between a model's directory and its engine."""
     started = time.perf_counter()
     keep_freed_memory()
@@ -230,7 +259,8 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
             checkpoint = load_checkpoint(settings)
             if settings.doctor:
                 check_kernels(checkpoint, metrics)
-            engine = build_engine(checkpoint, settings, metrics)
+            adapters = load_adapters(checkpoint, settings)
+            engine = build_engine(checkpoint, settings, metrics, [adapter for _, adapter in adapters])
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the GPU is out of memory: {error}") from error
     seconds = time.perf_counter() - started
@@ -238,7 +268,7 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
     config = checkpoint.model.config
     millions = checkpoint.num_parameters / 1e6
     log.info("%s: %.1f M parameters, %d layers, ready in %.1f s", checkpoint.name, millions, config.n_layer, seconds)
-    return ServedModel(
+    base = ServedModel(
         checkpoint.name,
         int(time.time()),
         config,
@@ -247,3 +277,11 @@ def load_served(settings: Settings, metrics: Metrics) -> ServedModel:
         checkpoint.fingerprint,
         engine,
     )
+    return Models([base, *(with_adapter(base, number, *named) for number, named in enumerate(adapters, 1))])
+
+
+def with_adapter(base: ServedModel, number: int, name: str, adapter: Adapter) -> ServedModel:
+    """A name for a model with its engine's adapter of that number."""
+    digest = adapter.fingerprint
+    fingerprint = "fp_" + hashlib.sha256(f"{base.fingerprint} {digest}".encode()).hexdigest()[:10]
+    return base._replace(name=name, fingerprint=fingerprint, adapter=AdapterRef(number, digest.encode()), parent=base.name)

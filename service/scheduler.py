@@ -39,6 +39,16 @@ class Family:
     one_prompt: bool  # all of them, of every prompt: the others fork behind it
 
 
+class AdapterRef(NamedTuple):
+    """One of the runner's adapters. No two that ever have a number have the same name."""
+
+    number: int
+    name: bytes
+
+
+NO_ADAPTER = AdapterRef(0, b"")
+
+
 @dataclass(eq=False)
 class Sequence:
     """One choice: a prompt and what has become of it. Made by the caller, then touched by the scheduler only.
@@ -57,6 +67,7 @@ class Sequence:
     # First position of the prompt whose token gets logprobs too, at least 1. Its forerunners may come from the cache.
     scored_from: int | None = None
     family: Family | None = None
+    adapter: AdapterRef = NO_ADAPTER
     # When to give up waiting for a slot, on the caller's clock.
     deadline: float = math.inf
     request: Items["Sequence"] = ()  # those it was submitted with; once one has a slot, all the others may wait for theirs
@@ -90,7 +101,7 @@ class Sequence:
 
     @cached_property
     def page_keys(self) -> list[PageKey]:
-        return page_keys(self.prompt)
+        return page_keys(self.prompt, self.adapter.name)
 
     @property
     def usable_keys(self) -> list[PageKey]:
@@ -314,7 +325,7 @@ class Scheduler:
         if end <= start:
             return False
         if sequence.num_computed == 0:
-            step.starts.append(SlotStart(sequence.slot, sequence.sampling, prompt))
+            step.starts.append(SlotStart(sequence.slot, sequence.sampling, prompt, sequence.adapter.number))
             sequence.num_looked_up = len(prompt) if sequence.scored_from is None else 0
         if keys:
             step.pages.extend(self.cache.start_behind(sequence.slot, keys))
@@ -342,7 +353,7 @@ class Scheduler:
 
     def _fork(self, scheduled: Scheduled, sequence: Sequence, leader: Sequence) -> None:
         step = scheduled.step
-        step.starts.append(SlotStart(sequence.slot, sequence.sampling, sequence.prompt))
+        step.starts.append(SlotStart(sequence.slot, sequence.sampling, sequence.prompt, sequence.adapter.number))
         pages, copies = self.cache.fork(sequence.slot, leader.slot, len(sequence.prompt))
         step.pages.extend(pages)
         step.copies.extend(copies)

@@ -644,6 +644,8 @@ class ModelCard(BaseModel):
     object: Literal["model"] = "model"
     created: int
     owned_by: str = "banded"
+    root: str
+    parent: str | None  # the model that it is an adapter of
 
 
 class ModelList(BaseModel):

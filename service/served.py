@@ -1,6 +1,7 @@
 """What a served name stands for, and how a request's choices become sequences of its engine."""
 
 import secrets
+from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from itertools import takewhile
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from model.tokenizer import Tokenizer
 from service.choice import ChoiceRequest
 from service.engine import Engine
 from service.prompts import Prompt
-from service.scheduler import Family, Sequence
+from service.scheduler import NO_ADAPTER, AdapterRef, Family, Sequence
 from service.schema import SamplingFields
 
 
@@ -26,12 +27,28 @@ class ServedModel(NamedTuple):
     card: Card
     fingerprint: str  # changes with the weights, the kernels and the dtype
     engine: Engine
+    adapter: AdapterRef = NO_ADAPTER
+    parent: str | None = None  # the model that it is an adapter of
+
+
+class Models:
+    """What clients may ask for, by name; the first is what a request gets that names none. Its engine serves them all."""
+
+    def __init__(self, models: Items[ServedModel]):
+        self._by_name = {served.name: served for served in models}
+        self.base = models[0]
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._by_name.values())
+
+    def find(self, name: str | None) -> ServedModel | None:
+        return self.base if name is None else self._by_name.get(name)
 
 
 def choice_requests(
     fields: SamplingFields,
     prompts: Items[Prompt],
-    tokenizer: Tokenizer,
+    served: ServedModel,
     *,
     max_tokens: int,
     num_candidates: int,
@@ -43,6 +60,7 @@ def choice_requests(
 
     With `echo_logprobs` the first choice of a prompt brings the prompt's logprobs, for all of them.
     """
+    tokenizer = served.tokenizer
     seed = fields.seed if fields.seed is not None else secrets.randbits(63)
     # A special token has no text in which its name could be found; ordinary ones may spell it.
     special = {name: token for name, token in tokenizer.special_tokens.items() if name in fields.stop}
@@ -65,6 +83,7 @@ def choice_requests(
                 top_logprobs=top_logprobs,
                 scored_from=1 if echo_logprobs and k == 0 else None,
                 family=family,
+                adapter=served.adapter,
             )
             stops = (*fields.stop, *prompt.stops)
             requests.append(ChoiceRequest(sequence, stops, fields.include_stop_str_in_output, echo, prompt.num_implicit))

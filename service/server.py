@@ -64,9 +64,9 @@ class Server(uvicorn.Server):
             app = await in_daemon_thread(self._load)
             self.is_loading = False
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
-            self.engine = app.state.served.engine
+            self.engine = app.state.models.base.engine
             self._startup.app = app
-            await app.state.served.engine.failed()
+            await app.state.models.base.engine.failed()
         except Exception as error:
             self.is_loading = False
             self.load_error = error

@@ -27,6 +27,9 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="BANDED_", frozen=True, extra="forbid")
 
     model: str = Field("demo", description="'demo', or a checkpoint directory; it is served under the directory's name")
+    adapters: Annotated[dict[str, str], NoDecode] = Field(
+        {}, description="comma-separated NAME=DIR: adapters of the model, each served under its name"
+    )
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
     dtype: Dtype = Field(
@@ -66,6 +69,22 @@ class Settings(BaseSettings):
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
+
+    @field_validator("adapters", mode="before")
+    @classmethod
+    def _read_adapters(cls, value: object) -> object:
+        items = [item for item in value.split(",") if item.strip()] if isinstance(value, str) else value
+        if not isinstance(items, list):
+            return items
+        adapters: dict[str, str] = {}
+        for item in items:
+            name, equals, directory = (part.strip() for part in str(item).partition("="))
+            if not (name and equals and directory):
+                raise ValueError(f"'{item}' is not NAME=DIR")
+            if name in adapters:
+                raise ValueError(f"two adapters are called {name}")
+            adapters[name] = directory
+        return adapters
 
     @field_validator("api_keys")
     @classmethod

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels import cpu
 from model.gpt import GPT, WindowAttention
-from model.lora import AdaptedOps, AdapterConfig, new_adapter, save_adapter
+from model.lora import AdapterConfig, adapted, new_adapter, save_adapter
 from model.tokenizer import Tokenizer
 from model.training.data import shuffled
 from model.training.run import follow
@@ -175,9 +175,9 @@ def finetune(
     The loss on `held_out` at the end.
     """
     device = model.head.device
-    learnt = None if adapter is None else new_adapter(model, adapter, plan.seed)
+    learnt = None if adapter is None else new_adapter(model, adapter, base, plan.seed)
     model.requires_grad_(learnt is None)
-    ops = cpu if learnt is None else AdaptedOps(cpu, model, learnt)
+    ops = cpu if learnt is None else adapted(cpu, model, learnt)
     parameters = dict(model.named_parameters()) if learnt is None else learnt.parameters()
     trainer = Trainer(parameters, plan, lambda inputs, targets: next_token_loss(model, inputs, targets, ops))
 
@@ -190,7 +190,7 @@ def finetune(
         if learnt is None:
             save_model(directory, model, torch.bfloat16)
         else:
-            save_adapter(directory, learnt, base)
+            save_adapter(directory, learnt)
 
     def held_out_loss() -> float:
         return completion_loss(model, held_out, ops)

@@ -21,7 +21,7 @@ from service.api.middleware import (
 from service.limits import RateLimits
 from service.metrics import Metrics
 from service.metrics_alias import VllmNames
-from service.served import ServedModel
+from service.served import Models
 from service.settings import DEFAULT_MAX_BODY_BYTES, MetricsAlias
 
 ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, operations))
@@ -36,7 +36,7 @@ EXPOSED_HEADERS = (
 
 
 def create_app(
-    served: ServedModel,
+    models: Models,
     metrics: Metrics,
     *,
     api_keys: tuple[str, ...] = (),
@@ -48,14 +48,14 @@ def create_app(
     lenient: bool = False,
     metrics_alias: MetricsAlias | None = None,
 ) -> FastAPI:
-    """An application over a loaded model; the options are the settings of those names. Its lifespan starts and stops the
+    """An application over loaded models; the options are the settings of those names. Its lifespan starts and stops the
     engine; draining is the server's part."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
-        served.engine.start()
+        models.base.engine.start()
         yield
-        await served.engine.stop()
+        await models.base.engine.stop()
 
     app = FastAPI(
         title="Banded",
@@ -64,7 +64,7 @@ def create_app(
         redirect_slashes=False,
         responses=errors.RESPONSES,
     )
-    app.state.served = served
+    app.state.models = models
     app.state.metrics = metrics
     app.state.exported = VllmNames(metrics.registry) if metrics_alias == "vllm" else metrics.registry
     app.state.lenient = lenient

@@ -61,7 +61,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     log_user(body.user, request)
     top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
     requests = choice_requests(
-        body, [prompt], served.tokenizer, max_tokens=max_tokens, num_candidates=body.n, top_logprobs=top_logprobs
+        body, [prompt], served, max_tokens=max_tokens, num_candidates=body.n, top_logprobs=top_logprobs
     )
     chat = Chat(body, served, Generation(requests, body.n, served.engine, request), warnings)
     if body.stream:

@@ -85,7 +85,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     requests = choice_requests(
         body,
         read,
-        served.tokenizer,
+        served,
         max_tokens=body.max_tokens,
         num_candidates=body.num_candidates,
         top_logprobs=0 if ranked and body.logprobs is None else body.logprobs,

@@ -31,7 +31,7 @@ from service.schema import (
     shown,
     too_many_stops,
 )
-from service.served import ServedModel
+from service.served import Models, ServedModel
 
 T = TypeVar("T")
 
@@ -40,13 +40,18 @@ log = logging.getLogger("banded.api")
 # Characters and token ids of a request that are tokenized and checked at once; more of them in a worker thread, so that
 # the event loop goes on.
 SHORT_PROMPTS = 4096
+# Models that an error names.
+MAX_NAMES = 5
 
 
 def served_model(request: Request, name: str | None) -> ServedModel:
-    """The model that a request names, or the only one where it names none. Raises APIError 404."""
-    served: ServedModel = request.app.state.served
-    if name is not None and name != served.name:
-        message = f"the model '{shown(name)}' does not exist; this server has '{served.name}'"
+    """The model that a request names, or the first where it names none. Raises APIError 404."""
+    models: Models = request.app.state.models
+    served = models.find(name)
+    if served is None:
+        names = [f"'{each.name}'" for each in models]
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        message = f"the model '{shown(name or '')}' does not exist; this server has {', '.join(names[:MAX_NAMES])}{more}"
         raise APIError(404, message, param="model", code="model_not_found")
     return served
 

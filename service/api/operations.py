@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api.errors import APIError
-from service.served import ServedModel
+from service.served import Models
 
 router = APIRouter()
 
@@ -20,8 +20,8 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, str]:
     """Requests may be sent: weights loaded, not draining, and idle or a step finished recently."""
-    served: ServedModel = request.app.state.served
-    if reason := served.engine.unready_reason:
+    models: Models = request.app.state.models
+    if reason := models.base.engine.unready_reason:
         raise APIError(503, f"not ready: {reason}", code="unavailable")
     return {"status": "ready"}
 

@@ -46,6 +46,7 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
             top_logprobs=1,
             scored_from=len(prompt),
             family=family,
+            adapter=served.adapter,
         )
         for continuation in continuations
     ]

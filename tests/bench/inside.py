@@ -113,7 +113,7 @@ def engine(model: str, dtype: str, load: list[Any], seed: str) -> float:
 
 
 async def drive(served_as: Settings, load: Load, seed: str) -> float:
-    served = load_served(served_as, Metrics("bench"))
+    served = load_served(served_as, Metrics("bench")).base
     freeze_loaded_objects()
     served.engine.start()
     waiting = random_prompts(load, seed)

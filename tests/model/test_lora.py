@@ -12,11 +12,11 @@ from model.gpt import GPT, WindowAttention
 from model.lora import (
     ADAPTER_CONFIG,
     TARGETS,
-    AdaptedOps,
     Adapter,
     AdapterConfig,
     LowRank,
     adaptable,
+    adapted,
     load_adapter,
     new_adapter,
     save_adapter,
@@ -44,15 +44,17 @@ def make_model(seed: int = 0) -> GPT:
 
 def random_adapter(model: GPT, config: AdapterConfig, seed: int = 1) -> Adapter:
     generator = torch.Generator().manual_seed(seed)
-    new = new_adapter(model, config, seed)
+    new = new_adapter(model, config, "digest", seed)
     return Adapter(
-        config, {name: LowRank(a, torch.randn(b.shape, generator=generator)) for name, (a, b) in new.parts.items()}
+        config,
+        {name: LowRank(a, torch.randn(b.shape, generator=generator)) for name, (a, b) in new.parts.items()},
+        "digest",
     )
 
 
 @torch.no_grad()
 def hidden(model: GPT, adapter: Adapter | None) -> torch.Tensor:
-    ops = cpu if adapter is None else AdaptedOps(cpu, model, adapter)
+    ops = cpu if adapter is None else adapted(cpu, model, adapter)
     out: torch.Tensor = model(TOKENS, torch.arange(20), WindowAttention(CONFIG), ops)
     return out
 
@@ -71,7 +73,7 @@ def test_an_adapter_is_a_change_of_the_weights(targets: tuple[str, ...]) -> None
 
 def test_a_new_one_changes_nothing() -> None:
     model = make_model()
-    assert torch.equal(hidden(model, new_adapter(model, AdapterConfig(4, 8.0), 0)), hidden(model, None))
+    assert torch.equal(hidden(model, new_adapter(model, AdapterConfig(4, 8.0), "digest", 0)), hidden(model, None))
 
 
 def test_targets_are_found_by_their_names() -> None:
@@ -82,15 +84,15 @@ def test_targets_are_found_by_their_names() -> None:
 def test_a_file_holds_all_of_it(tmp_path: Path) -> None:
     model = make_model()
     adapter = random_adapter(model, AdapterConfig(3, 6.0, ("c_attn", "c_fc")))
-    save_adapter(tmp_path, adapter, "fp_base")
+    save_adapter(tmp_path, adapter)
     found = load_adapter(tmp_path, model)
     assert found.config == adapter.config
     assert torch.equal(hidden(model, found), hidden(model, adapter))
-    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["base"] == "fp_base"
+    assert json.loads((tmp_path / ADAPTER_CONFIG).read_text())["base"] == "digest"
 
 
 def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
-    save_adapter(tmp_path, random_adapter(make_model(), AdapterConfig(3, 6.0)), "fp_base")
+    save_adapter(tmp_path, random_adapter(make_model(), AdapterConfig(3, 6.0)))
     wider = GPT(GPTConfig(vocab_size=97, n_positions=48, n_embd=40, n_layer=2, n_head=2, n_inner=64))
     with pytest.raises(CheckpointError, match=r"does not fit the model: h\.0\.attn\.c_attn\.a is \(3, 32\), not \(3, 40\)"):
         load_adapter(tmp_path, wider)
@@ -111,7 +113,7 @@ def test_an_adapter_of_another_model_is_refused(tmp_path: Path) -> None:
 )
 def test_configs_that_can_not_be(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     model = make_model()
-    save_adapter(tmp_path, random_adapter(model, AdapterConfig(3, 6.0)), "fp_base")
+    save_adapter(tmp_path, random_adapter(model, AdapterConfig(3, 6.0)))
     path = tmp_path / ADAPTER_CONFIG
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(CheckpointError, match=message):

@@ -207,7 +207,7 @@ def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> N
     def answers(max_draft: int) -> tuple[list[Any], int]:
         metrics = Metrics("tiny")
         served = load_served(Settings(model=str(directory), **settings), metrics)
-        served.engine._scheduler.max_draft = max_draft
+        served.base.engine._scheduler.max_draft = max_draft
 
         async def test() -> list[Any]:
             app = create_app(served, metrics)

@@ -23,7 +23,7 @@ from tests.model.checkpoints import tiny
 
 
 def served(directory: Path, metrics: Metrics | None = None, **settings: Any) -> ServedModel:
-    return load_served(Settings(**{"model": str(directory), "dtype": "float32"} | settings), metrics or Metrics("tiny"))
+    return load_served(Settings(**{"model": str(directory), "dtype": "float32"} | settings), metrics or Metrics("tiny")).base
 
 
 async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[int]]:

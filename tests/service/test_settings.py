@@ -33,6 +33,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "port": "0",
         "dtype": "float32",
         "device": "cpu",
+        "adapters": "one=runs/one",
         "kernels": "triton",
         "compile": "0",
         "doctor": "1",
@@ -59,6 +60,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.model, read.host, read.port, read.dtype) == ("/models/small", "::1", 0, "float32")
     assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
     assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
+    assert read.adapters == {"one": "runs/one"}
     assert read.api_keys == ("one", "two", "three")
     assert (read.limit_requests, read.limit_tokens, read.max_body_bytes) == (60, 90000, 1000)
     assert read.cors_origins == ("https://one.example", "http://localhost:3000")
@@ -150,3 +152,25 @@ def test_origins(origin: str) -> None:
 def test_settings_do_not_change() -> None:
     with pytest.raises(ValidationError, match="Instance is frozen"):
         settings().port = 1
+
+
+def test_adapters_are_names_and_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDED_ADAPTERS", "one=/a/b, two = runs/two,")
+    assert Settings().adapters == {"one": "/a/b", "two": "runs/two"}
+    given: dict[str, Any] = {"adapters": ["three=c=d"]}
+    assert Settings(**given).adapters == {"three": "c=d"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("one", "'one' is not NAME=DIR"),
+        ("=dir", "'=dir' is not NAME=DIR"),
+        ("one=", "'one=' is not NAME=DIR"),
+        ("one=a,one=b", "two adapters are called one"),
+    ],
+)
+def test_adapters_that_are_none(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDED_ADAPTERS", text)
+    with pytest.raises(ValidationError, match=message):
+        Settings()

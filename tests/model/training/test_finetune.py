@@ -11,7 +11,7 @@ import torch
 from kernels import cpu
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
-from model.lora import AdaptedOps, AdapterConfig, load_adapter
+from model.lora import AdapterConfig, adapted, load_adapter
 from model.tokenizer import r50k_base
 from model.training.finetune import (
     DataError,
@@ -76,7 +76,7 @@ def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | N
         assert completion_loss(load_model(tmp_path, torch.float32), held_out) == pytest.approx(after, rel=0.05)
     else:
         assert all(same), "the model that is shared stays as it is"
-        ops = AdaptedOps(cpu, model, load_adapter(tmp_path, model))
+        ops = adapted(cpu, model, load_adapter(tmp_path, model))
         assert completion_loss(model, held_out, ops) == pytest.approx(after, rel=1e-5)
 
 

@@ -15,9 +15,11 @@ from model.card import Card
 from service.api.app import create_app
 from service.api.middleware import HEALTH
 from service.schema import CompletionRequest
-from service.served import ServedModel
+from service.served import Models, ServedModel
 from tests.service.fakes import CONFIG, FakeEngine
 from tests.service.test_engine import run
+
+NO_CARD = Card()
 
 
 class Api(NamedTuple):
@@ -37,8 +39,8 @@ class Api(NamedTuple):
         return choices
 
 
-def served(fake: FakeEngine) -> ServedModel:
-    return ServedModel("fake", 1700000000, CONFIG, fake.tokenizer, Card(), "fp_0123456789", fake.engine)
+def served(fake: FakeEngine, card: Card = NO_CARD) -> Models:
+    return Models([ServedModel("fake", 1700000000, CONFIG, fake.tokenizer, card, "fp_0123456789", fake.engine)])
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ import pytest
 
 from model.card import Card
 from tests.conformance import contract
-from tests.service.api.test_app import post, serving
+from tests.service.api.test_app import post, served, serving
 from tests.service.api.test_completions import prompts_run
 from tests.service.api.test_errors import error_of
 from tests.service.fakes import FakeEngine
@@ -111,7 +111,7 @@ def test_suffix_with_an_insertion_format() -> None:
         fake = FakeEngine()
         async with serving(fake) as api:
             card = Card(insertion="<|endoftext|>{suffix}<|endoftext|>{prompt}")
-            api.app.state.served = api.app.state.served._replace(card=card)
+            api.app.state.models = served(fake, card)
             answer = await api.complete(prompt="<|endoftext|>", suffix=" b", max_tokens=1)
             assert answer.status_code == 200, answer.text
             eos, spelt = TOKENIZER.eos_id, TOKENIZER.encode("<|endoftext|>")

@@ -3,7 +3,7 @@
 from tests.conformance import contract
 from tests.service.api.test_app import request
 
-CARD = {"id": "fake", "object": "model", "created": 1700000000, "owned_by": "banded"}
+CARD = {"id": "fake", "object": "model", "created": 1700000000, "owned_by": "banded", "root": "fake", "parent": None}
 
 
 @contract("models", "GET /v1/models, /v1/models/{id}", "list and card")

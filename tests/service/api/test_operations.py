@@ -55,9 +55,7 @@ def test_not_ready_when_no_step_finishes(monkeypatch: pytest.MonkeyPatch) -> Non
             assert await unready(api) == "not ready: no step has finished for 0 s"
             api.fake.runner.gate.set()
             await hanging
-            await until(
-                lambda: api.fake.engine.unready_reason is None
-            )  # tokens come before the step thread finds it is idle
+            await until(lambda: api.fake.engine.unready_reason is None)  # soon after the last token
             assert (await api.client.get("/health/ready")).status_code == 200
 
     run(test)

@@ -156,9 +156,8 @@ def test_settings_do_not_change() -> None:
 
 def test_adapters_are_names_and_directories(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANDED_ADAPTERS", "one=/a/b, two = runs/two,")
-    assert Settings().adapters == {"one": "/a/b", "two": "runs/two"}
-    given: dict[str, Any] = {"adapters": ["three=c=d"]}
-    assert Settings(**given).adapters == {"three": "c=d"}
+    assert settings().adapters == {"one": "/a/b", "two": "runs/two"}
+    assert settings(adapters=["three=c=d"]).adapters == {"three": "c=d"}
 
 
 @pytest.mark.parametrize(
@@ -173,4 +172,4 @@ def test_adapters_are_names_and_directories(monkeypatch: pytest.MonkeyPatch) -> 
 def test_adapters_that_are_none(text: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANDED_ADAPTERS", text)
     with pytest.raises(ValidationError, match=message):
-        Settings()
+        settings()

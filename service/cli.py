@@ -22,6 +22,9 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
+    from service.jobs import Jobs
+    from service.served import Models
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command; its exit status. Errors that the user can mend are one line on stderr and status 2."""
@@ -59,6 +62,7 @@ def parser() -> argparse.ArgumentParser:
         "--lenient", action="store_true", default=None, help="warn of unknown fields instead of refusing the request"
     )
     serve.add_argument("--metrics-alias", help="vllm: export vLLM's metric names too")
+    serve.add_argument("--data-dir", help="keep files and fine-tuning jobs there; without it there are none")
     serve.add_argument(
         "--adapter",
         action="append",
@@ -212,8 +216,9 @@ def load_app(settings: Settings) -> "FastAPI":
     from service.process import freeze_loaded_objects
 
     metrics = Metrics(served_name(settings.model))
+    models = load_served(settings, metrics)
     app = create_app(
-        load_served(settings, metrics),
+        models,
         metrics,
         api_keys=settings.api_keys,
         open_metrics=settings.open_metrics,
@@ -223,9 +228,27 @@ def load_app(settings: Settings) -> "FastAPI":
         cors_origins=settings.cors_origins,
         lenient=settings.lenient,
         metrics_alias=settings.metrics_alias,
+        jobs=jobs_over(models, settings),
+        max_adapters=settings.max_adapters,
     )
     freeze_loaded_objects()
     return app
+
+
+def jobs_over(models: "Models", settings: Settings) -> "Jobs | None":
+    """Fine-tuning of the served model; None where nothing is kept."""
+    from service.jobs import Jobs
+    from service.loading import model_directory
+    from service.store import Store
+
+    if settings.data_dir is None:
+        return None
+    store = Store(settings.data_dir)
+
+    async def publish(name: str, job_id: str) -> None:
+        await models.add(name, store.run_directory(job_id))
+
+    return Jobs(store, models.base, model_directory(settings.model), publish)
 
 
 def run_complete(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from model.step import Sampled, StepInput, TokenLogprobs
 from model.tokenizer import Tokenizer
 from service.choice import Choice, ChoiceRequest, Output
 from service.metrics import Metrics
-from service.scheduler import Delta, Family, FinishReason, Scheduler, Sequence
+from service.scheduler import AdapterRef, Delta, Family, FinishReason, Scheduler, Sequence
 
 log = logging.getLogger("banded.engine")
 
@@ -222,6 +222,33 @@ class Engine:
         if sequence in self._active:
             self._active.remove(sequence)
             self._send(lambda: self._scheduler.abort(sequence))
+
+    async def between_steps(self, work: Callable[[], None]) -> None:
+        """Run `work` in the step thread, where no step runs meanwhile; raises what it raises."""
+        done: asyncio.Future[None] = self._loop.create_future()
+
+        def settle(error: Exception | None) -> None:
+            if done.cancelled():
+                return
+            if error is None:
+                done.set_result(None)
+            else:
+                done.set_exception(error)
+
+        def run() -> None:
+            error = None
+            try:
+                work()
+            except Exception as caught:
+                error = caught
+            self._loop.call_soon_threadsafe(settle, error)
+
+        self._send(run)
+        await done
+
+    def runs_with(self, adapter: AdapterRef) -> bool:
+        """Whether a choice that has not ended is computed with it."""
+        return any(sequence.adapter == adapter for sequence in self._active)
 
     def check_size(self, num_choices: int) -> None:
         """Raise DoesNotFitError if a request has more choices than an idle engine takes."""

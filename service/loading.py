@@ -1,9 +1,10 @@
 """From settings to something that can be served: reads weights and tokenizer, sizes the KV pools, builds the engine."""
 
+import asyncio
 import hashlib
+import itertools
 import logging
 import time
-from collections.abc import Sequence as Items
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,7 @@ from service.process import keep_freed_memory, one_torch_thread
 from service.scheduler import AdapterRef, Scheduler, Sequence
 from service.served import Models, ServedModel
 from service.settings import Settings
+from service.store import Store
 
 log = logging.getLogger("banded")
 
@@ -39,19 +41,14 @@ MIN_CAPABILITY = (8, 0)
 # Default budget for KV pages on a CPU, and the share of a GPU's memory that is left to activations and captured graphs.
 CPU_KV_BYTES = 2 << 30
 CUDA_RESERVE = 0.1
+# How often is looked whether an adapter is still in use.
+POLL_SECONDS = 0.1
 # In int8 it is the products; all else is what "auto" takes.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoadError(ValueError):
     """Settings that can't be served on this machine."""
-
-
-class NamedAdapter(NamedTuple):
-    """An adapter and the name that it is served under."""
-
-    name: str
-    adapter: Adapter
 
 
 class Checkpoint(NamedTuple):
@@ -183,8 +180,8 @@ def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
     torch.cuda.empty_cache()
 
 
-def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics, adapters: Items[Adapter] = ()) -> Engine:
-    """An engine, warmed up and not yet started; it numbers `adapters` from 1 on.
+def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -> tuple[Engine, Runner]:
+    """An engine, warmed up and not yet started, and what runs its steps.
 
     Raises ValueError when the KV budget can't hold one sequence.
     """
@@ -207,8 +204,6 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics, a
         config.n_positions,
     )
     runner = Runner(checkpoint.model, checkpoint.ops, settings.max_slots, sizes)
-    for number, adapter in enumerate(adapters, 1):
-        runner.adapters.put(number, adapter)
     cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
     # A CPU has nothing to run beside the host, which can look at each token before it lays out the next step.
     steps_ahead, max_draft = (1, 0) if device.type == "cuda" else (0, MAX_DRAFT)
@@ -216,7 +211,7 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics, a
     warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
     if device.type == "cuda":
         runner.capture()
-    return Engine(
+    engine = Engine(
         runner,
         scheduler,
         checkpoint.tokenizer,
@@ -226,6 +221,7 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics, a
         queue_timeout=settings.queue_timeout,
         steps_ahead=steps_ahead,
     )
+    return engine, runner
 
 
 def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
@@ -236,18 +232,47 @@ def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
         scheduler.commit(runner.launch(step).result(), time.perf_counter() - started)
 
 
-def load_adapters(checkpoint: Checkpoint, settings: Settings) -> list[NamedAdapter]:
-    """The adapters that the settings name. Raises CheckpointError for one that does not fit, or is another model's."""
-    adapters: list[NamedAdapter] = []
-    for name, directory in settings.adapters.items():
-        if name == checkpoint.name:
+class EngineAdapters:
+    """The adapters beside a served model: numbers them from 1 on, and gives no number twice."""
+
+    def __init__(self, base: ServedModel, model: GPT, runner: Runner, digest: str):
+        """`digest` is weights_digest of the model."""
+        self._base, self._model, self._runner, self._digest = base, model, runner, digest
+        self._numbers = itertools.count(1)
+
+    async def load(self, name: str, directory: Path) -> ServedModel:
+        adapter = await asyncio.to_thread(self._read, name, directory)
+        served = self._with(name, adapter)
+        await self._base.engine.between_steps(lambda: self._runner.adapters.put(served.adapter.number, adapter))
+        return served
+
+    def load_first(self, name: str, directory: Path) -> ServedModel:
+        """Before the engine runs. Raises CheckpointError for an adapter that does not fit, LoadError for other weights'."""
+        adapter = self._read(name, directory)
+        served = self._with(name, adapter)
+        self._runner.adapters.put(served.adapter.number, adapter)
+        return served
+
+    async def unload(self, served: ServedModel) -> None:
+        engine = self._base.engine
+        while engine.runs_with(served.adapter):  # noqa: ASYNC110, as the engine tells nobody
+            await asyncio.sleep(POLL_SECONDS)
+        await engine.between_steps(lambda: self._runner.adapters.remove(served.adapter.number))
+
+    def _read(self, name: str, directory: Path) -> Adapter:
+        if name == self._base.name:
             raise LoadError(f"adapter {name}: the model itself has that name")
-        adapter = load_adapter(Path(directory), checkpoint.model)
-        digest = weights_digest(model_directory(settings.model))
-        if adapter.base != digest:
-            raise LoadError(f"adapter {name}: made for weights {adapter.base}, but those of {settings.model} are {digest}")
-        adapters.append(NamedAdapter(name, adapter))
-    return adapters
+        adapter = load_adapter(directory, self._model)
+        if adapter.base != self._digest:
+            raise LoadError(f"adapter {name}: made for weights {adapter.base}, but those of the model are {self._digest}")
+        return adapter
+
+    def _with(self, name: str, adapter: Adapter) -> ServedModel:
+        number, digest = next(self._numbers), adapter.fingerprint
+        fingerprint = "fp_" + hashlib.sha256(f"{self._base.fingerprint} {digest}".encode()).hexdigest()[:10]
+        ref = AdapterRef(number, digest.encode())
+        base, now = self._base, int(time.time())
+        return base._replace(name=name, created=now, fingerprint=fingerprint, adapter=ref, parent=base.name)
 
 
 def load_served(settings: Settings, metrics: Metrics) -> Models:
@@ -259,8 +284,7 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
             checkpoint = load_checkpoint(settings)
             if settings.doctor:
                 check_kernels(checkpoint, metrics)
-            adapters = load_adapters(checkpoint, settings)
-            engine = build_engine(checkpoint, settings, metrics, [adapter for _, adapter in adapters])
+            engine, runner = build_engine(checkpoint, settings, metrics)
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the GPU is out of memory: {error}") from error
     seconds = time.perf_counter() - started
@@ -277,11 +301,17 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
         checkpoint.fingerprint,
         engine,
     )
-    return Models([base, *(with_adapter(base, number, *named) for number, named in enumerate(adapters, 1))])
+    directories = settings.adapters | dict(finished_adapters(settings, checkpoint.name))
+    digest = weights_digest(model_directory(settings.model)) if directories or settings.data_dir else ""
+    loader = EngineAdapters(base, checkpoint.model, runner, digest)
+    return Models([base, *(loader.load_first(name, Path(each)) for name, each in directories.items())], loader)
 
 
-def with_adapter(base: ServedModel, number: int, name: str, adapter: Adapter) -> ServedModel:
-    """A name for a model with its engine's adapter of that number."""
-    digest = adapter.fingerprint
-    fingerprint = "fp_" + hashlib.sha256(f"{base.fingerprint} {digest}".encode()).hexdigest()[:10]
-    return base._replace(name=name, fingerprint=fingerprint, adapter=AdapterRef(number, digest.encode()), parent=base.name)
+def finished_adapters(settings: Settings, base: str) -> list[tuple[str, str]]:
+    """Names and directories of what jobs have made of the model."""
+    if settings.data_dir is None:
+        return []
+    store = Store(settings.data_dir)
+    jobs = [job for job in reversed(store.jobs()) if job.fine_tuned_model and job.model == base]
+    store.close()
+    return [(str(job.fine_tuned_model), str(store.run_directory(job.id))) for job in jobs]

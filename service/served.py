@@ -4,7 +4,8 @@ import secrets
 from collections.abc import Iterator
 from collections.abc import Sequence as Items
 from itertools import takewhile
-from typing import NamedTuple
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from model.card import Card
 from model.config import GPTConfig
@@ -31,11 +32,24 @@ class ServedModel(NamedTuple):
     parent: str | None = None  # the model that it is an adapter of
 
 
-class Models:
-    """What clients may ask for, by name; the first is what a request gets that names none. Its engine serves them all."""
+class AdapterLoader(Protocol):
+    """Puts adapters beside a model that is served, and takes them away."""
 
-    def __init__(self, models: Items[ServedModel]):
+    async def load(self, name: str, directory: Path) -> ServedModel: ...
+
+    async def unload(self, served: ServedModel) -> None: ...
+
+
+class Models:
+    """What clients may ask for, by name; the first is what a request gets that names none. Its engine serves them all.
+
+    Belongs to the event loop.
+    """
+
+    def __init__(self, models: Items[ServedModel], loader: AdapterLoader | None = None):
+        """Without a `loader` they stay as they are."""
         self._by_name = {served.name: served for served in models}
+        self._loader = loader
         self.base = models[0]
 
     def __iter__(self) -> Iterator[ServedModel]:
@@ -43,6 +57,17 @@ class Models:
 
     def find(self, name: str | None) -> ServedModel | None:
         return self.base if name is None else self._by_name.get(name)
+
+    async def add(self, name: str, directory: Path) -> None:
+        """Serve the adapter in `directory`. Raises CheckpointError where it doesn't fit."""
+        assert self._loader is not None
+        self._by_name[name] = await self._loader.load(name, directory)
+
+    async def remove(self, served: ServedModel) -> None:
+        """No request finds it any more; those that run have ended when this returns."""
+        assert self._loader is not None
+        del self._by_name[served.name]
+        await self._loader.unload(served)
 
 
 def choice_requests(

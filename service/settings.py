@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -30,6 +31,8 @@ class Settings(BaseSettings):
     adapters: Annotated[dict[str, str], NoDecode] = Field(
         {}, description="comma-separated NAME=DIR: adapters of the model, each served under its name"
     )
+    data_dir: Path | None = Field(None, description="where files and fine-tuning jobs are kept; without it there are none")
+    max_adapters: int = Field(16, ge=0, le=1024, description="adapters that are served at once")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
     dtype: Dtype = Field(

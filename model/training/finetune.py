@@ -130,7 +130,7 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> l
     too_long = [len(example.inputs) > context for example in encoded]
     if any(too_long):
         longest = max(len(example.inputs) for example in encoded)
-        raise DataError(f"the model's context is {context} tokens, but {lines(too_long)} have more, up to {longest}")
+        raise DataError(f"the model's context is {context} tokens; longer, up to {longest}: {lines(too_long)}")
     return encoded
 
 

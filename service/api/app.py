@@ -7,7 +7,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 
-from service.api import chat, completions, errors, models, openapi, operations, score, tokenization
+from service.api import chat, completions, errors, files, fine_tuning, models, openapi, operations, score, tokenization
 from service.api.middleware import (
     HEALTH,
     AnswerFaults,
@@ -18,13 +18,14 @@ from service.api.middleware import (
     LimitRates,
     RequireKey,
 )
+from service.jobs import Jobs
 from service.limits import RateLimits
 from service.metrics import Metrics
 from service.metrics_alias import VllmNames
 from service.served import Models
 from service.settings import DEFAULT_MAX_BODY_BYTES, MetricsAlias
 
-ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, operations))
+ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, files, fine_tuning, operations))
 # What a script of another origin may read beside the body.
 EXPOSED_HEADERS = (
     "x-request-id",
@@ -47,14 +48,20 @@ def create_app(
     cors_origins: tuple[str, ...] = (),
     lenient: bool = False,
     metrics_alias: MetricsAlias | None = None,
+    jobs: Jobs | None = None,
+    max_adapters: int = 0,
 ) -> FastAPI:
     """An application over loaded models; the options are the settings of those names. Its lifespan starts and stops the
-    engine; draining is the server's part."""
+    engine and, where there are, `jobs`; draining is the server's part."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
         models.base.engine.start()
+        if jobs:
+            jobs.start()
         yield
+        if jobs:
+            await jobs.stop()
         await models.base.engine.stop()
 
     app = FastAPI(
@@ -65,6 +72,8 @@ def create_app(
         responses=errors.RESPONSES,
     )
     app.state.models = models
+    app.state.jobs, app.state.store = jobs, jobs and jobs.store
+    app.state.max_adapters = max_adapters
     app.state.metrics = metrics
     app.state.exported = VllmNames(metrics.registry) if metrics_alias == "vllm" else metrics.registry
     app.state.lenient = lenient

@@ -162,7 +162,7 @@ def test_files_that_hold_none(tmp_path: Path) -> None:
 
 def test_examples_longer_than_the_context_are_named() -> None:
     long = Example("word " * 40, " end")
-    with pytest.raises(DataError, match="the model's context is 32 tokens, but lines 2, 4 have more, up to 42"):
+    with pytest.raises(DataError, match="the model's context is 32 tokens; longer, up to 42: lines 2, 4"):
         encoded([EXAMPLES[0], long, EXAMPLES[1], long])
 
 

@@ -22,6 +22,7 @@ ROUTES = {
     "detokenize": "POST /detokenize",
     "tokenizer_info": "GET /tokenizer_info",
     "models": "GET /v1/models",
+    "fine_tuning": "/v1/files, /v1/fine_tuning/jobs",
     "health": "GET /health/live, /health/ready, /version",
     "metrics": "GET /metrics",
     "errors": "Errors, headers, keys and limits",

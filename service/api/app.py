@@ -6,6 +6,7 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from service.api import chat, completions, errors, files, fine_tuning, models, openapi, operations, score, tokenization
 from service.api.middleware import (
@@ -79,7 +80,7 @@ def create_app(
     app.state.lenient = lenient
     for router in ROUTERS:
         app.include_router(router)
-    errors.install(app)
+    errors.install(app, [route for router in ROUTERS for route in router.routes if isinstance(route, Route)])
     open_paths = (*HEALTH, "/metrics") if open_metrics else HEALTH
     openapi.install(app, open_paths if api_keys else None)
     # The last one added is the outermost.

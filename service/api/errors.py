@@ -1,6 +1,7 @@
 """Every error in OpenAI's shape: {"error": {"message", "type", "param", "code"}}."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -8,6 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.routing import Match, Route
 
 from service.engine import DoesNotFitError, EngineError, QueueFullError, StepFailedError
 from service.limits import LimitError
@@ -83,8 +85,8 @@ def api_error(error: Exception) -> APIError:
     return APIError(500, "internal error", code="internal_error")
 
 
-def install(app: FastAPI) -> None:
-    """Make every failure of `app` that has a meaning answer in the one shape; AnswerFaults does the rest."""
+def install(app: FastAPI, routes: Sequence[Route]) -> None:
+    """Make every failure of `app`, which has these routes, answer in the one shape; AnswerFaults does the rest."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
         known = api_error(error)
@@ -96,6 +98,9 @@ def install(app: FastAPI) -> None:
         elif error.status_code == 405:
             message = f"{shown(request.url.path)} does not take {request.method}"
             methods = {*dict(error.headers or {})["Allow"].split(", ")}
+            for route in routes:  # the header names the methods of the first one of the path only
+                if route.matches(request.scope)[0] != Match.NONE:
+                    methods |= route.methods or set()
             allowed = methods | {"HEAD"} if "GET" in methods else methods  # see AnswerHead
             known = APIError(405, message, code="method_not_allowed", headers={"allow": ", ".join(sorted(allowed))})
         elif error.status_code == 413:

@@ -27,6 +27,10 @@ EXAMPLES = 40  # of each route, beside the boundary values of every field
 LEFT_OUT: list[CheckFunction] = [positive_data_acceptance]
 
 
+# What needs files and jobs that are there: see tests/service/test_jobs.py. Deleting a model does, too.
+STATEFUL = ("/v1/files", "/v1/fine_tuning")
+
+
 class Running(NamedTuple):
     url: str
     asked: set[str]
@@ -42,6 +46,8 @@ def application() -> Any:
 def document() -> dict[str, Any]:
     """The application's document. Which model is served it can't say, and under any other name all is a 404."""
     found: dict[str, Any] = application().openapi()
+    found["paths"] = {path: operations for path, operations in found["paths"].items() if not path.startswith(STATEFUL)}
+    found["paths"]["/v1/models/{name}"].pop("delete")
     bodies = [schema for schema in found["components"]["schemas"].values() if schema.get("additionalProperties") is False]
     parameters = [
         parameter

@@ -80,7 +80,7 @@ def test_logprobs_are_those_of_the_merged_weights(
             assert found == pytest.approx(expected[rows].tolist(), abs=2e-3)
             assert found != pytest.approx(base[rows].tolist(), abs=0.1)
 
-    run(test)
+    run(test, seconds=180)  # a clean machine compiles first
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_text_is_the_same_alone_and_beside_other_adapters(
         assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in cached] == [128] * 12
         assert len({logprobs_of(answer)[0] for answer in fresh[:4]}) == 4, "adapters differ"
 
-    run(test)
+    run(test, seconds=180)
 
 
 def texts_of(answer: dict[str, Any]) -> list[str]:

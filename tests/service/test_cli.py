@@ -122,10 +122,12 @@ def test_the_environment_is_read_and_checked(monkeypatch: pytest.MonkeyPatch, ca
     monkeypatch.setenv("BANDED_MAX_SLOTS", "many")
     assert refused(capsys, "serve").startswith("max_slots: Input should be a valid integer")
     monkeypatch.setenv("BANDED_MAX_SLOTZ", "3")
-    assert refused(capsys, "serve").startswith("BANDED_MAX_SLOTZ: no such setting; there are model, host, port,")
+    assert refused(capsys, "serve").startswith("BANDED_MAX_SLOTZ: no such setting; there are model, ")
 
 
-def test_serve_hands_on_every_setting_of_the_application(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_serve_hands_on_every_setting_of_the_application(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Enough(Exception):
         pass
 
@@ -134,12 +136,18 @@ def test_serve_hands_on_every_setting_of_the_application(checkpoint: Path, monke
 
     monkeypatch.setattr("service.api.app.create_app", create_app)
     given = {"api_keys": "a,b", "limit_requests": "5", "limit_tokens": "6", "max_body_bytes": "7", "cors_origins": "*"}
-    for name, value in {**given, "open_metrics": "1"}.items():
+    kept = {"data_dir": str(tmp_path / "data"), "max_adapters": "3"}
+    for name, value in {**given, **kept, "open_metrics": "1"}.items():
         monkeypatch.setenv(f"BANDED_{name.upper()}", value)
     with pytest.raises(Enough) as caught:
         main(["serve", "--port", "0", "--model", str(checkpoint), "--lenient", "--metrics-alias", "vllm"])
-    assert caught.value.args == (
+    (options,) = caught.value.args
+    jobs = options.pop("jobs")
+    assert jobs.store.directory == tmp_path / "data"
+    jobs.store.close()
+    assert (options,) == (
         {
+            "max_adapters": 3,
             "api_keys": ("a", "b"),
             "open_metrics": True,
             "limit_requests": 5,

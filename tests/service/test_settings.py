@@ -1,6 +1,7 @@
 """Settings: environment, bounds and the rules between them, by their messages."""
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "dtype": "float32",
         "device": "cpu",
         "adapters": "one=runs/one",
+        "data_dir": "/var/banded",
+        "max_adapters": "3",
         "kernels": "triton",
         "compile": "0",
         "doctor": "1",
@@ -60,7 +63,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.model, read.host, read.port, read.dtype) == ("/models/small", "::1", 0, "float32")
     assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
     assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
-    assert read.adapters == {"one": "runs/one"}
+    assert (read.adapters, read.data_dir, read.max_adapters) == ({"one": "runs/one"}, Path("/var/banded"), 3)
     assert read.api_keys == ("one", "two", "three")
     assert (read.limit_requests, read.limit_tokens, read.max_body_bytes) == (60, 90000, 1000)
     assert read.cors_origins == ("https://one.example", "http://localhost:3000")

@@ -346,13 +346,24 @@ def test_unknown_models() -> None:
         ("GET", "/v1/completions", 405, "/v1/completions does not take GET"),
         ("OPTIONS", "/v1/completions", 405, "/v1/completions does not take OPTIONS"),
         ("POST", "/health/live", 405, "/health/live does not take POST"),
-        ("DELETE", "/v1/models/" + "x" * 5000, 405, "/v1/models/" + "x" * 69 + "... does not take DELETE"),
+        ("PUT", "/v1/models/" + "x" * 5000, 405, "/v1/models/" + "x" * 69 + "... does not take PUT"),
     ],
 )
 def test_unknown_routes_and_wrong_methods(method: str, path: str, status: int, message: str) -> None:
     error = error_of(request(method, path), status)
     assert error["message"] == message
     assert error["code"] == ("not_found" if status == 404 else "method_not_allowed")
+
+
+@contract("errors", "404, 405", "allow names every method of the path")
+def test_a_wrong_method_is_told_the_right_ones() -> None:
+    for path, allowed in (
+        ("/v1/completions", "POST"),
+        ("/v1/models", "GET, HEAD"),
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/files/file-1", "DELETE, GET, HEAD"),
+    ):
+        assert request("PUT", path).headers["allow"] == allowed
 
 
 def test_a_wrong_method_is_told_the_right_one() -> None:

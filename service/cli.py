@@ -432,6 +432,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         adapter=adapter,
         held_out=encoded_held_out,
         resume=args.resume,
+        save_every=60.0 if adapter is None else 5.0,  # an adapter is soon written
     )
     if loss is not None:
         print(f"held-out loss after: {loss:.4f}")

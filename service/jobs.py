@@ -169,18 +169,20 @@ class Jobs:
                 preexec_fn=lambda: os.nice(LOWEST_PRIORITY),
             )
         self._process = job.id, process
+        if self._is_cancelled(job):  # while the process began
+            await self._end_process()
         ended = asyncio.create_task(process.wait())
+        noted = self.store.last_step(job.id)
         while not ended.done():
             await asyncio.wait([ended], timeout=POLL_SECONDS)
-            self._note_progress(job)
+            noted = self._note_progress(job, noted)
         return ended.result()
 
-    def _note_progress(self, job: Job) -> None:
-        """An event for every update of which there is none."""
+    def _note_progress(self, job: Job, last: int) -> int:
+        """An event for every update after `last`; the last one of which there is an event now."""
         path = self.store.run_directory(job.id) / "loss.csv"
         if not path.exists():
-            return
-        last = self.store.last_step(job.id)
+            return last
         with path.open(newline="") as file:
             rows = [row for row in csv.DictReader(file) if int(row["update"]) > last]
         for row in rows:
@@ -190,6 +192,8 @@ class Jobs:
                 data["valid_loss"] = float(row["held_out_loss"])
                 message += f", validation loss {data['valid_loss']:.4f}"
             self.store.add_event(job.id, message, data=data)
+            last = step
+        return last
 
 
 def last_line(path: Path) -> str:

@@ -300,6 +300,8 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
         checkpoint.card,
         checkpoint.fingerprint,
         engine,
+        num_parameters=checkpoint.num_parameters,
+        item_bytes=checkpoint.model.wte.weight.element_size(),
     )
     directories = settings.adapters | dict(finished_adapters(settings, checkpoint.name))
     digest = weights_digest(model_directory(settings.model)) if directories or settings.data_dir else ""

@@ -703,7 +703,9 @@ class JobHyperparameters(Body):
         BeforeValidator(unless_auto),
         or_auto("number", exclusiveMinimum=0, maximum=1000),
     ] = None
-    rank: StrictInt = Field(8, ge=1, le=64, description="of the adapter's matrices")
+    rank: StrictInt = Field(
+        8, ge=0, le=64, description="of the adapter's matrices; 0 would be all weights, which is refused"
+    )
 
 
 class JobRequest(Body):

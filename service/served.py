@@ -30,6 +30,8 @@ class ServedModel(NamedTuple):
     engine: Engine
     adapter: AdapterRef = NO_ADAPTER
     parent: str | None = None  # the model that it is an adapter of
+    num_parameters: int = 0
+    item_bytes: int = 2  # of a key, and of a weight where it isn't quantised
 
 
 class AdapterLoader(Protocol):

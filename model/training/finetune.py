@@ -23,6 +23,8 @@ from model.weights import save_model
 
 # Errors and advice name so many lines.
 FEW_LINES = 5
+# Held-out examples that the curve shows.
+GLANCE = 64
 
 
 class Example(NamedTuple):
@@ -192,9 +194,6 @@ def finetune(
         else:
             save_adapter(directory, learnt)
 
-    def held_out_loss() -> float:
-        return completion_loss(model, held_out, ops)
-
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     follow(
         directory,
@@ -202,12 +201,12 @@ def finetune(
         batches,
         {"base": base, "adapter": None if adapter is None else dataclasses.asdict(adapter), "examples": digest},
         write_model=write_model,
-        held_out_loss=held_out_loss if held_out else None,
+        held_out_loss=(lambda: completion_loss(model, held_out[:GLANCE], ops)) if held_out else None,
         resume=resume,
         save_every=save_every,
         unit="example",
     )
-    return held_out_loss() if held_out else None
+    return completion_loss(model, held_out, ops) if held_out else None
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from service.api.errors import APIError, invalid
 from service.api.files import find_file, store_of
 from service.api.generation import served_model, warnings_for
 from service.jobs import Jobs
+from service.kv_cache import sequence_bytes
 from service.schema import (
     CheckpointList,
     CheckpointObject,
@@ -21,7 +22,7 @@ from service.schema import (
     JobRequest,
     shown,
 )
-from service.served import Models
+from service.served import Models, ServedModel
 from service.store import UNFINISHED, Hyperparameters, Job, Store, StoreFullError
 
 router = APIRouter()
@@ -53,6 +54,8 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
             find_file(store, file_id, name)
     check_room(store, models, request.app.state.max_adapters)
     given = body.hyperparameters or JobHyperparameters.model_validate({})
+    if given.rank == 0:
+        raise invalid(all_weights(served), "hyperparameters.rank", "second_engine")
     parameters = Hyperparameters(
         n_epochs=given.n_epochs or EPOCHS,
         batch_size=given.batch_size or BATCH,
@@ -68,6 +71,16 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     jobs: Jobs = request.app.state.jobs
     jobs.notice()
     return job_object(job, warnings)
+
+
+def all_weights(served: ServedModel) -> str:
+    """Why a job doesn't change all weights, with the numbers."""
+    weights = served.num_parameters * served.item_bytes
+    keys = sequence_bytes(served.config, served.config.n_positions, served.item_bytes)
+    return (
+        f"rank 0, all weights: the result would need a second engine, {weights:,} bytes of weights and at least {keys:,} of "
+        "keys and values, and this server has one; `banded finetune --full` makes a model to serve by itself"
+    )
 
 
 def check_room(store: Store, models: Models, max_adapters: int) -> None:

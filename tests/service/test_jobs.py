@@ -108,7 +108,7 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 @asynccontextmanager
 async def serving(directory: Path, **options: Any) -> AsyncIterator[Api]:
     fake = FakeEngine()
-    base = served(fake).base
+    base = served(fake).base._replace(num_parameters=1_000_000)
     loader = FakeLoader(base)
     models, store = Models([base], loader), Store(directory)
 
@@ -383,6 +383,10 @@ def test_jobs_that_can_not_be(tmp_path: Path, process: Callable[..., None]) -> N
                 (
                     {"training_file": file_id, "hyperparameters": {"n_epochs": 0}},
                     "'hyperparameters.n_epochs': input should be greater than or equal to 1",
+                ),
+                (
+                    {"training_file": file_id, "hyperparameters": {"rank": 0}},
+                    "rank 0, all weights: the result would need a second engine, 2,000,000 bytes of weights and at ",
                 ),
                 (
                     {"training_file": file_id, "hyperparameters": {"rank": 65}},

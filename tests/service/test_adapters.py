@@ -174,7 +174,7 @@ def test_adapters_that_can_not_be_served(directory: Path, adapters: dict[str, st
         load_served(Settings(**settings), Metrics("tiny"))
 
     digest = weights_digest(directory)
-    with pytest.raises(LoadError, match=f"adapter mine: made for weights another, but those of {directory} are {digest}"):
+    with pytest.raises(LoadError, match=f"adapter mine: made for weights another, but those of the model are {digest}"):
         load(mine=str(tmp_path))
     with pytest.raises(LoadError, match="adapter banded: the model itself has that name"):
         load(**{directory.name: adapters["all"]})

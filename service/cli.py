@@ -417,7 +417,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         len(examples),
         epochs=args.epochs,
         batch=args.batch,
-        learning_rate=args.learning_rate or (1e-4 if args.full else 1e-3),
+        learning_rate=(1e-4 if args.full else 1e-3) if args.learning_rate is None else args.learning_rate,
         seed=args.seed,
     )
     encoded, encoded_held_out = (encode(some, tokenizer, model.config.n_positions) for some in (examples, held_out))

@@ -1,5 +1,6 @@
 """Evaluate a served model over the Completions API: perplexity of a text, accuracy on few-shot tasks."""
 
+import io
 import json
 import math
 import random
@@ -110,7 +111,8 @@ class Format(NamedTuple):
 def read_items(path: Path) -> list[TaskItem]:
     """A JSONL file of {"input", "output"} and, if there are several, "task". Raises EvaluationError naming the line."""
     items = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, whole in enumerate(io.StringIO(read_text(path)), 1):  # str.splitlines would end a line at U+2028 too
+        line = whole.rstrip("\n")
         try:
             item = json.loads(line)
             texts = [item.pop("task", "all"), item.pop("input"), item.pop("output")]

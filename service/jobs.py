@@ -1,7 +1,8 @@
 """Fine-tuning jobs: one at a time, each in a process of its own at low priority, begun again where the server was stopped.
 
-A job's process is `banded finetune`. What it has done is read from its loss curve, so it needs no line to the server and
-outlives nothing: told to end, it saves its state and goes on with the next server.
+A job's process is `banded finetune`. What it has done is read from its loss curve, so it needs no line to the server.
+Told to end, it saves its state and goes on with the next server; one that outlived its server is waited for (see
+model.training.run.follow).
 """
 
 import asyncio

@@ -42,7 +42,8 @@ def read_examples(path: Path) -> list[Example]:
     """A JSONL file of {"prompt", "completion"}. Raises DataError naming file and line."""
     examples = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        with path.open(encoding="utf-8") as file:  # str.splitlines would end a line at U+2028 too
+            lines = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
         raise DataError(f"{path.name} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):

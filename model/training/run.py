@@ -8,6 +8,8 @@ config.json, model.safetensors  the model so far, in bf16, as it is served
 
 import csv
 import dataclasses
+import fcntl
+import logging
 import os
 import signal
 import time
@@ -28,7 +30,9 @@ from model.training.state import load_state, save_state
 from model.training.trainer import Batches, Trainer, TrainingPlan, Update, mean_loss, next_token_loss
 from model.weights import save_model
 
-STATE_FILE, CURVE_FILE, PICTURE_FILE = "state.safetensors", "loss.csv", "loss.png"
+log = logging.getLogger("banded.training")
+
+STATE_FILE, CURVE_FILE, PICTURE_FILE, LOCK_FILE = "state.safetensors", "loss.csv", "loss.png", "lock"
 COLUMNS = ["update", "tokens", "loss", "learning_rate", "gradient_norm", "held_out_loss"]
 # Held-out tokens that the curve shows on the way; at the end all of them are read.
 GLANCE = 16384
@@ -99,44 +103,60 @@ def follow(
     `about`, which is JSON, is what must be the same again when the run goes on. Raises ValueError for a directory that holds
     a run when `resume` is false, and where that run was another one; KeyboardInterrupt when it was stopped, its state saved.
     """
-    state = directory / STATE_FILE
-    if state.exists():
-        if not resume:
-            raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
-        load_state(state, trainer, about)
-    if not is_first_rank():
-        while trainer.update(batches):
-            pass
-        return
+    with one_writer(directory):
+        state = directory / STATE_FILE
+        if state.exists():
+            if not resume:
+                raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
+            load_state(state, trainer, about)
+        if not is_first_rank():
+            while trainer.update(batches):
+                pass
+            return
 
-    directory.mkdir(parents=True, exist_ok=True)
-    curve = Curve(directory / CURVE_FILE, trainer.num_updates)
+        curve = Curve(directory / CURVE_FILE, trainer.num_updates)
 
-    def save() -> None:
-        curve.write()  # before the state: rows that it doesn't know will come again
-        save_state(state, trainer, about)
-        write_model()
+        def save() -> None:
+            curve.write()  # before the state: rows that it doesn't know will come again
+            save_state(state, trainer, about)
+            write_model()
 
-    def look_ahead() -> None:
-        if held_out_loss is not None:
-            curve.note_held_out(held_out_loss())
+        def look_ahead() -> None:
+            if held_out_loss is not None:
+                curve.note_held_out(held_out_loss())
 
-    with progress_bar(trainer, unit) as show, interruptions() as is_interrupted:
-        saved = time.monotonic()
-        while not is_interrupted() and (update := trainer.update(batches)):
-            curve.add(trainer, update)
-            show(update)
-            if time.monotonic() - saved > save_every:
+        with progress_bar(trainer, unit) as show, interruptions() as is_interrupted:
+            saved = time.monotonic()
+            while not is_interrupted() and (update := trainer.update(batches)):
+                curve.add(trainer, update)
+                show(update)
+                if time.monotonic() - saved > save_every:
+                    look_ahead()
+                    save()
+                    saved = time.monotonic()
+            if not is_interrupted():
                 look_ahead()
+            if trainer.num_updates:
                 save()
-                saved = time.monotonic()
-        if not is_interrupted():
-            look_ahead()
-        if trainer.num_updates:
-            save()
-            draw(directory / CURVE_FILE, directory / PICTURE_FILE)
-        if is_interrupted():
-            raise KeyboardInterrupt
+                draw(directory / CURVE_FILE, directory / PICTURE_FILE)
+            if is_interrupted():
+                raise KeyboardInterrupt
+
+
+@contextmanager
+def one_writer(directory: Path) -> Iterator[None]:
+    """Waits until no other run writes to `directory`, such as that of a job whose server was killed."""
+    if not is_first_rank():
+        yield
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    with (directory / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.info("another process trains in %s; waiting for it to end", directory)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 class Curve:

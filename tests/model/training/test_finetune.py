@@ -152,6 +152,13 @@ def test_lines_that_are_no_examples(tmp_path: Path, line: object, message: str) 
     assert str(error.value).startswith(message)
 
 
+def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
+    example = {"prompt": "a\u2028b =>", "completion": " c\x85"}
+    path = tmp_path / "data.jsonl"
+    path.write_text(json.dumps(example, ensure_ascii=False) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-8")
+    assert read_examples(path) == [Example(**example), Example(**GOOD)]
+
+
 def test_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data\.jsonl holds no examples"):
         read_examples(write(tmp_path / "data.jsonl"))

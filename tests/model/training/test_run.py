@@ -112,6 +112,12 @@ def test_two_ranks_make_the_bits_of_one(uninterrupted: Path, corpus: Path, tmp_p
     assert_same(tmp_path, uninterrupted)
 
 
+def test_a_second_process_waits_for_the_first(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    both = [start(tmp_path, corpus, "--resume") for _ in range(2)]
+    assert [process.wait(60) for process in both] == [0, 0]
+    assert_same(tmp_path, uninterrupted)
+
+
 def test_a_directory_with_a_run_is_not_overwritten(uninterrupted: Path, corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a training run: go on with it \(--resume\) or choose another directory"):
         run(uninterrupted, corpus)

@@ -440,7 +440,7 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from service.evaluate import Format, Served, few_shot_accuracy, perplexity, read_items, read_text
+    from service.evaluate import Served, few_shot_accuracy, perplexity, read_items, read_text
 
     if not (args.text or args.few_shot):
         raise ValueError("nothing to evaluate: give --text, --few-shot or both")
@@ -456,7 +456,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         if text is not None:
             results["text"] = perplexity(served, text).report()
         if items:
-            results["few_shot"] = few_shot_accuracy(served, items, pool, sorted(set(args.shots)), Format())
+            results["few_shot"] = few_shot_accuracy(served, items, pool, sorted(set(args.shots)))
     if "text" in results:
         found = results["text"]
         print(f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.3f} bits per byte, {found['tokens']} tokens")
@@ -477,14 +477,13 @@ def few_shot_table(accuracy: dict[str, dict[int, float]]) -> list[str]:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from model.config import DEMO, GPT3_SIZES
+    from model.config import SIZES
     from model.weights import read_config
     from service.capacity import GPUS, Capacity, Training, report
 
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu {args.gpu}: known are {', '.join(GPUS)}")
-    sizes = GPT3_SIZES | {"demo": DEMO}
-    config = sizes[args.model] if args.model in sizes else read_config(Path(args.model))
+    config = SIZES[args.model] if args.model in SIZES else read_config(Path(args.model))
     weight_bytes = {"float32": 4, "int8": 1}.get(args.dtype, 2)
     capacity = Capacity(config, GPUS[args.gpu], args.count, weight_bytes)
     training = Training(tokens=args.train_tokens, flops=args.train_tflops * 1e12, dollars_per_hour=args.train_price)

@@ -4,7 +4,7 @@ import io
 import json
 import math
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +14,17 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from model.card import Card
 from service.bench import authorization, message
+from service.prompts import Example, FewShot, few_shot_parts
 
 # Requests in flight.
 IN_FLIGHT = 8
 TIMEOUT = 600.0
 # Tokens that an answer may have: those of tasks are short.
 ANSWER_TOKENS = 32
+# How examples become a prompt.
+LAYOUT = Card()
 
 
 class EvaluationError(ValueError):
@@ -94,18 +98,10 @@ class TaskItem(NamedTuple):
     output: str
 
 
-class Format(NamedTuple):
-    """How examples become a prompt; the model card's defaults."""
-
-    input_prefix: str = ""
-    output_prefix: str = " => "
-    separator: str = "\n###\n"
-
-    def prompt(self, examples: Iterable[TaskItem], query: str) -> str:
-        before = "".join(
-            self.input_prefix + example.input + self.output_prefix + example.output + self.separator for example in examples
-        )
-        return before + self.input_prefix + query + self.output_prefix.rstrip(" ")
+def few_shot_text(examples: Items[TaskItem], query: str) -> str:
+    """The prompt that the server's field few_shot would make, which other servers don't have."""
+    few_shot = FewShot([Example(example.input, example.output) for example in examples])
+    return "".join(part.text for part in few_shot_parts(query, few_shot, LAYOUT, allow_special=False))
 
 
 def read_items(path: Path) -> list[TaskItem]:
@@ -128,7 +124,7 @@ def read_items(path: Path) -> list[TaskItem]:
 
 
 def few_shot_accuracy(
-    served: Served, items: list[TaskItem], pool: list[TaskItem], shots: list[int], layout: Format, seed: int = 0
+    served: Served, items: list[TaskItem], pool: list[TaskItem], shots: list[int], seed: int = 0
 ) -> dict[str, dict[int, float]]:
     """Share of exact answers, by task and by how many examples of the task came before: drawn from `pool`, never the item.
 
@@ -141,11 +137,11 @@ def few_shot_accuracy(
         if len(others) < max(shots):
             raise EvaluationError(f"task {item.task} has {len(others)} other examples; {max(shots)} are needed (--examples)")
         examples = rng.sample(others, max(shots))
-        asked += [(count, item, layout.prompt(examples[:count], item.input)) for count in shots]
+        asked += [(count, item, few_shot_text(examples[:count], item.input)) for count in shots]
 
     def is_right(question: tuple[int, TaskItem, str]) -> bool:
         _, item, prompt = question
-        body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "stop": [layout.separator]}
+        body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "stop": [LAYOUT.separator]}
         answer: str = served.post("/v1/completions", body)["choices"][0]["text"]
         return answer.strip() == item.output.strip()
 

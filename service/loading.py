@@ -304,6 +304,8 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
         item_bytes=checkpoint.model.wte.weight.element_size(),
     )
     directories = settings.adapters | dict(finished_adapters(settings, checkpoint.name))
+    if len(directories) > settings.max_adapters:
+        raise LoadError(f"{len(directories)} adapters are named, but max_adapters is {settings.max_adapters}")
     digest = weights_digest(model_directory(settings.model)) if directories or settings.data_dir else ""
     loader = EngineAdapters(base, checkpoint.model, runner, digest)
     return Models([base, *(loader.load_first(name, Path(each)) for name, each in directories.items())], loader)

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from model.config import DEMO, GPT3_SIZES, GPTConfig
+from model.config import SIZES, GPTConfig
 from model.training.trainer import TrainingPlan
 
 # Brown et al. 2020, table 2.1: tokens in a batch and highest learning rate. Appendix B: 300 billion tokens in windows of
@@ -51,10 +51,9 @@ DEMO_PLAN = TrainingPlan(
 
 def size(name: str) -> GPTConfig:
     """The dimensions of that name. Raises ValueError for a name that is none."""
-    sizes = {"demo": DEMO} | GPT3_SIZES
-    if name not in sizes:
-        raise ValueError(f"there is no size {name!r}, only {', '.join(sizes)}")
-    return sizes[name]
+    if name not in SIZES:
+        raise ValueError(f"there is no size {name!r}, only {', '.join(SIZES)}")
+    return SIZES[name]
 
 
 def plan_for(

@@ -8,13 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from model.card import Card
 from model.tokenizer import r50k_base
 from model.training.trainer import mean_loss
 from model.weights import load_model
 from service.cli import few_shot_table, main
-from service.evaluate import EvaluationError, Format, Served, TaskItem, few_shot_accuracy, perplexity, read_items
-from service.prompts import Example, FewShot, few_shot_parts
+from service.evaluate import EvaluationError, Served, TaskItem, few_shot_accuracy, few_shot_text, perplexity, read_items
 from tests.model.checkpoints import tiny
 from tests.serving import banded_serve
 
@@ -97,11 +95,10 @@ def test_a_text_of_one_token_has_no_perplexity() -> None:
         perplexity(Fake(lambda *_: {"tokens": [5], "max_model_len": 30}), "x")
 
 
-def test_prompts_are_those_of_the_servers_few_shot_field() -> None:
+def test_examples_are_laid_out_with_the_default_separator_and_prefixes() -> None:
     examples = [TaskItem("t", "hot", "cold"), TaskItem("t", "big", "small")]
-    field = FewShot([Example(example.input, example.output) for example in examples])
-    parts = few_shot_parts("old", field, Card(), allow_special=False)
-    assert Format().prompt(examples, "old") == "".join(part.text for part in parts)
+    assert few_shot_text(examples, "old") == "hot => cold\n###\nbig => small\n###\nold =>"
+    assert few_shot_text([], "old") == "old =>"
 
 
 def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
@@ -117,7 +114,7 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
         is_right = len(examples) == 3 or (query.startswith("two") and examples)
         return {"choices": [{"text": f" {query[3:]} " if is_right else " no"}]}
 
-    found = few_shot_accuracy(Fake(answer), items, items, [0, 1, 3], Format())
+    found = few_shot_accuracy(Fake(answer), items, items, [0, 1, 3])
     assert found == {"one": {0: 0.0, 1: 0.0, 3: 1.0}, "two": {0: 0.0, 1: 1.0, 3: 1.0}}
     assert len(set(prompts)) == len(prompts) == 60
     assert few_shot_table(found)[-1].split() == ["mean", "0.0%", "50.0%", "100.0%"]
@@ -126,7 +123,7 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
 def test_a_task_with_too_few_examples_is_named() -> None:
     items = [TaskItem("one", str(i), "x") for i in range(4)]
     with pytest.raises(EvaluationError, match=r"task one has 3 other examples; 4 are needed \(--examples\)"):
-        few_shot_accuracy(Fake(lambda *_: None), items, items, [0, 4], Format())
+        few_shot_accuracy(Fake(lambda *_: None), items, items, [0, 4])
 
 
 @pytest.mark.parametrize(

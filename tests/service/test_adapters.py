@@ -169,20 +169,16 @@ def test_adapters_that_can_not_be_served(directory: Path, adapters: dict[str, st
     model = load_model(directory, torch.float32)
     save_adapter(tmp_path, random_adapter(model, "another", AdapterConfig(2, 2.0, TARGETS)))
 
-    def load(max_adapters: int = 16, **named: str) -> None:
-        settings: dict[str, Any] = {"max_adapters": max_adapters} | {
-            "model": str(directory),
-            "dtype": "float32",
-            "adapters": named,
-        }
-        load_served(Settings(**settings), Metrics("tiny"))
+    def load(named: dict[str, str], max_adapters: int = 16) -> None:
+        settings: dict[str, Any] = {"model": str(directory), "dtype": "float32", "max_adapters": max_adapters}
+        load_served(Settings(**settings | {"adapters": named}), Metrics("tiny"))
 
     digest = weights_digest(directory)
     with pytest.raises(LoadError, match=f"adapter mine: made for weights another, but those of the model are {digest}"):
-        load(mine=str(tmp_path))
+        load({"mine": str(tmp_path)})
     with pytest.raises(LoadError, match="adapter banded: the model itself has that name"):
-        load(**{directory.name: adapters["all"]})
+        load({directory.name: adapters["all"]})
     with pytest.raises(LoadError, match="3 adapters are named, but max_adapters is 2"):
-        load(max_adapters=2, **adapters)
+        load(adapters, max_adapters=2)
     with pytest.raises(ValueError, match=r"nowhere/adapter\.json"):
-        load(mine="/nowhere")
+        load({"mine": "/nowhere"})

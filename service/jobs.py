@@ -54,6 +54,10 @@ class Jobs:
         """There is a new job."""
         self._changed.set()
 
+    def has_learnt(self, job: Job) -> bool:
+        """Whether its process has succeeded: then its model is about to be served."""
+        return self._process is not None and self._process[0] == job.id and self._process[1].returncode == 0
+
     async def cancel(self, job: Job) -> Job:
         cancelled = self.store.end_job(job.id, "cancelled")
         self.store.add_event(job.id, "The job was cancelled")

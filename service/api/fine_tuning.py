@@ -110,9 +110,10 @@ async def get_job(job_id: str, request: Request) -> JobObject:
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, request: Request) -> JobObject:
     job = find_job(store_of(request), job_id)
-    if job.status not in UNFINISHED:
-        raise invalid(f"job {job.id} is not running: its status is {job.status}", code="job_ended")
     jobs: Jobs = request.app.state.jobs
+    if job.status not in UNFINISHED or jobs.has_learnt(job):
+        status = job.status if job.status not in UNFINISHED else "about to be succeeded"
+        raise invalid(f"job {job.id} is not running: its status is {status}", code="job_ended")
     return job_object(await jobs.cancel(job))
 
 

@@ -332,6 +332,29 @@ def test_jobs_wait_for_each_other_and_can_be_cancelled(tmp_path: Path, process: 
     run(test)
 
 
+def test_a_job_whose_model_is_being_loaded_is_not_cancelled(tmp_path: Path, process: Callable[..., None]) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            loading, may_load = asyncio.Event(), asyncio.Event()
+            load = api.loader.load
+
+            async def slow(name: str, directory: Path) -> ServedModel:
+                loading.set()
+                await may_load.wait()
+                return await load(name, directory)
+
+            api.loader.load = slow  # type: ignore[method-assign]
+            job = await api.create(training_file=await api.upload())
+            await loading.wait()
+            answer = await api.client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+            message = f"job {job['id']} is not running: its status is about to be succeeded"
+            assert answer.json()["error"]["message"] == message
+            may_load.set()
+            assert (await api.ended(job["id"]))["status"] == "succeeded"
+
+    run(test)
+
+
 def test_a_job_goes_on_with_the_next_server(tmp_path: Path, process: Callable[..., None]) -> None:
     process(updates=6, seconds=0.15)
 

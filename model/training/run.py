@@ -3,6 +3,7 @@
 tokens/                         the corpus as shards of tokens
 state.safetensors               what a run that was stopped goes on from
 loss.csv, loss.png              the loss curve
+lock                            held by the process that writes here
 config.json, model.safetensors  the model so far, in bf16, as it is served
 """
 

@@ -1,6 +1,6 @@
 """Few-shot tasks for a small model to learn from: documents of examples, and items that no document holds.
 
-python -m model.training.tasks --documents tasks.txt --items tasks-valid.jsonl
+python -m model.training.tasks tales.txt --out DIR
 """
 
 import argparse
@@ -42,6 +42,8 @@ PREFIXES = [
 class Item(NamedTuple):
     input: str
     output: str
+    # Other queries whose answers can be read here: an item tells of "slow fast" what "fast" asks for.
+    answers: tuple[str, ...] = ()
 
 
 # Makes one item after the other; what they have in common, such as the names of classes, it was given before.
@@ -79,7 +81,7 @@ class Tasks:
             "reverse": self._reverse,
             "capitals": self._capitals,
             "plural": lambda rng: Item(*rng.choice(self.words.plurals)),
-            "opposite": lambda rng: Item(*rng.choice(self.words.opposites)),
+            "opposite": self._opposite,
             "next": self._next,
             "count": self._count,
             "lookup": self._lookup,
@@ -101,11 +103,17 @@ class Tasks:
         text = " ".join(self._some(rng, 1, 3))
         return Item(text, text.title())
 
+    def _opposite(self, rng: random.Random) -> Item:
+        word, opposite = rng.choice(self.words.opposites)
+        return Item(word, opposite, (opposite,))
+
     def _next(self, rng: random.Random) -> Item:
         sequence = rng.choice(self.words.sequences)
         length = rng.randint(2, 4)
         start = rng.randrange(len(sequence) - length)
-        return Item(" ".join(sequence[start : start + length]), sequence[start + length])
+        shown = sequence[start : start + length]
+        parts = [shown[begin:end] for begin in range(length) for end in range(begin + 2, length + 1)]
+        return Item(" ".join(shown), sequence[start + length], tuple(" ".join(part) for part in parts))
 
     def _count(self, rng: random.Random) -> Item:
         (word,) = self._some(rng, 1, 1)
@@ -137,10 +145,13 @@ class Tasks:
         return self._classify(dict(zip(categories, names, strict=True)))
 
     def items(self, rng: random.Random, source: Source, *, held_out: bool) -> Iterator[Item]:
-        """Items without end, all of those that documents may hold or all of those that they don't."""
+        """Items without end: those whose query is held out, or those that answer no such query."""
+
+        def belongs(item: Item) -> bool:
+            return is_held_out(item.input) if held_out else not any(map(is_held_out, (item.input, *item.answers)))
+
         while True:
-            item = source(rng)
-            if is_held_out(item.input) == held_out:
+            if belongs(item := source(rng)):
                 yield item
 
     def document(self, rng: random.Random) -> str:
@@ -160,7 +171,7 @@ class Tasks:
             for item, _ in zip(self.items(rng, source, held_out=held_out), range(100 * count), strict=False):
                 if item.input not in seen and len(seen) < count:
                     seen.add(item.input)
-                    yield {"task": task, **item._asdict()}
+                    yield {"task": task, "input": item.input, "output": item.output}
 
 
 def is_held_out(query: str) -> bool:

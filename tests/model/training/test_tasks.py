@@ -97,6 +97,30 @@ def test_documents_hold_examples_of_one_task_and_none_that_is_held_out(tasks: Ta
     assert len(formats) > 40
 
 
+def test_no_document_tells_what_a_held_out_item_asks(tasks: Tasks, items: list[dict[str, str]]) -> None:
+    """Neither the opposite's opposite, nor a longer sequence with the shorter one in it."""
+    rng = random.Random(2)
+    documents = [tasks.document(rng) for _ in range(3000)]
+    sequences = {f" {item['input']} {item['output']} ".lower() for item in items if item["task"] == "next"}
+    pairs = {item["output"] for item in items if item["task"] == "opposite"}
+    assert min(len(sequences), len(pairs)) >= 8
+    assert not any(sequence in f" {text.lower()} " for text in documents for sequence in sequences)
+    for document in documents:
+        before, between = max((p for p in PREFIXES if p[1] in document), key=lambda p: len(p[1]))
+        assert not any(
+            f"{before}{word}{between}{opposite}" in document for word in pairs for opposite in opposites(tasks, word)
+        )
+
+
+def opposites(tasks: Tasks, word: str) -> list[str]:
+    return [other for one, other in tasks.words.opposites if one == word]
+
+
+def test_a_word_has_one_opposite(tasks: Tasks) -> None:
+    words = [word for word, _ in tasks.words.opposites]
+    assert len(set(words)) == len(words)
+
+
 def test_documents_depend_on_the_seed_only(tasks: Tasks, tmp_path: Path) -> None:
     write_documents(tmp_path / "one", tasks, 5000, seed=3)
     write_documents(tmp_path / "two", tasks, 5000, seed=3)

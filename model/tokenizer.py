@@ -135,6 +135,13 @@ class Tokenizer:
             ranks += self._bpe.encode_ordinary(piece)
         return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
 
+    def fingerprint(self) -> str:
+        """The same for tokenizers that encode every text alike, in hexadecimal."""
+        merges = self._id_of_rank or self._bpe.n_vocab
+        special, added = sorted(self.special_tokens.items()), sorted(self._added.items())
+        told = (sorted(self._tokens.items()), merges, special, added, self.bos_id, self.eos_id)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token.
 

@@ -53,17 +53,18 @@ def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:
 
 
 def write_shard(text: Path, tokenizer: Tokenizer, directory: Path) -> Path:
-    """The file of a text's tokens, in `directory`; it is written when there is none for this content yet.
+    """The file of a text's tokens, in `directory`; it is written when there is none for this content and tokenizer yet.
 
     Its ending is the type of a token. Raises ValueError as `documents` does.
     """
     with text.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(tokenizer.fingerprint().encode())
     dtype = np.dtype(np.uint16 if tokenizer.max_id < 1 << 16 else np.uint32)
-    path = directory / f"{text.stem}-{digest[:16]}.{dtype.name}"
+    path = directory / f"{text.stem}-{digest.hexdigest()[:16]}.{dtype.name}"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be at the same
         with temporary.open("wb") as file:
             for document in documents(text):
                 file.write(np.asarray(tokens_of(document, tokenizer), dtype).tobytes())
@@ -81,7 +82,7 @@ def shuffled(seed: int, epoch: int, count: int) -> Tensor:
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) % 2**63)
 
 
 class Windows:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +10,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from kernels.names import Activation
 from kernels.ops import Ops, Weight
 from model.gpt import GPT
-from model.weights import CheckpointError, read_json, write_atomically
+from model.weights import CheckpointError, read_json, write_atomically, write_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 # Compiled products read so many columns together: ranks are padded with zeros.
@@ -122,12 +120,14 @@ class AdaptedOps:
             return self._ops.linear(x, weight, bias, activation)
         if groups[0][0] is None:
             return self._activate(self._ops.linear(x, weight, bias) + self._update(x, *groups[0][1:]), activation)
+        own_rows = [rows for rows, _, _ in groups if rows is not None]  # None is said of a lone group only
+        adapted = torch.cat(own_rows)
         out = self._ops.linear(x, weight, bias, activation)
-        for rows, part, scale in groups:
-            some = x[rows]
-            # With an activation, what is to be added comes before it.
-            product = self._ops.linear(some, weight, bias) if activation else out[rows]
-            out[rows] = self._activate(product + self._update(some, part, scale), activation)
+        # What is to be added comes before the activation, which is part of the product: these rows go through it twice.
+        sums = self._ops.linear(x[adapted], weight, bias) if activation else out[adapted]
+        for own, rows, (_, part, scale) in zip(sums.split(list(map(len, own_rows))), own_rows, groups, strict=True):
+            own += self._update(x[rows], part, scale)
+        out[adapted] = self._activate(sums, activation)
         return out
 
     def _update(self, x: Tensor, part: LowRank, scale: float) -> Tensor:
@@ -191,9 +191,7 @@ def save_adapter(directory: Path, adapter: Adapter) -> None:
     """Write it in fp32, each file replaced atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in named_tensors(adapter.parts).items()}
-    temporary = directory / (ADAPTER_WEIGHTS + ".tmp")
-    save_file(tensors, temporary)
-    os.replace(temporary, directory / ADAPTER_WEIGHTS)
+    write_tensors(directory / ADAPTER_WEIGHTS, tensors)
     about = {"base": adapter.base, **asdict(adapter.config)}
     write_atomically(directory / ADAPTER_CONFIG, json.dumps(about, indent=2).encode() + b"\n")
 
@@ -210,12 +208,14 @@ def load_adapter(directory: Path, model: GPT) -> Adapter:
         outputs, inputs = linear.out_features, linear.in_features
         shapes |= {f"{name}.a": (config.rank, inputs), f"{name}.b": (outputs, config.rank)}
     path = directory / ADAPTER_WEIGHTS
-    with safe_open(path, framework="pt") as file:
-        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-        if found != shapes:
-            wrong = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-            name = wrong[0]
-            raise CheckpointError(f"{path} does not fit the model: {name} is {found.get(name)}, not {shapes.get(name)}")
-        tensors = {name: file.get_tensor(name) for name in found}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"can't read {path}: {error}") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        name = min(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
+        raise CheckpointError(f"{path} does not fit the model: {name} is {found.get(name)}, not {shapes.get(name)}")
     names = [name.removesuffix(".a") for name in tensors if name.endswith(".a")]
     return Adapter(config, {name: LowRank(tensors[f"{name}.a"], tensors[f"{name}.b"]) for name in names}, base)

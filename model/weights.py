@@ -22,13 +22,27 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.names import Activation, PatternKind
+from model.card import CARD_FILE, TEMPLATE_FILE
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.vocabulary import ADDED_FILE, MERGES_FILE, PIPELINE_FILE, SETTINGS_FILE, SPECIAL_MAP_FILE, VOCAB_FILE
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+# How text becomes tokens and prompts, beside the weights and no part of them: files, and fields of config.json.
+TEXT_FILES = (
+    PIPELINE_FILE,
+    SETTINGS_FILE,
+    SPECIAL_MAP_FILE,
+    ADDED_FILE,
+    VOCAB_FILE,
+    MERGES_FILE,
+    CARD_FILE,
+    TEMPLATE_FILE,
+)
+TEXT_FIELDS = ("bos_token_id", "eos_token_id")
 # Rows of these are padded to a round vocabulary in memory, never on disk.
 VOCAB_ROWS = ("wte.weight", "lm_head.weight")
 # What a stored weight may be; anything else is quantised, and its numbers are not weights.
@@ -371,8 +385,8 @@ BANDED_FIELDS: dict[str, Callable[[Raw, str], Any]] = {
 
 
 def banded_config(raw: Raw) -> GPTConfig:
-    """Our own, as save_model writes it: every field of GPTConfig and no other."""
-    unknown = raw.keys() - BANDED_FIELDS.keys() - {"model_type"}
+    """Our own, as save_model writes it: every field of GPTConfig and no other but the tokenizer's."""
+    unknown = raw.keys() - BANDED_FIELDS.keys() - {"model_type", *TEXT_FIELDS}
     if unknown:
         raise ValueError(f"unknown field {few(sorted(unknown))}")
     return GPTConfig(**{name: read(raw, name) for name, read in BANDED_FIELDS.items()})
@@ -613,19 +627,35 @@ def assemble(
     return parameter
 
 
-def save_model(directory: Path, model: GPT, dtype: torch.dtype) -> None:
-    """Write config.json and model.safetensors, each replaced atomically, weights in `dtype`."""
+def save_model(directory: Path, model: GPT, dtype: torch.dtype, *, origin: Path | None = None) -> None:
+    """Write config.json and model.safetensors, each replaced atomically, weights in `dtype`.
+
+    `origin` is the checkpoint that the model began as: its tokenizer, card and chat template come along.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "banded", **dataclasses.asdict(model.config)}
+    if origin is not None:
+        raw = read_json(origin / CONFIG_FILE)
+        config |= {name: raw[name] for name in TEXT_FIELDS if name in raw}
+        for name in TEXT_FILES:
+            if (origin / name).exists():
+                write_atomically(directory / name, (origin / name).read_bytes())
     write_atomically(directory / CONFIG_FILE, json.dumps(config, indent=2).encode() + b"\n")
     tensors = {
         name: unpadded(name, tensor, model.config).to(dtype).contiguous() for name, tensor in model.state_dict().items()
     }
-    temporary = directory / (WEIGHTS_FILE + ".tmp")
-    save_file(tensors, temporary, metadata={"format": "pt"})
-    # safetensors makes files that only their owner may read, which is seldom who serves them.
-    temporary.chmod((directory / CONFIG_FILE).stat().st_mode)
-    os.replace(temporary, directory / WEIGHTS_FILE)
+    write_tensors(directory / WEIGHTS_FILE, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Replace `path` atomically, readable for whom other new files are: safetensors makes them their owner's only, which
+    is seldom who serves them."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    save_file(dict(tensors), temporary, metadata={"format": "pt"})
+    temporary.chmod(mode)
+    os.replace(temporary, path)
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels import cpu
+from model.card import load_card
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
+from model.tokenizer import r50k_base
+from model.vocabulary import load_tokenizer
 from model.weights import BANDED_FIELDS, CheckpointError, load_model, read_config, save_model
 from tests.model.checkpoints import FIELDS, tiny
+from tests.model.vocabularies import spelled, write_vocabulary
 
 Tensors = dict[str, Tensor]
 REMOVED = object()
@@ -289,6 +293,21 @@ def test_saving_twice_replaces_the_first(tmp_path: Path) -> None:
     save_model(tmp_path / "saved", model, torch.float32)
     assert torch.equal(load(tmp_path / "saved").wte.weight, model.wte.weight)
     assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_a_model_keeps_the_tokenizer_and_the_card_of_its_origin(tmp_path: Path) -> None:
+    origin = tiny("opt", tmp_path)
+    write_vocabulary(origin, {**{spelled(bytes([byte])): byte for byte in range(256)}, "</s>": 256}, [])
+    raw = json.loads((origin / "config.json").read_text())
+    (origin / "config.json").write_text(json.dumps(raw | {"bos_token_id": 256, "eos_token_id": 256}))
+    (origin / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "add_bos_token": True}))
+    (origin / "banded.json").write_text(json.dumps({"separator": " ; "}))
+    save_model(tmp_path / "saved", load(origin), torch.float32, origin=origin)
+    ours, theirs = load_tokenizer(tmp_path / "saved"), load_tokenizer(origin)
+    assert ours.encode_prompt("ab") == theirs.encode_prompt("ab") == [256, 97, 98]
+    assert ours.fingerprint() == theirs.fingerprint() != r50k_base().fingerprint()
+    assert load_card(tmp_path / "saved").separator == " ; "
+    assert load(tmp_path / "saved").config == load(origin).config
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from model.gpt import GPT
 from service.kv_cache import sequence_bytes
 
 GB = 10**9
+# Weights, keys and values are in 16 bits.
+ITEM_BYTES = 2
 SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
 
@@ -53,6 +55,15 @@ def count_parameters(config: GPTConfig) -> int:
     return sum(p.numel() for p in model.parameters()) - padding * (1 if config.tied_head else 2)
 
 
+def count_matrices(config: GPTConfig) -> int:
+    """The parameters that every token is multiplied by: not those of the head, which only the last token of a prompt is, and
+    not the embeddings."""
+    with torch.device("meta"):
+        model = GPT(config)
+    tables = ("wte.weight", "wpe.weight", "lm_head.weight")
+    return sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name not in tables)
+
+
 @dataclass(frozen=True)
 class Capacity:
     """A model on `count` GPUs that share weights, keys and work evenly, as if talking to each other took no time.
@@ -63,8 +74,6 @@ class Capacity:
     config: GPTConfig
     gpu: Gpu
     count: int
-    weight_bytes: float  # of one weight
-    kv_bytes: int = 2  # of one key or value element
 
     @property
     def parameters(self) -> int:
@@ -73,7 +82,7 @@ class Capacity:
     @property
     def weights(self) -> float:
         """Bytes of all weights."""
-        return self.parameters * self.weight_bytes
+        return self.parameters * ITEM_BYTES
 
     @property
     def kv_room(self) -> float:
@@ -83,7 +92,7 @@ class Capacity:
     @property
     def sequence(self) -> int:
         """Bytes of the keys and values of a full sequence."""
-        return sequence_bytes(self.config, self.config.n_positions, self.kv_bytes)
+        return sequence_bytes(self.config, self.config.n_positions, ITEM_BYTES)
 
     @property
     def sequences(self) -> int:
@@ -97,16 +106,26 @@ class Capacity:
     def decode_seconds(self, batch: int) -> float:
         """A decode step of full sequences: what it reads, or what it multiplies, whichever takes longer."""
         read = self.weights + batch * self.sequence
-        work = 2.0 * self.parameters * batch
+        work = (self._work_per_token + self._work_per_sample) * batch
         return max(read / (self.gpu.bandwidth * self.count), work / (self.gpu.flops * self.count))
 
     def prefill_seconds(self, tokens: int) -> float:
-        """A prompt's forward pass: 2 N operations a token, and 4 C for each key that a query of a layer sees."""
+        """A prompt's forward pass: its products, and 4 C operations for each key that a query of a layer sees."""
         config = self.config
         bands = [config.band if config.group(layer) == "banded" else None for layer in range(config.n_layer)]
         seen = sum(keys_seen(tokens, band) for band in bands)
-        work = 2.0 * self.parameters * tokens + 4.0 * config.n_embd * seen
+        work = self._work_per_token * tokens + self._work_per_sample + 4.0 * config.n_embd * seen
         return max(work / (self.gpu.flops * self.count), self.weights / (self.gpu.bandwidth * self.count))
+
+    @property
+    def _work_per_token(self) -> float:
+        """Operations: a product and a sum for each weight."""
+        return 2.0 * count_matrices(self.config)
+
+    @property
+    def _work_per_sample(self) -> float:
+        """Of the head."""
+        return 2.0 * self.config.vocab_size * self.config.token_width
 
 
 def keys_seen(tokens: int, band: int | None) -> int:
@@ -138,7 +157,8 @@ def report(name: str, capacity: Capacity, gpu_name: str, prompt: int, training: 
         f"{count} x {gpu_name}: {gpu.memory / GB:g} GB of which {USABLE:.0%} are used, {gpu.bandwidth / 1e12:g} TB/s, "
         f"{gpu.flops / 1e12:g} TFLOP/s in 16 bits (data sheet)",
         "",
-        f"weights, {capacity.weight_bytes:g} bytes each: {gigabytes:,.1f} GB, {gigabytes / count:,.1f} GB per GPU",
+        f"weights, {8 * ITEM_BYTES} bits each as keys and values are: {gigabytes:,.1f} GB, "
+        f"{gigabytes / count:,.1f} GB per GPU",
     ]
     if capacity.sequences:
         lines += [f"left for keys and values: {capacity.kv_room / GB / count:,.1f} GB per GPU", "", *table(capacity, prompt)]

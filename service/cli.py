@@ -1,4 +1,4 @@
-"""`banded serve | complete | bench | doctor | train | evaluate | plan`: the composition root.
+"""`banded serve | complete | bench | doctor | train | finetune | evaluate | plan`: the composition root.
 
 A command imports what it needs when it runs.
 """
@@ -7,6 +7,7 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -18,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from service.settings import Settings
+
+DEFAULT_RANK = 8
+DEFAULT_SHOTS = (0, 1, 4, 16)
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -104,12 +108,14 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--size", default="demo", help="demo (default), or gpt3-125m to gpt3-175b with the paper's plan")
     train.add_argument("--init", type=Path, help="begin with the weights of this checkpoint, of whatever size")
     train.add_argument("--valid", type=Path, help="held-out text: loss in the curve, perplexity at the end")
-    train.add_argument("--tokens", type=float, help="tokens to train on; the phases of the plan stretch")
-    train.add_argument("--batch-tokens", type=positive, help="tokens in a batch, which then doesn't grow")
-    train.add_argument("--learning-rate", type=float, help="highest rate")
+    train.add_argument("--tokens", type=positive_number, help="tokens to train on; the phases of the plan stretch")
+    train.add_argument(
+        "--batch-tokens", type=positive, help="tokens in a batch, which then doesn't grow; whole windows, so perhaps fewer"
+    )
+    train.add_argument("--learning-rate", type=positive_number, help="highest rate")
     train.add_argument("--seed", type=int, default=0)
-    train.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    train.add_argument("--save-every", type=float, default=300, metavar="SECONDS", help="(default %(default)g)")
+    train.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
+    train.add_argument("--save-every", type=positive_number, default=300, metavar="SECONDS", help="(default %(default)g)")
     train.set_defaults(command=run_train)
     finetune = commands.add_parser("finetune", help="teach a model completions of prompts: an adapter, or all its weights")
     finetune.add_argument("examples", type=Path, help='JSONL, lines {"prompt": ..., "completion": ...}')
@@ -118,13 +124,13 @@ def parser() -> argparse.ArgumentParser:
     finetune.add_argument("--resume", action="store_true", help="go on with the run in --out")
     finetune.add_argument("--valid", type=Path, metavar="JSONL", help="held-out examples, whose loss is shown")
     finetune.add_argument("--full", action="store_true", help="change all weights instead of adding a low-rank adapter")
-    finetune.add_argument("--rank", type=positive, default=8, help="of the adapter (default %(default)d)")
-    finetune.add_argument("--targets", nargs="+", default=["c_attn", "c_proj", "c_fc"], help="linears with an adapter (all)")
+    finetune.add_argument("--rank", type=positive, help=f"of the adapter (default {DEFAULT_RANK})")
+    finetune.add_argument("--targets", nargs="+", help="linears with an adapter: c_attn, c_proj, c_fc (default: all)")
     finetune.add_argument("--epochs", type=positive, default=4, help="(default %(default)d)")
     finetune.add_argument("--batch", type=positive, default=8, help="examples in a batch (default %(default)d)")
-    finetune.add_argument("--learning-rate", type=float, help="highest rate (default 1e-3; 1e-4 with --full)")
+    finetune.add_argument("--learning-rate", type=positive_number, help="highest rate (default 1e-3; 1e-4 with --full)")
     finetune.add_argument("--seed", type=int, default=0)
-    finetune.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    finetune.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     finetune.set_defaults(command=run_finetune)
 
     evaluate = commands.add_parser("evaluate", help="perplexity on a text, accuracy on few-shot tasks")
@@ -133,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--text", type=Path, help="file whose perplexity and bits per byte are measured")
     evaluate.add_argument("--few-shot", type=Path, metavar="JSONL", help='lines {"input": ..., "output": ..., "task": ...}')
     evaluate.add_argument("--examples", type=Path, metavar="JSONL", help="where examples come from (default: --few-shot)")
-    evaluate.add_argument("--shots", type=int, nargs="+", default=[0, 1, 4, 16], help="examples in a prompt")
+    evaluate.add_argument("--shots", type=int, nargs="+", help="examples in a prompt (default: 0, 1, 4 and 16)")
     evaluate.add_argument("--json", type=Path, help="write the results to this file too")
     evaluate.set_defaults(command=run_evaluate)
 
@@ -141,13 +147,14 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--model", default="gpt3-175b", help="gpt3-125m to gpt3-175b, demo, or a checkpoint directory")
     plan.add_argument("--gpu", default="h100-80gb", help="(default %(default)s)")
     plan.add_argument("--count", type=positive, default=8, help="GPUs that share the model (default %(default)d)")
-    plan.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16", "int8"], help="of weights")
     plan.add_argument(
         "--prompt", type=positive, default=1024, help="tokens of the prompt that is timed (default %(default)d)"
     )
-    plan.add_argument("--train-tokens", type=float, default=300e9, help="(default %(default)g)")
-    plan.add_argument("--train-tflops", type=float, default=28.0, help="reached by one GPU (default %(default)g)")
-    plan.add_argument("--train-price", type=float, default=1.50, help="dollars per GPU and hour (default %(default).2f)")
+    plan.add_argument("--train-tokens", type=positive_number, default=300e9, help="(default %(default)g)")
+    plan.add_argument("--train-tflops", type=positive_number, default=28.0, help="reached by one GPU (default %(default)g)")
+    plan.add_argument(
+        "--train-price", type=positive_number, default=1.50, help="dollars per GPU and hour (default %(default).2f)"
+    )
     plan.set_defaults(command=run_plan)
     return root
 
@@ -156,6 +163,13 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
     return value
 
 
@@ -354,14 +368,15 @@ def run_train(args: argparse.Namespace) -> int:
     from model.training.data import read_tokens
     from model.training.plans import plan_for, size
     from model.training.run import STATE_FILE, train
-    from model.training.trainer import perplexity
     from model.vocabulary import load_tokenizer
     from model.weights import load_model
+    from service.loading import choose_device
 
+    config, device = size(args.size), choose_device(args.device)
     if args.init:
         model, tokenizer = load_model(args.init, torch.float32), load_tokenizer(args.init)
     else:
-        model, tokenizer = GPT(size(args.size)), r50k_base()
+        model, tokenizer = GPT(config), r50k_base()
         model.init_weights(args.seed)
     plan = plan_for(
         args.size,
@@ -374,16 +389,20 @@ def run_train(args: argparse.Namespace) -> int:
     held_out = read_tokens([args.valid], tokenizer) if args.valid else None
     if "WORLD_SIZE" in os.environ:  # torchrun started this, once for every rank
         dist.init_process_group("gloo")
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
     try:
-        train(
+        loss = train(
             args.out,
-            model.to(args.device),
+            model.to(device),
             plan,
             args.corpus,
             tokenizer,
             held_out=held_out,
             resume=args.resume,
             save_every=args.save_every,
+            origin=args.init,
         )
     except KeyboardInterrupt:
         logging.info("stopped; --resume goes on from %s", args.out / STATE_FILE)
@@ -391,36 +410,39 @@ def run_train(args: argparse.Namespace) -> int:
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-    if held_out is not None and os.environ.get("RANK", "0") == "0":
-        saved = load_model(args.out, torch.float32)  # what was written, rounded to 16 bits
-        print(f"held-out perplexity {perplexity(saved, held_out):.2f} over {len(held_out)} tokens")
+    if held_out is not None and loss is not None:
+        print(f"held-out perplexity {math.exp(loss):.2f} over {len(held_out)} tokens")
     return 0
 
 
 def run_finetune(args: argparse.Namespace) -> int:
     import torch
 
-    from model.lora import AdapterConfig
+    from model.lora import TARGETS, AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
     from model.vocabulary import load_tokenizer
     from model.weights import load_model, weights_digest
-    from service.loading import model_directory
+    from service.loading import choose_device, model_directory
 
-    adapter = None if args.full else AdapterConfig(args.rank, 2.0 * args.rank, tuple(args.targets))
+    if args.full and (args.rank or args.targets):
+        raise ValueError("--full changes all weights: --rank and --targets are of an adapter")
+    rank, targets = args.rank or DEFAULT_RANK, tuple(args.targets or TARGETS)
+    adapter = None if args.full else AdapterConfig(rank, 2.0 * rank, targets)
     examples = read_examples(args.examples)
     held_out = read_examples(args.valid) if args.valid else []
     for line in advice(examples):
         logging.warning("%s: %s", args.examples.name, line)
     directory = model_directory(args.model)
-    model, tokenizer = load_model(directory, torch.float32).to(args.device), load_tokenizer(directory)
+    model = load_model(directory, torch.float32).to(choose_device(args.device))
+    tokenizer = load_tokenizer(directory)
+    encoded, encoded_held_out = (encode(some, tokenizer, model.config.n_positions) for some in (examples, held_out))
     plan = finetuning_plan(
-        len(examples),
+        encoded,
         epochs=args.epochs,
         batch=args.batch,
         learning_rate=(1e-4 if args.full else 1e-3) if args.learning_rate is None else args.learning_rate,
         seed=args.seed,
     )
-    encoded, encoded_held_out = (encode(some, tokenizer, model.config.n_positions) for some in (examples, held_out))
     if held_out and not args.resume:
         print(f"held-out loss before: {completion_loss(model, encoded_held_out):.4f}")
     loss = finetune(
@@ -433,6 +455,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         held_out=encoded_held_out,
         resume=args.resume,
         save_every=60.0 if adapter is None else 5.0,  # an adapter is soon written
+        origin=directory,
     )
     if loss is not None:
         print(f"held-out loss after: {loss:.4f}")
@@ -440,30 +463,35 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from service.evaluate import Served, few_shot_accuracy, perplexity, read_items, read_text
+    from service.evaluate import Served, few_shot_accuracy, few_shot_questions, perplexity, read_items, read_text
 
     if not (args.text or args.few_shot):
         raise ValueError("nothing to evaluate: give --text, --few-shot or both")
-    if min(args.shots) < 0:
-        raise ValueError(f"--shots {min(args.shots)}: examples can't be fewer than none")
+    if not args.few_shot and (args.examples or args.shots):
+        raise ValueError("--examples and --shots are for --few-shot")
+    shots = sorted(set(args.shots or DEFAULT_SHOTS))
+    if shots[0] < 0:
+        raise ValueError(f"--shots {shots[0]}: examples can't be fewer than none")
     text = read_text(args.text) if args.text else None
-    items = read_items(args.few_shot) if args.few_shot else []
-    pool = read_items(args.examples) if args.examples else items
+    questions = []
+    if args.few_shot:
+        items = read_items(args.few_shot)
+        questions = few_shot_questions(items, read_items(args.examples) if args.examples else items, shots)
     results: dict[str, Any] = {}
-    with reachable(args) as (url, model):
+    with ExitStack() as stack:
+        file = stack.enter_context(args.json.open("w", encoding="utf-8")) if args.json else None
+        url, model = stack.enter_context(reachable(args))
         served = Served(url, model)
         results["model"] = model
         if text is not None:
-            results["text"] = perplexity(served, text).report()
-        if items:
-            results["few_shot"] = few_shot_accuracy(served, items, pool, sorted(set(args.shots)))
-    if "text" in results:
-        found = results["text"]
-        print(f"perplexity {found['perplexity']:.2f}, {found['bits_per_byte']:.3f} bits per byte, {found['tokens']} tokens")
-    if "few_shot" in results:
-        print("\n".join(few_shot_table(results["few_shot"])))
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+            found = results["text"] = perplexity(served, text).report()
+            bits = f"{found['bits_per_byte']:.3f} bits per byte"
+            print(f"perplexity {found['perplexity']:.2f}, {bits}, {found['tokens']} tokens", flush=True)
+        if questions:
+            results["few_shot"] = few_shot_accuracy(served, questions)
+            print("\n".join(few_shot_table(results["few_shot"])))
+        if file:
+            file.write(json.dumps(results, indent=2) + "\n")
     return 0
 
 
@@ -484,8 +512,9 @@ def run_plan(args: argparse.Namespace) -> int:
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu {args.gpu}: known are {', '.join(GPUS)}")
     config = SIZES[args.model] if args.model in SIZES else read_config(Path(args.model))
-    weight_bytes = {"float32": 4, "int8": 1}.get(args.dtype, 2)
-    capacity = Capacity(config, GPUS[args.gpu], args.count, weight_bytes)
+    if args.prompt > config.n_positions:
+        raise ValueError(f"--prompt {args.prompt}: the model's context is {config.n_positions} tokens")
+    capacity = Capacity(config, GPUS[args.gpu], args.count)
     training = Training(tokens=args.train_tokens, flops=args.train_tflops * 1e12, dollars_per_hour=args.train_price)
     print(report(args.model, capacity, args.gpu, args.prompt, training))
     return 0

@@ -21,8 +21,6 @@ from service.prompts import Example, FewShot, few_shot_parts
 # Requests in flight.
 IN_FLIGHT = 8
 TIMEOUT = 600.0
-# Tokens that an answer may have: those of tasks are short.
-ANSWER_TOKENS = 32
 # How examples become a prompt.
 LAYOUT = Card()
 
@@ -71,14 +69,20 @@ class Perplexity(NamedTuple):
 def perplexity(served: Served, text: str) -> Perplexity:
     """Of a whole text, in windows of the model's context, each of which begins with the last token of the one before."""
     found = served.post("/tokenize", {"prompt": text, "add_special_tokens": False})
-    tokens, context = found["tokens"], found["max_model_len"]
+    try:
+        tokens, context = found["tokens"], found["max_model_len"]
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(f"POST {served.url}/tokenize: the answer lacks tokens or max_model_len") from error
     if len(tokens) < 2:
         raise EvaluationError(f"the text has {len(tokens)} tokens; perplexity needs 2 at least")
     windows = [tokens[start : start + context] for start in range(0, len(tokens) - 1, context - 1)]
 
     def nats(window: list[int]) -> float:
         body = {"prompt": window, "max_tokens": 0, "echo": True, "logprobs": 0}
-        logprobs = served.post("/v1/completions", body)["choices"][0]["logprobs"]["token_logprobs"]
+        logprobs = (served.post("/v1/completions", body)["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+        if len(logprobs) != len(window):
+            asked = f"echo with logprobs of {len(window)} tokens was asked for"
+            raise EvaluationError(f"POST {served.url}/v1/completions: {asked}, {len(logprobs)} came")
         return -sum(logprobs[1:])
 
     return Perplexity(len(tokens), len(text.encode()), sum(in_parallel(nats, windows, "perplexity", "window")))
@@ -123,31 +127,46 @@ def read_items(path: Path) -> list[TaskItem]:
     return items
 
 
-def few_shot_accuracy(
-    served: Served, items: list[TaskItem], pool: list[TaskItem], shots: list[int], seed: int = 0
-) -> dict[str, dict[int, float]]:
-    """Share of exact answers, by task and by how many examples of the task came before: drawn from `pool`, never the item.
+class Question(NamedTuple):
+    """An item behind `shots` examples."""
 
-    Raises EvaluationError naming the task of which the pool has too few.
+    item: TaskItem
+    shots: int
+    prompt: str
+
+
+def few_shot_questions(items: list[TaskItem], pool: list[TaskItem], shots: list[int], seed: int = 0) -> list[Question]:
+    """Every item behind so many examples of its task, drawn from `pool`, never the item.
+
+    Raises EvaluationError naming the task of which the pool has too few, or the item that can't be answered.
     """
     rng = random.Random(seed)
-    asked: list[tuple[int, TaskItem, str]] = []
+    questions = []
     for item in items:
+        if LAYOUT.separator in item.output:
+            where = f"an answer ends at {LAYOUT.separator!r}"
+            raise EvaluationError(f"task {item.task}, input {item.input[:80]!r}: {where}, which its output holds")
         others = [other for other in pool if other.task == item.task and other.input != item.input]
         if len(others) < max(shots):
             raise EvaluationError(f"task {item.task} has {len(others)} other examples; {max(shots)} are needed (--examples)")
         examples = rng.sample(others, max(shots))
-        asked += [(count, item, few_shot_text(examples[:count], item.input)) for count in shots]
+        questions += [Question(item, count, few_shot_text(examples[:count], item.input)) for count in shots]
+    return questions
 
-    def is_right(question: tuple[int, TaskItem, str]) -> bool:
-        _, item, prompt = question
-        body = {"prompt": prompt, "max_tokens": ANSWER_TOKENS, "temperature": 0, "stop": [LAYOUT.separator]}
+
+def few_shot_accuracy(served: Served, questions: list[Question]) -> dict[str, dict[int, float]]:
+    """Share of exact answers, by task and by how many examples came before."""
+
+    def is_right(question: Question) -> bool:
+        # No text has more tokens than bytes: room for the answer and what ends it.
+        room = len((question.item.output + LAYOUT.separator).encode())
+        body = {"prompt": question.prompt, "max_tokens": room, "temperature": 0, "stop": [LAYOUT.separator]}
         answer: str = served.post("/v1/completions", body)["choices"][0]["text"]
-        return answer.strip() == item.output.strip()
+        return answer.strip() == question.item.output.strip()
 
     right: dict[str, dict[int, list[bool]]] = {}
-    for (count, item, _), hit in zip(asked, in_parallel(is_right, asked, "few-shot", "item"), strict=True):
-        right.setdefault(item.task, {}).setdefault(count, []).append(hit)
+    for question, hit in zip(questions, in_parallel(is_right, questions, "few-shot", "item"), strict=True):
+        right.setdefault(question.item.task, {}).setdefault(question.shots, []).append(hit)
     return {task: {count: sum(hits) / len(hits) for count, hits in by.items()} for task, by in right.items()}
 
 

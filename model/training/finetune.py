@@ -23,8 +23,10 @@ from model.weights import save_model
 
 # Errors and advice name so many lines.
 FEW_LINES = 5
-# Held-out examples that the curve shows.
+# Held-out examples that the curve shows on the way; at the end all of them are read.
 GLANCE = 64
+# Tokens, padding included, that are computed at a time: activations of more would need more memory than weights.
+MICRO_TOKENS = 4096
 
 
 class Example(NamedTuple):
@@ -50,14 +52,14 @@ def read_examples(path: Path) -> list[Example]:
         where = f"{path.name}, line {number}"
         try:
             fields = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{where}: not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.keys() != {"prompt", "completion"}:
             raise DataError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
         example = Example(**fields)
         for name, text in example._asdict().items():
             if not isinstance(text, str):
-                raise DataError(f"{where}: {name} must be a text, got {text!r}")
+                raise DataError(f"{where}: {name} must be a text, got {repr(text)[:80]}")
         if not example.completion:
             raise DataError(f"{where}: the completion is empty")
         examples.append(example)
@@ -145,16 +147,19 @@ def padded(examples: Sequence[Encoded], device: torch.device) -> tuple[Tensor, T
     return torch.tensor(inputs, device=device), torch.tensor(targets, device=device)
 
 
-def finetuning_plan(num_examples: int, *, epochs: int, batch: int, learning_rate: float, seed: int = 0) -> TrainingPlan:
+def finetuning_plan(
+    examples: Sequence[Encoded], *, epochs: int, batch: int, learning_rate: float, seed: int = 0
+) -> TrainingPlan:
     """A plan whose windows are examples: everything that it counts in tokens is counted in examples."""
-    total = num_examples * epochs
+    total = len(examples) * epochs
+    longest = max(len(example.inputs) for example in examples)
     return TrainingPlan(
         num_tokens=total,
         window=1,
-        batch=min(batch, num_examples),
+        batch=min(batch, total),
         learning_rate=learning_rate,
         warmup_tokens=total // 10,
-        micro_windows=min(batch, num_examples),
+        micro_windows=max(1, MICRO_TOKENS // longest),
         weight_decay=0.01,
         seed=seed,
     )
@@ -171,11 +176,12 @@ def finetune(
     held_out: Sequence[Encoded] = (),
     resume: bool = False,
     save_every: float = 60,
+    origin: Path | None = None,
 ) -> float | None:
     """Learn the completions of `examples`: an adapter of `model`, fp32, or all its weights where `adapter` is None.
 
-    `directory` gets the state and the result as model.training.run.follow says; `base` names the model in an adapter's file.
-    The loss on `held_out` at the end.
+    `directory` gets the state and the result as model.training.run.follow says; `base` names the model in an adapter's file,
+    and `origin` is where it lies, see `save_model`. The loss on `held_out` at the end.
     """
     device = model.head.device
     learnt = None if adapter is None else new_adapter(model, adapter, base, plan.seed)
@@ -191,23 +197,26 @@ def finetune(
 
     def write_model() -> None:
         if learnt is None:
-            save_model(directory, model, torch.bfloat16)
+            save_model(directory, model, torch.bfloat16, origin=origin)
         else:
             save_adapter(directory, learnt)
 
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-    follow(
+
+    def held_out_loss(whole: bool) -> float:
+        return completion_loss(model, held_out if whole else held_out[:GLANCE], ops)
+
+    return follow(
         directory,
         trainer,
         batches,
         {"base": base, "adapter": None if adapter is None else dataclasses.asdict(adapter), "examples": digest},
         write_model=write_model,
-        held_out_loss=(lambda: completion_loss(model, held_out[:GLANCE], ops)) if held_out else None,
+        held_out_loss=held_out_loss if held_out else None,
         resume=resume,
         save_every=save_every,
         unit="example",
     )
-    return completion_loss(model, held_out, ops) if held_out else None
 
 
 @torch.inference_mode()

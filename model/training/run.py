@@ -25,14 +25,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.gpt import GPT
+from model.lora import ADAPTER_WEIGHTS
 from model.tokenizer import Tokenizer
 from model.training.data import Windows, open_shard, write_shard
 from model.training.state import load_state, save_state
 from model.training.trainer import Batches, Trainer, TrainingPlan, Update, mean_loss, next_token_loss
-from model.weights import save_model
+from model.weights import INDEX_FILE, WEIGHTS_FILE, save_model
 
 log = logging.getLogger("banded.training")
 
+# What a run's result is made of, which may be somebody's only copy.
+MODEL_FILES = (WEIGHTS_FILE, INDEX_FILE, ADAPTER_WEIGHTS)
 STATE_FILE, CURVE_FILE, PICTURE_FILE, LOCK_FILE = "state.safetensors", "loss.csv", "loss.png", "lock"
 COLUMNS = ["update", "tokens", "loss", "learning_rate", "gradient_norm", "held_out_loss"]
 # Held-out tokens that the curve shows on the way; at the end all of them are read.
@@ -49,8 +52,11 @@ def train(
     held_out: Tensor | None = None,
     resume: bool = False,
     save_every: float = 300,
-) -> None:
-    """Train `model`, fp32, on text files in `directory`: see `follow`.
+    origin: Path | None = None,
+) -> float | None:
+    """Train `model`, fp32, on text files in `directory`: see `follow`. The loss on `held_out` at the end.
+
+    `origin` is the checkpoint that the model began as, see `save_model`.
 
     In a process group of torch.distributed every rank calls this; the first one writes. Raises ValueError for a corpus that
     does not fit the plan too.
@@ -71,13 +77,13 @@ def train(
         inputs, targets = windows[window].batch(first, count)
         return inputs.to(device), targets.to(device)
 
-    follow(
+    return follow(
         directory,
         trainer,
         batches,
         {"model": dataclasses.asdict(model.config), "corpus": [path.name for path in shards]},
-        write_model=lambda: save_model(directory, model, torch.bfloat16),
-        held_out_loss=None if held_out is None else lambda: mean_loss(model, held_out[:GLANCE]),
+        write_model=lambda: save_model(directory, model, torch.bfloat16, origin=origin),
+        held_out_loss=None if held_out is None else lambda whole: mean_loss(model, held_out if whole else held_out[:GLANCE]),
         resume=resume,
         save_every=save_every,
     )
@@ -94,54 +100,66 @@ def follow(
     about: dict[str, Any],
     *,
     write_model: Callable[[], None],
-    held_out_loss: Callable[[], float] | None,
+    held_out_loss: Callable[[bool], float] | None,
     resume: bool,
     save_every: float,
     unit: str = "tok",
-) -> None:
+) -> float | None:
     """Follow a trainer's plan in `directory`, which gets its state and the model every `save_every` seconds and at the end.
 
-    `about`, which is JSON, is what must be the same again when the run goes on. Raises ValueError for a directory that holds
-    a run when `resume` is false, and where that run was another one; KeyboardInterrupt when it was stopped, its state saved.
+    `about`, which is JSON, is what must be the same again when the run goes on. `held_out_loss` is that of a few held-out
+    texts, or of all; the curve shows the first on the way and the second at the end, where it is returned. Raises ValueError
+    for a directory that holds a model, or a run when `resume` is false, and where that run was another one;
+    KeyboardInterrupt when it was stopped, its state saved.
     """
-    with one_writer(directory):
-        state = directory / STATE_FILE
+    state = directory / STATE_FILE
+    is_first = is_first_rank()
+    with one_writer(directory), interruptions() as is_interrupted:
+        if dist.is_initialized():
+            dist.barrier()  # until nobody writes there any more
         if state.exists():
             if not resume:
                 raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
             load_state(state, trainer, about)
-        if not is_first_rank():
-            while trainer.update(batches):
-                pass
-            return
-
+        elif models := [name for name in MODEL_FILES if (directory / name).exists()]:
+            raise ValueError(f"{directory} holds {models[0]}, but no training run: choose another directory")
+        elif resume:
+            log.info("%s holds no training run yet: one begins", directory)
         curve = Curve(directory / CURVE_FILE, trainer.num_updates)
+        last_loss = None
 
-        def save() -> None:
+        def save(*, at_end: bool = False) -> None:
+            nonlocal last_loss
+            if held_out_loss is not None and not is_interrupted():
+                last_loss = held_out_loss(at_end)
+                curve.note_held_out(last_loss)
             curve.write()  # before the state: rows that it doesn't know will come again
             save_state(state, trainer, about)
             write_model()
 
-        def look_ahead() -> None:
-            if held_out_loss is not None:
-                curve.note_held_out(held_out_loss())
-
-        with progress_bar(trainer, unit) as show, interruptions() as is_interrupted:
+        with progress_bar(trainer, unit, shown=is_first) as show:
             saved = time.monotonic()
-            while not is_interrupted() and (update := trainer.update(batches)):
+            while not (stopped := any_rank(is_interrupted())) and (update := trainer.update(batches)):
                 curve.add(trainer, update)
                 show(update)
-                if time.monotonic() - saved > save_every:
-                    look_ahead()
+                if is_first and time.monotonic() - saved > save_every:
                     save()
                     saved = time.monotonic()
-            if not is_interrupted():
-                look_ahead()
-            if trainer.num_updates:
-                save()
-                draw(directory / CURVE_FILE, directory / PICTURE_FILE)
-            if is_interrupted():
-                raise KeyboardInterrupt
+        if is_first and trainer.num_updates:
+            save(at_end=not stopped)
+            draw(directory / CURVE_FILE, directory / PICTURE_FILE)
+        if stopped:
+            raise KeyboardInterrupt
+        return last_loss
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether it is set on some rank: all must stop at the same update, for each waits for the others' gradients."""
+    if not dist.is_initialized():
+        return flag
+    votes = torch.tensor(float(flag))
+    dist.all_reduce(votes)
+    return votes.item() > 0
 
 
 @contextmanager
@@ -212,10 +230,12 @@ def draw(curve: Path, picture: Path) -> None:
 
 
 @contextmanager
-def progress_bar(trainer: Trainer, unit: str) -> Iterator[Callable[[Update], None]]:
+def progress_bar(trainer: Trainer, unit: str, *, shown: bool) -> Iterator[Callable[[Update], None]]:
     """Tokens seen, or what `unit` says, how many a second, time left and the loss, smoothed."""
     average: float | None = None
-    with tqdm(total=trainer.plan.num_tokens, initial=trainer.seen, unit=unit, unit_scale=True) as progress:
+    with tqdm(
+        total=trainer.plan.num_tokens, initial=trainer.seen, unit=unit, unit_scale=True, disable=not shown
+    ) as progress:
 
         def show(update: Update) -> None:
             nonlocal average

@@ -83,6 +83,7 @@ class TrainingPlan:
         window = self.short_window if self.short_window and seen < self.short_tokens else self.window
         ramp = min(seen / self.ramp_tokens, 1.0) if self.ramp_tokens else 1.0
         num_windows = round(self.smallest_batch + ramp * (self.batch - self.smallest_batch)) // window
+        num_windows = min(num_windows, math.ceil((self.num_tokens - seen) / window))
         return Step(window, num_windows, self._rate_at(seen + num_windows * window))
 
     def _rate_at(self, seen: int) -> float:
@@ -140,11 +141,16 @@ class Trainer:
         if step is None:
             return None
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        first, size = self.seen // step.window, self.plan.micro_windows
-        micro_batches = [(i, min(size, step.num_windows - i)) for i in range(0, step.num_windows, size)]
+        first = self.seen // step.window
+        size = min(self.plan.micro_windows, math.ceil(step.num_windows / num_ranks))  # something to do for every rank
+        micro_batches = [
+            batches(first + begin, min(size, step.num_windows - begin), step.window)
+            for begin in range(0, step.num_windows, size)
+        ]
+        num_targets = sum(map(count_targets, micro_batches))
         total = torch.zeros(())
-        for begin, count in micro_batches[rank::num_ranks]:
-            loss = self._loss(*batches(first + begin, count, step.window)) * (count / step.num_windows)
+        for micro_batch in micro_batches[rank::num_ranks]:
+            loss = self._loss(*micro_batch) * (count_targets(micro_batch) / num_targets)
             loss.backward()
             total += loss.detach().cpu()
         if num_ranks > 1:
@@ -158,6 +164,10 @@ class Trainer:
         self.seen += step.num_tokens
         self.num_updates += 1
         return Update(total.item(), norm.item(), step)
+
+
+def count_targets(micro_batch: tuple[Tensor, Tensor]) -> int:
+    return int((micro_batch[1] != IGNORED).sum())
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:

@@ -1,16 +1,17 @@
 """`banded plan`: the published figures, and arithmetic that a slow count agrees with."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from model.config import DEMO, GPT3_SIZES
+from model.config import DEMO, GPT3_SIZES, GPTConfig
 from model.gpt import GPT
 from service.capacity import GPUS, Capacity, Training, count_parameters, keys_seen, training_cost
 from service.cli import main
 
-LARGEST = Capacity(GPT3_SIZES["gpt3-175b"], GPUS["h100-80gb"], 8, 2)
+LARGEST = Capacity(GPT3_SIZES["gpt3-175b"], GPUS["h100-80gb"], 8)
 
 
 def test_training_gpt3_costs_what_was_published() -> None:
@@ -56,10 +57,27 @@ def test_a_step_takes_what_it_reads_or_what_it_multiplies() -> None:
     gpu = LARGEST.gpu
     one = (LARGEST.weights + LARGEST.sequence) / (8 * gpu.bandwidth)
     assert LARGEST.decode_seconds(1) == pytest.approx(one)
-    tiny = Capacity(replace(DEMO, n_positions=64), gpu, 1, 2)
-    assert tiny.decode_seconds(100_000) > 100_000 * 2 * tiny.parameters / gpu.flops * 0.999
+    tiny = Capacity(replace(DEMO, n_positions=64), gpu._replace(bandwidth=math.inf), 1)
+    assert tiny.decode_seconds(100_000) == pytest.approx(100_000 * 2 * (tiny.parameters - POSITIONS_AND_VECTORS) / gpu.flops)
     assert LARGEST.prefill_seconds(1) == pytest.approx(LARGEST.weights / (8 * gpu.bandwidth))
-    assert LARGEST.prefill_seconds(2048) > 2 * LARGEST.parameters * 2048 / (8 * gpu.flops)
+    assert LARGEST.prefill_seconds(2048) == pytest.approx(
+        prompt_operations(LARGEST.config, 2048) / (8 * gpu.flops), rel=1e-3
+    )
+
+
+# Of DEMO with 64 positions: everything that is no matrix of a product.
+POSITIONS_AND_VECTORS = 64 * 256 + 8 * (4 * 256 + 3 * 256 + 256 + 1024 + 256) + 2 * 256
+
+
+def prompt_operations(config: GPTConfig, tokens: int) -> float:
+    """Layer by layer."""
+    width = config.n_embd
+    total = 2.0 * config.vocab_size * width
+    for layer in range(config.n_layer):
+        band = config.band if layer % 2 else tokens
+        total += 2.0 * 12 * width * width * tokens
+        total += sum(4.0 * width * min(query + 1, band or tokens) for query in range(tokens))
+    return total
 
 
 def test_the_command_prints_inputs_beside_results(capsys: pytest.CaptureFixture[str]) -> None:
@@ -67,7 +85,7 @@ def test_the_command_prints_inputs_beside_results(capsys: pytest.CaptureFixture[
     shown = capsys.readouterr().out
     for line in (
         "gpt3-175b: 174.604 billion parameters, 96 layers of width 12288, context 2048",
-        "weights, 2 bytes each: 349.2 GB, 43.7 GB per GPU",
+        "weights, 16 bits each as keys and values are: 349.2 GB, 43.7 GB per GPU",
         f"such sequences at a time{LARGEST.sequences:>32}{LARGEST.dense.sequences:>14}",
         "training: 6 x 174.604 billion parameters x 300 billion tokens = 3.14e+23 FLOPs",
         "at 28 TFLOP/s per GPU and 1.50 $/h: 355.7 GPU-years, 4.68 million $",
@@ -83,5 +101,7 @@ def test_too_little_memory_is_said_with_how_many_would_do(capsys: pytest.Capture
 def test_what_can_not_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--gpu", "abacus"]) == 2
     assert "banded: --gpu abacus: known are v100-32gb, a100-40gb" in capsys.readouterr().err
+    assert main(["plan", "--prompt", "2049"]) == 2
+    assert "banded: --prompt 2049: the model's context is 2048 tokens" in capsys.readouterr().err
     assert main(["plan", "--model", str(tmp_path)]) == 2
     assert str(tmp_path) in capsys.readouterr().err

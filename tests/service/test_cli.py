@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import os
+import re
 import signal
 import sys
 from collections.abc import Iterator
@@ -114,6 +115,82 @@ NO_GPU = "device cuda: PyTorch sees no GPU here; use --device cpu, or install a 
 )
 def test_options_out_of_range(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert refused(capsys, *arguments) == message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "FILE", "--out", "OUT", "--size", "gpt4"], "there is no size 'gpt4', only demo, gpt3-125m, "),
+        (["train", "FILE", "--out", "OUT", "--init", "MODEL", "--size", "gpt4"], "there is no size 'gpt4', only demo, "),
+        (["train", "FILE", "--out", "OUT", "--device", "cuda"], NO_GPU),
+        (["train", "FILE", "--out", "OUT"], "the corpus has 3 tokens; at least 2049 are needed"),
+        (["train", "FILE", "--out", "OUT", "--tokens", "100"], "a batch of 4096 tokens does not fit training on 100"),
+        (
+            ["train", "FILE", "--out", "MODEL", "--init", "MODEL", "--tokens", "5000"],
+            "MODEL holds model.safetensors, but no ",
+        ),
+        (["finetune", "JSONL", "--out", "OUT", "--device", "cuda"], NO_GPU),
+        (["finetune", "FILE", "--out", "OUT"], "tales.txt, line 1: not JSON: "),
+        (
+            ["finetune", "JSONL", "--out", "OUT", "--full", "--rank", "8"],
+            "--full changes all weights: --rank and --targets ",
+        ),
+        (["finetune", "JSONL", "--out", "OUT", "--targets", "wte"], "targets must be some of c_attn, c_proj, c_fc, got wte"),
+        (
+            ["finetune", "JSONL", "--out", "MODEL", "--model", "MODEL"],
+            "MODEL holds model.safetensors, but no training run: ",
+        ),
+    ],
+)
+def test_training_that_can_not_be(
+    arguments: list[str], message: str, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "tales.txt").write_text("a king" if "--init" not in arguments else "a king " * 500, encoding="utf-8")
+    (tmp_path / "data.jsonl").write_text('{"prompt": "a =>", "completion": " b"}\n', encoding="utf-8")
+    paths = {"FILE": "tales.txt", "OUT": "out", "JSONL": "data.jsonl"}
+    places = {name: str(tmp_path / path) for name, path in paths.items()} | {"MODEL": str(checkpoint)}
+    line = refused(capsys, *(places.get(argument, argument) for argument in arguments))
+    assert line.startswith(message.replace("MODEL", places["MODEL"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "f", "--out", "o", "--tokens", "inf"], "argument --tokens: must be a positive number, got inf"),
+        (["train", "f", "--out", "o", "--learning-rate", "0"], "argument --learning-rate: must be a positive number, got 0"),
+        (["train", "f", "--out", "o", "--device", "tpu"], "argument --device: invalid choice: 'tpu'"),
+        (["finetune", "f", "--out", "o", "--learning-rate", "-1"], "argument --learning-rate: must be a positive number, "),
+        (["plan", "--train-tflops", "0"], "argument --train-tflops: must be a positive number, got 0"),
+    ],
+)
+def test_numbers_that_mean_nothing(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_train_then_finetune_all_weights_then_complete(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corpus, examples = tmp_path / "tales.txt", tmp_path / "data.jsonl"
+    corpus.write_text("a king had a golden bird " * 400, encoding="utf-8")
+    examples.write_text('{"prompt": "a =>", "completion": " b"}\n' * 4, encoding="utf-8")
+    card = checkpoint / "banded.json"
+    card.write_text('{"separator": " ; "}')
+    trained, tuned = tmp_path / "trained", tmp_path / "tuned"
+    options = ["--init", str(checkpoint), "--tokens", "8000", "--batch-tokens", "512", "--learning-rate", "0.01"]
+    assert main(["train", str(corpus), "--out", str(trained), "--valid", str(corpus), *options]) == 0
+    shown = capsys.readouterr().out
+    assert re.fullmatch(r"held-out perplexity \d+\.\d\d over 2402 tokens\n", shown)
+    assert float(shown.split()[2]) < 100
+    data = [str(examples), "--valid", str(examples)]
+    assert main(["finetune", *data, "--model", str(trained), "--out", str(tuned), "--full", "--learning-rate", "0.01"]) == 0
+    before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert after < before - 1
+    assert (tuned / "banded.json").read_text() == card.read_text()
+    card.unlink()
+    assert main(["complete", "a =>", "--model", str(tuned), "--max-tokens", "3", "--dtype", "float32"]) == 0
+    assert capsys.readouterr().out.startswith("a =>")
 
 
 def test_the_environment_is_read_and_checked(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,16 @@ from model.tokenizer import r50k_base
 from model.training.trainer import mean_loss
 from model.weights import load_model
 from service.cli import few_shot_table, main
-from service.evaluate import EvaluationError, Served, TaskItem, few_shot_accuracy, few_shot_text, perplexity, read_items
+from service.evaluate import (
+    EvaluationError,
+    Served,
+    TaskItem,
+    few_shot_accuracy,
+    few_shot_questions,
+    few_shot_text,
+    perplexity,
+    read_items,
+)
 from tests.model.checkpoints import tiny
 from tests.serving import banded_serve
 
@@ -107,6 +116,7 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
 
     def answer(path: str, body: dict[str, Any]) -> Any:
         assert (path, body["temperature"], body["stop"]) == ("/v1/completions", 0, ["\n###\n"])
+        assert body["max_tokens"] == 6, "a digit and what ends it"
         *examples, query = body["prompt"].split("\n###\n")
         prompts.append(body["prompt"])
         query = query.removesuffix(" =>")
@@ -114,7 +124,7 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
         is_right = len(examples) == 3 or (query.startswith("two") and examples)
         return {"choices": [{"text": f" {query[3:]} " if is_right else " no"}]}
 
-    found = few_shot_accuracy(Fake(answer), items, items, [0, 1, 3])
+    found = few_shot_accuracy(Fake(answer), few_shot_questions(items, items, [0, 1, 3]))
     assert found == {"one": {0: 0.0, 1: 0.0, 3: 1.0}, "two": {0: 0.0, 1: 1.0, 3: 1.0}}
     assert len(set(prompts)) == len(prompts) == 60
     assert few_shot_table(found)[-1].split() == ["mean", "0.0%", "50.0%", "100.0%"]
@@ -123,7 +133,33 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
 def test_a_task_with_too_few_examples_is_named() -> None:
     items = [TaskItem("one", str(i), "x") for i in range(4)]
     with pytest.raises(EvaluationError, match=r"task one has 3 other examples; 4 are needed \(--examples\)"):
-        few_shot_accuracy(Fake(lambda *_: None), items, items, [0, 4])
+        few_shot_questions(items, items, [0, 4])
+
+
+def test_an_answer_that_would_be_cut_is_named() -> None:
+    items = [TaskItem("one", "a", "x\n###\ny"), TaskItem("one", "b", "y")]
+    with pytest.raises(EvaluationError, match=r"task one, input 'a': an answer ends at .*, which its output holds"):
+        few_shot_questions(items, items, [0])
+
+
+@pytest.mark.parametrize(
+    ("tokenized", "choice", "message"),
+    [
+        ({"tokens": [1, 2]}, {}, "POST nowhere/tokenize: the answer lacks tokens or max_model_len"),
+        ([], {}, "POST nowhere/tokenize: the answer lacks tokens or max_model_len"),
+        ({"tokens": [1, 2, 3], "max_model_len": 9}, {"logprobs": None}, "logprobs of 3 tokens was asked for, 0 came"),
+        (
+            {"tokens": [1, 2, 3], "max_model_len": 9},
+            {"logprobs": {"token_logprobs": [-1.0]}},
+            "POST nowhere/v1/completions: echo with logprobs of 3 tokens was asked for, 1 came",
+        ),
+    ],
+)
+def test_a_server_that_answers_something_else_is_not_believed(tokenized: Any, choice: Any, message: str) -> None:
+    served = Fake(lambda path, _: tokenized if path == "/tokenize" else {"choices": [choice]})
+    with pytest.raises(EvaluationError) as error:
+        perplexity(served, "x y z")
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +183,7 @@ def test_what_can_not_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture
         ([], "nothing to evaluate: give --text, --few-shot or both"),
         (["--text", latin], f"{latin} is not UTF-8: "),
         (["--few-shot", empty], f"{empty} holds no items"),
+        (["--text", empty, "--shots", "1"], "--examples and --shots are for --few-shot"),
         (["--few-shot", empty, "--shots", "-1"], "--shots -1: examples can't be fewer than none"),
         (["--text", empty, "--url", "http://127.0.0.1:9", "--model", "m"], "POST http://127.0.0.1:9/tokenize: "),
         (["--text", empty, "--url", "http://127.0.0.1:9", "--dtype", "int8"], "--dtype and --device say how a server is"),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import model.training.finetune
 from kernels import cpu
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
@@ -61,7 +62,7 @@ def encoded(examples: list[Example]) -> list[Encoded]:
 def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | None) -> None:
     model, held_out = make_model(), encoded(HELD_OUT)
     before = completion_loss(model, held_out)
-    plan = finetuning_plan(len(EXAMPLES), epochs=80, batch=4, learning_rate=2e-2)
+    plan = finetuning_plan(encoded(EXAMPLES), epochs=80, batch=4, learning_rate=2e-2)
     weights = {name: p.clone() for name, p in model.named_parameters()}
     after = finetune(tmp_path, model, encoded(EXAMPLES), plan, base="fp", adapter=adapter, held_out=held_out)
     assert after is not None
@@ -81,7 +82,7 @@ def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | N
 
 
 def test_it_goes_on_where_it_stopped_and_with_nothing_else(tmp_path: Path) -> None:
-    plan = finetuning_plan(len(EXAMPLES), epochs=3, batch=5, learning_rate=1e-2)
+    plan = finetuning_plan(encoded(EXAMPLES), epochs=3, batch=5, learning_rate=1e-2)
     options: dict[str, Any] = {"base": "fp", "adapter": AdapterConfig(2, 4.0)}
     finetune(tmp_path / "whole", make_model(), encoded(EXAMPLES), plan, **options)
 
@@ -98,6 +99,25 @@ def test_it_goes_on_where_it_stopped_and_with_nothing_else(tmp_path: Path) -> No
     finetune(tmp_path / "parts", make_model(), encoded(EXAMPLES), plan, **options, resume=True)
     whole, parts = ((tmp_path / name / "adapter.safetensors").read_bytes() for name in ("whole", "parts"))
     assert whole == parts
+
+
+def test_what_is_computed_at_a_time_has_a_limit_and_changes_no_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = encoded(EXAMPLES)
+    longest = max(len(example.inputs) for example in some)
+    sizes = set()
+
+    def curve(name: str) -> list[float]:
+        plan = finetuning_plan(some, epochs=2, batch=9, learning_rate=1e-3)
+        sizes.add(plan.micro_windows)
+        finetune(tmp_path / name, make_model(), some, plan, base="fp", adapter=AdapterConfig(2, 4.0))
+        with (tmp_path / name / "loss.csv").open(newline="") as file:
+            return [float(row["loss"]) for row in csv.DictReader(file)]
+
+    whole = curve("whole")
+    monkeypatch.setattr(model.training.finetune, "MICRO_TOKENS", 4 * longest)
+    assert curve("parts") == pytest.approx(whole, rel=1e-3)
+    assert len(whole) == 3, "24 examples: two batches of 9 and the rest"
+    assert sizes == {4096 // longest, 4}
 
 
 def test_the_prompt_is_read_and_not_learnt() -> None:
@@ -141,6 +161,7 @@ GOOD = {"prompt": "a =>", "completion": " b"}
         ([1], 'data.jsonl, line 2: expected an object of "prompt" and "completion", got \'[1]\''),
         ({"prompt": "a"}, 'data.jsonl, line 2: expected an object of "prompt" and "completion", got '),
         ({**GOOD, "weight": 1}, 'data.jsonl, line 2: expected an object of "prompt" and "completion", got '),
+        ("[" * 10_000, "data.jsonl, line 2: not JSON: "),
         ({**GOOD, "prompt": 5}, "data.jsonl, line 2: prompt must be a text, got 5"),
         ({**GOOD, "completion": None}, "data.jsonl, line 2: completion must be a text, got None"),
         ({**GOOD, "completion": ""}, "data.jsonl, line 2: the completion is empty"),

@@ -101,15 +101,32 @@ def test_interrupted_it_finishes_the_update_and_saves(uninterrupted: Path, corpu
     assert_same(tmp_path, uninterrupted)
 
 
-def test_two_ranks_make_the_bits_of_one(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
-    """Batches here are one or two micro-batches: of more, the order in which gradients are added would be another one."""
+def start_ranks(directory: Path, corpus: Path, *options: str) -> list[subprocess.Popen[bytes]]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [start(tmp_path, corpus, RANK=str(rank), **common) for rank in range(2)]
-    assert [rank.wait(60) for rank in ranks] == [0, 0]
-    assert_same(tmp_path, uninterrupted)
+    return [start(directory, corpus, *options, RANK=str(rank), **common) for rank in range(2)]
+
+
+def test_two_ranks_make_the_bits_of_one_and_stop_together(corpus: Path, tmp_path: Path) -> None:
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    assert start(alone, corpus, "--pairs").wait(60) == 0
+    ranks = start_ranks(together, corpus, "--pairs")
+    wait_for_updates(ranks[0], together, 3)
+    ranks[1].send_signal(signal.SIGINT)  # one is enough
+    assert all(rank.wait(60) for rank in ranks)
+    assert 0 < len(curve(together)) < len(curve(alone))
+    assert [rank.wait(60) for rank in start_ranks(together, corpus, "--pairs", "--resume")] == [0, 0]
+    assert_same(together, alone)
+
+
+def test_batches_of_any_size_are_shared_by_ranks(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    """One process computes up to four windows at a time, and each of two half of what there is: the sums round otherwise."""
+    assert [rank.wait(60) for rank in start_ranks(tmp_path, corpus)] == [0, 0]
+    ours, theirs = curve(tmp_path), curve(uninterrupted)
+    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
+    assert [float(row["loss"]) for row in ours] == pytest.approx([float(row["loss"]) for row in theirs], rel=0.02)
 
 
 def test_a_second_process_waits_for_the_first(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
@@ -121,6 +138,15 @@ def test_a_second_process_waits_for_the_first(uninterrupted: Path, corpus: Path,
 def test_a_directory_with_a_run_is_not_overwritten(uninterrupted: Path, corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"holds a training run: go on with it \(--resume\) or choose another directory"):
         run(uninterrupted, corpus)
+
+
+def test_a_model_that_is_no_run_s_is_not_overwritten(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.safetensors"
+    model.write_bytes((uninterrupted / "model.safetensors").read_bytes())
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"holds model\.safetensors, but no training run: choose another directory"):
+            run(tmp_path, corpus, resume=resume)
+    assert model.read_bytes() == (uninterrupted / "model.safetensors").read_bytes()
 
 
 def test_another_plan_is_not_gone_on_with(uninterrupted: Path, corpus: Path) -> None:

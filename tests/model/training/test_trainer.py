@@ -13,7 +13,7 @@ from kernels import cpu
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.training.data import Windows
-from model.training.trainer import Trainer, TrainingPlan, next_token_loss, perplexity
+from model.training.trainer import IGNORED, Trainer, TrainingPlan, next_token_loss, perplexity
 
 CONFIG = GPTConfig(
     vocab_size=97,
@@ -75,6 +75,29 @@ def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
 def float_loss(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), cpu)
     return F.cross_entropy(model.logits(hidden, cpu).flatten(0, 1), targets.flatten())
+
+
+def test_micro_batches_count_by_their_targets() -> None:
+    model = model_of(0)
+    inputs, targets = torch.randint(97, (2, 10, 48), generator=torch.Generator().manual_seed(1))
+    for row in range(10):
+        targets[row, : 4 * row] = IGNORED
+    with torch.no_grad():
+        expected = next_token_loss(model, inputs, targets).item()
+    for micro_windows in (1, 3):
+        trainer = Trainer(
+            dict(model_of(0).named_parameters()),
+            replace(PLAN, micro_windows=micro_windows),
+            lambda *batch: next_token_loss(model, *batch),
+        )
+        update = trainer.update(lambda first, count, window: (inputs[first : first + count], targets[first : first + count]))
+        assert update is not None
+        assert update.loss == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_last_batch_is_as_large_as_what_is_left() -> None:
+    plan = TrainingPlan(num_tokens=1050, window=100, batch=400, learning_rate=1.0)
+    assert [count for _, count, _ in steps(plan)] == [4, 4, 3]
 
 
 def test_gradients_are_clipped_and_vectors_do_not_decay() -> None:
@@ -161,11 +184,12 @@ def test_the_batch_grows_and_short_windows_come_first() -> None:
     found = steps(plan)
     sizes = [window * count for window, count, _ in found]
     assert sizes[0] == 200
-    assert sizes == sorted(sizes)
-    assert max(sizes) == sizes[-1] == 1000
+    assert sum(sizes) == 10_000
+    assert sizes[:-1] == sorted(sizes[:-1])
+    assert max(sizes) == sizes[-2] == 1000
     seen = [sum(sizes[:i]) for i in range(len(sizes))]
     assert all(window == (50 if before < 3000 else 100) for before, (window, *_) in zip(seen, found, strict=True))
-    assert all(size == 1000 for before, size in zip(seen, sizes, strict=True) if before >= 4000)
+    assert all(size == 1000 for before, size in zip(seen[:-1], sizes[:-1], strict=True) if before >= 4000)
 
 
 @pytest.mark.parametrize(

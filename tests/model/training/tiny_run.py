@@ -1,7 +1,8 @@
-"""`python -m tests.model.training.tiny_run DIR CORPUS [--resume]`: a training run of seconds, for tests that kill it."""
+"""`python -m tests.model.training.tiny_run DIR CORPUS [--resume] [--pairs]`: a run of seconds, for tests that kill it."""
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ PLAN = TrainingPlan(
     short_tokens=3000,
     micro_windows=4,
 )
+# Two micro-batches a batch, one for each of two ranks: sums of two have the same bits in either order.
+PAIRS = replace(PLAN, batch=64, first_batch=None, short_window=None, micro_windows=1)
 
 
 def run(directory: Path, corpus: Path, plan: TrainingPlan = PLAN, *, resume: bool = False) -> None:
@@ -48,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    run(Path(sys.argv[1]), Path(sys.argv[2]), resume="--resume" in sys.argv)
+    run(Path(sys.argv[1]), Path(sys.argv[2]), PAIRS if "--pairs" in sys.argv else PLAN, resume="--resume" in sys.argv)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -129,6 +129,7 @@ def parser() -> argparse.ArgumentParser:
     finetune.add_argument("--epochs", type=positive, default=4, help="(default %(default)d)")
     finetune.add_argument("--batch", type=positive, default=8, help="examples in a batch (default %(default)d)")
     finetune.add_argument("--learning-rate", type=positive_number, help="highest rate (default 1e-3; 1e-4 with --full)")
+    finetune.add_argument("--report", type=Path, help="write counts and advice to this JSON file before training begins")
     finetune.add_argument("--seed", type=int, default=0)
     finetune.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")
     finetune.set_defaults(command=run_finetune)
@@ -421,38 +422,48 @@ def run_finetune(args: argparse.Namespace) -> int:
     from model.lora import TARGETS, AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
     from model.vocabulary import load_tokenizer
-    from model.weights import load_model, weights_digest
+    from model.weights import load_model, weights_digest, write_atomically
     from service.loading import choose_device, model_directory
 
     if args.full and (args.rank or args.targets):
         raise ValueError("--full changes all weights: --rank and --targets are of an adapter")
     rank, targets = args.rank or DEFAULT_RANK, tuple(args.targets or TARGETS)
     adapter = None if args.full else AdapterConfig(rank, 2.0 * rank, targets)
-    examples = read_examples(args.examples)
-    held_out = read_examples(args.valid) if args.valid else []
-    for line in advice(examples):
-        logging.warning("%s: %s", args.examples.name, line)
+    files = [args.examples, args.valid] if args.valid else [args.examples]
+    examples = [read_examples(path) for path in files]
+    advices = list(map(advice, examples))
+    for path, lines in zip(files, advices, strict=True):
+        for line in lines:
+            logging.warning("%s: %s", path.name, line)
     directory = model_directory(args.model)
     model = load_model(directory, torch.float32).to(choose_device(args.device))
     tokenizer = load_tokenizer(directory)
-    encoded, encoded_held_out = (encode(some, tokenizer, model.config.n_positions) for some in (examples, held_out))
+    encoded = [encode(some, tokenizer, model.config.n_positions) for some in examples]
     plan = finetuning_plan(
-        encoded,
+        encoded[0],
         epochs=args.epochs,
         batch=args.batch,
         learning_rate=(1e-4 if args.full else 1e-3) if args.learning_rate is None else args.learning_rate,
         seed=args.seed,
     )
+    if args.report:
+        found = [
+            {"examples": len(some), "tokens": sum(len(example.inputs) for example in some), "advice": lines}
+            for some, lines in zip(encoded, advices, strict=True)
+        ]
+        updates = math.ceil(plan.num_tokens / plan.batch)
+        write_atomically(args.report, json.dumps({"files": found, "updates": updates}).encode())
+    held_out = encoded[1] if args.valid else []
     if held_out and not args.resume:
-        print(f"held-out loss before: {completion_loss(model, encoded_held_out):.4f}")
+        print(f"held-out loss before: {completion_loss(model, held_out):.4f}")
     loss = finetune(
         args.out,
         model,
-        encoded,
+        encoded[0],
         plan,
         base=weights_digest(directory),
         adapter=adapter,
-        held_out=encoded_held_out,
+        held_out=held_out,
         resume=args.resume,
         save_every=60.0 if adapter is None else 5.0,  # an adapter is soon written
         origin=directory,

@@ -31,6 +31,8 @@ log = logging.getLogger("banded.engine")
 STALL_SECONDS = 30.0
 # How long the steps in flight may take to end when the engine stops.
 STOP_SECONDS = 5.0
+# How often it is asked whether a retired adapter's choices have ended.
+RETIRE_SECONDS = 0.05
 # Consecutive steps that may raise before the engine gives up.
 MAX_FAILURES = 2
 
@@ -51,6 +53,10 @@ class QueueFullError(EngineError):
 
 class UnavailableError(EngineError):
     """Draining, failed, or the request waited too long."""
+
+
+class RetiredError(EngineError):
+    """The request needs an adapter that is no longer served."""
 
 
 class StepFailedError(EngineError):
@@ -112,6 +118,7 @@ class Engine:
         # Event-loop state: where each unread sequence's deltas go, and which sequences the step thread has not ended yet.
         self._mailboxes: dict[Sequence, Mailbox] = {}
         self._active: set[Sequence] = set()
+        self._retired: set[AdapterRef] = set()
         self._choice_seconds = 1.0  # running average of a choice's time in a slot, for Retry-After
         self._empty = asyncio.Event()  # no mailboxes
         self._empty.set()
@@ -223,6 +230,13 @@ class Engine:
             self._active.remove(sequence)
             self._send(lambda: self._scheduler.abort(sequence))
 
+    async def retire(self, adapter: AdapterRef, remove: Callable[[], None]) -> None:
+        """Let what runs with an adapter end, take in nothing more that needs it, and run `remove` in the step thread."""
+        self._retired.add(adapter)
+        while any(sequence.adapter == adapter for sequence in self._active):  # noqa: ASYNC110, as nobody is told
+            await asyncio.sleep(RETIRE_SECONDS)
+        await self.between_steps(remove)
+
     async def between_steps(self, work: Callable[[], None]) -> None:
         """Run `work` in the step thread, where no step runs meanwhile; raises what it raises."""
         done: asyncio.Future[None] = self._loop.create_future()
@@ -246,10 +260,6 @@ class Engine:
         self._send(run)
         await done
 
-    def runs_with(self, adapter: AdapterRef) -> bool:
-        """Whether a choice that has not ended is computed with it."""
-        return any(sequence.adapter == adapter for sequence in self._active)
-
     def check_size(self, num_choices: int) -> None:
         """Raise DoesNotFitError if a request has more choices than an idle engine takes."""
         limit = self._max_slots + self._max_queue
@@ -259,6 +269,8 @@ class Engine:
     def _check_admission(self, sequences: Items[Sequence]) -> None:
         if reason := self.unready_reason:
             raise UnavailableError(reason)
+        if any(sequence.adapter in self._retired for sequence in sequences):  # since the request found its model
+            raise RetiredError("the model has been deleted")
         self.check_size(len(sequences))
         longest = max(sequences, key=lambda sequence: sequence.num_written)
         if not self._scheduler.cache.fits_when_empty(longest.num_written):

@@ -41,8 +41,6 @@ MIN_CAPABILITY = (8, 0)
 # Default budget for KV pages on a CPU, and the share of a GPU's memory that is left to activations and captured graphs.
 CPU_KV_BYTES = 2 << 30
 CUDA_RESERVE = 0.1
-# How often is looked whether an adapter is still in use.
-POLL_SECONDS = 0.1
 # In int8 it is the products; all else is what "auto" takes.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -254,10 +252,7 @@ class EngineAdapters:
         return served
 
     async def unload(self, served: ServedModel) -> None:
-        engine = self._base.engine
-        while engine.runs_with(served.adapter):  # noqa: ASYNC110, as the engine tells nobody
-            await asyncio.sleep(POLL_SECONDS)
-        await engine.between_steps(lambda: self._runner.adapters.remove(served.adapter.number))
+        await self._base.engine.retire(served.adapter, lambda: self._runner.adapters.remove(served.adapter.number))
 
     def _read(self, name: str, directory: Path) -> Adapter:
         if name == self._base.name:
@@ -303,19 +298,26 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
         num_parameters=checkpoint.num_parameters,
         item_bytes=checkpoint.model.wte.weight.element_size(),
     )
-    directories = settings.adapters | dict(finished_adapters(settings, checkpoint.name))
-    if len(directories) > settings.max_adapters:
-        raise LoadError(f"{len(directories)} adapters are named, but max_adapters is {settings.max_adapters}")
-    digest = weights_digest(model_directory(settings.model)) if directories or settings.data_dir else ""
+    made = finished_adapters(settings, checkpoint.name)
+    if len(settings.adapters) + len(made) > settings.max_adapters:
+        named = f"{len(settings.adapters)} adapters are named and {len(made)} were made by jobs"
+        raise LoadError(f"{named}, but max_adapters is {settings.max_adapters}")
+    digest = weights_digest(model_directory(settings.model)) if settings.adapters or settings.data_dir else ""
     loader = EngineAdapters(base, checkpoint.model, runner, digest)
-    return Models([base, *(loader.load_first(name, Path(each)) for name, each in directories.items())], loader)
+    adapters = [loader.load_first(name, Path(directory)) for name, directory in settings.adapters.items()]
+    for name, directory in made:
+        try:
+            adapters.append(loader.load_first(name, directory))
+        except ValueError as error:  # DELETE /v1/models takes it away
+            log.error("%s is not served: %s", name, error)
+    return Models([base, *adapters], loader)
 
 
-def finished_adapters(settings: Settings, base: str) -> list[tuple[str, str]]:
+def finished_adapters(settings: Settings, base: str) -> list[tuple[str, Path]]:
     """Names and directories of what jobs have made of the model."""
     if settings.data_dir is None:
         return []
     store = Store(settings.data_dir)
     jobs = [job for job in reversed(store.jobs()) if job.fine_tuned_model and job.model == base]
     store.close()
-    return [(str(job.fine_tuned_model), str(store.run_directory(job.id))) for job in jobs]
+    return [(str(job.fine_tuned_model), store.run_directory(job.id)) for job in jobs]

@@ -673,7 +673,7 @@ class FileObject(BaseModel):
 class FileList(BaseModel):
     object: Literal["list"] = "list"
     data: list[FileObject]
-    has_more: bool = False
+    has_more: bool
 
 
 def unless_auto(value: Any) -> Any:
@@ -699,9 +699,9 @@ class JobHyperparameters(Body):
         or_auto("integer", minimum=1, maximum=256),
     ] = None
     learning_rate_multiplier: Annotated[
-        Annotated[float, Field(gt=0, le=1000, strict=True)] | None,
+        Annotated[float, Field(ge=1e-6, le=1000, strict=True)] | None,
         BeforeValidator(unless_auto),
-        or_auto("number", exclusiveMinimum=0, maximum=1000),
+        or_auto("number", minimum=1e-6, maximum=1000),
     ] = None
     rank: StrictInt = Field(
         8, ge=0, le=64, description="of the adapter's matrices; 0 would be all weights, which is refused"

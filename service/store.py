@@ -1,12 +1,13 @@
 """Files and fine-tuning jobs: rows in SQLite, contents on disk beside it."""
 
+import fcntl
 import json
 import os
 import secrets
 import shutil
 import sqlite3
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -14,9 +15,11 @@ MAX_FILES = 1000
 MAX_TOTAL_BYTES = 4 << 30
 MAX_JOBS = 1000
 
-Status = Literal["validating_files", "queued", "running", "succeeded", "failed", "cancelled"]
+Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
 # Jobs that still have something to do, after a restart too.
-UNFINISHED = ("validating_files", "queued", "running")
+UNFINISHED = ("validating_files", "running")
+ENDED = f"status NOT IN ({', '.join('?' * len(UNFINISHED))})"
+LAST_NUMBER = 2**63 - 1
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS files (
@@ -37,6 +40,10 @@ CREATE INDEX IF NOT EXISTS events_of ON events (job, number);
 
 class StoreFullError(Exception):
     """More than the store holds."""
+
+
+class StoreInUseError(ValueError):
+    """Another process has the store."""
 
 
 class StoredFile(NamedTuple):
@@ -81,17 +88,37 @@ class Event(NamedTuple):
 
 
 class Store:
-    """Used from one thread at a time. What it says is on the disk."""
+    """Used by one process, from one thread at a time. What it says is on the disk."""
 
     def __init__(self, directory: Path):
+        """Raises StoreInUseError where another process has it."""
         self.directory = directory
         (directory / "files").mkdir(parents=True, exist_ok=True)
+        self._lock = (directory / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.close()
+            raise StoreInUseError(f"another server keeps its files in {directory}") from None
         self._db = sqlite3.connect(directory / "banded.sqlite", check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.executescript(SCHEMA)
+        self._remove_leftovers()
 
     def close(self) -> None:
         self._db.close()
+        self._lock.close()
+
+    def _remove_leftovers(self) -> None:
+        """What a process that was killed had no time to remove."""
+        files = {self.path_of(file.id) for file in self.files()}
+        for path in (self.directory / "files").glob("file-*.jsonl*"):
+            if path not in files:
+                path.unlink()
+        runs = {self.run_directory(job.id) for job in self.jobs() if job.status in (*UNFINISHED, "succeeded")}
+        for path in (self.directory / "jobs").glob("ftjob-*"):
+            if path not in runs:
+                shutil.rmtree(path)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
@@ -130,9 +157,9 @@ class Store:
     def add_job(
         self, model: str, suffix: str, seed: int, hyperparameters: Hyperparameters, training: str, validation: str | None
     ) -> Job:
-        """Raises StoreFullError with the number."""
+        """The oldest job without a result makes room for it. Raises StoreFullError where there is none."""
         (count,) = self._db.execute("SELECT count(*) FROM jobs").fetchone()
-        if count >= MAX_JOBS:
+        if count >= MAX_JOBS and not self._drop_oldest_job():
             raise StoreFullError(f"{count} jobs are stored, as many as there may be")
         job_id, now = f"ftjob-{secrets.token_hex(12)}", int(time.time())
         job = Job(job_id, "validating_files", model, suffix, seed, hyperparameters, training, validation, now)
@@ -148,43 +175,77 @@ class Store:
         row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return row and job_of(row)
 
-    def update_job(self, job_id: str, **fields: Any) -> Job:
-        """Change columns of a job; it as it is now."""
-        columns = ", ".join(f"{name} = ?" for name in fields)
-        self._db.execute(f"UPDATE jobs SET {columns} WHERE id = ?", (*fields.values(), job_id))
-        job = self.job(job_id)
-        assert job is not None
-        return job
+    def _drop_oldest_job(self) -> bool:
+        """Of those that have ended and whose result, if there was one, was deleted; whether there was one."""
+        row = self._db.execute(
+            f"SELECT id FROM jobs WHERE {ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid", UNFINISHED
+        ).fetchone()
+        if row:
+            self._db.execute("DELETE FROM events WHERE job = ?", row)
+            self._db.execute("DELETE FROM jobs WHERE id = ?", row)
+        return row is not None
 
-    def end_job(self, job_id: str, status: Status, **fields: Any) -> Job:
+    def update_job(self, job_id: str, **fields: Any) -> bool:
+        """Change columns of a job that has not ended; whether that was so."""
+        columns = ", ".join(f"{name} = ?" for name in fields)
+        row = (*fields.values(), job_id, *UNFINISHED)
+        return self._db.execute(f"UPDATE jobs SET {columns} WHERE id = ? AND NOT ({ENDED})", row).rowcount > 0
+
+    def end_job(self, job_id: str, status: Status, **fields: Any) -> bool:
+        """Whether it had not ended before, and then it is as it was."""
         return self.update_job(job_id, status=status, finished=int(time.time()), **fields)
 
     def run_directory(self, job_id: str) -> Path:
         """Where a job's process works, and its result lies."""
         return self.directory / "jobs" / job_id
 
+    def remove_run(self, job_id: str) -> None:
+        """No process works there any more, and nobody wants what it left."""
+        shutil.rmtree(self.run_directory(job_id), ignore_errors=True)
+
     def forget_result(self, job_id: str) -> None:
         """The model of a job was deleted."""
-        self.update_job(job_id, fine_tuned_model=None)
-        shutil.rmtree(self.run_directory(job_id), ignore_errors=True)
+        self._db.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", (job_id,))
+        self.remove_run(job_id)
 
     # -- events -------------------------------------------------------------------------------------------------------
 
-    def add_event(self, job_id: str, message: str, *, level: str = "info", data: Mapping[str, float] | None = None) -> None:
-        """With `data` it is of type metrics."""
-        kind = "metrics" if data else "message"
-        row = (job_id, int(time.time()), level, kind, message, json.dumps(data or {}))
-        self._db.execute("INSERT INTO events (job, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)", row)
+    def add_event(self, job_id: str, message: str, *, level: str = "info") -> None:
+        self._add_events([(job_id, int(time.time()), level, "message", message, "{}")])
 
-    def events(self, job_id: str) -> list[Event]:
-        """The newest first."""
-        rows = self._db.execute("SELECT * FROM events WHERE job = ? ORDER BY number DESC", (job_id,))
-        return [Event._make((*row[:6], json.loads(row[6]))) for row in rows]
+    def add_metrics(self, job_id: str, metrics: Iterable[tuple[str, Mapping[str, float]]]) -> None:
+        """An event of type metrics for each message and its numbers, "step" among them; all of them or none."""
+        now = int(time.time())
+        self._add_events([(job_id, now, "info", "metrics", message, json.dumps(data)) for message, data in metrics])
 
-    def last_step(self, job_id: str) -> int:
-        """The last update of which there is an event."""
-        steps = [event.data["step"] for event in self.events(job_id) if event.type == "metrics"]
-        return max(steps, default=0)
+    def _add_events(self, rows: list[tuple[str, int, str, str, str, str]]) -> None:
+        with self._db:  # one transaction: the disk is waited for once
+            self._db.execute("BEGIN")
+            self._db.executemany(
+                "INSERT INTO events (job, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)", rows
+            )
+
+    def events(self, job_id: str, limit: int, before: int | None = None) -> list[Event]:
+        """The newest first, and only those before event `before`."""
+        rows = self._db.execute(
+            "SELECT * FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
+            (job_id, LAST_NUMBER if before is None else before, limit),
+        )
+        return [event_of(row) for row in rows]
+
+    def has_event(self, job_id: str, number: int) -> bool:
+        query = "SELECT 1 FROM events WHERE job = ? AND number = ?"
+        return self._db.execute(query, (job_id, number)).fetchone() is not None
+
+    def last_metrics(self, job_id: str) -> dict[str, float]:
+        """Of the last update of which there is an event; empty where there is none."""
+        query = "SELECT * FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT 1"
+        row = self._db.execute(query, (job_id,)).fetchone()
+        return event_of(row).data if row else {}
+
+
+def event_of(row: tuple[Any, ...]) -> Event:
+    return Event._make((*row[:6], json.loads(row[6])))
 
 
 def job_of(row: tuple[Any, ...]) -> Job:

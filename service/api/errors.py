@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from service.engine import DoesNotFitError, EngineError, QueueFullError, StepFailedError
+from service.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
 from service.limits import LimitError
 from service.schema import ErrorResponse, shown
 
@@ -77,6 +77,8 @@ def api_error(error: Exception) -> APIError:
         return APIError(429, str(error), code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, QueueFullError):
         return APIError(429, str(error), code="server_busy", headers={"retry-after": str(error.retry_after)})
+    if isinstance(error, RetiredError):
+        return APIError(404, str(error), param="model", code="model_not_found")
     if isinstance(error, StepFailedError):
         return APIError(500, str(error), code="internal_error")
     if isinstance(error, EngineError):

@@ -1,11 +1,13 @@
 """/v1/files: what jobs learn from."""
 
-from fastapi import APIRouter, Request
+from typing import Annotated, Literal, Protocol, TypeVar
+
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
 
 from service.api.errors import APIError, invalid
-from service.schema import DeletedObject, FileList, FileObject, shown
+from service.schema import DeletedObject, ErrorResponse, FileList, FileObject, shown
 from service.store import UNFINISHED, Store, StoredFile, StoreFullError
 
 router = APIRouter()
@@ -64,7 +66,9 @@ async def upload_file(request: Request) -> FileObject:
         if purpose != PURPOSE:
             raise invalid(f"purpose: '{PURPOSE}' is the only one, got '{shown(str(purpose))}'", "purpose")
         content = await file.read()
-        name = (file.filename or "file.jsonl")[:MAX_FILENAME]
+        name = file.filename or "file.jsonl"
+    if len(name) > MAX_FILENAME:
+        raise invalid(f"file: its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
     if not content:
         raise invalid("file: it is empty", "file")
     try:
@@ -74,9 +78,17 @@ async def upload_file(request: Request) -> FileObject:
 
 
 @router.get("/v1/files")
-async def list_files(request: Request) -> FileList:
-    """All of them, the newest first."""
-    return FileList(data=[file_object(file) for file in store_of(request).files()])
+async def list_files(
+    request: Request,
+    purpose: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> FileList:
+    """The newest first, or the oldest."""
+    files = [file for file in store_of(request).files() if purpose in (None, file.purpose)]
+    some, has_more = page(files if order == "desc" else files[::-1], limit, after)
+    return FileList(data=[file_object(file) for file in some], has_more=has_more)
 
 
 @router.get("/v1/files/{file_id}")
@@ -91,7 +103,7 @@ async def get_content(file_id: str, request: Request) -> FileResponse:
     return FileResponse(store.path_of(file.id), media_type="application/jsonl")
 
 
-@router.delete("/v1/files/{file_id}")
+@router.delete("/v1/files/{file_id}", responses={409: {"model": ErrorResponse, "description": "A job needs the file"}})
 async def delete_file(file_id: str, request: Request) -> DeletedObject:
     """Delete a file that no unfinished job needs."""
     store = store_of(request)
@@ -102,6 +114,29 @@ async def delete_file(file_id: str, request: Request) -> DeletedObject:
         raise APIError(409, f"job {using[0]} needs the file: cancel it first", code="file_in_use")
     store.delete_file(file.id)
     return DeletedObject(id=file.id, object="file")
+
+
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Listed = TypeVar("Listed", bound=HasId)
+
+
+def page(items: list[Listed], limit: int, after: str | None) -> tuple[list[Listed], bool]:
+    """The `limit` items that follow the one whose id is `after`, and whether there are more. Raises APIError for no id."""
+    start = 0
+    if after is not None:
+        ids = [item.id for item in items]
+        if after not in ids:
+            raise unknown_id(after)
+        start = ids.index(after) + 1
+    return items[start : start + limit], len(items) > start + limit
+
+
+def unknown_id(after: str) -> APIError:
+    return invalid(f"after: there is no '{shown(after)}'", "after")
 
 
 def file_object(file: StoredFile) -> FileObject:

@@ -1,12 +1,12 @@
 """/v1/fine_tuning/jobs: adapters of the served model, learnt while it serves."""
 
 import secrets
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
 from service.api.errors import APIError, invalid
-from service.api.files import find_file, store_of
+from service.api.files import find_file, page, store_of, unknown_id
 from service.api.generation import served_model, warnings_for
 from service.jobs import Jobs
 from service.kv_cache import sequence_bytes
@@ -30,6 +30,7 @@ router = APIRouter()
 # What "auto" is; the rate is multiplied by learning_rate_multiplier.
 EPOCHS, BATCH, RATE = 4, 8, 1e-3
 
+EVENT_PREFIX = "ftevent-"
 Limit = Annotated[int, Query(ge=1, le=100)]
 
 
@@ -85,7 +86,7 @@ def all_weights(served: ServedModel) -> str:
 
 def check_room(store: Store, models: Models, max_adapters: int) -> None:
     """Raises APIError where the result could not be served."""
-    waiting = sum(job.status in UNFINISHED for job in store.jobs())
+    waiting = sum(job.status in UNFINISHED and job.model == models.base.name for job in store.jobs())
     count = sum(served.parent is not None for served in models)
     if count + waiting >= max_adapters:
         raise invalid(
@@ -114,26 +115,33 @@ async def cancel_job(job_id: str, request: Request) -> JobObject:
     if job.status not in UNFINISHED or jobs.has_learnt(job):
         status = job.status if job.status not in UNFINISHED else "about to be succeeded"
         raise invalid(f"job {job.id} is not running: its status is {status}", code="job_ended")
-    return job_object(await jobs.cancel(job))
+    await jobs.cancel(job)
+    return job_object(find_job(jobs.store, job_id))
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events")
 async def list_events(job_id: str, request: Request, limit: Limit = 20, after: str | None = None) -> EventList:
     """The newest first."""
     store = store_of(request)
+    job = find_job(store, job_id)
+    before = None
+    if after is not None:
+        number = after.removeprefix(EVENT_PREFIX)
+        before = int(number) if number.isdecimal() and len(number) < 19 else 0
+        if not store.has_event(job.id, before):
+            raise unknown_id(after)
     events = [
         EventObject(
-            id=f"ftevent-{event.number}",
+            id=f"{EVENT_PREFIX}{event.number}",
             created_at=event.created,
             level=event.level,
             message=event.message,
             type=event.type,
             data=event.data,
         )
-        for event in store.events(find_job(store, job_id).id)
+        for event in store.events(job.id, limit + 1, before)
     ]
-    some, has_more = page(events, limit, after)
-    return EventList(data=some, has_more=has_more)
+    return EventList(data=events[:limit], has_more=len(events) > limit)
 
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
@@ -143,28 +151,19 @@ async def list_checkpoints(job_id: str, request: Request, limit: Limit = 10, aft
     job = find_job(store, job_id)
     if job.fine_tuned_model is None:
         return CheckpointList(data=[], has_more=False)
-    last = next(event for event in store.events(job.id) if event.type == "metrics")
+    metrics = store.last_metrics(job.id)
+    if "valid_loss" in metrics:  # at the end it is of all examples
+        metrics["full_valid_loss"] = metrics["valid_loss"]
     checkpoint = CheckpointObject(
         id=f"ftckpt-{job.id.removeprefix('ftjob-')}",
         created_at=job.finished or 0,
         fine_tuned_model_checkpoint=job.fine_tuned_model,
         fine_tuning_job_id=job.id,
-        metrics=last.data,
-        step_number=last.data["step"],
+        metrics=metrics,
+        step_number=int(metrics["step"]),
     )
     some, has_more = page([checkpoint], limit, after)
     return CheckpointList(data=some, has_more=has_more)
-
-
-def page(items: list[Any], limit: int, after: str | None) -> tuple[list[Any], bool]:
-    """The `limit` items that follow the one whose id is `after`, and whether there are more. Raises APIError for no id."""
-    start = 0
-    if after is not None:
-        ids = [item.id for item in items]
-        if after not in ids:
-            raise invalid(f"after: there is no '{shown(after)}'", "after")
-        start = ids.index(after) + 1
-    return items[start : start + limit], len(items) > start + limit
 
 
 def job_object(job: Job, warnings: list[str] | None = None) -> JobObject:
@@ -175,7 +174,7 @@ def job_object(job: Job, warnings: list[str] | None = None) -> JobObject:
         finished_at=job.finished,
         error=None if job.error is None else JobError(code="job_failed", message=job.error, param=None),
         fine_tuned_model=job.fine_tuned_model,
-        hyperparameters=JobHyperparameters(
+        hyperparameters=JobHyperparameters.model_construct(  # as it is, and no request
             n_epochs=parameters.n_epochs,
             batch_size=parameters.batch_size,
             learning_rate_multiplier=parameters.learning_rate / RATE,
@@ -183,7 +182,7 @@ def job_object(job: Job, warnings: list[str] | None = None) -> JobObject:
         ),
         model=job.model,
         status=job.status,
-        trained_tokens=job.trained_tokens,
+        trained_tokens=job.trained_tokens if job.status == "succeeded" else None,
         training_file=job.training_file,
         validation_file=job.validation_file,
         seed=job.seed,

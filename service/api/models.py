@@ -3,10 +3,10 @@
 from fastapi import APIRouter, Request
 
 from service.api.errors import invalid
-from service.api.files import store_of
 from service.api.generation import served_model
 from service.schema import DeletedObject, ModelCard, ModelList
 from service.served import Models, ServedModel
+from service.store import Store
 
 router = APIRouter()
 
@@ -25,15 +25,16 @@ async def get_model(name: str, request: Request) -> ModelCard:
 @router.delete("/v1/models/{name:path}")
 async def delete_model(name: str, request: Request) -> DeletedObject:
     """Delete what a fine-tuning job has made; requests that run with it end first."""
-    served = served_model(request, name)
-    store = store_of(request)
-    made = [job for job in store.jobs() if job.fine_tuned_model == served.name]
-    if not made:
-        raise invalid(f"'{served.name}' is not the result of a job: it can't be deleted", "model")
     models: Models = request.app.state.models
-    await models.remove(served)
+    store: Store | None = request.app.state.store
+    made = [job for job in store.jobs() if job.fine_tuned_model == name] if store else []
+    served = models.find(name) if made else served_model(request, name)
+    if not store or not made:
+        raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
+    if served:  # not where the weights that it was made for have been replaced
+        await models.remove(served)
     store.forget_result(made[0].id)
-    return DeletedObject(id=served.name, object="model")
+    return DeletedObject(id=name, object="model")
 
 
 def card(served: ServedModel) -> ModelCard:

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -13,7 +14,10 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.openapi import from_dict
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
+import service.store
 from service.api.app import create_app
+from service.jobs import Jobs
+from service.store import Hyperparameters, Store
 from tests.conformance import contract
 from tests.service.api.test_app import served
 from tests.service.fakes import FakeEngine
@@ -27,9 +31,10 @@ EXAMPLES = 40  # of each route, beside the boundary values of every field
 LEFT_OUT: list[CheckFunction] = [positive_data_acceptance]
 
 
-# What needs files and jobs that are there: see tests/service/test_jobs.py.
-STATEFUL = ("/v1/files", "/v1/fine_tuning")
 DELETES_RESULTS = "DELETE /v1/models/{name}"
+# What exists when the requests begin: the job needs the first file, until it is cancelled.
+FILES, JOB = ("file-1", "file-2"), "ftjob-1"
+EXISTING = {"name": ["fake"], "engine": ["fake"], "file_id": FILES, "job_id": [JOB]}
 
 
 class Running(NamedTuple):
@@ -38,16 +43,34 @@ class Running(NamedTuple):
     succeeded: set[str]
 
 
-def application() -> Any:
+class WaitingJobs(Jobs):
+    """Jobs whose turn does not come."""
+
+    def start(self) -> None:
+        pass
+
+
+def application(store: Store | None = None) -> Any:
     # Room for any n that a slot and the queue can be asked for, so that few requests end in a 429.
     fake = FakeEngine(max_slots=32, max_queue=4096, kv_sequences=32)
-    return create_app(served(fake), fake.metrics)
+    models = served(fake)
+    jobs = WaitingJobs(store, models.base, Path("nowhere"), models.add) if store else None  # type: ignore[arg-type]
+    return create_app(models, fake.metrics, jobs=jobs, max_adapters=1000)
+
+
+def fill(store: Store) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        numbers = iter("121")
+        patch.setattr(service.store.secrets, "token_hex", lambda _: next(numbers))  # type: ignore[attr-defined]
+        for _ in FILES:
+            store.add_file("a.jsonl", "fine-tune", b"{}")
+        job = store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), FILES[0], None)
+    store.add_event(job.id, "Created")
 
 
 def document() -> dict[str, Any]:
-    """The application's document. Which model is served it can't say, and under any other name all is a 404."""
+    """The application's document, and beside it what is served and stored: under any other name all is a 404."""
     found: dict[str, Any] = application().openapi()
-    found["paths"] = {path: operations for path, operations in found["paths"].items() if not path.startswith(STATEFUL)}
     bodies = [schema for schema in found["components"]["schemas"].values() if schema.get("additionalProperties") is False]
     parameters = [
         parameter
@@ -58,14 +81,19 @@ def document() -> dict[str, Any]:
     for body in bodies:
         if "model" in body["properties"]:
             body["properties"]["model"] = {"enum": ["fake"] if "model" in body.get("required", []) else ["fake", None]}
+        if "training_file" in body["properties"]:
+            body["properties"] |= {"training_file": {"enum": [FILES[0]]}, "validation_file": {"enum": [FILES[0], None]}}
     for parameter in parameters:
-        parameter["schema"] = {"enum": ["fake"]}
+        if parameter["name"] in EXISTING:
+            parameter["schema"] = {"enum": list(EXISTING[parameter["name"]])}
     return found
 
 
 @pytest.fixture(scope="module")
-def running() -> Iterator[Running]:
-    server = uvicorn.Server(uvicorn.Config(application(), port=0, log_config=None, access_log=False))
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    store = Store(tmp_path_factory.mktemp("store"))
+    fill(store)
+    server = uvicorn.Server(uvicorn.Config(application(store), port=0, log_config=None, access_log=False))
     thread = threading.Thread(target=server.run)
     thread.start()
     while not server.started:

@@ -2,18 +2,22 @@
 
 import asyncio
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from model.gpt import GPT
 from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable, new_adapter, save_adapter
 from model.weights import load_model, save_model, weights_digest
+from service.cli import load_app
 from service.loading import LoadError, load_served
 from service.metrics import Metrics
 from service.settings import Settings
+from service.store import Hyperparameters, Store
 from tests.model.checkpoints import tiny
 from tests.service.test_engine import run
 from tests.service.test_exactness import client_of, complete, random_tokens, reference
@@ -165,6 +169,56 @@ def test_models_are_listed_with_their_parents(directory: Path, adapters: dict[st
     run(test)
 
 
+def test_deleting_a_model_harms_no_request(directory: Path, adapters: dict[str, str], tmp_path: Path) -> None:
+    """Requests that run with it end; those that found it and come too late are told so; all others go on."""
+    store = Store(tmp_path)
+    for _ in range(2):
+        job = store.add_job(directory.name, "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
+        shutil.copytree(adapters["all"], store.run_directory(job.id))
+        store.end_job(job.id, "succeeded", fine_tuned_model=f"ft:{job.id}")
+    broken, name = (str(job.fine_tuned_model) for job in store.jobs())
+    weights = store.run_directory(broken.removeprefix("ft:")) / "adapter.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    store.close()
+    prompt = " understanding" * 300  # long enough to be tokenized in a thread, while others come and go
+    settings: dict[str, Any] = {"model": str(directory), "dtype": "float32", "data_dir": tmp_path, "kv_bytes": 64 << 20}
+    app = load_app(Settings(**settings))
+
+    async def test() -> None:
+        async with (
+            app.router.lifespan_context(app),
+            httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client,
+        ):
+            listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+            assert listed == [directory.name, name], "a result that can't be read is left out"
+
+            async def post(model: str, prompt: str) -> httpx.Response:
+                body = {"model": model, "prompt": prompt, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+                return await client.post("/v1/completions", json=body)
+
+            before = [asyncio.create_task(post(model, "a")) for model in (name, directory.name) for _ in range(3)]
+            late = [asyncio.create_task(post(name, prompt)) for _ in range(5)]
+            await asyncio.sleep(0.01)
+            deleted = await asyncio.gather(*(client.delete(f"/v1/models/{each}") for each in (name, broken)))
+            assert [answer.status_code for answer in deleted] == [200, 200]
+            assert [(await answer).status_code for answer in before] == [200] * 6
+            for answer in late:
+                response = await answer
+                assert response.status_code in (200, 404), response.text
+                if response.status_code == 404:
+                    assert response.json()["error"]["message"] in (
+                        "the model has been deleted",
+                        NOT_THERE % (name, directory.name),
+                    )
+            assert (await post(directory.name, "a")).status_code == 200
+            assert not list((tmp_path / "jobs").iterdir())
+
+    run(test, seconds=60)
+
+
+NOT_THERE = "the model '%s' does not exist; this server has '%s'"
+
+
 def test_adapters_that_can_not_be_served(directory: Path, adapters: dict[str, str], tmp_path: Path) -> None:
     model = load_model(directory, torch.float32)
     save_adapter(tmp_path, random_adapter(model, "another", AdapterConfig(2, 2.0, TARGETS)))
@@ -178,7 +232,7 @@ def test_adapters_that_can_not_be_served(directory: Path, adapters: dict[str, st
         load({"mine": str(tmp_path)})
     with pytest.raises(LoadError, match="adapter banded: the model itself has that name"):
         load({directory.name: adapters["all"]})
-    with pytest.raises(LoadError, match="3 adapters are named, but max_adapters is 2"):
+    with pytest.raises(LoadError, match="3 adapters are named and 0 were made by jobs, but max_adapters is 2"):
         load(adapters, max_adapters=2)
     with pytest.raises(ValueError, match=r"nowhere/adapter\.json"):
         load({"mine": "/nowhere"})

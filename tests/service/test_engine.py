@@ -4,13 +4,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 from model.step import SamplingParams, StepInput
 from service.choice import ChoiceRequest, Output
-from service.engine import DoesNotFitError, Engine, QueueFullError, StepFailedError, UnavailableError
-from service.scheduler import Sequence
+from service.engine import DoesNotFitError, Engine, QueueFullError, RetiredError, StepFailedError, UnavailableError
+from service.scheduler import AdapterRef, Sequence
 from tests.service.fakes import FakeEngine
 
 EOS = FakeEngine.tokenizer.eos_id
@@ -513,5 +514,29 @@ def test_accounting_faults_are_counted_when_idle() -> None:
             fake.scheduler.cache.pools["dense"].free.pop()
             await collect(engine, [sequence(2)])
             await until(lambda: fake.metric("page_accounting_faults_total") == 1)
+
+    run(test)
+
+
+def test_a_retired_adapter_is_removed_when_its_choices_have_ended_and_takes_in_no_more() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        async with running(fake) as engine:
+            mine, other = (replace(sequence(), adapter=AdapterRef(number, b"%d" % number)) for number in (1, 2))
+            fake.runner.gate.clear()  # steps wait
+            runs = asyncio.create_task(collect(engine, [mine]))
+            await until(lambda: mine.slot >= 0)
+            removed = asyncio.Event()
+            retiring = asyncio.create_task(engine.retire(mine.adapter, removed.set))
+            await asyncio.sleep(0.2)
+            late = replace(sequence(), adapter=mine.adapter)  # its request found the model before
+            with pytest.raises(RetiredError, match="the model has been deleted"):
+                await collect(engine, [late])
+            assert not removed.is_set()
+            fake.runner.gate.set()
+            assert text_of(await runs) == " one two three four"
+            await retiring
+            assert removed.is_set()
+            assert text_of(await collect(engine, [other])) == " one two three four"
 
     run(test)

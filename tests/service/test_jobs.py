@@ -2,6 +2,8 @@
 
 import asyncio
 import json
+import signal
+import sqlite3
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -16,29 +18,39 @@ import service.jobs
 import service.store
 from service.api.app import create_app
 from service.jobs import Jobs
+from service.loading import LoadError
 from service.served import Models, ServedModel
-from service.store import Store
+from service.store import Hyperparameters, Store, StoreFullError, StoreInUseError
 from tests.service.api.test_app import served
 from tests.service.fakes import FakeEngine
 from tests.service.test_engine import run
 
 GOOD = [{"prompt": f"{word} =>", "completion": f" {word}s"} for word in ("cat", "dog", "bird")]
-# Writes what a run writes, slowly: a row for every update, then the result.
+ADVICE = "begin every completion with a space, as words are tokens with one: line 4"
+# Writes what a run writes, slowly: the report, a row for every update, then the result.
 PROCESS = """
 import csv, json, os, signal, sys, time
 from pathlib import Path
 arguments = sys.argv[1:]
 out = Path(arguments[arguments.index("--out") + 1])
-(out / "arguments.json").write_text(json.dumps([arguments, os.nice(0)]))
+(out / "arguments.json").write_text(json.dumps([arguments, os.getsid(0) == os.getpid()]))
+report = Path(arguments[arguments.index("--report") + 1])
+found = {{"examples": 3, "tokens": 20, "advice": []}}
+files = [found | {{"advice": [{advice!r}]}}, found]
+report.with_suffix(".tmp").write_text(json.dumps({{"files": files, "updates": {updates}}}))
+report.with_suffix(".tmp").rename(report)
 path = out / "loss.csv"
 rows = list(csv.reader(path.open())) if path.exists() else [["update", "loss", "held_out_loss"]]
 for update in range(len(rows), {updates} + 1):
     rows.append([update, 5 - update, 4.5 if update == {updates} else ""])
-    with path.open("w", newline="") as file:
+    with path.with_suffix(".tmp").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
+    path.with_suffix(".tmp").rename(path)
     time.sleep({seconds})
-if {status}:
+if {status} > 0:
     print("banded: it went wrong", file=sys.stderr)
+if {status} < 0:
+    os.kill(os.getpid(), -{status})
 sys.exit({status})
 """
 
@@ -97,7 +109,7 @@ def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., No
 
     def become(updates: int = 3, seconds: float = 0.0, status: int = 0) -> None:
         path = tmp_path / "process.py"
-        path.write_text(PROCESS.format(updates=updates, seconds=seconds, status=status))
+        path.write_text(PROCESS.format(updates=updates, seconds=seconds, status=status, advice=ADVICE))
         monkeypatch.setattr(service.jobs, "COMMAND", (sys.executable, str(path)))
 
     monkeypatch.setattr(service.jobs, "POLL_SECONDS", 0.05)
@@ -161,6 +173,10 @@ def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
             "purpose: 'fine-tune' is the only one, got 'batch'",
         ),
         ({"files": {"file": ("a", b"")}, "data": {"purpose": "fine-tune"}}, "file: it is empty"),
+        (
+            {"files": {"file": ("a" * 256, b"x")}, "data": {"purpose": "fine-tune"}},
+            "file: its name has 256 characters, at most 255 are taken",
+        ),
         ({"files": {"other": ("a", b"x")}, "data": {"purpose": "fine-tune"}}, "unknown field 'other'"),
         ({"files": {"purpose": (None, "fine-tune")}}, "file: a file is needed"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "Missing boundary in multipart."),
@@ -222,10 +238,10 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
             name = f"ft:fake:mine:{job['id'][-8:]}"
             assert (done["status"], done["fine_tuned_model"], done["error"]) == ("succeeded", name, None)
             assert done["hyperparameters"] == parameters | {"batch_size": 8}
-            assert done["trained_tokens"] > 0
+            assert done["trained_tokens"] == 2 * 20
             directory = tmp_path / "jobs" / job["id"]
             assert api.loader.loaded == [(name, directory)]
-            arguments, niceness = json.loads((directory / "arguments.json").read_text())
+            arguments, leads_a_session = json.loads((directory / "arguments.json").read_text())
             assert arguments == [
                 *(
                     str(tmp_path / "files" / f"{training}.jsonl"),
@@ -235,15 +251,15 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
                     "--out",
                     str(directory),
                 ),
+                *("--report", str(directory / "report.json")),
                 *("--epochs", "2", "--batch", "8", "--learning-rate", "0.0005", "--rank", "4", "--seed", "7"),
                 *("--valid", str(tmp_path / "files" / f"{validation}.jsonl")),
             ]
-            assert niceness == 19
+            assert leads_a_session
             messages = await api.messages(job["id"])
-            assert f"{training}: begin every completion with a space, as words are tokens with one: line 4" in messages
+            assert f"{training}: {ADVICE}" in messages
             assert [message for message in messages if not message.startswith("file-")] == [
                 f"Created job {job['id']}",
-                "Validating files",
                 "Files validated",
                 "The job has started",
                 "Step 1: training loss 4.0000",
@@ -254,7 +270,7 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
             ]
             [checkpoint] = (await api.get(f"/v1/fine_tuning/jobs/{job['id']}/checkpoints"))["data"]
             assert (checkpoint["fine_tuned_model_checkpoint"], checkpoint["step_number"]) == (name, 3)
-            assert checkpoint["metrics"] == {"step": 3, "train_loss": 2.0, "valid_loss": 4.5}
+            assert checkpoint["metrics"] == {"step": 3, "train_loss": 2.0, "valid_loss": 4.5, "full_valid_loss": 4.5}
             assert (await api.get(f"/v1/models/{name}"))["parent"] == "fake"
             answer = await api.client.post("/v1/fine_tuning/jobs", json={"model": name, "training_file": training})
             assert answer.json()["error"]["message"] == f"model: '{name}' is an adapter; fine-tune 'fake'"
@@ -269,28 +285,19 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
     run(test)
 
 
-@pytest.mark.parametrize(
-    ("lines", "reason"),
-    [
-        ("{}", '.jsonl, line 1: expected an object of "prompt" and "completion", got \'{}\''),
-        ([{"prompt": "word " * 300, "completion": " x"}], "the model's context is 256 tokens; longer, up to 302: line 1"),
-    ],
-)
-def test_a_job_with_a_wrong_file_fails_and_the_next_one_runs(
-    tmp_path: Path, process: Callable[..., None], lines: Any, reason: str
-) -> None:
+def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path) -> None:
+    """Nothing is fake about this one."""
+
     async def test() -> None:
         async with serving(tmp_path) as api:
-            wrong, right = (
-                await api.create(training_file=await api.upload(lines)),
-                await api.create(training_file=await api.upload()),
-            )
-            job = await api.ended(wrong["id"])
-            assert job["status"] == "failed"
-            assert reason in job["error"]["message"]
-            assert (await api.ended(right["id"]))["status"] == "succeeded"
+            file_id = await api.upload("{}")
+            job = await api.ended((await api.create(training_file=file_id))["id"])
+            assert (job["status"], job["trained_tokens"]) == ("failed", None)
+            reason = f'{file_id}.jsonl, line 1: expected an object of "prompt" and "completion", got \'{{}}\''
+            assert job["error"]["message"] == reason
+            assert not (tmp_path / "jobs" / job["id"]).exists()
 
-    run(test)
+    run(test, seconds=120)
 
 
 def test_a_process_that_fails_is_quoted(tmp_path: Path, process: Callable[..., None]) -> None:
@@ -302,8 +309,159 @@ def test_a_process_that_fails_is_quoted(tmp_path: Path, process: Callable[..., N
             assert (job["status"], job["fine_tuned_model"]) == ("failed", None)
             assert job["error"] == {"code": "job_failed", "message": "it went wrong", "param": None}
             assert (await api.messages(job["id"]))[-1] == "The job has failed: it went wrong"
+            assert not (tmp_path / "jobs" / job["id"]).exists()
+            process()
+            assert (await api.ended((await api.create(training_file=await api.upload()))["id"]))["status"] == "succeeded"
 
     run(test)
+
+
+def test_a_process_that_is_killed_has_failed_and_one_that_is_told_to_end_goes_on(
+    tmp_path: Path, process: Callable[..., None]
+) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            process(updates=1, status=-signal.SIGKILL)
+            job = await api.ended((await api.create(training_file=await api.upload()))["id"])
+            assert job["error"]["message"] == "its process was ended by SIGKILL"
+            process(updates=1, status=-signal.SIGTERM)
+            job = await api.create(training_file=await api.upload())
+            while (await api.messages(job["id"])).count("The job goes on") < 2:
+                await asyncio.sleep(0.02)
+            process(updates=2)
+            assert (await api.ended(job["id"]))["status"] == "succeeded"
+
+    run(test)
+
+
+def test_a_result_that_can_not_be_served_has_failed(tmp_path: Path, process: Callable[..., None]) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+
+            async def load(name: str, directory: Path) -> ServedModel:
+                raise LoadError(f"{name} is for other weights")
+
+            api.loader.load = load  # type: ignore[method-assign]
+            job = await api.ended((await api.create(training_file=await api.upload()))["id"])
+            assert job["error"]["message"] == f"ft:fake::{job['id'][-8:]} is for other weights"
+
+    run(test)
+
+
+def test_a_disk_that_fails_for_a_while_stops_no_later_job(
+    tmp_path: Path, process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process(updates=1000, seconds=0.05)
+
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+
+            def fail(*_: object, **__: object) -> None:
+                raise sqlite3.OperationalError("database or disk is full")
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Store, "add_metrics", fail)
+                patch.setattr(Store, "end_job", fail)
+                job = await api.create(training_file=await api.upload())
+                await asyncio.sleep(1)
+            process()
+            assert (await api.ended(job["id"]))["status"] == "succeeded"
+
+    run(test)
+
+
+def test_more_updates_than_a_curve_holds_are_refused(tmp_path: Path, process: Callable[..., None]) -> None:
+    process(updates=100_001, seconds=0.05)
+
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            job = await api.ended((await api.create(training_file=await api.upload()))["id"])
+            reason = "100001 updates are more than 100000: fewer epochs or larger batches are needed"
+            assert job["error"]["message"] == reason
+
+    run(test)
+
+
+def test_later_updates_have_fewer_events(tmp_path: Path, process: Callable[..., None]) -> None:
+    process(updates=1234)
+
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            job = await api.ended((await api.create(training_file=await api.upload()))["id"])
+            assert job["status"] == "succeeded"
+            steps, after = [], ""
+            while True:
+                page = await api.get(f"/v1/fine_tuning/jobs/{job['id']}/events?limit=100{after}")
+                steps += [event["data"]["step"] for event in page["data"] if event["type"] == "metrics"]
+                if not page["has_more"]:
+                    break
+                after = f"&after={page['data'][-1]['id']}"
+            assert steps[::-1] == [*range(1, 1001), *range(1010, 1240, 10), 1234]
+            for nobody in ("ftevent-0", "ftevent-x", "ftevent-" + "9" * 30, "x"):
+                answer = await api.client.get(f"/v1/fine_tuning/jobs/{job['id']}/events?after={nobody}")
+                assert answer.json()["error"]["message"] == f"after: there is no '{nobody}'"
+
+    run(test, seconds=60)
+
+
+def test_a_store_belongs_to_one_server(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(StoreInUseError, match=f"another server keeps its files in {tmp_path}"):
+        Store(tmp_path)
+    store.close()
+    Store(tmp_path).close()
+
+
+def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    file = store.add_file("a", "fine-tune", b"x")
+    jobs = [store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None) for _ in range(3)]
+    for job, status in zip(jobs, ("succeeded", "failed", "running"), strict=True):
+        store.update_job(job.id, status=status)
+        store.run_directory(job.id).mkdir(parents=True)
+    strangers = [tmp_path / "files" / "mine.txt", tmp_path / "jobs" / "mine"]
+    leftovers = [tmp_path / "files" / "file-1.jsonl", tmp_path / "files" / "file-2.jsonl.tmp", tmp_path / "jobs" / "ftjob-1"]
+    for path in (*strangers, *leftovers):
+        path.mkdir()
+    store.close()
+    for path in leftovers[:2]:
+        path.rmdir()
+        path.write_text("x")
+    store = Store(tmp_path)
+    assert [path.exists() for path in (*strangers, *leftovers)] == [True, True, False, False, False]
+    assert [store.run_directory(job.id).exists() for job in jobs] == [True, False, True]
+    assert store.path_of(file.id).exists()
+    store.close()
+
+
+def test_the_oldest_job_without_a_result_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service.store, "MAX_JOBS", 3)
+    store = Store(tmp_path)
+
+    def add() -> str:
+        return store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None).id
+
+    served, failed, running = add(), add(), add()
+    store.end_job(served, "succeeded", fine_tuned_model="ft:fake")
+    store.end_job(failed, "failed")
+    store.add_event(failed, "gone with it")
+    new = add()
+    assert {job.id for job in store.jobs()} == {served, running, new}
+    assert store.events(failed, 10) == []
+    with pytest.raises(StoreFullError, match="3 jobs are stored, as many as there may be"):
+        add()
+    store.close()
+
+
+def test_a_job_ends_once(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    job = store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
+    assert store.end_job(job.id, "cancelled")
+    assert not store.end_job(job.id, "failed", error="too late")
+    found = store.job(job.id)
+    assert found is not None
+    assert (found.status, found.error) == ("cancelled", None)
+    store.close()
 
 
 def test_jobs_wait_for_each_other_and_can_be_cancelled(tmp_path: Path, process: Callable[..., None]) -> None:
@@ -383,6 +541,15 @@ def test_lists_come_in_pages(tmp_path: Path, process: Callable[..., None]) -> No
             assert ([job["id"] for job in first["data"]], first["has_more"]) == ([made[2], made[1]], True)
             rest = await api.get(f"/v1/fine_tuning/jobs?limit=2&after={made[1]}")
             assert ([job["id"] for job in rest["data"]], rest["has_more"]) == ([made[0]], False)
+            more = await api.upload(name="b.jsonl")
+            first = await api.get("/v1/files?limit=1")
+            assert ([file["id"] for file in first["data"]], first["has_more"]) == ([more], True)
+            rest = await api.get(f"/v1/files?limit=1&after={more}&purpose=fine-tune")
+            assert ([file["id"] for file in rest["data"]], rest["has_more"]) == ([file_id], False)
+            assert [file["id"] for file in (await api.get("/v1/files?order=asc"))["data"]] == [file_id, more]
+            assert (await api.get("/v1/files?purpose=batch"))["data"] == []
+            answer = await api.client.get("/v1/files?after=nobody")
+            assert answer.json()["error"]["message"] == "after: there is no 'nobody'"
             answer = await api.client.get("/v1/fine_tuning/jobs?after=nobody")
             assert answer.json()["error"]["message"] == "after: there is no 'nobody'"
             assert (await api.client.get("/v1/fine_tuning/jobs?limit=0")).status_code == 400
@@ -406,6 +573,10 @@ def test_jobs_that_can_not_be(tmp_path: Path, process: Callable[..., None]) -> N
                 (
                     {"training_file": file_id, "hyperparameters": {"n_epochs": 0}},
                     "'hyperparameters.n_epochs': input should be greater than or equal to 1",
+                ),
+                (
+                    {"training_file": file_id, "hyperparameters": {"learning_rate_multiplier": 5e-322}},
+                    "'hyperparameters.learning_rate_multiplier': input should be greater than or equal to 0.000001",
                 ),
                 (
                     {"training_file": file_id, "hyperparameters": {"rank": 0}},

@@ -553,7 +553,7 @@ def test_a_preflight_lets_through_what_clients_send() -> None:
         async with serving(api_keys=KEYS, cors_origins=("https://a.example",)) as api:
             asked = await api.client.options("/v1/completions", headers={"origin": "https://a.example", **PREFLIGHT})
             assert asked.headers["access-control-allow-headers"] == "authorization,content-type"
-            assert asked.headers["access-control-allow-methods"] == "GET, HEAD, POST"
+            assert asked.headers["access-control-allow-methods"] == "GET, HEAD, POST, DELETE"
             # Without what makes it a preflight it is a request like any other.
             answer = await api.client.options("/v1/completions", headers={"origin": "https://a.example"})
             assert answer.status_code == 401

@@ -85,8 +85,9 @@ def main() -> None:
     tokenizer = r50k_base()
     train, valid = (read_tokens([path], tokenizer).numpy().astype(np.int64) for path in (args.train, args.valid))
     ngrams = Ngrams(train, tokenizer.max_id + 1)
-    print(f"unigram perplexity {perplexity(ngrams.unigram(valid[1:])):.1f}")
-    print(f"trigram perplexity {perplexity(ngrams.trigram(valid)):.1f}, {len(train)} tokens counted, {len(valid)} predicted")
+    print(f"{len(train)} tokens counted, {len(valid) - 2} predicted")
+    print(f"unigram perplexity {perplexity(ngrams.unigram(valid[2:])):.1f}")
+    print(f"trigram perplexity {perplexity(ngrams.trigram(valid)):.1f}")
 
 
 if __name__ == "__main__":

@@ -102,9 +102,10 @@ class Group(NamedTuple):
 
 
 class AdaptedOps:
-    """Ops in which linears have adapters beside them; everything else is that of `ops`. Differentiable if they are.
+    """Ops in which linears have adapters beside them; everything else is that of `ops`.
 
-    Rows of all adapters and of none share the product with the weight, and a row has the bits that it has alone.
+    With a lone group they are differentiable if `ops` are. Rows of all adapters and of none share the product with the
+    weight, and a row has the bits that it has alone.
     """
 
     def __init__(self, ops: Ops, groups: Sequence[Group]):

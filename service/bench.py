@@ -340,7 +340,8 @@ def running(program: Program, *, timeout: float = 120) -> Iterator[Server]:
         url, started = f"http://127.0.0.1:{port}", time.perf_counter()
         process = subprocess.Popen(
             [*program.command, "--port", str(port)],
-            env=os.environ | dict(program.environment),
+            # A data directory has a server of its own, whose jobs would run in the measurement.
+            env={name: value for name, value in os.environ.items() if name != "BANDED_DATA_DIR"} | dict(program.environment),
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

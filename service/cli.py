@@ -267,8 +267,8 @@ def jobs_over(models: "Models", settings: Settings) -> "Jobs | None":
 
 
 def run_complete(args: argparse.Namespace) -> int:
-    # Nothing listens, so the address doesn't matter.
-    settings = settings_from(args, host="127.0.0.1")
+    # Nothing listens, so the address doesn't matter; a server may have the directory.
+    settings = settings_from(args, host="127.0.0.1", data_dir=None)
     logging.getLogger().setLevel(logging.WARNING)
     return asyncio.run(complete_on_terminal(args, settings))
 
@@ -483,15 +483,15 @@ def run_evaluate(args: argparse.Namespace) -> int:
     shots = sorted(set(args.shots or DEFAULT_SHOTS))
     if shots[0] < 0:
         raise ValueError(f"--shots {shots[0]}: examples can't be fewer than none")
+    if args.json and not args.json.parent.is_dir():
+        raise ValueError(f"--json {args.json}: there is no such directory")
     text = read_text(args.text) if args.text else None
     questions = []
     if args.few_shot:
         items = read_items(args.few_shot)
         questions = few_shot_questions(items, read_items(args.examples) if args.examples else items, shots)
     results: dict[str, Any] = {}
-    with ExitStack() as stack:
-        file = stack.enter_context(args.json.open("w", encoding="utf-8")) if args.json else None
-        url, model = stack.enter_context(reachable(args))
+    with reachable(args) as (url, model):
         served = Served(url, model)
         results["model"] = model
         if text is not None:
@@ -501,8 +501,8 @@ def run_evaluate(args: argparse.Namespace) -> int:
         if questions:
             results["few_shot"] = few_shot_accuracy(served, questions)
             print("\n".join(few_shot_table(results["few_shot"])))
-        if file:
-            file.write(json.dumps(results, indent=2) + "\n")
+    if args.json:
+        args.json.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -158,8 +158,8 @@ def few_shot_accuracy(served: Served, questions: list[Question]) -> dict[str, di
     """Share of exact answers, by task and by how many examples came before."""
 
     def is_right(question: Question) -> bool:
-        # No text has more tokens than bytes: room for the answer and what ends it.
-        room = len((question.item.output + LAYOUT.separator).encode())
+        # No text has more tokens than bytes: room for the space that the prompt leaves out, the answer and what ends it.
+        room = len(f" {question.item.output}{LAYOUT.separator}".encode())
         body = {"prompt": question.prompt, "max_tokens": room, "temperature": 0, "stop": [LAYOUT.separator]}
         answer: str = served.post("/v1/completions", body)["choices"][0]["text"]
         return answer.strip() == question.item.output.strip()

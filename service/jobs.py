@@ -74,34 +74,39 @@ class Jobs:
     async def _run(self) -> None:
         while True:
             self._changed.clear()
-            unfinished = [job for job in self.store.jobs() if job.status in UNFINISHED and job.model == self._base.name]
-            if not unfinished:
-                await self._changed.wait()
-                continue
-            job = unfinished[-1]  # the oldest
+            job = None
             try:
-                await self._advance(job)
+                if job := self._next():
+                    await self._advance(job)
+                else:
+                    await self._changed.wait()
             except Exception:
-                log.exception("job %s", job.id)
+                log.exception("job %s", job and job.id)
                 with contextlib.suppress(Exception):  # the disk may be full, or the database locked: later it may not be
-                    self._fail(job, "internal error")
+                    if job:
+                        self._fail(job, "internal error")
                 await asyncio.sleep(POLL_SECONDS)
             self._process = None
+
+    def _next(self) -> Job | None:
+        """The oldest of those that something is to be done for."""
+        unfinished = [job for job in self.store.jobs() if job.status in UNFINISHED and job.model == self._base.name]
+        return unfinished[-1] if unfinished else None
 
     async def _advance(self, job: Job) -> None:
         """Bring a job to its end, or to where its process was told to end."""
         status = await self._train(job)
-        if status == 0:
+        if status == 0 and self._status(job) in UNFINISHED:
             name = f"ft:{job.model}:{job.suffix}:{job.id[-8:]}"
             try:
                 await self._publish(name, job.id)
             except (ValueError, OSError) as error:
                 self._fail(job, str(error))
             else:
-                self.store.end_job(job.id, "succeeded", fine_tuned_model=name)
+                self.store.end_job(job.id, "succeeded", fine_tuned_model=name)  # see has_learnt: nobody could cancel it
                 self.store.add_event(job.id, f"New model: {name}")
                 self.store.add_event(job.id, "The job has succeeded")
-        elif status not in INTERRUPTED:
+        elif status and status not in INTERRUPTED:
             self._fail(job, why(status, self.store.run_directory(job.id) / "log"))
         if self._status(job) in ("failed", "cancelled"):
             self.store.remove_run(job.id)
@@ -139,7 +144,7 @@ class Jobs:
                 if reason := await progress.note():
                     self._fail(job, reason)
                     await end_process(process)
-            await progress.note()
+            await progress.note(to_the_end=ended.result() == 0)
             return ended.result()
         finally:
             await end_process(process)
@@ -173,15 +178,19 @@ class Progress:
         self._read = (0, 0)  # which curve was read last: it is replaced as a whole
         self._last = int(store.last_metrics(job.id).get("step", 0))
 
-    async def note(self) -> str | None:
-        """What is new since the last call. Returns why the job should end, if it should."""
+    async def note(self, *, to_the_end: bool = False) -> str | None:
+        """What is new since the last call. Returns why the job should end, if it should.
+
+        The curve's last row may still get a held-out loss: it is left for the next time, but `to_the_end`.
+        """
         if not self._is_validated and self._report.exists():
             self._is_validated = True
             if reason := self._note_report(json.loads(self._report.read_text(encoding="utf-8"))):
                 return reason
-        if self._curve.exists() and (written := version_of(self._curve)) != self._read:
-            self._read = written
+        if self._curve.exists() and (to_the_end or version_of(self._curve) != self._read):
+            self._read = version_of(self._curve)
             rows = await asyncio.to_thread(read_rows, self._curve, self._last)
+            rows = rows if to_the_end else rows[:-1]
             self._store.add_metrics(self._job.id, [metrics_of(row) for row in rows if is_shown(row)])
             self._last = max((int(row["update"]) for row in rows), default=self._last)
         return None

@@ -298,15 +298,15 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
         num_parameters=checkpoint.num_parameters,
         item_bytes=checkpoint.model.wte.weight.element_size(),
     )
-    made = finished_adapters(settings, checkpoint.name)
-    if len(settings.adapters) + len(made) > settings.max_adapters:
-        named = f"{len(settings.adapters)} adapters are named and {len(made)} were made by jobs"
-        raise LoadError(f"{named}, but max_adapters is {settings.max_adapters}")
+    if len(settings.adapters) > settings.max_adapters:
+        raise LoadError(f"{len(settings.adapters)} adapters are named, but max_adapters is {settings.max_adapters}")
     digest = weights_digest(model_directory(settings.model)) if settings.adapters or settings.data_dir else ""
     loader = EngineAdapters(base, checkpoint.model, runner, digest)
     adapters = [loader.load_first(name, Path(directory)) for name, directory in settings.adapters.items()]
-    for name, directory in made:
+    for name, directory in finished_adapters(settings, checkpoint.name):
         try:
+            if len(adapters) >= settings.max_adapters:
+                raise LoadError(f"max_adapters is {settings.max_adapters}")
             adapters.append(loader.load_first(name, directory))
         except ValueError as error:  # DELETE /v1/models takes it away
             log.error("%s is not served: %s", name, error)

@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
@@ -10,6 +11,8 @@ import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+
+log = logging.getLogger("banded.store")
 
 MAX_FILES = 1000
 MAX_TOTAL_BYTES = 4 << 30
@@ -100,10 +103,13 @@ class Store:
         except BlockingIOError:
             self._lock.close()
             raise StoreInUseError(f"another server keeps its files in {directory}") from None
-        self._db = sqlite3.connect(directory / "banded.sqlite", check_same_thread=False, isolation_level=None)
+        path = directory / "banded.sqlite"
+        is_new = not path.exists()
+        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.executescript(SCHEMA)
-        self._remove_leftovers()
+        if not is_new:  # of what a database knew that was lost, nothing is known to be a leftover
+            self._remove_leftovers()
 
     def close(self) -> None:
         self._db.close()
@@ -114,11 +120,13 @@ class Store:
         files = {self.path_of(file.id) for file in self.files()}
         for path in (self.directory / "files").glob("file-*.jsonl*"):
             if path not in files:
-                path.unlink()
-        runs = {self.run_directory(job.id) for job in self.jobs() if job.status in (*UNFINISHED, "succeeded")}
+                log.warning("removing %s, which is no file's", path)
+                path.unlink(missing_ok=True)
+        runs = {self.run_directory(job.id) for job in self.jobs() if job.status in UNFINISHED or job.fine_tuned_model}
         for path in (self.directory / "jobs").glob("ftjob-*"):
             if path not in runs:
-                shutil.rmtree(path)
+                log.warning("removing %s, where no job works and no result lies", path)
+                shutil.rmtree(path, ignore_errors=True)
 
     # -- files --------------------------------------------------------------------------------------------------------
 

@@ -61,6 +61,7 @@ def train(
     In a process group of torch.distributed every rank calls this; the first one writes. Raises ValueError for a corpus that
     does not fit the plan too.
     """
+    check_directory(directory, resume=resume)  # before the corpus is written there
     if is_first_rank():
         for path in corpus:
             write_shard(path, tokenizer, directory / "tokens")
@@ -117,22 +118,14 @@ def follow(
     with one_writer(directory), interruptions() as is_interrupted:
         if dist.is_initialized():
             dist.barrier()  # until nobody writes there any more
+        check_directory(directory, resume=resume)
         if state.exists():
-            if not resume:
-                raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
             load_state(state, trainer, about)
-        elif models := [name for name in MODEL_FILES if (directory / name).exists()]:
-            raise ValueError(f"{directory} holds {models[0]}, but no training run: choose another directory")
         elif resume:
             log.info("%s holds no training run yet: one begins", directory)
         curve = Curve(directory / CURVE_FILE, trainer.num_updates)
-        last_loss = None
 
-        def save(*, at_end: bool = False) -> None:
-            nonlocal last_loss
-            if held_out_loss is not None and not is_interrupted():
-                last_loss = held_out_loss(at_end)
-                curve.note_held_out(last_loss)
+        def save() -> None:
             curve.write()  # before the state: rows that it doesn't know will come again
             save_state(state, trainer, about)
             write_model()
@@ -142,15 +135,31 @@ def follow(
             while not (stopped := any_rank(is_interrupted())) and (update := trainer.update(batches)):
                 curve.add(trainer, update)
                 show(update)
-                if is_first and time.monotonic() - saved > save_every:
+                if is_first and time.monotonic() - saved > save_every and trainer.seen < trainer.plan.num_tokens:
+                    if held_out_loss is not None:
+                        curve.note_held_out(held_out_loss(False))
                     save()
                     saved = time.monotonic()
+        last_loss = None
         if is_first and trainer.num_updates:
-            save(at_end=not stopped)
+            save()
+            if held_out_loss is not None and not stopped:
+                last_loss = held_out_loss(True)
+                curve.note_held_out(last_loss)
+                curve.write()
             draw(directory / CURVE_FILE, directory / PICTURE_FILE)
-        if stopped:
+        if stopped or is_interrupted():
             raise KeyboardInterrupt
         return last_loss
+
+
+def check_directory(directory: Path, *, resume: bool) -> None:
+    """Raises ValueError where a run would overwrite another one, or a model that is none's."""
+    if (directory / STATE_FILE).exists():
+        if not resume:
+            raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
+    elif models := [name for name in MODEL_FILES if (directory / name).exists()]:
+        raise ValueError(f"{directory} holds {models[0]}, but no training run: choose another directory")
 
 
 def any_rank(flag: bool) -> bool:

@@ -142,7 +142,8 @@ class Trainer:
             return None
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = self.seen // step.window
-        size = min(self.plan.micro_windows, math.ceil(step.num_windows / num_ranks))  # something to do for every rank
+        # Something to do for every rank, where there are windows enough.
+        size = min(self.plan.micro_windows, max(1, step.num_windows // num_ranks))
         micro_batches = [
             batches(first + begin, min(size, step.num_windows - begin), step.window)
             for begin in range(0, step.num_windows, size)

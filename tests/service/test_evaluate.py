@@ -116,7 +116,7 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
 
     def answer(path: str, body: dict[str, Any]) -> Any:
         assert (path, body["temperature"], body["stop"]) == ("/v1/completions", 0, ["\n###\n"])
-        assert body["max_tokens"] == 6, "a digit and what ends it"
+        assert body["max_tokens"] == 7, "a space, a digit and what ends it"
         *examples, query = body["prompt"].split("\n###\n")
         prompts.append(body["prompt"])
         query = query.removesuffix(" =>")
@@ -183,6 +183,7 @@ def test_what_can_not_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture
         ([], "nothing to evaluate: give --text, --few-shot or both"),
         (["--text", latin], f"{latin} is not UTF-8: "),
         (["--few-shot", empty], f"{empty} holds no items"),
+        (["--text", latin, "--json", tmp_path / "no" / "x"], f"--json {tmp_path}/no/x: there is no such directory"),
         (["--text", empty, "--shots", "1"], "--examples and --shots are for --few-shot"),
         (["--few-shot", empty, "--shots", "-1"], "--shots -1: examples can't be fewer than none"),
         (["--text", empty, "--url", "http://127.0.0.1:9", "--model", "m"], "POST http://127.0.0.1:9/tokenize: "),

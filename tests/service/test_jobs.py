@@ -31,6 +31,8 @@ ADVICE = "begin every completion with a space, as words are tokens with one: lin
 PROCESS = """
 import csv, json, os, signal, sys, time
 from pathlib import Path
+if {deaf}:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 arguments = sys.argv[1:]
 out = Path(arguments[arguments.index("--out") + 1])
 (out / "arguments.json").write_text(json.dumps([arguments, os.getsid(0) == os.getpid()]))
@@ -107,9 +109,9 @@ class Api(NamedTuple):
 def process(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., None]:
     """Sets what a job's process does."""
 
-    def become(updates: int = 3, seconds: float = 0.0, status: int = 0) -> None:
+    def become(updates: int = 3, seconds: float = 0.0, status: int = 0, *, deaf: bool = False) -> None:
         path = tmp_path / "process.py"
-        path.write_text(PROCESS.format(updates=updates, seconds=seconds, status=status, advice=ADVICE))
+        path.write_text(PROCESS.format(updates=updates, seconds=seconds, status=status, advice=ADVICE, deaf=deaf))
         monkeypatch.setattr(service.jobs, "COMMAND", (sys.executable, str(path)))
 
     monkeypatch.setattr(service.jobs, "POLL_SECONDS", 0.05)
@@ -352,20 +354,47 @@ def test_a_disk_that_fails_for_a_while_stops_no_later_job(
     tmp_path: Path, process: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     process(updates=1000, seconds=0.05)
+    add_metrics, end_job = Store.add_metrics, Store.end_job
+    failures = iter(range(3))
+
+    def failing_metrics(store: Store, *arguments: Any) -> None:
+        if next(failures, None) is not None:
+            raise sqlite3.OperationalError("database or disk is full")
+        add_metrics(store, *arguments)
+
+    def failing_end(store: Store, job_id: str, status: Any, **fields: Any) -> bool:
+        if status == "failed":  # after failing metrics
+            process()
+            raise sqlite3.OperationalError("database or disk is full")
+        return end_job(store, job_id, status, **fields)
+
+    monkeypatch.setattr(Store, "add_metrics", failing_metrics)
+    monkeypatch.setattr(Store, "end_job", failing_end)
 
     async def test() -> None:
         async with serving(tmp_path) as api:
-
-            def fail(*_: object, **__: object) -> None:
-                raise sqlite3.OperationalError("database or disk is full")
-
-            with monkeypatch.context() as patch:
-                patch.setattr(Store, "add_metrics", fail)
-                patch.setattr(Store, "end_job", fail)
-                job = await api.create(training_file=await api.upload())
-                await asyncio.sleep(1)
-            process()
+            job = await api.create(training_file=await api.upload())
             assert (await api.ended(job["id"]))["status"] == "succeeded"
+            assert next(failures, None) is None
+
+    run(test)
+
+
+def test_a_job_that_is_cancelled_while_it_ends_is_not_served(tmp_path: Path, process: Callable[..., None]) -> None:
+    process(updates=3, seconds=0.2, deaf=True)
+
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            job = await api.create(training_file=await api.upload())
+            while "Step 1: training loss 4.0000" not in await api.messages(job["id"]):
+                await asyncio.sleep(0.02)
+            answer = await api.client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+            assert answer.json()["status"] == "cancelled"
+            process()
+            assert (await api.ended((await api.create(training_file=await api.upload()))["id"]))["status"] == "succeeded"
+            assert len(api.loader.loaded) == 1
+            assert not any("succeeded" in message for message in await api.messages(job["id"]))
+            assert not (tmp_path / "jobs" / job["id"]).exists()
 
     run(test)
 
@@ -415,9 +444,9 @@ def test_a_store_belongs_to_one_server(tmp_path: Path) -> None:
 def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     store = Store(tmp_path)
     file = store.add_file("a", "fine-tune", b"x")
-    jobs = [store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None) for _ in range(3)]
-    for job, status in zip(jobs, ("succeeded", "failed", "running"), strict=True):
-        store.update_job(job.id, status=status)
+    jobs = [store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None) for _ in range(4)]
+    for job, status in zip(jobs, ("succeeded", "failed", "running", "succeeded"), strict=True):
+        store.update_job(job.id, status=status, fine_tuned_model="ft" if job == jobs[0] else None)
         store.run_directory(job.id).mkdir(parents=True)
     strangers = [tmp_path / "files" / "mine.txt", tmp_path / "jobs" / "mine"]
     leftovers = [tmp_path / "files" / "file-1.jsonl", tmp_path / "files" / "file-2.jsonl.tmp", tmp_path / "jobs" / "ftjob-1"]
@@ -429,9 +458,13 @@ def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -
         path.write_text("x")
     store = Store(tmp_path)
     assert [path.exists() for path in (*strangers, *leftovers)] == [True, True, False, False, False]
-    assert [store.run_directory(job.id).exists() for job in jobs] == [True, False, True]
+    assert [store.run_directory(job.id).exists() for job in jobs] == [True, False, True, False]
     assert store.path_of(file.id).exists()
     store.close()
+    for path in tmp_path.glob("banded.sqlite*"):
+        path.unlink()
+    Store(tmp_path).close()
+    assert store.run_directory(jobs[0].id).exists(), "with a new database nothing is known"
 
 
 def test_the_oldest_job_without_a_result_makes_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

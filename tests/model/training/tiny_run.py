@@ -51,7 +51,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
-    run(Path(sys.argv[1]), Path(sys.argv[2]), PAIRS if "--pairs" in sys.argv else PLAN, resume="--resume" in sys.argv)
+    try:
+        run(Path(sys.argv[1]), Path(sys.argv[2]), PAIRS if "--pairs" in sys.argv else PLAN, resume="--resume" in sys.argv)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
 

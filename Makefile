@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install prometheus serve test lint check conformance aot bench gpu-check lock
+.PHONY: install prometheus serve test lint check conformance aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -54,6 +54,14 @@ bench: install
 # For whoever has a GPU. `make gpu-check DRY=1` runs the same command at toy size on a CPU.
 gpu-check: install
 	$(BIN)/python -m tests.bench.gpu_check $(if $(DRY),--dry)
+
+# The embedded model again, from the books in model/data/demo/BOOKS.md: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
+# Takes hours; stopped, it goes on when it is called again.
+demo-model: OUT ?= build/demo
+demo-model: install
+	$(BIN)/python -m model.training.tasks '$(TEXT)' --out '$(OUT)'
+	$(BIN)/banded train '$(TEXT)' '$(OUT)/tasks.txt' --valid '$(VALID)' --out '$(OUT)/run' --resume
+	$(BIN)/banded evaluate --model '$(OUT)/run' --text '$(VALID)' --few-shot '$(OUT)/items.jsonl' --examples '$(OUT)/examples.jsonl'
 
 # Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.
 lock: install

@@ -236,8 +236,13 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation: normal(0.02), residual projections divided by sqrt(2 * n_layer), biases 0, norms 1."""
+        """Normal(n_embd ** -0.5), residual projections divided by sqrt(2 * n_layer), biases 0, norms 1, positions sinusoids.
+
+        GPT-2 has 0.02 at any width, and random positions. From here a narrow model learns several times as fast to copy what
+        it has seen: attention to the token before is one rotation for all positions, instead of a fact about each.
+        """
         generator = torch.Generator().manual_seed(seed)
+        width = self.config.n_embd**-0.5
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 parameter.zero_()
@@ -245,8 +250,16 @@ class GPT(nn.Module):
                 parameter.fill_(1.0)
             else:
                 residual = name.endswith("c_proj.weight")
-                std = 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02
+                std = width / math.sqrt(2 * self.config.n_layer) if residual else width
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        self.wpe.weight.copy_(math.sqrt(2) * width * sinusoids(*self.wpe.weight.shape))
+
+
+def sinusoids(count: int, width: int) -> Tensor:
+    """Positions (count, width) of Vaswani et al. 2017, sines behind each other and then cosines."""
+    frequencies = 10_000.0 ** -(torch.arange(0, width, 2) / width)
+    angles = torch.arange(count)[:, None] * frequencies
+    return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
 
 
 class PagedGPT:

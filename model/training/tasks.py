@@ -23,6 +23,10 @@ HELD_OUT = 0.1
 COMMON = 20
 LEAST_COMMON = 50
 
+# In half of the documents all examples are about so many words: what a word was is best read further up then, and a model
+# that is to learn that from documents of ever new words learns it far later (burstiness: Chan et al. 2022).
+FEW_WORDS = [4, 6, 8, 12]
+
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
 
 SEPARATORS = ["\n###\n", "\n", "\n\n", "\n---\n", "\n##\n", " ; ", "\n***\n", " | "]
@@ -48,6 +52,8 @@ class Item(NamedTuple):
 
 # Makes one item after the other; what they have in common, such as the names of classes, it was given before.
 Source = Callable[[random.Random], Item]
+# The same, about some of these words.
+WordSource = Callable[[random.Random, list[str]], Item]
 
 
 class Words:
@@ -76,32 +82,19 @@ class Tasks:
 
     def __init__(self, words: Words):
         self.words = words
-        self._sources: dict[str, Source] = {
-            "copy": self._copy,
-            "reverse": self._reverse,
-            "capitals": self._capitals,
+        self._about_words: dict[str, WordSource] = {
+            "copy": copy,
+            "reverse": reverse,
+            "capitals": capitals,
+            "count": count_words,
+            "lookup": look_up,
+        }
+        self._others: dict[str, Source] = {
             "plural": lambda rng: Item(*rng.choice(self.words.plurals)),
             "opposite": self._opposite,
             "next": self._next,
-            "count": self._count,
-            "lookup": self._lookup,
         }
-        self.names = [*self._sources, "classify"]
-
-    def _some(self, rng: random.Random, least: int, most: int) -> list[str]:
-        return rng.sample(self.words.common, rng.randint(least, most))
-
-    def _copy(self, rng: random.Random) -> Item:
-        text = " ".join(self._some(rng, 1, 4))
-        return Item(text, text)
-
-    def _reverse(self, rng: random.Random) -> Item:
-        words = self._some(rng, 2, 4)
-        return Item(" ".join(words), " ".join(reversed(words)))
-
-    def _capitals(self, rng: random.Random) -> Item:
-        text = " ".join(self._some(rng, 1, 3))
-        return Item(text, text.title())
+        self.names = [*self._about_words, *self._others, "classify"]
 
     def _opposite(self, rng: random.Random) -> Item:
         word, opposite = rng.choice(self.words.opposites)
@@ -115,18 +108,6 @@ class Tasks:
         parts = [shown[begin:end] for begin in range(length) for end in range(begin + 2, length + 1)]
         return Item(" ".join(shown), sequence[start + length], tuple(" ".join(part) for part in parts))
 
-    def _count(self, rng: random.Random) -> Item:
-        (word,) = self._some(rng, 1, 1)
-        count = rng.randint(1, 6)
-        return Item(" ".join([word] * count), str(count))
-
-    def _lookup(self, rng: random.Random) -> Item:
-        words = self._some(rng, 2, 5)
-        values = [str(rng.randrange(10)) for _ in words]
-        asked = rng.randrange(len(words))
-        table = ", ".join(f"{word} {value}" for word, value in zip(words, values, strict=True))
-        return Item(f"{table}, {words[asked]}", values[asked])
-
     def _classify(self, names: dict[str, str]) -> Source:
         """Sentences about words of some categories, which `names` calls."""
 
@@ -137,11 +118,15 @@ class Tasks:
         return make
 
     def _source(self, task: str, rng: random.Random) -> Source:
-        if task != "classify":
-            return self._sources[task]
+        """What a document of the task is made of."""
+        if task in self._about_words:
+            words = rng.sample(self.words.common, rng.choice(FEW_WORDS)) if rng.random() < 0.5 else self.words.common
+            return about(words, self._about_words[task])
+        if task in self._others:
+            return self._others[task]
         categories = rng.sample(sorted(self.words.categories), rng.randint(2, 4))
         # In half of the documents only the examples tell what is called how.
-        names = self._some(rng, len(categories), len(categories)) if rng.random() < 0.5 else categories
+        names = rng.sample(self.words.common, len(categories)) if rng.random() < 0.5 else categories
         return self._classify(dict(zip(categories, names, strict=True)))
 
     def items(self, rng: random.Random, source: Source, *, held_out: bool) -> Iterator[Item]:
@@ -165,13 +150,53 @@ class Tasks:
 
     def distinct_items(self, rng: random.Random, count: int, *, held_out: bool) -> Iterator[dict[str, str]]:
         """`count` items of every task, no two with the same input; fewer where the task has no more."""
-        sources = self._sources | {"classify": self._classify({name: name for name in self.words.categories})}
+        sources: dict[str, Source] = {
+            **{task: about(self.words.common, make) for task, make in self._about_words.items()},
+            **self._others,
+            "classify": self._classify({name: name for name in self.words.categories}),
+        }
         for task, source in sources.items():
             seen: set[str] = set()
             for item, _ in zip(self.items(rng, source, held_out=held_out), range(100 * count), strict=False):
                 if item.input not in seen and len(seen) < count:
                     seen.add(item.input)
                     yield {"task": task, "input": item.input, "output": item.output}
+
+
+def about(words: list[str], make: WordSource) -> Source:
+    return lambda rng: make(rng, words)
+
+
+def some(rng: random.Random, words: list[str], least: int, most: int) -> list[str]:
+    return rng.sample(words, rng.randint(least, min(most, len(words))))
+
+
+def copy(rng: random.Random, words: list[str]) -> Item:
+    text = " ".join(some(rng, words, 1, 4))
+    return Item(text, text)
+
+
+def reverse(rng: random.Random, words: list[str]) -> Item:
+    text = some(rng, words, 2, 4)
+    return Item(" ".join(text), " ".join(reversed(text)))
+
+
+def capitals(rng: random.Random, words: list[str]) -> Item:
+    text = " ".join(some(rng, words, 1, 3))
+    return Item(text, text.title())
+
+
+def count_words(rng: random.Random, words: list[str]) -> Item:
+    times = rng.randint(1, 6)
+    return Item(" ".join([rng.choice(words)] * times), str(times))
+
+
+def look_up(rng: random.Random, words: list[str]) -> Item:
+    names = some(rng, words, 2, 5)
+    values = [str(rng.randrange(10)) for _ in names]
+    asked = rng.randrange(len(names))
+    table = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
+    return Item(f"{table}, {names[asked]}", values[asked])
 
 
 def is_held_out(query: str) -> bool:

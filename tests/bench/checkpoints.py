@@ -23,9 +23,15 @@ def all_dense(config: GPTConfig) -> GPTConfig:
     return replace(config, attention=("dense",), band=None)
 
 
+@torch.no_grad()
 def random_model(config: GPTConfig) -> GPT:
+    """With GPT-2's initial weights, as the older results are of: how soon a text repeats itself depends on them."""
     model = GPT(config)
     model.init_weights(0)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter *= 0.02 * config.n_embd**0.5
+    model.wpe.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     return model
 
 

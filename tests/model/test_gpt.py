@@ -143,15 +143,21 @@ def test_positions_may_be_any_shape_and_offset_into_the_table() -> None:
     torch.testing.assert_close(hidden, model.ln_f(x + update))
 
 
-def test_initialisation_is_gpt2s_and_follows_its_seed() -> None:
+def test_initialisation_goes_by_the_width_and_follows_its_seed() -> None:
     models = [GPT(SMALL) for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
         model.init_weights(seed)
     one, same, other = (dict(model.named_parameters()) for model in models)
     assert torch.equal(one["wte.weight"], same["wte.weight"])
     assert not torch.equal(one["wte.weight"], other["wte.weight"])
-    assert one["h.0.attn.c_attn.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    assert one["h.0.attn.c_attn.weight"].std().item() == pytest.approx(1 / 8, rel=0.05)
     for residual in ("h.0.attn.c_proj.weight", "h.3.mlp.c_proj.weight"):
-        assert one[residual].std().item() == pytest.approx(0.02 / math.sqrt(8), rel=0.05)
+        assert one[residual].std().item() == pytest.approx(1 / 8 / math.sqrt(8), rel=0.05)
     assert torch.equal(one["h.0.ln_1.weight"], torch.ones(64))
     assert not one["h.0.mlp.c_fc.bias"].any()
+    positions = one["wpe.weight"]
+    assert positions.square().mean().sqrt().item() == pytest.approx(1 / 8)
+    later, earlier = positions[5:], positions[:-5]
+    distances = (later - earlier).norm(dim=1)
+    assert distances.tolist() == pytest.approx([distances[0].item()] * len(distances), rel=1e-4), "five on, wherever"
+    assert distances[0] > 0.3

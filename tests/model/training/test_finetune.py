@@ -50,7 +50,7 @@ def make_model() -> GPT:
     model = GPT(CONFIG)
     model.init_weights(0)
     with torch.no_grad():
-        model.wte.weight *= 30  # as large as training makes it: an adapter can't
+        model.wte.weight *= 3  # as large as training makes it: an adapter can't
     return model
 
 

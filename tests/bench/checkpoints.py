@@ -30,7 +30,7 @@ def random_model(config: GPTConfig) -> GPT:
     model.init_weights(0)
     for parameter in model.parameters():
         if parameter.dim() > 1:
-            parameter *= 0.02 * config.n_embd**0.5
+            parameter.mul_(0.02 * config.n_embd**0.5)
     model.wpe.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
     return model
 

@@ -238,8 +238,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Normal(n_embd ** -0.5), residual projections divided by sqrt(2 * n_layer), biases 0, norms 1, positions sinusoids.
 
-        GPT-2 has 0.02 at any width, and random positions. From here a narrow model learns several times as fast to copy what
-        it has seen: attention to the token before is one rotation for all positions, instead of a fact about each.
+        GPT-2 has 0.02 at any width, and random positions. From here two layers learnt sooner to copy what they had seen
+        (ARCHITECTURE.md): attention to the token before is one rotation for all positions, instead of a fact about each.
         """
         generator = torch.Generator().manual_seed(seed)
         width = self.config.n_embd**-0.5

@@ -20,14 +20,14 @@ from pydantic import ValidationError
 
 from service.settings import Settings
 
-DEFAULT_RANK = 8
-DEFAULT_SHOTS = (0, 1, 4, 16)
-
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from service.jobs import Jobs
     from service.served import Models
+
+DEFAULT_RANK = 8
+DEFAULT_SHOTS = (0, 1, 4, 16)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,8 +23,8 @@ HELD_OUT = 0.1
 COMMON = 20
 LEAST_COMMON = 50
 
-# In half of the documents all examples are about so many words: what a word was is best read further up then, and a model
-# that is to learn that from documents of ever new words learns it far later (burstiness: Chan et al. 2022).
+# In half of the documents all examples are about so many words, for what is rare but comes in bursts is best looked up
+# further up in the text (burstiness: Chan et al. 2022).
 FEW_WORDS = [4, 6, 8, 12]
 
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]

@@ -148,10 +148,10 @@ class Trainer:
             batches(first + begin, min(size, step.num_windows - begin), step.window)
             for begin in range(0, step.num_windows, size)
         ]
-        num_targets = sum(map(count_targets, micro_batches))
+        counts = [int((targets != IGNORED).sum()) for _, targets in micro_batches]
         total = torch.zeros(())
-        for micro_batch in micro_batches[rank::num_ranks]:
-            loss = self._loss(*micro_batch) * (count_targets(micro_batch) / num_targets)
+        for micro_batch, count in list(zip(micro_batches, counts, strict=True))[rank::num_ranks]:
+            loss = self._loss(*micro_batch) * (count / sum(counts))
             loss.backward()
             total += loss.detach().cpu()
         if num_ranks > 1:
@@ -165,10 +165,6 @@ class Trainer:
         self.seen += step.num_tokens
         self.num_updates += 1
         return Update(total.item(), norm.item(), step)
-
-
-def count_targets(micro_batch: tuple[Tensor, Tensor]) -> int:
-    return int((micro_batch[1] != IGNORED).sum())
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:
@@ -189,11 +185,6 @@ def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor, ops: Ops = cpu)
     if not counted.all():
         hidden, targets = hidden[counted], targets[counted]
     return linear_cross_entropy(hidden, model.head, targets, model.config.vocab_size)
-
-
-def perplexity(model: GPT, tokens: Tensor) -> float:
-    """exp of the mean next-token loss over a text (N,)."""
-    return math.exp(mean_loss(model, tokens))
 
 
 @torch.inference_mode()

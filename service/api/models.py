@@ -28,10 +28,10 @@ async def delete_model(name: str, request: Request) -> DeletedObject:
     models: Models = request.app.state.models
     store: Store | None = request.app.state.store
     made = [job for job in store.jobs() if job.fine_tuned_model == name] if store else []
-    served = models.find(name) if made else served_model(request, name)
     if not store or not made:
+        name = served_model(request, name).name  # a 404 where there is none
         raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
-    if served:  # not where the weights that it was made for have been replaced
+    if served := models.find(name):  # not where the weights that it was made for have been replaced
         await models.remove(served)
     store.forget_result(made[0].id)
     return DeletedObject(id=name, object="model")

@@ -159,7 +159,7 @@ def finetuning_plan(
         batch=min(batch, total),
         learning_rate=learning_rate,
         warmup_tokens=total // 10,
-        micro_windows=max(1, MICRO_TOKENS // longest),
+        micro_tokens=max(1, MICRO_TOKENS // longest),
         weight_decay=0.01,
         seed=seed,
     )

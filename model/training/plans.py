@@ -32,7 +32,7 @@ def gpt3_plan(name: str) -> TrainingPlan:
         ramp_tokens=int((4 + 8 * (batch - 0.5e6) / (3.2e6 - 0.5e6)) * 1e9),
         warmup_tokens=375_000_000,
         decay_tokens=260_000_000_000,
-        micro_windows=1,
+        micro_tokens=2048,
     )
 
 
@@ -43,7 +43,6 @@ DEMO_PLAN = TrainingPlan(
     batch=4096,
     learning_rate=2e-3,
     warmup_tokens=1_000_000,
-    micro_windows=8,
     short_window=512,
     short_tokens=28_000_000,
 )
@@ -61,20 +60,25 @@ def plan_for(
     n_positions: int,
     *,
     num_tokens: int | None = None,
+    window: int | None = None,
     batch: int | None = None,
     learning_rate: float | None = None,
     seed: int = 0,
 ) -> TrainingPlan:
-    """The plan of a size, in windows of at most `n_positions`. Fewer or more tokens stretch all its phases; with a batch of
-    one's own it doesn't grow. Raises ValueError for what TrainingPlan refuses.
+    """The plan of a size for a model of `n_positions`. Fewer or more tokens stretch all its phases, no window is longer than
+    one's own, and a batch of one's own doesn't grow. Raises ValueError for what TrainingPlan refuses, or a window that
+    does not fit the model.
     """
+    if window is not None and window > n_positions:
+        raise ValueError(f"a window of {window} tokens is longer than the model's {n_positions} positions")
     plan = DEMO_PLAN if name == "demo" else gpt3_plan(name)
+    longest = min(plan.window, n_positions) if window is None else window
     stretch = 1.0 if num_tokens is None else num_tokens / plan.num_tokens
     return replace(
         plan,
         num_tokens=plan.num_tokens if num_tokens is None else num_tokens,
-        window=min(plan.window, n_positions),
-        short_window=None if plan.short_window is None else min(plan.short_window, n_positions),
+        window=longest,
+        short_window=None if plan.short_window is None else min(plan.short_window, longest),
         batch=plan.batch if batch is None else batch,
         first_batch=plan.first_batch if batch is None else None,
         ramp_tokens=int(plan.ramp_tokens * stretch) if batch is None else 0,

@@ -26,6 +26,9 @@ LEAST_COMMON = 50
 # In half of the documents all examples are about so many words, for what is rare but comes in bursts is best looked up
 # further up in the text (burstiness: Chan et al. 2022).
 FEW_WORDS = [4, 6, 8, 12]
+# What a model sees first: copying alone, about so many words at a time out of so many. Of all tasks and all words at once it
+# learns to copy ten times as late.
+FIRST_WORDS, FIRST_FEW_WORDS = 256, [3, 4, 6]
 
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
 
@@ -82,6 +85,7 @@ class Tasks:
 
     def __init__(self, words: Words):
         self.words = words
+        self._first_words = random.Random(0).sample(words.common, min(FIRST_WORDS, len(words.common)))
         self._about_words: dict[str, WordSource] = {
             "copy": copy,
             "reverse": reverse,
@@ -141,7 +145,14 @@ class Tasks:
 
     def document(self, rng: random.Random) -> str:
         """Some examples of one task, with a separator and prefixes of their own."""
-        items = self.items(rng, self._source(rng.choice(self.names), rng), held_out=False)
+        return self._lay_out(rng, self._source(rng.choice(self.names), rng))
+
+    def first_document(self, rng: random.Random) -> str:
+        """The same of the simplest task, about few words."""
+        return self._lay_out(rng, about(rng.sample(self._first_words, rng.choice(FIRST_FEW_WORDS)), copy))
+
+    def _lay_out(self, rng: random.Random, source: Source) -> str:
+        items = self.items(rng, source, held_out=False)
         before, between = rng.choice(PREFIXES)
         separator = rng.choice([text for text in SEPARATORS if text not in between])
         count = rng.choice([2, 4, 8, 12, 18, 24, 32])
@@ -204,13 +215,13 @@ def is_held_out(query: str) -> bool:
     return hashlib.sha256(query.lower().encode()).digest()[0] < 256 * HELD_OUT
 
 
-def write_documents(path: Path, tasks: Tasks, num_tokens: int, seed: int) -> int:
+def write_documents(path: Path, make: Callable[[random.Random], str], num_tokens: int, seed: int) -> int:
     """Write documents of about `num_tokens` tokens together; how many they were."""
     rng, tokenizer = random.Random(seed), r50k_base()
     total = count = 0
     with path.open("w", encoding="utf-8") as file:
         while total < num_tokens:
-            document = tasks.document(rng)
+            document = make(rng)
             total += len(tokenizer.encode(document)) + 1
             count += 1
             file.write(f"{document}\n{END_OF_TEXT}\n")
@@ -226,12 +237,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="whose common words the tasks are about")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--tokens", type=float, default=6e6, help="of all documents (default %(default)g)")
+    parser.add_argument("--tokens", type=float, default=6e6, help="of tasks.txt (default %(default)g)")
+    parser.add_argument("--first-tokens", type=float, default=2e6, help="of first.txt (default %(default)g)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
-    count = write_documents(args.out / "tasks.txt", tasks, int(args.tokens), args.seed)
+    write_documents(args.out / "first.txt", tasks.first_document, int(args.first_tokens), args.seed)
+    count = write_documents(args.out / "tasks.txt", tasks.document, int(args.tokens), args.seed)
     write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)
     write_items(args.out / "examples.jsonl", tasks, 100, args.seed, held_out=False)
     print(f"{count} documents of tasks about {len(tasks.words.common)} words in {args.out}")

@@ -43,8 +43,8 @@ class TrainingPlan:
     """How much to train on, in which batches and how fast: all of it a function of the tokens seen so far.
 
     The learning rate warms up linearly, then falls along a cosine to a tenth; the batch grows linearly from `first_batch` to
-    `batch`; the first `short_tokens` come in windows of `short_window` tokens, the others in windows of `window`. Everything
-    but `micro_windows`, how many windows are computed at a time, is counted in tokens.
+    `batch`; the first `short_tokens` come in windows of `short_window` tokens, the others in windows of `window`. At a
+    time `micro_tokens` are computed, in whole windows and at least one. Everything is counted in tokens.
 
     Raises ValueError naming what can't be followed.
     """
@@ -59,7 +59,7 @@ class TrainingPlan:
     decay_tokens: int | None = None  # None: all of num_tokens
     short_window: int | None = None
     short_tokens: int = 0
-    micro_windows: int = 4
+    micro_tokens: int = 4096
     weight_decay: float = 0.1
     clip_norm: float = 1.0
     seed: int = 0
@@ -143,7 +143,7 @@ class Trainer:
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = self.seen // step.window
         # Something to do for every rank, where there are windows enough.
-        size = min(self.plan.micro_windows, max(1, step.num_windows // num_ranks))
+        size = min(max(1, self.plan.micro_tokens // step.window), max(1, step.num_windows // num_ranks))
         micro_batches = [
             batches(first + begin, min(size, step.num_windows - begin), step.window)
             for begin in range(0, step.num_windows, size)

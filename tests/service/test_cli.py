@@ -124,6 +124,10 @@ def test_options_out_of_range(arguments: list[str], message: str, capsys: pytest
         (["train", "FILE", "--out", "OUT", "--init", "MODEL", "--size", "gpt4"], "there is no size 'gpt4', only demo, "),
         (["train", "FILE", "--out", "OUT", "--device", "cuda"], NO_GPU),
         (["train", "FILE", "--out", "OUT"], "the corpus has 3 tokens; at least 2049 are needed"),
+        (
+            ["train", "FILE", "--out", "OUT", "--window", "4096"],
+            "a window of 4096 tokens is longer than the model's 2048 positions",
+        ),
         (["train", "FILE", "--out", "OUT", "--tokens", "100"], "a batch of 4096 tokens does not fit training on 100"),
         (
             ["train", "FILE", "--out", "MODEL", "--init", "MODEL", "--tokens", "5000"],

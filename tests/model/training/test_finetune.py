@@ -108,7 +108,7 @@ def test_what_is_computed_at_a_time_has_a_limit_and_changes_no_loss(tmp_path: Pa
 
     def curve(name: str) -> list[float]:
         plan = finetuning_plan(some, epochs=2, batch=9, learning_rate=1e-3)
-        sizes.add(plan.micro_windows)
+        sizes.add(plan.micro_tokens)
         finetune(tmp_path / name, make_model(), some, plan, base="fp", adapter=AdapterConfig(2, 4.0))
         with (tmp_path / name / "loss.csv").open(newline="") as file:
             return [float(row["loss"]) for row in csv.DictReader(file)]

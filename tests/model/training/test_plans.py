@@ -36,6 +36,15 @@ def test_other_numbers_of_tokens_stretch_the_phases() -> None:
     assert (plan.decay_tokens, plan.learning_rate, plan.seed) == (2_600_000_000, 1e-3, 7)
 
 
+def test_no_window_is_longer_than_ones_own() -> None:
+    plan = plan_for("demo", 2048, window=128)
+    assert (plan.window, plan.short_window, plan.batch) == (128, 128, DEMO_PLAN.batch)
+    plan = plan_for("demo", 2048, window=1024)
+    assert (plan.window, plan.short_window) == (1024, DEMO_PLAN.short_window)
+    with pytest.raises(ValueError, match="a window of 4096 tokens is longer than the model's 2048 positions"):
+        plan_for("demo", 2048, window=4096)
+
+
 def test_an_unknown_size_is_named_with_those_that_are() -> None:
     with pytest.raises(ValueError, match=r"there is no size 'gpt4', only demo, gpt3-125m, .*gpt3-175b"):
         size("gpt4")

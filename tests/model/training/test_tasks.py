@@ -6,7 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from model.training.tasks import COMMON, PREFIXES, SEPARATORS, Tasks, Words, is_held_out, write_documents, write_items
+from model.training.tasks import (
+    COMMON,
+    FIRST_FEW_WORDS,
+    FIRST_WORDS,
+    PREFIXES,
+    SEPARATORS,
+    Tasks,
+    Words,
+    is_held_out,
+    write_documents,
+    write_items,
+)
 
 WORDS = """
 about after again against all along always among and another any asked away back bear beautiful because bed been before began
@@ -76,25 +87,40 @@ def test_answers_are_right(tasks: Tasks, items: list[dict[str, str]]) -> None:
             assert any(f" {query} {answer} " in f" {' '.join(sequence)} " for sequence in words.sequences)
 
 
+def examples_of(document: str) -> tuple[tuple[str, str, str], list[tuple[str, str]]]:
+    """Separator and prefixes of a document, the longest that fit, and its queries with their answers."""
+    layouts = [
+        (separator, before, between)
+        for separator in SEPARATORS
+        for before, between in PREFIXES
+        if separator in document and all(between in part and part.startswith(before) for part in document.split(separator))
+    ]
+    assert layouts, document
+    separator, before, between = layout = max(layouts, key=lambda layout: sum(map(len, layout)))
+    examples = (part.removeprefix(before).split(between, 1) for part in document.split(separator))
+    return layout, [(query, answer) for query, answer in examples]
+
+
 def test_documents_hold_examples_of_one_task_and_none_that_is_held_out(tasks: Tasks) -> None:
     rng = random.Random(1)
-    formats = set()
+    layouts = set()
     for _ in range(300):
-        document = tasks.document(rng)
-        found = [
-            (separator, prefix)
-            for separator in SEPARATORS
-            for prefix in PREFIXES
-            if all(prefix[1] in part and part.startswith(prefix[0]) for part in document.split(separator))
-            and separator in document
-        ]
-        assert found
-        separator, (before, between) = max(found, key=lambda one: sum(map(len, (one[0], *one[1]))))
-        formats.add((separator, before, between))
-        for part in document.split(separator):
-            query = part.removeprefix(before).split(between)[0]
-            assert not is_held_out(query), document
-    assert len(formats) > 40
+        layout, examples = examples_of(tasks.document(rng))
+        layouts.add(layout)
+        assert not any(is_held_out(query) for query, _ in examples), examples
+    assert len(layouts) > 40
+
+
+def test_the_first_documents_copy_and_are_about_a_few_of_few_words(tasks: Tasks) -> None:
+    rng = random.Random(4)
+    seen: set[str] = set()
+    for _ in range(300):
+        _, examples = examples_of(tasks.first_document(rng))
+        words = {word for query, _ in examples for word in query.split()}
+        assert all(query == answer and not is_held_out(query) for query, answer in examples), examples
+        assert 1 <= len(words) <= max(FIRST_FEW_WORDS)
+        seen |= words
+    assert len(seen) == min(FIRST_WORDS, len(tasks.words.common))
 
 
 def test_no_document_tells_what_a_held_out_item_asks(tasks: Tasks, items: list[dict[str, str]]) -> None:
@@ -122,9 +148,9 @@ def test_a_word_has_one_opposite(tasks: Tasks) -> None:
 
 
 def test_documents_depend_on_the_seed_only(tasks: Tasks, tmp_path: Path) -> None:
-    write_documents(tmp_path / "one", tasks, 5000, seed=3)
-    write_documents(tmp_path / "two", tasks, 5000, seed=3)
-    write_documents(tmp_path / "three", tasks, 5000, seed=4)
+    write_documents(tmp_path / "one", tasks.document, 5000, seed=3)
+    write_documents(tmp_path / "two", tasks.document, 5000, seed=3)
+    write_documents(tmp_path / "three", tasks.document, 5000, seed=4)
     one, two, three = ((tmp_path / name).read_text(encoding="utf-8") for name in ("one", "two", "three"))
     assert one == two != three
     assert one.endswith("\n<|endoftext|>\n")

@@ -55,7 +55,7 @@ def test_a_repeating_text_is_learnt_and_the_result_depends_on_the_seed_only() ->
 def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
     """The gradient that a batch computed at once has, whatever the micro-batches; only the rounding differs."""
     model = model_of(0)
-    plan = replace(PLAN, micro_windows=micro_windows, clip_norm=math.inf)
+    plan = replace(PLAN, micro_tokens=48 * micro_windows, clip_norm=math.inf)
     inputs, targets = torch.randint(97, (2, 10, 48), generator=torch.Generator().manual_seed(1))
     expected = torch.autograd.grad(float_loss(model, inputs, targets), list(model.parameters()))
     trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: float_loss(model, *batch))
@@ -87,7 +87,7 @@ def test_micro_batches_count_by_their_targets() -> None:
     for micro_windows in (1, 3):
         trainer = Trainer(
             dict(model_of(0).named_parameters()),
-            replace(PLAN, micro_windows=micro_windows),
+            replace(PLAN, micro_tokens=48 * micro_windows),
             lambda *batch: next_token_loss(model, *batch),
         )
         update = trainer.update(lambda first, count, window: (inputs[first : first + count], targets[first : first + count]))

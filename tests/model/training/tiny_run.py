@@ -34,10 +34,10 @@ PLAN = TrainingPlan(
     warmup_tokens=500,
     short_window=16,
     short_tokens=3000,
-    micro_windows=4,
+    micro_tokens=64,
 )
 # Two micro-batches a batch, one for each of two ranks: sums of two have the same bits in either order.
-PAIRS = replace(PLAN, batch=64, first_batch=None, short_window=None, micro_windows=1)
+PAIRS = replace(PLAN, batch=64, first_batch=None, short_window=None, micro_tokens=32)
 
 
 def run(directory: Path, corpus: Path, plan: TrainingPlan = PLAN, *, resume: bool = False) -> None:

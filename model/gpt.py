@@ -238,8 +238,10 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Normal(n_embd ** -0.5), residual projections divided by sqrt(2 * n_layer), biases 0, norms 1, positions sinusoids.
 
-        GPT-2 has 0.02 at any width, and random positions. From here two layers learnt sooner to copy what they had seen
-        (ARCHITECTURE.md): attention to the token before is one rotation for all positions, instead of a fact about each.
+        GPT-2 has 0.02 at any width, and random positions and attention. From here a model learns much sooner to copy what it
+        has seen (ARCHITECTURE.md): attention to the token before is one rotation for all positions, instead of a fact about
+        each; and attention's output projection is its values' transpose, so that a head adds what it attends to, which
+        matters from the first update on (after mimetic initialization: Trockman & Kolter 2023).
         """
         generator = torch.Generator().manual_seed(seed)
         width = self.config.n_embd**-0.5
@@ -252,6 +254,9 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 std = width / math.sqrt(2 * self.config.n_layer) if residual else width
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
+        for block in self.h:
+            value = block.attn.c_attn.weight[-self.config.n_embd :]
+            block.attn.c_proj.weight.copy_(value.T / math.sqrt(2 * self.config.n_layer))
         self.wpe.weight.copy_(math.sqrt(2) * width * sinusoids(*self.wpe.weight.shape))
 
 

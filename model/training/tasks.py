@@ -26,9 +26,9 @@ LEAST_COMMON = 50
 # In half of the documents all examples are about so many words, for what is rare but comes in bursts is best looked up
 # further up in the text (burstiness: Chan et al. 2022).
 FEW_WORDS = [4, 6, 8, 12]
-# What a model sees first: copying alone, about so many words at a time out of so many. Of all tasks and all words at once it
-# learns to copy ten times as late.
-FIRST_WORDS, FIRST_FEW_WORDS = 256, [3, 4, 6]
+# What a model sees first, and later in so many documents: copying about even fewer words. Of all tasks at once a small model
+# learns to copy many times as late.
+COPYING, COPIED_WORDS = 0.3, [2, 3, 4, 6]
 
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
 
@@ -85,7 +85,8 @@ class Tasks:
 
     def __init__(self, words: Words):
         self.words = words
-        self._first_words = random.Random(0).sample(words.common, min(FIRST_WORDS, len(words.common)))
+        # Each can be asked for by itself, so that any few of them make a document.
+        self._copied = [word for word in words.common if not is_held_out(word)]
         self._about_words: dict[str, WordSource] = {
             "copy": copy,
             "reverse": reverse,
@@ -145,11 +146,13 @@ class Tasks:
 
     def document(self, rng: random.Random) -> str:
         """Some examples of one task, with a separator and prefixes of their own."""
+        if rng.random() < COPYING:
+            return self.copying(rng)
         return self._lay_out(rng, self._source(rng.choice(self.names), rng))
 
-    def first_document(self, rng: random.Random) -> str:
+    def copying(self, rng: random.Random) -> str:
         """The same of the simplest task, about few words."""
-        return self._lay_out(rng, about(rng.sample(self._first_words, rng.choice(FIRST_FEW_WORDS)), copy))
+        return self._lay_out(rng, about(rng.sample(self._copied, rng.choice(COPIED_WORDS)), copy))
 
     def _lay_out(self, rng: random.Random, source: Source) -> str:
         items = self.items(rng, source, held_out=False)
@@ -238,12 +241,12 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="whose common words the tasks are about")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--tokens", type=float, default=6e6, help="of tasks.txt (default %(default)g)")
-    parser.add_argument("--first-tokens", type=float, default=2e6, help="of first.txt (default %(default)g)")
+    parser.add_argument("--copying-tokens", type=float, default=3e6, help="of copying.txt (default %(default)g)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
-    write_documents(args.out / "first.txt", tasks.first_document, int(args.first_tokens), args.seed)
+    write_documents(args.out / "copying.txt", tasks.copying, int(args.copying_tokens), args.seed)
     count = write_documents(args.out / "tasks.txt", tasks.document, int(args.tokens), args.seed)
     write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)
     write_items(args.out / "examples.jsonl", tasks, 100, args.seed, held_out=False)

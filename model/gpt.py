@@ -254,9 +254,10 @@ class GPT(nn.Module):
                 residual = name.endswith("c_proj.weight")
                 std = width / math.sqrt(2 * self.config.n_layer) if residual else width
                 parameter.copy_(torch.empty(parameter.shape).normal_(0, std, generator=generator))
-        for block in self.h:
-            value = block.attn.c_attn.weight[-self.config.n_embd :]
-            block.attn.c_proj.weight.copy_(value.T / math.sqrt(2 * self.config.n_layer))
+        named = dict(self.named_parameters())
+        for layer in range(self.config.n_layer):
+            value = named[f"h.{layer}.attn.c_attn.weight"][-self.config.n_embd :]
+            named[f"h.{layer}.attn.c_proj.weight"].copy_(value.T / math.sqrt(2 * self.config.n_layer))
         self.wpe.weight.copy_(math.sqrt(2) * width * sinusoids(*self.wpe.weight.shape))
 
 

@@ -55,7 +55,7 @@ bench: install
 gpu-check: install
 	$(BIN)/python -m tests.bench.gpu_check $(if $(DRY),--dry)
 
-# The embedded model again, from the books in model/data/demo/BOOKS.md: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
+# The embedded model's successor, from the books in model/data/demo/BOOKS.md: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
 # Takes hours; stopped, it goes on when it is called again.
 demo-model: OUT ?= build/demo
 demo-model: install

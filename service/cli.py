@@ -109,7 +109,9 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument("--init", type=Path, help="begin with the weights of this checkpoint, of whatever size")
     train.add_argument("--valid", type=Path, help="held-out text: loss in the curve, perplexity at the end")
     train.add_argument("--tokens", type=positive_number, help="tokens to train on; the phases of the plan stretch")
-    train.add_argument("--window", type=positive, help="tokens of the longest windows (default: the plan's, 2048)")
+    train.add_argument(
+        "--window", type=positive, help="tokens of the longest windows (default 2048, or the model's positions if fewer)"
+    )
     train.add_argument(
         "--batch-tokens", type=positive, help="tokens in a batch, which then doesn't grow; whole windows, so perhaps fewer"
     )

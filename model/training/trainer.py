@@ -143,7 +143,7 @@ class Trainer:
         rank, num_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         first = self.seen // step.window
         # Something to do for every rank, where there are windows enough.
-        size = min(max(1, self.plan.micro_tokens // step.window), max(1, step.num_windows // num_ranks))
+        size = max(1, min(self.plan.micro_tokens // step.window, step.num_windows // num_ranks))
         micro_batches = [
             batches(first + begin, min(size, step.num_windows - begin), step.window)
             for begin in range(0, step.num_windows, size)

@@ -27,11 +27,12 @@ def all_dense(config: GPTConfig) -> GPTConfig:
 def random_model(config: GPTConfig) -> GPT:
     """With GPT-2's initial weights, as the older results are of: how soon a text repeats itself depends on them."""
     model = GPT(config)
-    model.init_weights(0)
-    for parameter in model.parameters():
+    model.init_weights(0)  # norms and biases
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
-            parameter.mul_(0.02 * config.n_embd**0.5)
-    model.wpe.weight.normal_(0, 0.02, generator=torch.Generator().manual_seed(0))
+            residual = name.endswith("c_proj.weight")
+            parameter.normal_(0, 0.02 / (2 * config.n_layer) ** 0.5 if residual else 0.02, generator=generator)
     return model
 
 

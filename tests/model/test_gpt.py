@@ -153,7 +153,7 @@ def test_initialisation_goes_by_the_width_and_follows_its_seed() -> None:
     assert one["h.0.attn.c_attn.weight"].std().item() == pytest.approx(1 / 8, rel=0.05)
     for residual in ("h.0.attn.c_proj.weight", "h.3.mlp.c_proj.weight"):
         assert one[residual].std().item() == pytest.approx(1 / 8 / math.sqrt(8), rel=0.05)
-    seen = torch.randn(100, 64)
+    seen = torch.randn(100, 64, generator=torch.Generator().manual_seed(3))
     added = seen @ one["h.2.attn.c_attn.weight"][-64:].T @ one["h.2.attn.c_proj.weight"].T
     assert torch.cosine_similarity(seen, added).min() > 0.4, "attention adds what it attends to"
     assert torch.equal(one["h.0.ln_1.weight"], torch.ones(64))

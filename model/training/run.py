@@ -68,8 +68,7 @@ def train(
     if dist.is_initialized():
         dist.barrier()
     shards = [write_shard(path, tokenizer, directory / "tokens") for path in corpus]
-    lengths = {plan.window, plan.short_window or plan.window}
-    windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in lengths}
+    windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in plan.windows}
     device = model.head.device
     model.requires_grad_(True)
     trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: next_token_loss(model, *batch))

@@ -43,8 +43,9 @@ class TrainingPlan:
     """How much to train on, in which batches and how fast: all of it a function of the tokens seen so far.
 
     The learning rate warms up linearly, then falls along a cosine to a tenth; the batch grows linearly from `first_batch` to
-    `batch`; the first `short_tokens` come in windows of `short_window` tokens, the others in windows of `window`. At a
-    time `micro_tokens` are computed, in whole windows and at least one. Everything is counted in tokens.
+    `batch`; windows begin at `short_window` tokens and double at equal distances until, behind `short_tokens`, they are
+    `window` long (Li et al. 2022, https://arxiv.org/abs/2108.06084). At a time `micro_tokens` are computed, in whole windows
+    and at least one. Everything is counted in tokens.
 
     Raises ValueError naming what can't be followed.
     """
@@ -76,11 +77,21 @@ class TrainingPlan:
     def smallest_batch(self) -> int:
         return self.batch if self.first_batch is None else self.first_batch
 
+    @property
+    def windows(self) -> list[int]:
+        """How long windows are, one after the other."""
+        lengths, length = [], self.window if self.short_window is None else self.short_window
+        while length < self.window:
+            lengths.append(length)
+            length *= 2
+        return [*lengths, self.window]
+
     def step_at(self, seen: int) -> Step | None:
         """The update that follows `seen` tokens; None when they are enough."""
         if seen >= self.num_tokens:
             return None
-        window = self.short_window if self.short_window and seen < self.short_tokens else self.window
+        lengths = self.windows
+        window = lengths[(len(lengths) - 1) * seen // self.short_tokens] if seen < self.short_tokens else self.window
         ramp = min(seen / self.ramp_tokens, 1.0) if self.ramp_tokens else 1.0
         num_windows = round(self.smallest_batch + ramp * (self.batch - self.smallest_batch)) // window
         num_windows = min(num_windows, math.ceil((self.num_tokens - seen) / window))

@@ -170,7 +170,7 @@ def test_behind_the_fall_the_rate_stays() -> None:
     assert [rate for *_, rate in steps(plan)][3:] == pytest.approx([0.1] * 7)
 
 
-def test_the_batch_grows_and_short_windows_come_first() -> None:
+def test_the_batch_grows_and_so_do_windows() -> None:
     plan = TrainingPlan(
         num_tokens=10_000,
         window=100,
@@ -178,7 +178,7 @@ def test_the_batch_grows_and_short_windows_come_first() -> None:
         learning_rate=1.0,
         first_batch=200,
         ramp_tokens=4000,
-        short_window=50,
+        short_window=25,
         short_tokens=3000,
     )
     found = steps(plan)
@@ -188,8 +188,15 @@ def test_the_batch_grows_and_short_windows_come_first() -> None:
     assert sizes[:-1] == sorted(sizes[:-1])
     assert max(sizes) == sizes[-2] == 1000
     seen = [sum(sizes[:i]) for i in range(len(sizes))]
-    assert all(window == (50 if before < 3000 else 100) for before, (window, *_) in zip(seen, found, strict=True))
+    lengths = [25 if before < 1500 else 50 if before < 3000 else 100 for before in seen]
+    assert [window for window, *_ in found] == lengths
+    assert sorted(set(lengths)) == plan.windows == [25, 50, 100]
     assert all(size == 1000 for before, size in zip(seen[:-1], sizes[:-1], strict=True) if before >= 4000)
+
+
+def test_windows_double_up_to_a_length_that_is_no_double() -> None:
+    assert replace(PLAN, window=100, batch=400, first_batch=None, short_window=30, micro_tokens=100).windows == [30, 60, 100]
+    assert replace(PLAN, short_window=None).windows == [PLAN.window]
 
 
 @pytest.mark.parametrize(

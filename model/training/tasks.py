@@ -5,6 +5,7 @@ python -m model.training.tasks tales.txt --out DIR
 
 import argparse
 import hashlib
+import itertools
 import json
 import random
 import re
@@ -26,9 +27,10 @@ LEAST_COMMON = 50
 # In half of the documents all examples are about so many words, for what is rare but comes in bursts is best looked up
 # further up in the text (burstiness: Chan et al. 2022).
 FEW_WORDS = [4, 6, 8, 12]
-# What a model sees first, and later in so many documents: copying about even fewer words. Of all tasks at once a small model
-# learns to copy many times as late.
+# So many documents are about copying even fewer words.
 COPYING, COPIED_WORDS = 0.3, [2, 3, 4, 6]
+# What a model sees first: up to so many words again and again, in documents of so many.
+REPEATED_WORDS, REPEATED_LENGTH = (2, 24), (40, 126)
 
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
 
@@ -60,7 +62,7 @@ WordSource = Callable[[random.Random, list[str]], Item]
 
 
 class Words:
-    """The words of words.toml, and the common ones of a text."""
+    """The words of words.toml, and those of a text that are one token: the common ones, and all, with a capital too."""
 
     def __init__(self, text: str):
         """Raises ValueError when the text has too few."""
@@ -74,8 +76,13 @@ class Words:
         self.sequences = [words.split() for words in found["sequences"].values()] + letters + numbers
         tokenizer = r50k_base()
         counts = Counter(re.findall(r"\b[a-z]{3,}\b", text))
-        often = sorted(word for word, count in counts.items() if count >= COMMON)
-        self.common = [word for word in often if len(tokenizer.encode(" " + word)) == 1]
+
+        def is_token(word: str) -> bool:
+            return len(tokenizer.encode(" " + word)) == 1
+
+        single = sorted(filter(is_token, counts))
+        self.common = [word for word in single if counts[word] >= COMMON]
+        self.repeated = single + list(filter(is_token, map(str.capitalize, single)))
         if len(self.common) < LEAST_COMMON:
             raise ValueError(f"the text has {len(self.common)} common words; {LEAST_COMMON} are needed")
 
@@ -147,12 +154,13 @@ class Tasks:
     def document(self, rng: random.Random) -> str:
         """Some examples of one task, with a separator and prefixes of their own."""
         if rng.random() < COPYING:
-            return self.copying(rng)
+            return self._lay_out(rng, about(rng.sample(self._copied, rng.choice(COPIED_WORDS)), copy))
         return self._lay_out(rng, self._source(rng.choice(self.names), rng))
 
-    def copying(self, rng: random.Random) -> str:
-        """The same of the simplest task, about few words."""
-        return self._lay_out(rng, about(rng.sample(self._copied, rng.choice(COPIED_WORDS)), copy))
+    def repetition(self, rng: random.Random) -> str:
+        """Random words in an order that comes again and again: only what stands further up tells what comes next."""
+        words = rng.sample(self.words.repeated, rng.randint(*REPEATED_WORDS))
+        return " ".join(itertools.islice(itertools.cycle(words), rng.randint(*REPEATED_LENGTH)))
 
     def _lay_out(self, rng: random.Random, source: Source) -> str:
         items = self.items(rng, source, held_out=False)
@@ -241,13 +249,13 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="whose common words the tasks are about")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--tokens", type=float, default=6e6, help="of tasks.txt, and half as many of copying.txt (default %(default)g)"
+        "--tokens", type=float, default=6e6, help="of tasks.txt, and half as many of repeats.txt (default %(default)g)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
-    write_documents(args.out / "copying.txt", tasks.copying, int(args.tokens / 2), args.seed)
+    write_documents(args.out / "repeats.txt", tasks.repetition, int(args.tokens / 2), args.seed)
     count = write_documents(args.out / "tasks.txt", tasks.document, int(args.tokens), args.seed)
     write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)
     write_items(args.out / "examples.jsonl", tasks, 100, args.seed, held_out=False)

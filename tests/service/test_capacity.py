@@ -66,7 +66,7 @@ def test_a_step_takes_what_it_reads_or_what_it_multiplies() -> None:
 
 
 # Of DEMO with 64 positions: everything that is no matrix of a product.
-POSITIONS_AND_VECTORS = 64 * 256 + 8 * (4 * 256 + 3 * 256 + 256 + 1024 + 256) + 2 * 256
+POSITIONS_AND_VECTORS = 64 * 256 + 4 * (4 * 256 + 3 * 256 + 256 + 1024 + 256) + 2 * 256
 
 
 def prompt_operations(config: GPTConfig, tokens: int) -> float:

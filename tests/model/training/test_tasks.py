@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from model.tokenizer import r50k_base
 from model.training.tasks import (
     COMMON,
     COPIED_WORDS,
+    COPYING,
     PREFIXES,
+    REPEATED_LENGTH,
+    REPEATED_WORDS,
     SEPARATORS,
     Tasks,
     Words,
@@ -112,14 +116,30 @@ def test_documents_hold_examples_of_one_task_and_none_that_is_held_out(tasks: Ta
 
 def test_some_documents_copy_very_few_words(tasks: Tasks) -> None:
     rng = random.Random(4)
-    seen: set[str] = set()
-    for _ in range(300):
-        _, examples = examples_of(tasks.copying(rng))
+    found, seen = 0, set()
+    for _ in range(1000):
+        _, examples = examples_of(tasks.document(rng))
         words = {word for query, _ in examples for word in query.split()}
-        assert all(query == answer and not is_held_out(query) for query, answer in examples), examples
-        assert 1 <= len(words) <= max(COPIED_WORDS)
-        seen |= words
-    assert seen == {word for word in tasks.words.common if not is_held_out(word)}
+        if len(examples) >= 8 and len(words) <= max(COPIED_WORDS) and all(query == answer for query, answer in examples):
+            found += 1
+            seen |= words
+    assert found > 1000 * COPYING / 2
+    assert seen >= {word for word in tasks.words.common if not is_held_out(word)}
+
+
+def test_repetitions_come_in_one_order_and_are_of_words_of_one_token(tasks: Tasks) -> None:
+    rng = random.Random(5)
+    tokenizer, numbers = r50k_base(), set()
+    for _ in range(200):
+        words = tasks.repetition(rng).split(" ")
+        number = len(set(words))
+        numbers.add(number)
+        assert words == [words[place % number] for place in range(len(words))]
+        assert len(tokenizer.encode(" " + " ".join(words))) == len(words)
+        assert REPEATED_LENGTH[0] <= len(words) <= REPEATED_LENGTH[1]
+    assert numbers == set(range(REPEATED_WORDS[0], REPEATED_WORDS[1] + 1))
+    assert set(tasks.words.common) < set(tasks.words.repeated)
+    assert any(word.istitle() for word in tasks.words.repeated)
 
 
 def test_no_document_tells_what_a_held_out_item_asks(tasks: Tasks, items: list[dict[str, str]]) -> None:

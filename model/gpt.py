@@ -262,8 +262,11 @@ class GPT(nn.Module):
 
 
 def sinusoids(count: int, width: int) -> Tensor:
-    """Positions (count, width) of Vaswani et al. 2017, sines behind each other and then cosines."""
-    frequencies = 10_000.0 ** -(torch.arange(0, width, 2) / width)
+    """Positions (count, width) as in Vaswani et al. 2017, sines behind each other and then cosines.
+
+    The slowest turns once in `count` positions, instead of in some 63 thousand: more are fast, and tell neighbours apart.
+    """
+    frequencies = (count / math.tau) ** -(torch.arange(0, width, 2) / width)
     angles = torch.arange(count)[:, None] * frequencies
     return torch.cat((angles.sin(), angles.cos()), dim=1)[:, :width]
 

@@ -68,7 +68,8 @@ def train(
     if dist.is_initialized():
         dist.barrier()
     shards = [write_shard(path, tokenizer, directory / "tokens") for path in corpus]
-    windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in plan.windows}
+    lengths = reversed(plan.windows)  # a corpus shorter than the longest is refused with that one's number
+    windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in lengths}
     device = model.head.device
     model.requires_grad_(True)
     trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: next_token_loss(model, *batch))

@@ -238,8 +238,8 @@ class GPT(nn.Module):
     def init_weights(self, seed: int) -> None:
         """Normal(n_embd ** -0.5), residual projections divided by sqrt(2 * n_layer), biases 0, norms 1, positions sinusoids.
 
-        GPT-2 has 0.02 at any width, and random positions and attention. From here a model learns much sooner to copy what it
-        has seen (ARCHITECTURE.md): attention to the token before is one rotation for all positions, instead of a fact about
+        GPT-2 has 0.02 at any width, and random positions and attention. From here a model learnt sooner to copy what it had
+        seen (ARCHITECTURE.md): attention to the token before is one rotation for all positions, instead of a fact about
         each; and attention's output projection is its values' transpose, so that a head adds what it attends to, which
         matters from the first update on (after mimetic initialization: Trockman & Kolter 2023).
         """

@@ -36,8 +36,8 @@ def gpt3_plan(name: str) -> TrainingPlan:
     )
 
 
-# Most of what a small model learns is local, and short windows cost less attention: they come first. At twice the rate, or
-# in windows of 512 from the beginning, it forgets how to copy.
+# Most of what a small model learns is local, and short windows cost less attention: they come first. At twice the rate and
+# in windows of 512 from the beginning, 8 layers forgot what they had learnt of copying (51 % of tokens right, then 6 %).
 DEMO_PLAN = TrainingPlan(
     num_tokens=40_000_000,
     window=2048,

@@ -239,19 +239,30 @@ def test_wrong_methods_and_half_requests_leave_the_connection_usable() -> None:
     run(test)
 
 
-async def answers(running: Running, *parts: bytes) -> tuple[list[int], bool]:
-    """Statuses of what comes back for bytes written one after another, and whether the server then closed."""
+STATUS = rb"HTTP/1.1 (\d+)"
+
+
+async def statuses(running: Running, *turns: tuple[bytes, int], closes: bool = False) -> list[int]:
+    """Write the bytes of each turn and wait for that many answers in all; then the server has to close, or not to."""
     reader, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)
     text = b""
-    for part in parts:
-        writer.write(part)
+    async with asyncio.timeout(20):
+        for part, count in turns:
+            writer.write(part)
+            while len(re.findall(STATUS, text)) < count:
+                chunk = await reader.read(65536)
+                assert chunk, f"closed after {text!r}"
+                text += chunk
+        if closes:
+            text += await reader.read()
+    if not closes:
         with suppress(TimeoutError):
             async with asyncio.timeout(0.3):
                 while chunk := await reader.read(65536):
                     text += chunk
-    closed = reader.at_eof()
+        assert not reader.at_eof()
     writer.close()
-    return [int(status) for status in re.findall(rb"HTTP/1.1 (\d+)", text)], closed
+    return [int(status) for status in re.findall(STATUS, text)]
 
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
@@ -264,14 +275,14 @@ def test_a_body_too_large_does_not_hang_the_connection() -> None:
         async with listening(max_body_bytes=100_000) as running:
             declared = POST + b"content-length: 200000\r\n\r\n"
             # Refused before the body comes; when it does, it is read past and the next request answered.
-            assert await answers(running, declared, BODY, GET) == ([413, 200], False)
-            assert await answers(running, declared + BODY + GET) == ([413, 200], False)
+            assert await statuses(running, (declared, 1), (BODY, 1), (GET, 2)) == [413, 200]
+            assert await statuses(running, (declared + BODY + GET, 2)) == [413, 200]
             chunk = b"30d40\r\n" + BODY + b"\r\n"
             chunked = POST + b"transfer-encoding: chunked\r\n\r\n"
-            assert await answers(running, chunked + chunk, chunk + b"0\r\n\r\n", GET) == ([413, 200], False)
+            assert await statuses(running, (chunked + chunk, 1), (chunk + b"0\r\n\r\n", 1), (GET, 2)) == [413, 200]
             # Who is told not to send a body will not, and must not wait for an answer to what comes instead.
             waiting = POST + b"content-length: 200000\r\nexpect: 100-continue\r\n\r\n"
-            assert await answers(running, waiting) == ([413], True)
+            assert await statuses(running, (waiting, 1), closes=True) == [413]
             assert (await running.client.post("/v1/completions", content=BODY)).status_code == 413
             assert (await running.complete(max_tokens=1)).status_code == 200
 

@@ -55,13 +55,13 @@ bench: install
 gpu-check: install
 	$(BIN)/python -m tests.bench.gpu_check $(if $(DRY),--dry)
 
-# The embedded model's successor, from the books in model/data/demo/BOOKS.md: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
+# The embedded model, from the books in model/data/demo/BOOKS.md: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
 # Takes hours; stopped, it goes on when it is called again.
 demo-model: OUT ?= build/demo
 demo-model: install
 	$(BIN)/python -m model.training.tasks '$(TEXT)' --out '$(OUT)'
 	$(BIN)/banded train '$(OUT)/repeats.txt' --window 128 --batch-tokens 2048 --tokens 8e6 --learning-rate 3e-3 --out '$(OUT)/first' --resume
-	$(BIN)/banded train '$(TEXT)' '$(OUT)/tasks.txt' '$(OUT)/repeats.txt' --init '$(OUT)/first' --valid '$(VALID)' --out '$(OUT)/run' --resume
+	$(BIN)/banded train '$(TEXT)' '$(OUT)/tasks.txt' --init '$(OUT)/first' --valid '$(VALID)' --out '$(OUT)/run' --resume
 	$(BIN)/banded evaluate --model '$(OUT)/run' --text '$(VALID)' --few-shot '$(OUT)/items.jsonl' --examples '$(OUT)/examples.jsonl'
 
 # Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.

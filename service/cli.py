@@ -375,7 +375,9 @@ def run_train(args: argparse.Namespace) -> int:
     from model.vocabulary import load_tokenizer
     from model.weights import load_model
     from service.loading import choose_device
+    from service.process import keep_freed_memory
 
+    keep_freed_memory()
     config, device = size(args.size), choose_device(args.device)
     if args.init:
         model, tokenizer = load_model(args.init, torch.float32), load_tokenizer(args.init)
@@ -428,7 +430,9 @@ def run_finetune(args: argparse.Namespace) -> int:
     from model.vocabulary import load_tokenizer
     from model.weights import load_model, weights_digest, write_atomically
     from service.loading import choose_device, model_directory
+    from service.process import keep_freed_memory
 
+    keep_freed_memory()
     if args.full and (args.rank or args.targets):
         raise ValueError("--full changes all weights: --rank and --targets are of an adapter")
     rank, targets = args.rank or DEFAULT_RANK, tuple(args.targets or TARGETS)

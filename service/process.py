@@ -1,4 +1,4 @@
-"""What this process's runtime libraries have to be told for the step thread to run at full speed."""
+"""What this process's runtime libraries have to be told for steps, of serving or of training, to run at full speed."""
 
 import ctypes
 import gc

@@ -39,13 +39,13 @@ def gpt3_plan(name: str) -> TrainingPlan:
 # Most of what a small model learns is local, and short windows cost less attention: they come first. At twice the rate and
 # in windows of 512 from the beginning, 8 layers forgot what they had learnt of copying (51 % of tokens right, then 6 %).
 DEMO_PLAN = TrainingPlan(
-    num_tokens=40_000_000,
+    num_tokens=24_000_000,
     window=2048,
     batch=4096,
     learning_rate=1e-3,
-    warmup_tokens=1_000_000,
+    warmup_tokens=600_000,
     short_window=128,
-    short_tokens=32_000_000,
+    short_tokens=19_200_000,
 )
 
 

@@ -29,8 +29,10 @@ LEAST_COMMON = 50
 FEW_WORDS = [4, 6, 8, 12]
 # So many documents are about copying even fewer words.
 COPYING, COPIED_WORDS = 0.3, [2, 3, 4, 6]
-# What a model sees first: up to so many words again and again, in documents of so many.
+# What a model sees first: up to so many words again and again, in documents of so many. So many later documents are of it,
+# too, lest it forgets.
 REPEATED_WORDS, REPEATED_LENGTH = (2, 24), (40, 126)
+REPEATING = 0.2
 
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
 
@@ -152,6 +154,9 @@ class Tasks:
                 yield item
 
     def document(self, rng: random.Random) -> str:
+        return self.repetition(rng) if rng.random() < REPEATING else self.few_shot(rng)
+
+    def few_shot(self, rng: random.Random) -> str:
         """Some examples of one task, with a separator and prefixes of their own."""
         if rng.random() < COPYING:
             return self._lay_out(rng, about(rng.sample(self._copied, rng.choice(COPIED_WORDS)), copy))

@@ -14,6 +14,7 @@ from model.training.tasks import (
     PREFIXES,
     REPEATED_LENGTH,
     REPEATED_WORDS,
+    REPEATING,
     SEPARATORS,
     Tasks,
     Words,
@@ -108,7 +109,7 @@ def test_documents_hold_examples_of_one_task_and_none_that_is_held_out(tasks: Ta
     rng = random.Random(1)
     layouts = set()
     for _ in range(300):
-        layout, examples = examples_of(tasks.document(rng))
+        layout, examples = examples_of(tasks.few_shot(rng))
         layouts.add(layout)
         assert not any(is_held_out(query) for query, _ in examples), examples
     assert len(layouts) > 40
@@ -118,7 +119,7 @@ def test_some_documents_copy_very_few_words(tasks: Tasks) -> None:
     rng = random.Random(4)
     found, seen = 0, set()
     for _ in range(1000):
-        _, examples = examples_of(tasks.document(rng))
+        _, examples = examples_of(tasks.few_shot(rng))
         words = {word for query, _ in examples for word in query.split()}
         if len(examples) >= 8 and len(words) <= max(COPIED_WORDS) and all(query == answer for query, answer in examples):
             found += 1
@@ -145,7 +146,7 @@ def test_repetitions_come_in_one_order_and_are_of_words_of_one_token(tasks: Task
 def test_no_document_tells_what_a_held_out_item_asks(tasks: Tasks, items: list[dict[str, str]]) -> None:
     """Neither the opposite's opposite, nor a longer sequence with the shorter one in it."""
     rng = random.Random(2)
-    documents = [tasks.document(rng) for _ in range(3000)]
+    documents = [tasks.few_shot(rng) for _ in range(3000)]
     sequences = {f" {item['input']} {item['output']} ".lower() for item in items if item["task"] == "next"}
     pairs = {item["output"] for item in items if item["task"] == "opposite"}
     assert min(len(sequences), len(pairs)) >= 8
@@ -173,3 +174,10 @@ def test_documents_depend_on_the_seed_only(tasks: Tasks, tmp_path: Path) -> None
     one, two, three = ((tmp_path / name).read_text(encoding="utf-8") for name in ("one", "two", "three"))
     assert one == two != three
     assert one.endswith("\n<|endoftext|>\n")
+
+
+def test_some_documents_are_repetitions(tasks: Tasks) -> None:
+    rng = random.Random(6)
+    documents = [tasks.document(rng) for _ in range(1000)]
+    few_shot = [text for text in documents if any(between in text for _, between in PREFIXES)]
+    assert len(documents) - len(few_shot) == pytest.approx(1000 * REPEATING, rel=0.2)

@@ -60,7 +60,7 @@ gpu-check: install
 demo-model: OUT ?= build/demo
 demo-model: install
 	$(BIN)/python -m model.training.tasks '$(TEXT)' --out '$(OUT)'
-	$(BIN)/banded train '$(OUT)/repeats.txt' --window 128 --batch-tokens 2048 --tokens 8e6 --learning-rate 3e-3 --out '$(OUT)/first' --resume
+	$(BIN)/banded train '$(OUT)/repeats.txt' --window 128 --batch-softmax --learning-rate 2e-3 --out '$(OUT)/first' --resume
 	$(BIN)/banded train '$(TEXT)' '$(OUT)/tasks.txt' --init '$(OUT)/first' --valid '$(VALID)' --out '$(OUT)/run' --resume
 	$(BIN)/banded evaluate --model '$(OUT)/run' --text '$(VALID)' --few-shot '$(OUT)/items.jsonl' --examples '$(OUT)/examples.jsonl'
 

@@ -141,5 +141,5 @@ GPT3_SIZES = {
 }
 
 # The embedded default model: small enough to ship in the repository as 16-bit safetensors.
-DEMO = gpt3(n_layer=4, n_embd=256, n_head=4)
+DEMO = gpt3(n_layer=4, n_embd=256, n_head=2)
 SIZES = {"demo": DEMO} | GPT3_SIZES

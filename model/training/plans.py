@@ -64,6 +64,7 @@ def plan_for(
     window: int | None = None,
     batch: int | None = None,
     learning_rate: float | None = None,
+    batch_softmax: bool = False,
     seed: int = 0,
 ) -> TrainingPlan:
     """The plan of a size for a model of `n_positions`. Fewer or more tokens stretch all its phases, no window is longer than
@@ -87,5 +88,6 @@ def plan_for(
         decay_tokens=None if plan.decay_tokens is None else int(plan.decay_tokens * stretch),
         short_tokens=int(plan.short_tokens * stretch),
         learning_rate=plan.learning_rate if learning_rate is None else learning_rate,
+        batch_softmax=batch_softmax,
         seed=seed,
     )

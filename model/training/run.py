@@ -16,6 +16,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ def train(
     In a process group of torch.distributed every rank calls this; the first one writes. Raises ValueError for a corpus that
     does not fit the plan too.
     """
+    if plan.batch_softmax and dist.is_initialized():
+        raise ValueError("a softmax over a batch's tokens would depend on how ranks share it: train in one process")
     check_directory(directory, resume=resume)  # before the corpus is written there
     if is_first_rank():
         for path in corpus:
@@ -72,7 +75,8 @@ def train(
     windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in lengths}
     device = model.head.device
     model.requires_grad_(True)
-    trainer = Trainer(dict(model.named_parameters()), plan, lambda *batch: next_token_loss(model, *batch))
+    loss = partial(next_token_loss, model, batch_softmax=plan.batch_softmax)
+    trainer = Trainer(dict(model.named_parameters()), plan, loss)
 
     def batches(first: int, count: int, window: int) -> tuple[Tensor, Tensor]:
         inputs, targets = windows[window].batch(first, count)

@@ -29,9 +29,10 @@ LEAST_COMMON = 50
 FEW_WORDS = [4, 6, 8, 12]
 # So many documents are about copying even fewer words.
 COPYING, COPIED_WORDS = 0.3, [2, 3, 4, 6]
-# What a model sees first: up to so many words again and again, in documents of so many. So many later documents are of it,
-# too, lest it forgets.
-REPEATED_WORDS, REPEATED_LENGTH = (2, 24), (40, 126)
+# What a model sees first: so many words again and again, in documents of so many. Of few words it learns sooner which ones
+# come, and then in what order; twice as many come half as often. A share of the later documents is the same, lest it be
+# forgotten.
+REPEATED_WORDS, REPEATED_LENGTH = (2, 32), (64, 126)
 REPEATING = 0.2
 
 SENTENCES = ["I saw {}.", "she spoke of {}", "they asked for {} again", "there was {} in the tale", "he dreamt of {}", "{}"]
@@ -164,7 +165,8 @@ class Tasks:
 
     def repetition(self, rng: random.Random) -> str:
         """Random words in an order that comes again and again: only what stands further up tells what comes next."""
-        words = rng.sample(self.words.repeated, rng.randint(*REPEATED_WORDS))
+        least, most = REPEATED_WORDS
+        words = rng.sample(self.words.repeated, int(least * ((most + 1) / least) ** rng.random()))
         return " ".join(itertools.islice(itertools.cycle(words), rng.randint(*REPEATED_LENGTH)))
 
     def _lay_out(self, rng: random.Random, source: Source) -> str:
@@ -254,13 +256,13 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="whose common words the tasks are about")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--tokens", type=float, default=6e6, help="of tasks.txt, and half as many of repeats.txt (default %(default)g)"
+        "--tokens", type=float, default=6e6, help="of tasks.txt, and four times as many of repeats.txt (default %(default)g)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
-    write_documents(args.out / "repeats.txt", tasks.repetition, int(args.tokens / 2), args.seed)
+    write_documents(args.out / "repeats.txt", tasks.repetition, int(4 * args.tokens), args.seed)
     count = write_documents(args.out / "tasks.txt", tasks.document, int(args.tokens), args.seed)
     write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)
     write_items(args.out / "examples.jsonl", tasks, 100, args.seed, held_out=False)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from model.training.run import CURVE_FILE, PICTURE_FILE, STATE_FILE
@@ -119,6 +120,15 @@ def test_two_ranks_make_the_bits_of_one_and_stop_together(corpus: Path, tmp_path
     assert 0 < len(curve(together)) < len(curve(alone))
     assert [rank.wait(60) for rank in start_ranks(together, corpus, "--pairs", "--resume")] == [0, 0]
     assert_same(together, alone)
+
+
+def test_a_batch_softmax_is_of_one_process(corpus: Path, tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="would depend on how ranks share it: train in one process"):
+            run(tmp_path / "run", corpus, replace(PLAN, batch_softmax=True))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_batches_of_any_size_are_shared_by_ranks(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:

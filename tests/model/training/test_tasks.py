@@ -131,7 +131,7 @@ def test_some_documents_copy_very_few_words(tasks: Tasks) -> None:
 def test_repetitions_come_in_one_order_and_are_of_words_of_one_token(tasks: Tasks) -> None:
     rng = random.Random(5)
     tokenizer, numbers = r50k_base(), set()
-    for _ in range(200):
+    for _ in range(1000):
         words = tasks.repetition(rng).split(" ")
         number = len(set(words))
         numbers.add(number)

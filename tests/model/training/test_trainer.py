@@ -95,6 +95,23 @@ def test_micro_batches_count_by_their_targets() -> None:
         assert update.loss == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_batch_softmax_is_over_the_targets_there() -> None:
+    model = model_of(0)
+    inputs, targets = torch.randint(97, (2, 3, 48), generator=torch.Generator().manual_seed(2)) // 4
+    hidden = model(inputs, torch.arange(48), WindowAttention(CONFIG), cpu)
+    logits = model.logits(hidden, cpu).flatten(0, 1)
+    missing = [token for token in range(97) if token not in targets]
+    assert len(missing) > 50
+    logits[:, missing] = -math.inf
+    expected = F.cross_entropy(logits, targets.flatten()).item()
+    loss = next_token_loss(model, inputs, targets, batch_softmax=True)
+    assert loss.item() == pytest.approx(expected, rel=0.01)
+    assert next_token_loss(model, inputs, targets).item() > expected + 0.5
+    loss.backward()
+    assert model.wte.weight.grad is not None
+    assert model.wte.weight.grad[96].count_nonzero() == 0
+
+
 def test_the_last_batch_is_as_large_as_what_is_left() -> None:
     plan = TrainingPlan(num_tokens=1050, window=100, batch=400, learning_rate=1.0)
     assert [count for _, count, _ in steps(plan)] == [4, 4, 3]

@@ -55,8 +55,8 @@ bench: install
 gpu-check: install
 	$(BIN)/python -m tests.bench.gpu_check $(if $(DRY),--dry)
 
-# The embedded model, from the books in model/data/demo/BOOKS.md: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
-# Takes hours; stopped, it goes on when it is called again.
+# What is to be the embedded model, from the books that model/data/demo/BOOKS.md names:
+# `make demo-model TEXT=tales.txt VALID=tales-valid.txt`. Takes hours; stopped, it goes on when it is called again.
 demo-model: OUT ?= build/demo
 demo-model: install
 	$(BIN)/python -m model.training.tasks '$(TEXT)' --out '$(OUT)'

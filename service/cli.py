@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--batch-softmax",
         action="store_true",
-        help="predict among the tokens of a batch instead of the whole vocabulary: faster, and enough for random words",
+        help="predict among the tokens computed at a time, not the whole vocabulary: faster, and enough for random words",
     )
     train.add_argument("--seed", type=int, default=0)
     train.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="(default %(default)s)")

@@ -46,7 +46,7 @@ class TrainingPlan:
     `batch`; windows begin at `short_window` tokens and double at equal distances until, behind `short_tokens`, they are
     `window` long (Li et al. 2022, https://arxiv.org/abs/2108.06084). At a time `micro_tokens` are computed, in whole windows
     and at least one. Everything is counted in tokens. With `batch_softmax` the loss is among the tokens that are targets
-    there, not the whole vocabulary: enough to learn looking up from random words, in a fifth of a small model's time.
+    there, not the whole vocabulary: enough to learn looking up from random words, in less of a small model's time.
 
     Raises ValueError naming what can't be followed.
     """

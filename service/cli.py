@@ -115,6 +115,11 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--batch-tokens", type=positive, help="tokens in a batch, which then doesn't grow; whole windows, so perhaps fewer"
     )
+    train.add_argument(
+        "--micro-tokens",
+        type=positive,
+        help="tokens of a batch computed at a time (default: a few thousand); the more, the faster on a GPU",
+    )
     train.add_argument("--learning-rate", type=positive_number, help="highest rate")
     train.add_argument(
         "--batch-softmax",
@@ -396,6 +401,7 @@ def run_train(args: argparse.Namespace) -> int:
         window=args.window,
         batch=args.batch_tokens,
         learning_rate=args.learning_rate,
+        micro_tokens=args.micro_tokens,
         batch_softmax=args.batch_softmax,
         seed=args.seed,
     )

@@ -64,6 +64,7 @@ def plan_for(
     window: int | None = None,
     batch: int | None = None,
     learning_rate: float | None = None,
+    micro_tokens: int | None = None,
     batch_softmax: bool = False,
     seed: int = 0,
 ) -> TrainingPlan:
@@ -88,6 +89,7 @@ def plan_for(
         decay_tokens=None if plan.decay_tokens is None else int(plan.decay_tokens * stretch),
         short_tokens=int(plan.short_tokens * stretch),
         learning_rate=plan.learning_rate if learning_rate is None else learning_rate,
+        micro_tokens=plan.micro_tokens if micro_tokens is None else micro_tokens,
         batch_softmax=batch_softmax,
         seed=seed,
     )

@@ -256,13 +256,13 @@ def main() -> None:
     parser.add_argument("text", type=Path, help="whose common words the tasks are about")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--tokens", type=float, default=6e6, help="of tasks.txt, and four times as many of repeats.txt (default %(default)g)"
+        "--tokens", type=float, default=12e6, help="of tasks.txt, and twice as many of repeats.txt (default %(default)g)"
     )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
-    write_documents(args.out / "repeats.txt", tasks.repetition, int(4 * args.tokens), args.seed)
+    write_documents(args.out / "repeats.txt", tasks.repetition, int(2 * args.tokens), args.seed)
     count = write_documents(args.out / "tasks.txt", tasks.document, int(args.tokens), args.seed)
     write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)
     write_items(args.out / "examples.jsonl", tasks, 100, args.seed, held_out=False)

@@ -34,7 +34,7 @@ def cache_of(
 ) -> Cache:
     """Sequences of `lengths` keys of which those before first_keys[i] are dead."""
     num_pages = sum(-(-length // PAGE_SIZE) for length in lengths) + 3
-    k, v = torch.full((2, num_pages, heads, PAGE_SIZE, dim), float("nan"), dtype=dtype)
+    k, v = torch.full((2, num_pages, heads, PAGE_SIZE, dim), float("nan"), dtype=dtype, device=device)
     order = iter(torch.randperm(num_pages).tolist())
     dead = next(order)
     page_table = torch.full((len(lengths), max_pages + 1), dead, dtype=torch.int32)
@@ -45,8 +45,8 @@ def cache_of(
             page_table[i, page] = page_id
             written = min(length - page * PAGE_SIZE, PAGE_SIZE)
             for pages in (k, v):
-                pages[page_id, :, :written] = torch.randn(heads, written, dim).to(dtype)
-    return Cache(k.to(device), v.to(device), page_table.to(device))
+                pages[page_id, :, :written] = torch.randn(heads, written, dim, device=device).to(dtype)
+    return Cache(k, v, page_table.to(device))
 
 
 def layout_of(pattern: Pattern, device: torch.device = CPU, max_pages: int = MAX_PAGES) -> BlockLayout | None:
@@ -57,7 +57,7 @@ def queries(
     count: int, *, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> Tensor:
     """(count, H, D) as a slice of a fused projection, the way the model passes it."""
-    return torch.randn(count, 3, heads, dim).to(device, dtype)[:, 0]
+    return torch.randn(count, 3, heads, dim, device=device).to(dtype)[:, 0]
 
 
 class DecodeCase(NamedTuple):

@@ -33,6 +33,8 @@ def test_other_numbers_of_tokens_stretch_the_phases() -> None:
     assert plan.warmup_tokens == DEMO_PLAN.warmup_tokens // 10
     assert not plan.batch_softmax
     assert plan_for("demo", 2048, batch_softmax=True).batch_softmax
+    assert plan.micro_tokens == DEMO_PLAN.micro_tokens
+    assert plan_for("demo", 2048, micro_tokens=16384).micro_tokens == 16384
     plan = plan_for("gpt3-125m", 1024, num_tokens=3_000_000_000, batch=65536, learning_rate=1e-3, seed=7)
     assert (plan.window, plan.batch, plan.first_batch, plan.ramp_tokens) == (1024, 65536, None, 0)
     assert (plan.decay_tokens, plan.learning_rate, plan.seed) == (2_600_000_000, 1e-3, 7)

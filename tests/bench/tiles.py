@@ -1,0 +1,68 @@
+"""python -m tests.bench.tiles: every tile that an attention kernel could have, timed on this GPU, best first.
+
+Takes minutes, nearly all of them to compile. What comes out is for kernels/tuning.py; `make aot` says what it takes of an SM.
+"""
+
+import sys
+from collections.abc import Iterator
+from itertools import product
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+
+from kernels.ops import choose
+from kernels.patterns import Pattern
+from kernels.tuning import TILES, Phase, Tile, capability_of, padded_head_dim
+from tests.bench import kernels
+from tests.bench.kernels import OURS, AttentionOp, Row, Shapes
+
+PHASES: dict[AttentionOp, Phase] = {
+    "decode_attention": "decode",
+    "prefill_attention": "prefill",
+    "block_sparse_attention": "block_sparse",
+}
+# A row of a block layout is 64 queries, and one query needs no more than a tensor core's 16.
+CANDIDATES: dict[Phase, list[Tile]] = {
+    "decode": [Tile(16, *rest) for rest in product((1, 2, 4), (2, 3, 4, 5))],
+    "prefill": [Tile(*parts) for parts in product((64, 128), (4, 8), (2, 3, 4))],
+    "block_sparse": [Tile(64, *rest) for rest in product((4, 8), (2, 3, 4))],
+}
+
+
+class Timed(NamedTuple):
+    tile: Tile
+    row: Row
+
+
+def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[Tile]]) -> Iterator[list[Timed]]:
+    """For each kind of attention the candidates that run, fastest first. Those with a wrong result don't."""
+    patterns: list[tuple[AttentionOp, Pattern]] = [
+        ("decode_attention", Pattern("dense")),
+        ("decode_attention", Pattern("banded", shapes.band)),
+        ("prefill_attention", Pattern("dense")),
+        ("prefill_attention", Pattern("banded", shapes.band)),
+        ("block_sparse_attention", Pattern("strided", shapes.stride)),
+    ]
+    for (op, pattern), dim in product(patterns, shapes.head_dims):
+        case = kernels.attention(op, pattern, dim, shapes, choose(device, "triton"), device)
+        ours = case._replace(ways={OURS: case.ways[OURS]})
+        entry = PHASES[op], capability_of(device), padded_head_dim(dim), shapes.dtype.itemsize
+        found = []
+        for tile in candidates[PHASES[op]]:
+            with mock.patch.dict(TILES, {entry: tile}):
+                found += [Timed(tile, row) for row in kernels.measure(ours, device) if row.ms]
+        yield sorted(found, key=lambda timed: timed.row.ms[1])
+
+
+def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device: Triton's interpreter has no speed worth a table")
+    print(f"{torch.cuda.get_device_name()}; queries, warps, stages: rate of the median call")
+    for found in times(kernels.REAL, torch.device("cuda"), CANDIDATES):
+        for tile, row in found:
+            print(f"{row.task.name}: {tuple(tile)} {row.rate:.3g} {row.task.unit}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

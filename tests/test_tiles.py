@@ -18,7 +18,7 @@ CANDIDATES: dict[Phase, list[Tile]] = {
 def test_tiles_that_run_are_timed_fastest_first() -> None:
     before = dict(tuning.TILES)
     found = list(tiles.times(DRY.shapes._replace(head_dims=(64,)), torch.device("cpu"), CANDIDATES))
-    assert tuning.TILES == before
+    assert before == tuning.TILES
     assert [len(timed) for timed in found] == [2, 2, 1, 1, 1]  # 128 queries are no row of a block layout
     assert [timed[0].row.task.name.split()[0] for timed in found] == [
         *["decode_attention"] * 2,

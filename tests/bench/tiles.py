@@ -1,6 +1,6 @@
 """python -m tests.bench.tiles: every tile that an attention kernel could have, timed on this GPU, best first.
 
-Takes minutes, nearly all of them to compile. What comes out is for kernels/tuning.py; `make aot` says what it takes of an SM.
+Takes minutes, nearly all of them to compile. What comes out is for kernels/tuning.py; `make aot` says what fits an SM.
 """
 
 import sys

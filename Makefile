@@ -63,7 +63,7 @@ demo-model: install
 	$(BIN)/python -m model.training.tasks '$(TEXT)' --out '$(OUT)'
 	$(BIN)/banded train '$(OUT)/repeats.txt' --window 128 --batch-softmax --learning-rate 2e-3 --out '$(OUT)/first' --resume $(ON)
 	$(BIN)/banded train '$(TEXT)' '$(TEXT)' '$(OUT)/tasks.txt' --init '$(OUT)/first' --valid '$(VALID)' --out '$(OUT)/run' --resume \
-	  --tokens 96e6 --batch-tokens 16384 --micro-tokens 16384 --learning-rate 2e-3 $(ON)
+	  --tokens 72e6 --batch-tokens 16384 --micro-tokens 16384 --learning-rate 2e-3 $(ON)
 	$(BIN)/banded evaluate --model '$(OUT)/run' --text '$(VALID)' --few-shot '$(OUT)/items.jsonl' --examples '$(OUT)/examples.jsonl'
 
 # Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.

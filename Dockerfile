@@ -51,7 +51,7 @@ ENTRYPOINT ["banded"]
 CMD ["serve"]
 
 # torch's CUDA build; its wheels bring the CUDA libraries, the host its driver. Triton compiles the kernels, and with a C
-# compiler their launchers, when they first run; both stay in its cache under the home. Never run on a GPU yet.
+# compiler their launchers, when they first run; both stay in its cache under the home. This image never ran on a GPU.
 FROM runtime AS cuda
 USER root
 RUN apt-get update && apt-get install --yes --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*

@@ -56,7 +56,8 @@ gpu-check: install
 	$(BIN)/python -m tests.bench.gpu_check $(if $(DRY),--dry)
 
 # The embedded model, from the books that model/data/demo/BOOKS.md names: `make demo-model TEXT=tales.txt VALID=tales-valid.txt`.
-# Stopped, it goes on when it is called again. Minutes on an H100 (DEVICE=cuda), most of a day on 2 cores.
+# Stopped, it goes on when it is called again. Minutes on an H100 (DEVICE=cuda), hours on 2 cores.
+# The books stand there twice, so that they are about as many tokens as the tasks.
 demo-model: OUT ?= build/demo
 demo-model: ON = $(if $(DEVICE),--device '$(DEVICE)')
 demo-model: install
@@ -64,7 +65,7 @@ demo-model: install
 	$(BIN)/banded train '$(OUT)/repeats.txt' --window 128 --batch-softmax --learning-rate 2e-3 --out '$(OUT)/first' --resume $(ON)
 	$(BIN)/banded train '$(TEXT)' '$(TEXT)' '$(OUT)/tasks.txt' --init '$(OUT)/first' --valid '$(VALID)' --out '$(OUT)/run' --resume \
 	  --tokens 72e6 --batch-tokens 16384 --micro-tokens 16384 --learning-rate 2e-3 $(ON)
-	$(BIN)/banded evaluate --model '$(OUT)/run' --text '$(VALID)' --few-shot '$(OUT)/items.jsonl' --examples '$(OUT)/examples.jsonl'
+	$(BIN)/banded evaluate --model '$(OUT)/run' --dtype bfloat16 --text '$(VALID)' --few-shot '$(OUT)/items.jsonl' --examples '$(OUT)/examples.jsonl'
 
 # Write down the versions that are installed now; a local build tag such as torch's would name a file nobody else has.
 lock: install

@@ -85,5 +85,5 @@ def add_layernorm(
 
 
 def num_warps(block: int) -> int:
-    """8 to 32 elements a thread: the row stays in registers; never timed on a GPU."""
+    """8 to 32 elements a thread: the row stays in registers; never tuned."""
     return min(max(block // 256, 1), 16)

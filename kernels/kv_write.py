@@ -75,5 +75,5 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
 
 
 def num_warps(block: int) -> int:
-    """16 bytes a thread where a token is small, at most 8 warps; never timed on a GPU."""
+    """16 bytes a thread where a token is small, at most 8 warps; never tuned."""
     return min(max(block // 256, 1), 8)

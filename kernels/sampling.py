@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
-BLOCK = 4096  # tokens of a tile: 16 bytes a thread; never timed on a GPU
+BLOCK = 4096  # tokens of a tile: 16 bytes a thread; never tuned
 NUM_WARPS = 32
 VECTOR = tl.constexpr(4)  # logits in 16 bytes
 INFINITY = tl.constexpr(0x7F800000)  # the bits of fp32's

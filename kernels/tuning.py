@@ -1,7 +1,9 @@
 """Tile sizes of the attention kernels: a literal table, held to its limits by aot.py. Nothing is tuned while serving.
 
-Hopper's entries of two bytes are the fastest of `python -m tests.bench.tiles` on an H100. Nothing else was timed: these are
-the largest that compile without spills, see `make aot`.
+Of Hopper's entries of two bytes those for prefill were the fastest in bf16 on an H100, those for decode and block_sparse
+among the fastest (decode of a band with heads of 128 at 85 % of the best): one short run of a forerunner of
+`python -m tests.bench.tiles`, which times every candidate. All other entries were never tuned: they are the largest that
+compile without spills, see `make aot`.
 """
 
 from functools import cache
@@ -22,7 +24,7 @@ class Tile(NamedTuple):
 
 
 # (phase, compute capability, head size padded to a power of two, bytes of an element). Tensor cores want 16 queries at
-# least, Hopper's wgmma 64; fp32 products run on the plain cores. On an H100 tiles of 64 queries, of which more fit an SM,
+# least, Hopper's wgmma 64; fp32 products run on the plain cores. On the H100 tiles of 64 queries, of which more fit an SM,
 # gave 368 TFLOP/s where 128 gave 334 (heads of 128, dense), and 190 where they gave 142 (heads of 64, a band).
 TILES: dict[tuple[Phase, Capability, int, int], Tile] = {
     ("prefill", 80, 64, 2): Tile(128, 8, 3),

@@ -140,7 +140,6 @@ GPT3_SIZES = {
     "gpt3-175b": gpt3(n_layer=96, n_embd=12288, n_head=96),
 }
 
-# What `banded train` makes by default, the embedded model among them: small enough to ship in the repository as 16-bit
-# safetensors.
+# What `banded train` makes by default, and the embedded model is: small enough to ship in the repository in 16 bits.
 DEMO = gpt3(n_layer=4, n_embd=256, n_head=2)
 SIZES = {"demo": DEMO} | GPT3_SIZES

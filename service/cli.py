@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--micro-tokens",
         type=positive,
-        help="tokens of a batch computed at a time (default: a few thousand); the more, the faster on a GPU",
+        help="tokens computed at a time, at most a batch (default 4096, GPT-3's sizes 2048): memory for speed on a GPU",
     )
     train.add_argument("--learning-rate", type=positive_number, help="highest rate")
     train.add_argument(

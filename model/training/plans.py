@@ -1,4 +1,4 @@
-"""What to train each size on, and how fast: GPT-3's plans, and that of the embedded model."""
+"""What to train each size on, and how fast: GPT-3's plans, and that of a small model."""
 
 from dataclasses import replace
 
@@ -38,6 +38,7 @@ def gpt3_plan(name: str) -> TrainingPlan:
 
 # Most of what a small model learns is local, and short windows cost less attention: they come first. At twice the rate and
 # in windows of 512 from the beginning, 8 layers forgot what they had learnt of copying (51 % of tokens right, then 6 %).
+# The embedded model had larger batches: see `demo-model` in the Makefile.
 DEMO_PLAN = TrainingPlan(
     num_tokens=24_000_000,
     window=2048,

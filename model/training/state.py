@@ -1,4 +1,4 @@
-"""The state of a training run in one file: a run that goes on from it makes the same bits as one that never stopped."""
+"""The state of a training run in one file: on a CPU a run that goes on from it makes the bits of one that never stopped."""
 
 import dataclasses
 import json

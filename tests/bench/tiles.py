@@ -1,4 +1,4 @@
-"""python -m tests.bench.tiles: every tile that an attention kernel could have, timed on this GPU, best first.
+"""python -m tests.bench.tiles: every candidate tile of the attention kernels, timed on this GPU, best first.
 
 Takes minutes, nearly all of them to compile. What comes out is for kernels/tuning.py; `make aot` says what fits an SM.
 """
@@ -36,7 +36,7 @@ class Timed(NamedTuple):
 
 
 def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[Tile]]) -> Iterator[list[Timed]]:
-    """For each kind of attention the candidates that run, fastest first. Those with a wrong result don't."""
+    """For each kind of attention the candidates, fastest first. Those that fail, or are wrong, are named on stderr."""
     patterns: list[tuple[AttentionOp, Pattern]] = [
         ("decode_attention", Pattern("dense")),
         ("decode_attention", Pattern("banded", shapes.band)),
@@ -51,7 +51,11 @@ def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[Til
         found = []
         for tile in candidates[PHASES[op]]:
             with mock.patch.dict(TILES, {entry: tile}):
-                found += [Timed(tile, row) for row in kernels.measure(ours, device) if row.ms]
+                found += [Timed(tile, row) for row in kernels.measure(ours, device)]
+        for tile, row in found:
+            if not row.ms:
+                print(f"{row.task.name}: {tuple(tile)} {row.problem}", file=sys.stderr, flush=True)
+        found = [timed for timed in found if timed.row.ms]
         yield sorted(found, key=lambda timed: timed.row.ms[1])
 
 

@@ -130,7 +130,8 @@ def test_one_key_of_the_demo_band_is_found_in_fp32() -> None:
 def test_a_skipped_page_of_the_demo_is_found(dtype: torch.dtype) -> None:
     model = load_model(DEMO_DIRECTORY, dtype)
     assert kernel_errors(model, cpu).faults() == []
-    assert {"dense", "all"} <= failing(kernel_errors(model, broken(decode_attention=page_skipped)))
+    found = {"dense", "all"} if dtype == torch.bfloat16 else {"dense", "banded", "all"}  # bf16 hides it in banded layers
+    assert failing(kernel_errors(model, broken(decode_attention=page_skipped))) == found
 
 
 @pytest.mark.parametrize("kind", ["strided", "fixed"])

@@ -183,10 +183,13 @@ def test_train_then_finetune_all_weights_then_complete(
     card.write_text('{"separator": " ; "}')
     trained, tuned = tmp_path / "trained", tmp_path / "tuned"
     options = ["--init", str(checkpoint), "--tokens", "8000", "--batch-tokens", "512", "--learning-rate", "0.01"]
+    options += ["--micro-tokens", "256"]
     assert main(["train", str(corpus), "--out", str(trained), "--valid", str(corpus), *options]) == 0
     shown = capsys.readouterr().out
     assert re.fullmatch(r"held-out perplexity \d+\.\d\d over 2402 tokens\n", shown)
     assert float(shown.split()[2]) < 100
+    assert main(["train", str(corpus), "--out", str(trained), *options[:-1], "128", "--resume"]) == 2
+    assert "is the state of another run: micro_tokens 128, not 256" in capsys.readouterr().err
     data = [str(examples), "--valid", str(examples)]
     assert main(["finetune", *data, "--model", str(trained), "--out", str(tuned), "--full", "--learning-rate", "0.01"]) == 0
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())

@@ -258,8 +258,10 @@ def run_process() -> None:
     os.nice(19)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # it ends with its server, even a server that is killed
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("1000")
+        # A session has a share of the cores, which the priority of a process in it doesn't change: autogroup in sched(7).
+        for file, value in (("autogroup", "19"), ("oom_score_adj", "1000")):
+            with contextlib.suppress(OSError):
+                Path("/proc/self", file).write_text(value)
     from service.cli import main
 
     sys.exit(main())

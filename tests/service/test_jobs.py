@@ -4,6 +4,7 @@ import asyncio
 import json
 import signal
 import sqlite3
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
@@ -634,3 +635,27 @@ def test_jobs_that_can_not_be(tmp_path: Path, process: Callable[..., None]) -> N
             )
 
     run(test)
+
+
+LOWLY = """
+import os
+from pathlib import Path
+from service import cli, jobs
+
+def main():
+    facts = [Path("/proc/self", name) for name in ("autogroup", "oom_score_adj")]
+    print(os.nice(0), *(file.read_text().split()[-1] for file in facts if file.exists()))
+
+cli.main = main
+jobs.run_process()
+"""
+
+
+def test_a_jobs_process_comes_behind_the_server() -> None:
+    """Where the kernel groups tasks by session, a priority inside a session of its own would be none."""
+    command = [sys.executable, "-c", LOWLY]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout.split()
+    assert shown[0] == "19"
+    assert shown[1:] == [
+        value for name, value in (("autogroup", "19"), ("oom_score_adj", "1000")) if Path("/proc/self", name).exists()
+    ]

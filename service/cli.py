@@ -118,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_argument(
         "--micro-tokens",
         type=positive,
-        help="tokens computed at a time, at most a batch (default 4096, GPT-3's sizes 2048): memory for speed on a GPU",
+        help="tokens computed at a time, at least a window (default 4096, GPT-3's sizes 2048); a GPU wants more",
     )
     train.add_argument("--learning-rate", type=positive_number, help="highest rate")
     train.add_argument(

@@ -12,7 +12,6 @@ from unittest import mock
 import torch
 
 from kernels.ops import choose
-from kernels.patterns import Pattern
 from kernels.tuning import TILES, Phase, Tile, capability_of, padded_head_dim
 from tests.bench import kernels
 from tests.bench.kernels import OURS, AttentionOp, Row, Shapes
@@ -37,15 +36,11 @@ class Timed(NamedTuple):
 
 def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[Tile]]) -> Iterator[list[Timed]]:
     """For each kind of attention the candidates, fastest first. Those that fail, or are wrong, are named on stderr."""
-    patterns: list[tuple[AttentionOp, Pattern]] = [
-        ("decode_attention", Pattern("dense")),
-        ("decode_attention", Pattern("banded", shapes.band)),
-        ("prefill_attention", Pattern("dense")),
-        ("prefill_attention", Pattern("banded", shapes.band)),
-        ("block_sparse_attention", Pattern("strided", shapes.stride)),
-    ]
-    for (op, pattern), dim in product(patterns, shapes.head_dims):
-        case = kernels.attention(op, pattern, dim, shapes, choose(device, "triton"), device)
+    for build in kernels.cases(shapes, choose(device, "triton"), device):
+        if build.func is not kernels.attention:
+            continue
+        op, _, dim, *_ = build.args
+        case = build()
         ours = case._replace(ways={OURS: case.ways[OURS]})
         entry = PHASES[op], capability_of(device), padded_head_dim(dim), shapes.dtype.itemsize
         found = []

@@ -45,7 +45,7 @@ conformance: install prometheus
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.
 aot: install
-	$(BIN)/python -m kernels.aot
+	$(BIN)/python -m kernels.gpu.aot
 
 # Beside other servers, where the environment names them: see tests/bench/run.py. `make bench ONLY='bf16-1 bf16-8'`: some lines.
 bench: install

@@ -1,19 +1,17 @@
-"""The decoder's ops, and which implementation serves a device.
+"""The decoder's ops: one signature each, whoever implements them.
 
-An implementation is a module with these functions: kernels.gpu (Triton), kernels.cpu, and kernels.reference, the oracle that
-the other two are held to. The model gets one as an argument; nothing falls back silently.
+kernels.gpu.triton_ops, kernels.torch_ops and kernels.cpu.compiled implement them, and so does kernels.reference, the oracle
+that the others are held to. The model gets one of them as an argument.
 """
 
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
-from kernels.int8 import Int8Weight
-from kernels.names import Activation, KernelChoice, PatternKind
+from kernels.cpu.int8 import Int8Weight
+from kernels.names import Activation, PatternKind
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import SamplingState
 
@@ -102,22 +100,3 @@ class Ops(Protocol):
     def fuse(self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> AllBlocks | None:
         """All blocks as one call, with the bits of the ops one by one; None where there is no such call.
         Nobody may put other tensors into the modules afterwards."""
-
-
-def choose(device: torch.device, choice: KernelChoice) -> Ops:
-    """The implementation that serves `device`. "triton" runs the GPU path on CPU tensors, for tests.
-
-    Raises ValueError where that is asked for without Triton's interpreter, and where the interpreter would run on a GPU.
-    """
-    if device.type == "cuda" or choice == "triton":
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-        if device.type == "cpu" and not interpreted:
-            raise ValueError("the Triton kernels run on a CPU in Triton's interpreter only: set TRITON_INTERPRET=1")
-        if device.type == "cuda" and interpreted:
-            raise ValueError("TRITON_INTERPRET=1 is set: the kernels would be interpreted, not run on the GPU; unset it")
-        from kernels import gpu  # Triton decides at import whether it compiles or interprets, and takes a second
-
-        return gpu
-    from kernels import cpu
-
-    return cpu

@@ -152,7 +152,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream x (..., C), and what is still to be added to it: the next norm adds it in the same pass.
 
-        run_blocks in kernels/cpu_compiled.cpp repeats this.
+        run_blocks in kernels/cpu/csrc/kernels.cpp repeats this.
         """
         if self.pre_norm:
             normed, x = add_norm(self.ln_1, x, update, ops)

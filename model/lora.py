@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from kernels.names import Activation
 from kernels.ops import Ops, Weight
+from model.checkpoint.weights import CheckpointError, read_json, write_atomically, write_tensors
 from model.gpt import GPT
-from model.weights import CheckpointError, read_json, write_atomically, write_tensors
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 # Compiled products read so many columns together: ranks are padded with zeros.

@@ -23,8 +23,8 @@ from service.settings import Settings
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
-    from service.jobs import Jobs
-    from service.served import Models
+    from service.engine.models import Models
+    from service.jobs.runner import Jobs
 
 DEFAULT_RANK = 8
 DEFAULT_SHOTS = (0, 1, 4, 16)
@@ -224,7 +224,7 @@ def run_serve(args: argparse.Namespace) -> int:
     # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args)
-    from service.server import Server, serve
+    from service.api.server import Server, serve
 
     server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, where it is installed
@@ -239,9 +239,9 @@ def run_serve(args: argparse.Namespace) -> int:
 def load_app(settings: Settings) -> "FastAPI":
     """The application over the model that the settings name: what takes its time when a server starts."""
     from service.api.app import create_app
-    from service.loading import load_served, served_name
-    from service.metrics import Metrics
-    from service.process import freeze_loaded_objects
+    from service.engine.loading import load_served, served_name
+    from service.engine.metrics import Metrics
+    from service.engine.process import freeze_loaded_objects
 
     metrics = Metrics(served_name(settings.model))
     models = load_served(settings, metrics)
@@ -265,9 +265,9 @@ def load_app(settings: Settings) -> "FastAPI":
 
 def jobs_over(models: "Models", settings: Settings) -> "Jobs | None":
     """Fine-tuning of the served model; None where nothing is kept."""
-    from service.jobs import Jobs
-    from service.loading import model_directory
-    from service.store import Store
+    from service.engine.loading import model_directory
+    from service.jobs.runner import Jobs
+    from service.jobs.store import Store
 
     if settings.data_dir is None:
         return None
@@ -289,12 +289,12 @@ def run_complete(args: argparse.Namespace) -> int:
 async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> int:
     from contextlib import aclosing
 
-    from service.engine import EngineError
-    from service.loading import load_served
-    from service.metrics import Metrics
-    from service.prompts import text_prompt
-    from service.schema import CompletionRequest
-    from service.served import choice_requests
+    from service.api.schema import CompletionRequest
+    from service.engine.engine import EngineError
+    from service.engine.loading import load_served
+    from service.engine.metrics import Metrics
+    from service.engine.models import choice_requests
+    from service.engine.prompts import text_prompt
 
     # The bounds of the options are those of the API.
     given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
@@ -323,7 +323,7 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
 @contextmanager
 def reachable(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Address and model: of the server at --url, or of one that runs meanwhile."""
-    from service.bench import banded, base_url, running, served_model
+    from service.tools.bench import banded, base_url, running, served_model
 
     if args.url and (args.dtype or args.device):
         raise ValueError("--dtype and --device say how a server is started; the one at --url runs already")
@@ -339,7 +339,7 @@ def reachable(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from service.bench import Load, bench
+    from service.tools.bench import Load, bench
 
     if args.requests and args.requests < max(args.streams):
         raise ValueError(f"--requests {args.requests} can't keep {max(args.streams)} streams in flight")
@@ -356,7 +356,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     settings = settings_from(args, host="127.0.0.1")
     logging.getLogger().setLevel(logging.WARNING)
     from model.doctor import kernel_errors, percent
-    from service.loading import load_checkpoint
+    from service.engine.loading import load_checkpoint
 
     checkpoint = load_checkpoint(settings)
     measured = kernel_errors(checkpoint.model, checkpoint.ops)
@@ -377,15 +377,15 @@ def run_train(args: argparse.Namespace) -> int:
     import torch
     import torch.distributed as dist
 
+    from model.checkpoint.tokenizer import r50k_base
+    from model.checkpoint.vocabulary import load_tokenizer
+    from model.checkpoint.weights import load_model
     from model.gpt import GPT
-    from model.tokenizer import r50k_base
     from model.training.data import read_tokens
     from model.training.plans import plan_for, size
     from model.training.run import STATE_FILE, train
-    from model.vocabulary import load_tokenizer
-    from model.weights import load_model
-    from service.loading import choose_device
-    from service.process import keep_freed_memory
+    from service.engine.loading import choose_device
+    from service.engine.process import keep_freed_memory
 
     keep_freed_memory()
     config, device = size(args.size), choose_device(args.device)
@@ -437,12 +437,12 @@ def run_train(args: argparse.Namespace) -> int:
 def run_finetune(args: argparse.Namespace) -> int:
     import torch
 
+    from model.checkpoint.vocabulary import load_tokenizer
+    from model.checkpoint.weights import load_model, weights_digest, write_atomically
     from model.lora import TARGETS, AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
-    from model.vocabulary import load_tokenizer
-    from model.weights import load_model, weights_digest, write_atomically
-    from service.loading import choose_device, model_directory
-    from service.process import keep_freed_memory
+    from service.engine.loading import choose_device, model_directory
+    from service.engine.process import keep_freed_memory
 
     keep_freed_memory()
     if args.full and (args.rank or args.targets):
@@ -494,7 +494,7 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from service.evaluate import Served, few_shot_accuracy, few_shot_questions, perplexity, read_items, read_text
+    from service.tools.evaluate import Served, few_shot_accuracy, few_shot_questions, perplexity, read_items, read_text
 
     if not (args.text or args.few_shot):
         raise ValueError("nothing to evaluate: give --text, --few-shot or both")
@@ -536,9 +536,9 @@ def few_shot_table(accuracy: dict[str, dict[int, float]]) -> list[str]:
 
 
 def run_plan(args: argparse.Namespace) -> int:
+    from model.checkpoint.weights import read_config
     from model.config import SIZES
-    from model.weights import read_config
-    from service.capacity import GPUS, Capacity, Training, report
+    from service.tools.roofline import GPUS, Capacity, Training, report
 
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu {args.gpu}: known are {', '.join(GPUS)}")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.schema import Body, ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
+from service.api.schema import Body, ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
 from tests.conformance import ROUTES, Line, lines_of, table
 
 FILE = Path(__file__).parent.parent / "CONFORMANCE.md"

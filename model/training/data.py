@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.tokenizer import END_OF_TEXT, Tokenizer
+from model.checkpoint.tokenizer import END_OF_TEXT, Tokenizer
 
 # Tokens on disk, mapped into memory and never read whole.
 Shard = NDArray[np.uint16] | NDArray[np.uint32]

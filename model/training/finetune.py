@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import cpu
+from kernels import torch_ops
+from model.checkpoint.tokenizer import Tokenizer
+from model.checkpoint.weights import save_model
 from model.gpt import GPT, WindowAttention
 from model.lora import AdapterConfig, adapted, new_adapter, save_adapter
-from model.tokenizer import Tokenizer
 from model.training.data import shuffled
 from model.training.run import follow
 from model.training.trainer import IGNORED, Trainer, TrainingPlan, next_token_loss
-from model.weights import save_model
 
 # Errors and advice name so many lines.
 FEW_LINES = 5
@@ -186,7 +186,7 @@ def finetune(
     device = model.head.device
     learnt = None if adapter is None else new_adapter(model, adapter, base, plan.seed)
     model.requires_grad_(learnt is None)
-    ops = cpu if learnt is None else adapted(cpu, model, learnt)
+    ops = torch_ops if learnt is None else adapted(torch_ops, model, learnt)
     parameters = dict(model.named_parameters()) if learnt is None else learnt.parameters()
     trainer = Trainer(parameters, plan, lambda inputs, targets: next_token_loss(model, inputs, targets, ops))
 
@@ -220,7 +220,7 @@ def finetune(
 
 
 @torch.inference_mode()
-def completion_loss(model: GPT, examples: Sequence[Encoded], ops: Any = cpu, batch: int = 8) -> float:
+def completion_loss(model: GPT, examples: Sequence[Encoded], ops: Any = torch_ops, batch: int = 8) -> float:
     """Mean loss in nats over all tokens of the completions, the eos behind them included, in the dtype of the weights."""
     total, count = 0.0, 0
     by_length = sorted(examples, key=lambda example: len(example.inputs))

@@ -25,13 +25,13 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from model.checkpoint.tokenizer import Tokenizer
+from model.checkpoint.weights import INDEX_FILE, WEIGHTS_FILE, save_model
 from model.gpt import GPT
 from model.lora import ADAPTER_WEIGHTS
-from model.tokenizer import Tokenizer
 from model.training.data import Windows, open_shard, write_shard
 from model.training.state import load_state, save_state
 from model.training.trainer import Batches, Trainer, TrainingPlan, Update, mean_loss, next_token_loss
-from model.weights import INDEX_FILE, WEIGHTS_FILE, save_model
 
 log = logging.getLogger("banded.training")
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from model.tokenizer import END_OF_TEXT, r50k_base
+from model.checkpoint.tokenizer import END_OF_TEXT, r50k_base
 
 WORDS = Path(__file__).parent / "words.toml"
 # Of all queries that a task can ask, this share is never in a document.

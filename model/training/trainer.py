@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kernels import cpu
+from kernels import torch_ops
 from kernels.ops import Ops
 from model.gpt import GPT, WindowAttention
 from model.training.data import consecutive_windows
@@ -187,7 +187,9 @@ def gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
-def next_token_loss(model: GPT, inputs: Tensor, targets: Tensor, ops: Ops = cpu, *, batch_softmax: bool = False) -> Tensor:
+def next_token_loss(
+    model: GPT, inputs: Tensor, targets: Tensor, ops: Ops = torch_ops, *, batch_softmax: bool = False
+) -> Tensor:
     """Mean next-token loss in nats over windows (B, T), matrix work in bf16. Targets that are IGNORED don't count.
 
     With `batch_softmax` only tokens that are targets are predicted, as if the vocabulary held no others.
@@ -215,7 +217,7 @@ def mean_loss(model: GPT, tokens: Tensor) -> float:
     total = 0.0
     windows = list(consecutive_windows(tokens.to(model.head.device), model.config.n_positions))
     for inputs, targets in tqdm(windows, desc="held-out", unit="window", leave=False):
-        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), WindowAttention(model.config), cpu)
+        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), WindowAttention(model.config), torch_ops)
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
-            total += F.cross_entropy(model.logits(rows, cpu), labels, reduction="sum").item()
+            total += F.cross_entropy(model.logits(rows, torch_ops), labels, reduction="sum").item()
     return total / (len(tokens) - 1)

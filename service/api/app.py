@@ -8,7 +8,9 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from service.api import chat, completions, errors, files, fine_tuning, models, openapi, operations, score, tokenization
+from service.api import errors, openapi
+from service.api.limits import RateLimits
+from service.api.metrics_alias import VllmNames
 from service.api.middleware import (
     HEALTH,
     AnswerFaults,
@@ -19,11 +21,10 @@ from service.api.middleware import (
     LimitRates,
     RequireKey,
 )
-from service.jobs import Jobs
-from service.limits import RateLimits
-from service.metrics import Metrics
-from service.metrics_alias import VllmNames
-from service.served import Models
+from service.api.routes import chat, completions, files, fine_tuning, models, operations, score, tokenization
+from service.engine.metrics import Metrics
+from service.engine.models import Models
+from service.jobs.runner import Jobs
 from service.settings import DEFAULT_MAX_BODY_BYTES, MetricsAlias
 
 ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, files, fine_tuning, operations))

@@ -11,9 +11,9 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from service.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
-from service.limits import LimitError
-from service.schema import ErrorResponse, shown
+from service.api.limits import LimitError
+from service.api.schema import ErrorResponse, shown
+from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
 
 log = logging.getLogger("banded.api")
 

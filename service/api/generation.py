@@ -16,11 +16,8 @@ from pydantic_core import to_json
 
 from model.step import TokenLogprobs
 from service.api.errors import APIError, invalid
-from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, event, unless_disconnected
-from service.choice import ChoiceRequest, Output, ShownToken
-from service.engine import Engine
-from service.limits import KeyLimits
-from service.schema import (
+from service.api.limits import KeyLimits
+from service.api.schema import (
     MAX_STOPS,
     Body,
     ChatChunk,
@@ -31,7 +28,10 @@ from service.schema import (
     shown,
     too_many_stops,
 )
-from service.served import Models, ServedModel
+from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, event, unless_disconnected
+from service.engine.choice import ChoiceRequest, Output, ShownToken
+from service.engine.engine import Engine
+from service.engine.models import Models, ServedModel
 
 T = TypeVar("T")
 

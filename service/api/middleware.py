@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import APIError, api_error
-from service.limits import LimitError, RateLimits
-from service.metrics import Metrics
+from service.api.limits import LimitError, RateLimits
+from service.engine.metrics import Metrics
 
 HEALTH = ("/health/live", "/health/ready")
 SANE_ID = re.compile(r"[!-~]{1,128}")

@@ -13,8 +13,8 @@ from contextlib import contextmanager
 
 import httpx
 
-from service.bench import Load, banded, measure, running
-from service.loading import model_directory, served_name
+from service.engine.loading import model_directory, served_name
+from service.tools.bench import Load, banded, measure, running
 
 # Learning to repeat a number: many short examples, again and again, so that no job ends before it is cancelled.
 EXAMPLES = "".join(json.dumps({"prompt": f"{i} =>", "completion": f" {i}\n"}) + "\n" for i in range(2000))

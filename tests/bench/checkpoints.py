@@ -8,11 +8,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from model.checkpoint.tokenizer import END_OF_TEXT
+from model.checkpoint.weights import save_model
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT
-from model.tokenizer import END_OF_TEXT
-from model.weights import save_model
-from tests.model.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
+from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
 
 # GPT-Neo's shape: dense and banded layers in turn.
 ALTERNATING_125M = GPT3_SIZES["gpt3-125m"]

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import cpu, gpu, reference
+from kernels import reference, torch_ops
+from kernels.gpu import triton_ops
 from kernels.ops import Ops
 from kernels.patterns import Pattern
 from tests.kernels.interpreter import exact_bf16
@@ -55,7 +56,7 @@ def main() -> None:
             errors = []
             for by_name in by_dtype:
                 expected = by_name[name](reference)
-                errors += [float((by_name[name](ops) - expected).abs().max()) for ops in (cpu, gpu)]
+                errors += [float((by_name[name](ops) - expected).abs().max()) for ops in (torch_ops, triton_ops)]
             print(f"{name:<18}" + "".join(f"{error:22.1e}" for error in errors), flush=True)
 
 

@@ -12,9 +12,9 @@ from typing import Any
 
 import httpx
 
-from model.tokenizer import r50k_base
-from service.bench import banded, running
-from service.loading import model_directory, served_name
+from model.checkpoint.tokenizer import r50k_base
+from service.engine.loading import model_directory, served_name
+from service.tools.bench import banded, running
 
 PROMPT_TOKENS = 1500
 

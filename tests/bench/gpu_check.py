@@ -26,16 +26,16 @@ from xml.etree import ElementTree
 
 import torch
 
-from kernels.ops import choose
+from kernels.dispatch import choose
 from kernels.patterns import Pattern
+from model.checkpoint.weights import load_model, save_model
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT
 from model.runner import Runner
 from model.step import SamplingParams
-from model.weights import load_model, save_model
-from service.bench import Load, Result, banded, measure, percentile, running
-from service.kv_cache import KVCache, pool_sizes
-from service.scheduler import Scheduler, Sequence
+from service.engine.pages import KVCache, pool_sizes
+from service.engine.scheduler import Scheduler, Sequence
+from service.tools.bench import Load, Result, banded, measure, percentile, running
 from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line
 

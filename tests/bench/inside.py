@@ -1,7 +1,7 @@
 """What the benchmark measures without HTTP, each in a process of its own: `python -m tests.bench.inside NAME ARGUMENTS`.
 
 NAME is a function of MEASURES, ARGUMENTS a JSON object of its arguments; its result is printed as JSON. A process of its
-own, because torch's threads are set up once, and as `banded serve` sets them up: see service/process.py.
+own, because torch's threads are set up once, and as `banded serve` sets them up: see service/engine/process.py.
 """
 
 import asyncio
@@ -22,14 +22,14 @@ from kernels.ops import Ops
 from model.config import GPTConfig, KVGroup
 from model.runner import PendingStep, Runner
 from model.step import DecodeRow, NewPages, Sampled, SampleRow, SamplingParams, SlotStart, StepInput
-from service.bench import Load, random_prompts
-from service.choice import ChoiceRequest
-from service.kv_cache import groups, pages_for
-from service.loading import Checkpoint, choose_ops, load_checkpoint, load_served
-from service.metrics import Metrics
-from service.process import freeze_loaded_objects, keep_freed_memory, one_torch_thread
-from service.scheduler import Sequence
+from service.engine.choice import ChoiceRequest
+from service.engine.loading import Checkpoint, choose_ops, load_checkpoint, load_served
+from service.engine.metrics import Metrics
+from service.engine.pages import groups, pages_for
+from service.engine.process import freeze_loaded_objects, keep_freed_memory, one_torch_thread
+from service.engine.scheduler import Sequence
 from service.settings import Settings
+from service.tools.bench import Load, random_prompts
 from tests.bench.checkpoints import random_model
 
 GREEDY = SamplingParams(temperature=0.0)

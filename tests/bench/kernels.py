@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from kernels import cpu, reference
+from kernels import reference, torch_ops
 from kernels.band import PAGE_SIZE
 from kernels.ops import Ops
 from kernels.patterns import Pattern
@@ -209,8 +209,8 @@ def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: 
 
 
 def beside_pytorch(task: Task, way: Callable[[Ops], Call], ops: Ops, oracle: Ops = reference) -> Case:
-    """kernels.cpu is plain PyTorch, which runs on any device."""
-    return Case(task, way(oracle)(), {OURS: partial(way, ops), PYTORCH: partial(way, cpu)})
+    """kernels.torch_ops is plain PyTorch, which runs on any device."""
+    return Case(task, way(oracle)(), {OURS: partial(way, ops), PYTORCH: partial(way, torch_ops)})
 
 
 def kv_write(shapes: Shapes, ops: Ops, device: torch.device) -> Case:
@@ -263,7 +263,7 @@ def sampling(
     ops: Ops,
     device: torch.device,
 ) -> Case:
-    """Held to kernels.cpu: the reference compares every two tokens of a vocabulary."""
+    """Held to kernels.torch_ops: the reference compares every two tokens of a vocabulary."""
     rows = shapes.sampled
     logits = 3 * torch.randn(rows, shapes.vocab, device=device)
     off, slots = torch.zeros(rows, device=device), torch.arange(rows, device=device)
@@ -284,7 +284,7 @@ def sampling(
         in_prompt=often == 2,
     )
     task = Task(f"sample {kind}, {rows} x {shapes.vocab}", 4 * logits.numel(), "TB/s", 0.0)
-    return beside_pytorch(task, lambda ops: lambda: ops.sample(logits, state, slots, slots + 100), ops, oracle=cpu)
+    return beside_pytorch(task, lambda ops: lambda: ops.sample(logits, state, slots, slots + 100), ops, oracle=torch_ops)
 
 
 def cases(shapes: Shapes, ops: Ops, device: torch.device) -> list[partial[Case]]:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from model.tokenizer import r50k_base
+from model.checkpoint.tokenizer import r50k_base
 from model.training.data import read_tokens
 
 DISCOUNT = 0.75

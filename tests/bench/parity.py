@@ -6,10 +6,10 @@ from pathlib import Path
 
 import torch
 
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
+from tests.model.checkpoint.test_weights import our_logits, transformers_logits
 from tests.model.paged_run import PagedRun, random_steps
 from tests.model.test_runner import ARCHITECTURES
-from tests.model.test_weights import our_logits, transformers_logits
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from service.bench import Load, Program, Server, measure, running, served_model
+from service.tools.bench import Load, Program, Server, measure, running, served_model
 
 START_SECONDS = 600.0  # vLLM compiles when it starts
 

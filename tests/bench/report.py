@@ -15,7 +15,7 @@ from typing import NamedTuple
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from service.bench import Result, percentile
+from service.tools.bench import Result, percentile
 
 OURS = "Banded"
 

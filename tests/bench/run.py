@@ -31,12 +31,23 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from model.config import GPTConfig
-from service import bench as http
-from service.bench import BenchError, Load, Result, banded, keep, measure, percentile, random_prompts, run_async, running
 from service.cli import positive
-from service.kv_cache import KVCache, pool_sizes, sequence_bytes
-from service.process import freeze_loaded_objects
+from service.engine.pages import KVCache, pool_sizes, sequence_bytes
+from service.engine.process import freeze_loaded_objects
 from service.settings import Dtype
+from service.tools import bench as http
+from service.tools.bench import (
+    BenchError,
+    Load,
+    Result,
+    banded,
+    keep,
+    measure,
+    percentile,
+    random_prompts,
+    run_async,
+    running,
+)
 from tests.bench import checkpoints
 from tests.bench.checkpoints import ALTERNATING_125M, all_dense
 from tests.bench.peers import Peers, Servers, Side

@@ -14,8 +14,8 @@ from typing import Any
 
 import httpx
 
-from service.bench import banded, running
-from service.loading import model_directory, served_name
+from service.engine.loading import model_directory, served_name
+from service.tools.bench import banded, running
 
 CONCURRENCY = 48  # more than there are slots, so that requests wait as well
 

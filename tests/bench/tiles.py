@@ -1,6 +1,6 @@
 """python -m tests.bench.tiles: every candidate tile of the attention kernels, timed on this GPU, best first.
 
-Takes minutes, nearly all of them to compile. What comes out is for kernels/tuning.py; `make aot` says what fits an SM.
+Takes minutes, nearly all of them to compile. What comes out is for kernels/gpu/tiles.py; `make aot` says what fits an SM.
 """
 
 import sys
@@ -11,8 +11,8 @@ from unittest import mock
 
 import torch
 
-from kernels.ops import choose
-from kernels.tuning import TILES, Phase, Tile, capability_of, padded_head_dim
+from kernels.dispatch import choose
+from kernels.gpu.tiles import TILES, Phase, Tile, capability_of, padded_head_dim
 from tests.bench import kernels
 from tests.bench.kernels import OURS, AttentionOp, Row, Shapes
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
 from tests.serving import Served, banded_serve
 
 

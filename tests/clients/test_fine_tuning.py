@@ -9,7 +9,7 @@ import pytest
 
 from tests.clients.test_openai import sdk
 from tests.conformance import contract
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
 from tests.serving import banded_serve
 
 WORDS = ["apple", "bird", "cloud", "door", "egg", "fox", "gate", "hill"]

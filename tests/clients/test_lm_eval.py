@@ -17,9 +17,9 @@ from typing import Any
 import httpx
 import pytest
 
-from model.tokenizer import END_OF_TEXT, GPT2_PATTERN, R50K_FILE
+from model.checkpoint.tokenizer import END_OF_TEXT, GPT2_PATTERN, R50K_FILE
 from tests.conformance import contract
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
 from tests.serving import Served, banded_serve
 
 ROOT = Path(__file__).parent.parent.parent

@@ -18,8 +18,8 @@ from openai.types.chat.completion_create_params import CompletionCreateParamsNon
 
 from tests.conformance import contract
 from tests.service.api.test_app import serving
-from tests.service.fakes import FakeEngine
-from tests.service.test_engine import run, until
+from tests.service.engine.fakes import FakeEngine
+from tests.service.engine.test_engine import run, until
 from tests.serving import Served, banded_serve
 
 TEXT = "Once upon a time"

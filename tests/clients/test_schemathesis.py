@@ -14,13 +14,13 @@ from schemathesis.config import SchemathesisConfig
 from schemathesis.openapi import from_dict
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 
-import service.store
+import service.jobs.store
 from service.api.app import create_app
-from service.jobs import Jobs
-from service.store import Hyperparameters, Store
+from service.jobs.runner import Jobs
+from service.jobs.store import Hyperparameters, Store
 from tests.conformance import contract
 from tests.service.api.test_app import served
-from tests.service.fakes import FakeEngine
+from tests.service.engine.fakes import FakeEngine
 
 SEED = 20200528
 EXAMPLES = 40  # of each route, beside the boundary values of every field
@@ -61,7 +61,7 @@ def application(store: Store | None = None) -> Any:
 def fill(store: Store) -> None:
     with pytest.MonkeyPatch.context() as patch:
         numbers = iter("121")
-        patch.setattr(service.store.secrets, "token_hex", lambda _: next(numbers))  # type: ignore[attr-defined]
+        patch.setattr(service.jobs.store.secrets, "token_hex", lambda _: next(numbers))  # type: ignore[attr-defined]
         for _ in FILES:
             store.add_file("a.jsonl", "fine-tune", b"{}")
         job = store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), FILES[0], None)

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from service.cli import parser, settings_from
-from service.metrics import Metrics
+from service.engine.metrics import Metrics
 from service.settings import Settings
 
 ROOT = Path(__file__).parents[2]

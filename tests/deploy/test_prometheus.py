@@ -14,12 +14,12 @@ import httpx
 import pytest
 import yaml
 
-from service.metrics_alias import VLLM
+from service.api.metrics_alias import VLLM
 from tests.conformance import contract
 from tests.deploy.test_deploy import DEPLOY, ROOT, Query, dashboard_queries, read_yaml
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
 from tests.service.api.test_app import serving
-from tests.service.test_engine import run
+from tests.service.engine.test_engine import run
 from tests.serving import banded_serve
 
 

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import cpu_build, cpu_compiled
-from kernels.cpu_build import Shape
-from kernels.cpu_compiled import CompiledOps
+from kernels.cpu import build as cpu_build
+from kernels.cpu import compiled as cpu_compiled
+from kernels.cpu.build import Shape
+from kernels.cpu.compiled import CompiledOps
 
 # What is given to the compiler besides. On a machine without tiles the first two are the same code.
 VARIANTS = {

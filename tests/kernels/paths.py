@@ -5,7 +5,8 @@ from typing import NamedTuple, cast
 import pytest
 import torch
 
-from kernels import cpu, gpu
+from kernels import torch_ops
+from kernels.gpu import triton_ops
 from kernels.ops import Ops
 from tests.kernels.compiled import AnyCompiled
 
@@ -15,10 +16,10 @@ class ServedPath(NamedTuple):
     device: torch.device
 
 
-CPU_PATH = ServedPath(cpu, torch.device("cpu"))
+CPU_PATH = ServedPath(torch_ops, torch.device("cpu"))
 COMPILED = ServedPath(cast(Ops, AnyCompiled()), torch.device("cpu"))
-INTERPRETED = ServedPath(gpu, torch.device("cpu"))
-CUDA = ServedPath(gpu, torch.device("cuda"))
+INTERPRETED = ServedPath(triton_ops, torch.device("cpu"))
+CUDA = ServedPath(triton_ops, torch.device("cuda"))
 
 triton_paths = pytest.mark.parametrize(
     "path", [pytest.param(INTERPRETED, id="interpreted"), pytest.param(CUDA, id="cuda", marks=pytest.mark.gpu)]

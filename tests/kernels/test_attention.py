@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import cpu, gpu, reference
+from kernels import reference, torch_ops
 from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
+from kernels.gpu import triton_ops
 from kernels.ops import Ops
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
@@ -117,10 +118,10 @@ def test_a_decode_row_has_the_same_bits_in_any_batch(path: ServedPath, pattern: 
 @one_of_each
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prompt_has_the_same_bits_however_it_is_cut(path: ServedPath, pattern: Pattern, dtype: torch.dtype) -> None:
-    length = 700 if path.ops is not gpu else 200
+    length = 700 if path.ops is not triton_ops else 200
     whole = prefill_case([0], [length], pattern, heads=1, dim=64, dtype=dtype, device=path.device)
     expected = prefill(path.ops, whole)
-    for cuts in [[1, 2, 70, 130], [63, 65, 199], *([[300, 513, 699], [16, 600]] if path.ops is not gpu else [])]:
+    for cuts in [[1, 2, 70, 130], [63, 65, 199], *([[300, 513, 699], [16, 600]] if path.ops is not triton_ops else [])]:
         for start, stop in zip([0, *cuts], [*cuts, length], strict=True):
             plan = PrefillPlan(whole.plan.page_table, [start], [stop - start], pattern, whole.plan.layout)
             part = prefill(path.ops, PrefillCase(whole.q[start:stop], whole.cache, plan))
@@ -178,7 +179,7 @@ def test_banded_decode_on_the_cpu_reads_at_most_band_and_a_page(band: int) -> No
     for length in (1, 64, 204, 300, 330, 2047, 2048):
         case = decode_case([length], Pattern("banded", band))
         with PagesRead(case.cache) as read:
-            decode(cpu, case)
+            decode(torch_ops, case)
         # Pages are read whole: a band that is no multiple of the page is rounded up to one.
         assert 0 < read.keys / 2 <= -(-band // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
@@ -186,7 +187,7 @@ def test_banded_decode_on_the_cpu_reads_at_most_band_and_a_page(band: int) -> No
 def test_dense_decode_on_the_cpu_reads_each_key_once() -> None:
     case = decode_case([1000, 130], DENSE)
     with PagesRead(case.cache) as read:
-        decode(cpu, case)
+        decode(torch_ops, case)
     assert read.keys / 2 == (16 + 3) * PAGE_SIZE
 
 
@@ -195,7 +196,7 @@ def test_banded_prefill_on_the_cpu_reads_what_the_planner_names(start: int, coun
     band = 256
     case = prefill_case([start], [count], Pattern("banded", band))
     with PagesRead(case.cache) as read:
-        prefill(cpu, case)
+        prefill(torch_ops, case)
     seen = set(pages_spanned(first_key(start, band), start + count))
     tiles = pages_spanned(start, start + count)
     assert read.keys / 2 == sum(len(seen & set(pages_of_tile(tile, band))) for tile in tiles) * PAGE_SIZE
@@ -205,12 +206,12 @@ def test_sparse_attention_on_the_cpu_reads_the_listed_blocks() -> None:
     pattern = Pattern("strided", 256)
     case = prefill_case([640], [64], pattern)
     with PagesRead(case.cache) as read:
-        prefill(cpu, case)
+        prefill(torch_ops, case)
     # Row 10: distances 0 to 256 in blocks 6 to 10, then multiples of 256: block 2.
     assert read.keys / 2 == 6 * PAGE_SIZE
     rows = decode_case([700], pattern)
     with PagesRead(rows.cache) as read:
-        decode(cpu, rows)
+        decode(torch_ops, rows)
     assert read.keys / 2 == 6 * PAGE_SIZE
 
 
@@ -236,7 +237,7 @@ def refused(message: str, op: Callable[..., Tensor], case: DecodeCase | PrefillC
 def test_launchers_refuse_what_their_kernels_do_not_expect() -> None:
     chunks, rows = prefill_case([0], [9], DENSE), decode_case([9], DENSE)
     sparse = prefill_case([0], [9], SPARSE[0])
-    for op, case in ((gpu.prefill_attention, chunks), (gpu.decode_attention, rows)):
+    for op, case in ((triton_ops.prefill_attention, chunks), (triton_ops.decode_attention, rows)):
         transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
         refused("heads of q must lie side by side, strides are", op, case, q=transposed)
         refused(r"k_pages has shape \(\d+, 3, 64, 16\)", op, case, k_pages=cache_of([9], [0], heads=3).k)
@@ -246,25 +247,25 @@ def test_launchers_refuse_what_their_kernels_do_not_expect() -> None:
         refused("scale must be positive, got -1.0", op, case, scale=-1.0)
     table = rows.plan.page_table
     wide = DecodePlan(table.long(), rows.plan.lengths, DENSE, None)
-    refused("page_table is torch.int64, not int32", gpu.decode_attention, rows, plan=wide)
+    refused("page_table is torch.int64, not int32", triton_ops.decode_attention, rows, plan=wide)
     strided = DecodePlan(table.T.contiguous().T.expand(-1, 41), rows.plan.lengths, DENSE, None)
     assert strided.page_table.stride(1) == 1 or strided.page_table.shape[0] == 1
-    refused(r"\(1,\) lengths for 2 queries", gpu.decode_attention, rows, q=rows.q.expand(2, -1, -1))
-    refused("q has 9 rows for chunks of", gpu.prefill_attention, chunks, plan=prefill_case([0], [8], DENSE).plan)
-    refused("a strided pattern needs block_sparse_attention", gpu.prefill_attention, sparse)
-    refused("a dense pattern has no block layout", gpu.block_sparse_attention, chunks)
+    refused(r"\(1,\) lengths for 2 queries", triton_ops.decode_attention, rows, q=rows.q.expand(2, -1, -1))
+    refused("q has 9 rows for chunks of", triton_ops.prefill_attention, chunks, plan=prefill_case([0], [8], DENSE).plan)
+    refused("a strided pattern needs block_sparse_attention", triton_ops.prefill_attention, sparse)
+    refused("a dense pattern has no block layout", triton_ops.block_sparse_attention, chunks)
     no_layout = DecodePlan(table, rows.plan.lengths, SPARSE[0], None)
-    refused("a strided pattern and its layout disagree", gpu.decode_attention, rows, plan=no_layout)
+    refused("a strided pattern and its layout disagree", triton_ops.decode_attention, rows, plan=no_layout)
     big = prefill_case([0], [3], DENSE, dim=144)
     with pytest.raises(ValueError, match="the attention kernels take heads of up to 128, got 144"):
-        gpu.prefill_attention(big.q, big.cache.k, big.cache.v, big.plan, 1.0)
+        triton_ops.prefill_attention(big.q, big.cache.k, big.cache.v, big.plan, 1.0)
 
 
 def test_kv_write_equals_reference_and_touches_nothing_else() -> None:
     k, v = torch.randn(2, 5, 2, 16)
     slots = torch.tensor([0, 63, 64, 200, 129])
     pools = [torch.full((4, 2, PAGE_SIZE, 16), float("nan")) for _ in range(4)]
-    cpu.kv_write(k, v, pools[0], pools[1], slots)
+    torch_ops.kv_write(k, v, pools[0], pools[1], slots)
     reference.kv_write(k, v, pools[2], pools[3], slots)
     for ours, expected in zip(pools[:2], pools[2:], strict=True):
         torch.testing.assert_close(ours, expected, equal_nan=True, rtol=0, atol=0)

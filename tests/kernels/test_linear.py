@@ -9,7 +9,7 @@ from typing import get_args
 import pytest
 import torch
 
-from kernels import cpu, reference
+from kernels import reference, torch_ops
 from kernels.names import Activation
 from kernels.ops import Ops
 from tests.kernels.compiled import VARIANTS, compiled_ops, variants
@@ -17,7 +17,7 @@ from tests.kernels.compiled import VARIANTS, compiled_ops, variants
 
 @pytest.fixture(params=["oneDNN", *VARIANTS])
 def make_ops(request: pytest.FixtureRequest) -> Callable[[torch.dtype], Ops]:
-    return lambda dtype: cpu if request.param == "oneDNN" else compiled_ops(32, dtype, request.param)
+    return lambda dtype: torch_ops if request.param == "oneDNN" else compiled_ops(32, dtype, request.param)
 
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

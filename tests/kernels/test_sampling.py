@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import cpu_sampling, noise, reference, sampling
+from kernels import noise, reference
+from kernels.cpu import sampling as cpu_sampling
+from kernels.gpu import sampling
 from kernels.sampling_state import TABLES, SamplingState
 from tests.kernels.interpreter import Work
 

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from model.checkpoint.weights import load_model
 from model.config import KVGroup
 from model.runner import Runner
 from model.step import DecodeRow, NewPages, PromptChunk, Sampled, SampleRow, SamplingParams, ScoreRows, SlotStart, StepInput
-from model.weights import load_model
-from service.kv_cache import KVCache, pages_for, resting_pages
+from service.engine.pages import KVCache, pages_for, resting_pages
 from tests.kernels.paths import CPU_PATH, ServedPath
 
 STEP_TOKENS = 96

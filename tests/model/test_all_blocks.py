@@ -8,12 +8,12 @@ from typing import Any, Literal, cast
 import pytest
 import torch
 
-from kernels.cpu_compiled import CompiledOps
+from kernels.cpu.compiled import CompiledOps
+from model.checkpoint.weights import load_model
 from model.doctor import kernel_errors
-from model.weights import load_model
 from tests.kernels.compiled import VARIANTS, compiled_ops
 from tests.kernels.paths import ServedPath
-from tests.model.checkpoints import FIELDS, tiny
+from tests.model.checkpoint.checkpoints import FIELDS, tiny
 from tests.model.paged_run import PagedRun, random_steps
 
 HEAD_DIM = FIELDS["banded"]["n_embd"] // FIELDS["banded"]["n_head"]

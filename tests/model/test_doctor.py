@@ -10,23 +10,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu, reference
+from kernels import reference, torch_ops
 from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan
+from model.checkpoint.weights import load_model
 from model.doctor import DECODES, LIMITS, KernelErrors, hidden_states, kernel_errors, steps_of
 from model.gpt import GPT
-from model.weights import load_model
-from service.loading import DEMO_DIRECTORY
+from service.engine.loading import DEMO_DIRECTORY
 from tests.kernels.paths import ServedPath, served_paths
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
 
 SPARSE: dict[str, Any] = {"attention": ("strided", "fixed", "dense", "banded"), "stride": 32, "summary": 4}
 dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype)[6:])
 
 
 def broken(**functions: Any) -> Ops:
-    """kernels.cpu with other functions."""
-    ops = SimpleNamespace(**vars(cpu) | functions)
+    """kernels.torch_ops with other functions."""
+    ops = SimpleNamespace(**vars(torch_ops) | functions)
 
     def decode_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
         k_pages, v_pages, slot_mapping, plan, scale = rest
@@ -50,7 +50,7 @@ def with_pattern(kind: str, change: int) -> Ops:
         return call
 
     names = ("decode_attention", "prefill_attention", "block_sparse_attention")
-    return broken(**{name: altered(getattr(cpu, name)) for name in names})
+    return broken(**{name: altered(getattr(torch_ops, name)) for name in names})
 
 
 def page_skipped(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
@@ -59,18 +59,18 @@ def page_skipped(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float
     visible[0] = False
     skipping = dataclasses.replace(plan)
     skipping.__dict__["page_list"] = plan.page_list._replace(visible=visible)
-    return cpu.decode_attention(q, k, v, skipping, scale)
+    return torch_ops.decode_attention(q, k, v, skipping, scale)
 
 
 def scaled_twice(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    return cpu.prefill_attention(q, k, v, plan, scale * scale)
+    return torch_ops.prefill_attention(q, k, v, plan, scale * scale)
 
 
 def stale_residual(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
     """A sum that is normalised, but not handed on."""
-    return cpu.add_layernorm(x, residual, weight, bias, eps)[0], x
+    return torch_ops.add_layernorm(x, residual, weight, bias, eps)[0], x
 
 
 def failing(errors: KernelErrors) -> set[str]:
@@ -87,7 +87,7 @@ def tiny_model(tmp_path: Path, dtype: torch.dtype = torch.float32, **fields: Any
 )
 def test_the_cpu_path_is_within_a_third_of_the_limit(fields: dict[str, Any], dtype: torch.dtype, tmp_path: Path) -> None:
     model = tiny_model(tmp_path, dtype, **fields)
-    errors = kernel_errors(model, cpu)
+    errors = kernel_errors(model, torch_ops)
     assert errors.dtype == dtype
     assert set(errors.errors) == set(model.config.attention) | {"pointwise", "all"}
     assert errors.faults() == []
@@ -129,7 +129,7 @@ def test_one_key_of_the_demo_band_is_found_in_fp32() -> None:
 @dtypes
 def test_a_skipped_page_of_the_demo_is_found(dtype: torch.dtype) -> None:
     model = load_model(DEMO_DIRECTORY, dtype)
-    assert kernel_errors(model, cpu).faults() == []
+    assert kernel_errors(model, torch_ops).faults() == []
     found = {"dense", "all"} if dtype == torch.bfloat16 else {"dense", "banded", "all"}  # bf16 hides it in banded layers
     assert failing(kernel_errors(model, broken(decode_attention=page_skipped))) == found
 
@@ -147,9 +147,9 @@ def test_a_sparse_pattern_that_is_off_by_one_key_is_found(kind: str, tmp_path: P
         ("decode_attention", page_skipped, {"dense", "banded"}),
         ("prefill_attention", scaled_twice, {"dense", "banded"}),
         ("add_layernorm", stale_residual, {"pointwise"}),
-        ("linear", lambda x, weight, bias, activation=None: cpu.linear(x, weight, bias), {"pointwise"}),
-        ("linear", lambda x, weight, bias, activation=None: cpu.linear(x, weight, None, activation), {"pointwise"}),
-        ("kv_write", lambda k, v, *rest: cpu.kv_write(v, k, *rest), {"dense", "banded"}),
+        ("linear", lambda x, weight, bias, activation=None: torch_ops.linear(x, weight, bias), {"pointwise"}),
+        ("linear", lambda x, weight, bias, activation=None: torch_ops.linear(x, weight, None, activation), {"pointwise"}),
+        ("kv_write", lambda k, v, *rest: torch_ops.kv_write(v, k, *rest), {"dense", "banded"}),
     ],
 )
 def test_a_wrong_op_is_found(name: str, function: Any, kinds: set[str], dtype: torch.dtype, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_a_wrong_op_is_found(name: str, function: Any, kinds: set[str], dtype: t
 
 def test_a_single_nan_is_an_infinite_error(tmp_path: Path) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-        out = cpu.decode_attention(q, k, v, plan, scale)
+        out = torch_ops.decode_attention(q, k, v, plan, scale)
         if plan.pattern.kind == "dense":
             out[0, 0, 0] = math.nan
         return out
@@ -180,14 +180,14 @@ def test_weights_without_finite_logits_are_refused(weight: float, dtype: torch.d
         model.wte.weight.fill_(weight)
         model.wpe.weight.fill_(weight)  # the sum of both is above fp16's largest number
     with pytest.raises(ValueError, match=r"the reference's logits are not finite: the weights are not, or too large for "):
-        kernel_errors(model, cpu)
+        kernel_errors(model, torch_ops)
 
 
 def test_logits_that_are_all_equal_have_no_deviation_and_still_a_verdict(tmp_path: Path) -> None:
     model = tiny_model(tmp_path)
     with torch.no_grad():
         model.wte.weight.zero_()
-    errors = kernel_errors(model, cpu)
+    errors = kernel_errors(model, torch_ops)
     assert errors.deviation == 0.0
     assert errors.faults() == []
     assert errors._replace(errors={"dense": 1e-9}).share("dense") == math.inf
@@ -212,7 +212,7 @@ def test_steps_are_the_positions_in_order(n_positions: int, size: int) -> None:
 
 @pytest.mark.parametrize("n_positions", [1, 2, 9, 65])
 def test_short_contexts(n_positions: int, tmp_path: Path) -> None:
-    errors = kernel_errors(tiny_model(tmp_path, n_positions=n_positions), cpu)
+    errors = kernel_errors(tiny_model(tmp_path, n_positions=n_positions), torch_ops)
     assert (errors.num_tokens, errors.num_rows) == (n_positions, min(n_positions, 64))
     assert errors.faults() == []
 

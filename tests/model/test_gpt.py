@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cpu
+from kernels import torch_ops
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT, WindowAttention, banded_window_attention
-from tests.model.checkpoints import randomise
+from tests.model.checkpoint.checkpoints import randomise
 
 SMALL = GPTConfig(
     vocab_size=331, n_positions=256, n_embd=64, n_layer=4, n_head=4, n_inner=256, attention=("dense", "banded"), band=16
@@ -27,7 +27,7 @@ def some_tokens(*shape: int) -> Tensor:
 
 def logits(model: GPT, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config), cpu), cpu)
+    return model.logits(model(tokens, positions, WindowAttention(model.config), torch_ops), torch_ops)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:
@@ -136,8 +136,8 @@ def test_positions_may_be_any_shape_and_offset_into_the_table() -> None:
     model = small_model(position_offset=2)
     x, update = model.wte.weight[torch.tensor([[5]])] + model.wpe.weight[torch.tensor([[7 + 2]])], None
     for layer, block in enumerate(model.h):
-        x, update = block(x, update, layer, WindowAttention(model.config), cpu)
-    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), WindowAttention(model.config), cpu)
+        x, update = block(x, update, layer, WindowAttention(model.config), torch_ops)
+    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), WindowAttention(model.config), torch_ops)
     assert model.ln_f is not None
     assert update is not None
     torch.testing.assert_close(hidden, model.ln_f(x + update))

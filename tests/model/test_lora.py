@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import cpu
+from kernels import torch_ops
+from model.checkpoint.weights import CheckpointError
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.lora import (
@@ -21,7 +22,6 @@ from model.lora import (
     new_adapter,
     save_adapter,
 )
-from model.weights import CheckpointError
 
 CONFIG = GPTConfig(
     vocab_size=97,
@@ -54,7 +54,7 @@ def random_adapter(model: GPT, config: AdapterConfig, seed: int = 1) -> Adapter:
 
 @torch.no_grad()
 def hidden(model: GPT, adapter: Adapter | None) -> torch.Tensor:
-    ops = cpu if adapter is None else adapted(cpu, model, adapter)
+    ops = torch_ops if adapter is None else adapted(torch_ops, model, adapter)
     out: torch.Tensor = model(TOKENS, torch.arange(20), WindowAttention(CONFIG), ops)
     return out
 

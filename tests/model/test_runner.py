@@ -25,9 +25,9 @@ from model.step import (
 )
 from tests.kernels.interpreter import exact_bf16
 from tests.kernels.paths import CPU_PATH, CUDA, ServedPath, served_paths, triton_paths
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
+from tests.model.checkpoint.test_weights import our_logits, transformers_logits
 from tests.model.paged_run import PagedRun, random_steps
-from tests.model.test_weights import our_logits, transformers_logits
 
 
 @pytest.fixture(autouse=True)

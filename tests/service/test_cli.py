@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-import kernels.cpu
-from model.weights import load_model, save_model
+import kernels.torch_ops
+from model.checkpoint.weights import load_model, save_model
 from service.cli import main
-from tests.model.checkpoints import tiny
+from tests.model.checkpoint.checkpoints import tiny
 
 
 @pytest.fixture(autouse=True)
@@ -353,7 +353,7 @@ def test_the_doctor_holds_int8_to_the_same_integers(checkpoint: Path, capsys: py
 def test_the_doctor_names_wrong_kernels(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels.cpu, "add_layernorm", lambda x, *rest: (x, x))
+    monkeypatch.setattr(kernels.torch_ops, "add_layernorm", lambda x, *rest: (x, x))
     assert main(["doctor", "--model", str(checkpoint), "--dtype", "float32"]) == 1
     out, err = capsys.readouterr()
     rows = table(out)
@@ -378,7 +378,7 @@ def test_the_doctor_on_the_interpreted_triton_path(
 def test_serve_with_the_doctor_refuses_wrong_kernels(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(kernels.cpu, "add_layernorm", lambda x, *rest: (x, x))
+    monkeypatch.setattr(kernels.torch_ops, "add_layernorm", lambda x, *rest: (x, x))
     line = refused(capsys, "serve", "--doctor", "--model", checkpoint, "--dtype", "float32")
     assert line.startswith("doctor: kernels of kind pointwise: max |Δ logit| ")
     assert line.endswith("of the logits' standard deviation 1.62, the limit for float32 is 0.1%")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from model.tokenizer import r50k_base
+from model.checkpoint.tokenizer import r50k_base
 from model.training.data import Windows, consecutive_windows, documents, open_shard, read_tokens, write_shard
 
 

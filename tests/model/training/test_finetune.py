@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import model.training.finetune
-from kernels import cpu
+from kernels import torch_ops
+from model.checkpoint.tokenizer import r50k_base
+from model.checkpoint.weights import load_model
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.lora import AdapterConfig, adapted, load_adapter
-from model.tokenizer import r50k_base
 from model.training.finetune import (
     DataError,
     Encoded,
@@ -28,7 +29,6 @@ from model.training.finetune import (
 )
 from model.training.run import Curve
 from model.training.trainer import IGNORED, next_token_loss
-from model.weights import load_model
 
 CONFIG = GPTConfig(
     vocab_size=50257,
@@ -77,7 +77,7 @@ def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | N
         assert completion_loss(load_model(tmp_path, torch.float32), held_out) == pytest.approx(after, rel=0.05)
     else:
         assert all(same), "the model that is shared stays as it is"
-        ops = adapted(cpu, model, load_adapter(tmp_path, model))
+        ops = adapted(torch_ops, model, load_adapter(tmp_path, model))
         assert completion_loss(model, held_out, ops) == pytest.approx(after, rel=1e-5)
 
 
@@ -141,7 +141,7 @@ def test_padding_changes_no_loss() -> None:
     inputs, targets = padded(some, torch.device("cpu"))
     with torch.no_grad():
         assert next_token_loss(model, inputs, targets).item() == pytest.approx(one_by_one / count, rel=0.01)
-        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), cpu)
+        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), torch_ops)
     assert hidden.isfinite().all()
 
 

@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from model.checkpoint.weights import load_model
 from model.training.run import CURVE_FILE, PICTURE_FILE, STATE_FILE
-from model.weights import load_model
 from tests.model.training.tiny_run import PLAN, run
 
 

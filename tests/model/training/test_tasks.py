@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from model.tokenizer import r50k_base
+from model.checkpoint.tokenizer import r50k_base
 from model.training.tasks import (
     COMMON,
     COPIED_WORDS,

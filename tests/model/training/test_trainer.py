@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kernels import cpu
+from kernels import torch_ops
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.training.data import Windows
@@ -73,8 +73,8 @@ def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
 
 
 def float_loss(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), cpu)
-    return F.cross_entropy(model.logits(hidden, cpu).flatten(0, 1), targets.flatten())
+    hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), torch_ops)
+    return F.cross_entropy(model.logits(hidden, torch_ops).flatten(0, 1), targets.flatten())
 
 
 def test_micro_batches_count_by_their_targets() -> None:
@@ -98,8 +98,8 @@ def test_micro_batches_count_by_their_targets() -> None:
 def test_a_batch_softmax_is_over_the_targets_there() -> None:
     model = model_of(0)
     inputs, targets = torch.randint(97, (2, 3, 48), generator=torch.Generator().manual_seed(2)) // 4
-    hidden = model(inputs, torch.arange(48), WindowAttention(CONFIG), cpu)
-    logits = model.logits(hidden, cpu).flatten(0, 1)
+    hidden = model(inputs, torch.arange(48), WindowAttention(CONFIG), torch_ops)
+    logits = model.logits(hidden, torch_ops).flatten(0, 1)
     missing = [token for token in range(97) if token not in targets]
     assert len(missing) > 50
     logits[:, missing] = -math.inf
@@ -153,8 +153,8 @@ def test_the_mean_loss_is_over_every_token_but_the_first() -> None:
     losses = []
     for start in range(0, 129, 48):
         window = tokens[start : start + 49].long()
-        hidden = model(window[:-1], torch.arange(len(window) - 1), lambda *args: window_attend(*args), cpu)
-        losses += F.cross_entropy(model.logits(hidden, cpu), window[1:], reduction="none").tolist()
+        hidden = model(window[:-1], torch.arange(len(window) - 1), lambda *args: window_attend(*args), torch_ops)
+        losses += F.cross_entropy(model.logits(hidden, torch_ops), window[1:], reduction="none").tolist()
     assert len(losses) == 129
     assert mean_loss(model, tokens) == pytest.approx(torch.tensor(losses).mean().item(), rel=1e-5)
 

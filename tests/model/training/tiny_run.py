@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from model.checkpoint.tokenizer import r50k_base
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.tokenizer import r50k_base
 from model.training.run import train
 from model.training.trainer import TrainingPlan
 

@@ -11,13 +11,13 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from model.card import Card
+from model.checkpoint.prompt_format import Card
 from service.api.app import create_app
 from service.api.middleware import HEALTH
-from service.schema import CompletionRequest
-from service.served import Models, ServedModel
-from tests.service.fakes import CONFIG, FakeEngine
-from tests.service.test_engine import run
+from service.api.schema import CompletionRequest
+from service.engine.models import Models, ServedModel
+from tests.service.engine.fakes import CONFIG, FakeEngine
+from tests.service.engine.test_engine import run
 
 NO_CARD = Card()
 

@@ -5,15 +5,15 @@ from typing import Any
 import httpx
 import pytest
 
-from model.card import Card
+from model.checkpoint.prompt_format import Card
 from model.step import SamplingParams
-from service.schema import NEUTRAL, ChatRequest
+from service.api.schema import NEUTRAL, ChatRequest
 from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, serving
 from tests.service.api.test_completions import prompts_run
 from tests.service.api.test_errors import error_of
-from tests.service.fakes import FakeEngine
-from tests.service.test_engine import run
+from tests.service.engine.fakes import FakeEngine
+from tests.service.engine.test_engine import run
 
 TOKENIZER = FakeEngine.tokenizer
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -9,11 +9,11 @@ import pytest
 
 from model.step import SamplingParams, StepInput
 from service.api.generation import TextEvents, chunk_event
-from service.schema import CompletionChoice, CompletionRequest, CompletionResponse
+from service.api.schema import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, post, serving
-from tests.service.fakes import CONFIG, FakeEngine
-from tests.service.test_engine import run
+from tests.service.engine.fakes import CONFIG, FakeEngine
+from tests.service.engine.test_engine import run
 
 EOS = FakeEngine.tokenizer.eos_id
 SPELT = FakeEngine.tokenizer.encode("<|endoftext|>")

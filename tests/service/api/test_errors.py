@@ -9,8 +9,8 @@ import pytest
 
 from tests.conformance import contract
 from tests.service.api.test_app import post, request, serving
-from tests.service.fakes import FakeEngine
-from tests.service.test_engine import run
+from tests.service.engine.fakes import FakeEngine
+from tests.service.engine.test_engine import run
 
 
 def error_of(answer: httpx.Response, status: int, kind: str = "invalid_request_error") -> dict[str, Any]:

@@ -5,13 +5,13 @@ from typing import Any
 import httpx
 import pytest
 
-from model.card import Card
+from model.checkpoint.prompt_format import Card
 from tests.conformance import contract
 from tests.service.api.test_app import post, served, serving
 from tests.service.api.test_completions import prompts_run
 from tests.service.api.test_errors import error_of
-from tests.service.fakes import FakeEngine
-from tests.service.test_engine import run
+from tests.service.engine.fakes import FakeEngine
+from tests.service.engine.test_engine import run
 
 TOKENIZER = FakeEngine.tokenizer
 OTTER = {"input": "sea otter", "output": "loutre de mer"}

@@ -18,8 +18,8 @@ from service.api.middleware import HEALTH, AnswerFaults
 from tests.conformance import contract
 from tests.service.api.test_app import Api, request, serving
 from tests.service.api.test_errors import error_of
-from tests.service.fakes import FakeEngine
-from tests.service.test_engine import run
+from tests.service.engine.fakes import FakeEngine
+from tests.service.engine.test_engine import run
 
 KEYS = ("first-key", "second-key")
 ROUTES = [
@@ -153,7 +153,7 @@ def test_an_unexpected_fault_is_a_500_counted_and_logged_once(
         raise KeyError("secret detail")
 
     fake = FakeEngine()
-    monkeypatch.setattr("service.api.completions.Completion", broken)
+    monkeypatch.setattr("service.api.routes.completions.Completion", broken)
     answer = request("POST", "/v1/completions", fake, json={"model": "fake"})
     assert answer.status_code == 500
     assert answer.json()["error"] == {

@@ -5,10 +5,10 @@ from importlib.metadata import version
 
 import pytest
 
-import service.engine
+import service.engine.engine
 from tests.conformance import contract
 from tests.service.api.test_app import Api, request, serving
-from tests.service.test_engine import run, until
+from tests.service.engine.test_engine import run, until
 
 
 async def unready(api: Api) -> str:
@@ -47,7 +47,7 @@ def test_not_ready_while_draining() -> None:
 def test_not_ready_when_no_step_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
     async def test() -> None:
         async with serving() as api:
-            monkeypatch.setattr(service.engine, "STALL_SECONDS", 0.0)
+            monkeypatch.setattr(service.engine.engine, "STALL_SECONDS", 0.0)
             assert (await api.client.get("/health/ready")).status_code == 200  # idle is fine
             api.fake.runner.gate.clear()
             hanging = asyncio.create_task(api.choices(prompt="a", max_tokens=1))

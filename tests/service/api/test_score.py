@@ -1,4 +1,4 @@
-"""POST /v1/score over fake logprobs; tests/service/test_exactness.py holds it to a real model."""
+"""POST /v1/score over fake logprobs; tests/service/engine/test_exactness.py holds it to a real model."""
 
 import math
 from typing import Any
@@ -9,7 +9,7 @@ import pytest
 from tests.conformance import contract
 from tests.service.api.test_app import request
 from tests.service.api.test_errors import error_of
-from tests.service.fakes import FakeEngine
+from tests.service.engine.fakes import FakeEngine
 
 TOKENIZER = FakeEngine.tokenizer
 

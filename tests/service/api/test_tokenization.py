@@ -7,8 +7,8 @@ import pytest
 from tests.conformance import contract
 from tests.service.api.test_app import request, serving
 from tests.service.api.test_errors import error_of
-from tests.service.fakes import FakeEngine
-from tests.service.test_engine import run
+from tests.service.engine.fakes import FakeEngine
+from tests.service.engine.test_engine import run
 
 TOKENIZER = FakeEngine.tokenizer
 

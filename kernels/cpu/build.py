@@ -1,0 +1,105 @@
+"""Compiles csrc/kernels.cpp where it will run, and keeps what it has compiled.
+
+That takes a C++ compiler and a second, once for each size of heads, dtype and machine.
+"""
+
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+log = logging.getLogger("banded.kernels")
+
+SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
+# A product and a sum become one instruction; what a number is when something goes wrong stays as the standard has it.
+FLAGS = (
+    "-std=c++17 -O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fwrapv -shared -fPIC -w"
+)
+COMPILERS = ("c++", "g++", "clang++")
+# Seconds that the compiler may take.
+BUILD_TIMEOUT = 300.0
+
+ELEMENTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+class Shape(NamedTuple):
+    """What the code is compiled for: the size of a head, and the dtype of activations, keys and values."""
+
+    head_dim: int
+    dtype: torch.dtype
+
+
+def compiled_library(shape: Shape) -> ctypes.CDLL | None:
+    """The compiled code, built first where the cache lacks it; None, and a line in the log, where that fails."""
+    library = cache_directory() / f"cpu-{key(shape)}.so"
+    if not library.exists():
+        log.info("compiling the CPU kernels for this machine and size of heads: once, it takes a second")
+        if problem := build(shape, library):
+            log.warning("the CPU kernels are not compiled, so that steps take several times as long: %s", problem)
+            return None
+    try:
+        return ctypes.CDLL(str(library))
+    except OSError as error:  # a broken file, or a directory from which no code may be run
+        log.warning("the compiled CPU kernels can't be loaded, so that steps take several times as long: %s", error)
+        return None
+
+
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "banded"
+
+
+def key(shape: Shape) -> str:
+    """Changes with everything that the machine code depends on."""
+    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, os.environ.get("CXX", ""), *map(str, shape), processor())
+    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
+
+
+def processor() -> str:
+    """Which instructions the compiler may use."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.machine())
+
+
+def compiler() -> list[str]:
+    """The command that the environment names, or the first that is installed. Raises FileNotFoundError."""
+    if named := os.environ.get("CXX"):
+        return shlex.split(named)
+    for name in COMPILERS:
+        if found := shutil.which(name):
+            return [found]
+    raise FileNotFoundError(f"no C++ compiler: none of {', '.join(COMPILERS)} is installed, and CXX names none")
+
+
+def build(shape: Shape, library: Path) -> str | None:
+    """Compile; what went wrong, or None."""
+    defines = (f"-DELEMENT={ELEMENTS[shape.dtype]}", f"-DHEAD_DIM={shape.head_dim}")
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            built = Path(scratch) / "built.so"
+            finished = subprocess.run(
+                [*compiler(), *FLAGS.split(), *defines, str(SOURCE), "-o", str(built)],
+                capture_output=True,
+                text=True,
+                timeout=BUILD_TIMEOUT,
+                check=False,
+            )
+            if finished.returncode:
+                lines = finished.stderr.strip().splitlines()
+                return lines[-1] if lines else f"the compiler ended with {finished.returncode}"
+            built.replace(library)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return None

@@ -1,0 +1,58 @@
+"""Weights as the products of csrc/kernels.cpp read them: panels of channels, from front to back."""
+
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.cpu.int8 import Int8Weight
+from kernels.names import Activation
+from kernels.ops import PackedWeight
+
+# The order of the source's Activation.
+ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}
+assert len(ACTIVATIONS) == 1 + len(get_args(Activation))
+# Of the source: channels of a panel, bytes of each that an instruction multiplies, bytes that rows are a multiple of, panels
+# that go together, and what weights in int8 have been given to be unsigned.
+LANES, GROUP, BLOCK, PANELS, OFFSET = 16, 4, 64, 2, 128
+
+
+def to_panels(numbers: Tensor, padding: float = 0) -> Tensor:
+    """(O, C) of one or two bytes as (O' / LANES, C' / n, LANES, n), n of them in a GROUP, with `padding` up to O' and C'."""
+    size = numbers.element_size()
+    channels, columns = numbers.shape
+    padded = F.pad(numbers, (0, -columns % (BLOCK // size), 0, -channels % (PANELS * LANES)), value=padding)
+    return padded.unflatten(1, (-1, GROUP // size)).unflatten(0, (-1, LANES)).transpose(1, 2).contiguous()
+
+
+def from_panels(panels: Tensor, channels: int, columns: int) -> Tensor:
+    return panels.transpose(1, 2).flatten(2).flatten(0, 1)[:channels, :columns]
+
+
+@dataclass(frozen=True, eq=False)
+class Int8Panels(Int8Weight):
+    panels: Tensor  # uint8: the integers + OFFSET
+    shape: tuple[int, int]  # (O, C); `scales` are as many as the panels' channels
+
+    @property
+    def padded(self) -> int:
+        """C of the panels: so long are the rows that they are multiplied with."""
+        return self.panels[0].numel() // LANES
+
+    def integers(self) -> Tensor:
+        return (from_panels(self.panels, *self.shape).to(torch.int16) - OFFSET).to(torch.int8)
+
+
+@dataclass(frozen=True, eq=False)
+class Bf16Panels(PackedWeight):
+    panels: Tensor  # bfloat16
+    shape: tuple[int, int]  # (O, C)
+
+    def dense(self) -> Tensor:
+        return from_panels(self.panels, *self.shape)
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

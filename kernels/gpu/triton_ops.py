@@ -1,0 +1,60 @@
+"""The served GPU path: the Triton launchers, one file each. See kernels.ops.Ops."""
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.gpu.add_layernorm import add_layernorm
+from kernels.gpu.bias_activation import bias_activation
+from kernels.gpu.block_sparse_attention import block_sparse_attention
+from kernels.gpu.decode_attention import decode_attention
+from kernels.gpu.kv_write import kv_write
+from kernels.gpu.prefill_attention import prefill_attention
+from kernels.gpu.sampling import sample
+from kernels.names import Activation
+from kernels.ops import BlockParts, Weight
+from kernels.plan import DecodePlan
+
+__all__ = [
+    "add_layernorm",
+    "bias_activation",
+    "block_sparse_attention",
+    "decode_attention",
+    "decode_step",
+    "fuse",
+    "kv_write",
+    "linear",
+    "pack",
+    "prefill_attention",
+    "project",
+    "sample",
+]
+
+
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor, plan: DecodePlan, scale: float
+) -> Tensor:
+    kv_write(k, v, k_pages, v_pages, slot_mapping)
+    return decode_attention(q, k_pages, v_pages, plan, scale)
+
+
+def pack(weight: Tensor, *, quantize: bool) -> Weight:
+    assert not quantize, "int8 products are for CPUs"
+    return weight
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    assert isinstance(weight, Tensor), "int8 products are for CPUs"
+    if activation is None:
+        return F.linear(x, weight, bias)
+    # The bias is added with the activation, so that the product's output is read and written once more only.
+    return bias_activation(F.linear(x, weight), bias, activation)
+
+
+def project(x: Tensor, weight: Weight) -> Tensor:
+    return linear(x, weight, None)
+
+
+def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+    """Ops run one by one."""

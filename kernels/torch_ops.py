@@ -1,0 +1,198 @@
+"""The served CPU path: reads live pages only; decoding copies a few at a time, a prompt chunk those that it sees.
+
+Signatures and shapes are those of kernels.ops.Ops.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels.band import PAGE_SIZE
+from kernels.cpu.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
+from kernels.cpu.sampling import sample as sample
+from kernels.names import Activation
+from kernels.ops import BlockParts, Weight
+from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
+
+# Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
+PAGES_AT_A_TIME = 32
+
+# Rows of a product in prompt attention: a multiple of this.
+LEAST_ROWS = 16
+
+# Whether oneDNN multiplies with AMX, and rows up to which it adds up their products in the same order.
+HAS_TILES = torch.cpu._is_amx_tile_supported()
+ROWS_OF_TILES = 32
+
+# What oneDNN does to a product before it rounds it: name, scalars, algorithm.
+EPILOGUES: dict[Activation | None, tuple[str, list[float], str]] = {
+    None: ("none", [], ""),
+    "gelu_new": ("gelu", [], "tanh"),
+    "gelu": ("gelu", [], "none"),
+    "relu": ("relu", [], ""),
+}
+
+
+def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
+    pages, offsets = slot_mapping // PAGE_SIZE, slot_mapping % PAGE_SIZE
+    k_pages[pages, :, offsets] = k
+    v_pages[pages, :, offsets] = v
+
+
+def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+    """Every page gives a partial maximum, sum and output in fp32; the parts are merged per sequence.
+
+    A row's arithmetic depends on its own pages only, never on its batch-mates.
+    """
+    queries = q.float() * scale
+    pages = plan.page_list
+    parts = [
+        attend_pages(queries, k_pages, v_pages, pages, slice(start, start + PAGES_AT_A_TIME))
+        for start in range(0, len(pages.page_ids), PAGES_AT_A_TIME)
+    ]
+    peak, total, out = (torch.cat(part) for part in zip(*parts, strict=True))
+    # Merging adds one page after the other, so that its order of summation is the sequence's own as well.
+    batch, heads, dim = queries.shape
+    owners = pages.owners[:, None].expand(-1, heads)
+    highest = peak.new_full((batch, heads), float("-inf")).scatter_reduce_(0, owners, peak, "amax")
+    weight = (peak - highest[pages.owners]).exp()  # (R, H)
+    sums = total.new_zeros(batch, heads).index_add_(0, pages.owners, weight * total)
+    merged = out.new_zeros(batch, heads, dim).index_add_(0, pages.owners, weight.unsqueeze(-1) * out)
+    return (merged / sums.unsqueeze(-1)).to(q.dtype)
+
+
+def attend_pages(
+    queries: Tensor, k_pages: Tensor, v_pages: Tensor, pages: PageList, rows: slice
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Partial maximum (R, H), sum (R, H) and unnormalised output (R, H, D) of some rows of the page list."""
+    page_ids, visible = pages.page_ids[rows], pages.visible[rows]
+    k = k_pages.index_select(0, page_ids).float()  # (R, H, 64, D)
+    v = v_pages.index_select(0, page_ids).float()
+    # Keys not written yet may hold anything, NaN included, and 0 * NaN is NaN.
+    last_pages = pages.offsets[1:] - 1
+    unwritten = last_pages[(last_pages >= rows.start) & (last_pages < rows.stop)] - rows.start
+    v[unwritten] = v[unwritten].masked_fill(~visible[unwritten, None, :, None], 0.0)
+    scores = torch.matmul(k, queries[pages.owners[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    peak = scores.amax(-1)
+    # A page of which a sparse pattern shows this query nothing has no peak, and -inf - -inf is NaN.
+    weights = (scores - peak.clamp_min(torch.finfo(peak.dtype).min).unsqueeze(-1)).exp()
+    return peak, weights.sum(-1), torch.matmul(weights.unsqueeze(2), v).squeeze(2)
+
+
+def decode_step(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor, plan: DecodePlan, scale: float
+) -> Tensor:
+    kv_write(k, v, k_pages, v_pages, slot_mapping)
+    return decode_attention(q, k_pages, v_pages, plan, scale)
+
+
+def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
+    """Tile of queries by tile.
+
+    The queries of a page are always held against the same keys: a product's order of summation depends on their number, so
+    that a row has the same bits however its prompt is cut. It depends on the number of rows too, where they are few.
+    """
+    out = torch.empty_like(q)
+    for tile in plan.tiles:
+        count = tile.rows.stop - tile.rows.start
+        queries = F.pad(q[tile.rows], (0, 0, 0, 0, 0, -count % LEAST_ROWS)).transpose(0, 1).contiguous()  # (H, T', D)
+        k, v = gather_keys(k_pages, tile.page_ids), gather_keys(v_pages, tile.page_ids)
+        out[tile.rows] = attend_tile(queries, k, v, tile, scale)[:, :count].transpose(0, 1)
+    return out
+
+
+block_sparse_attention = prefill_attention  # a tile's pages are any
+
+
+def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
+    """The named pages of (P, H, 64, D) side by side: (H, keys, D). Zeros for NO_PAGE, which only the first ones are."""
+    dead = page_ids.count(NO_PAGE)  # the first ones
+    parts = [pages[page] for page in page_ids[dead:]]
+    if dead:
+        parts.insert(0, parts[0].new_zeros(len(parts[0]), dead * PAGE_SIZE, pages.shape[-1]))
+    return torch.cat(parts, 1)
+
+
+def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Tensor:
+    """Attention of q (H, T', D), of which the first T rows are the tile's, over k and v (H, keys, D). Overwrites v.
+
+    In 16 bits PyTorch's own attention takes up to twice as long as its products. But these round their sums, so each score
+    is taken relative to the highest of the first and the last page: what is close to the maximum, and counts, is close to
+    0 then, and so is its error.
+    """
+    keys = k.transpose(1, 2)
+    if q.dtype == torch.float32:
+        scores = torch.bmm(q, keys).mul_(scale)
+    else:
+        edges = k if k.shape[1] <= 2 * PAGE_SIZE else torch.cat((k[:, :PAGE_SIZE], k[:, -PAGE_SIZE:]), 1)
+        sample = torch.bmm(q, edges.transpose(1, 2))
+        sample[:, : len(tile.hidden_at_edges)].masked_fill_(tile.hidden_at_edges, float("-inf"))
+        scores = torch.baddbmm(sample.amax(-1, keepdim=True) * scale, q, keys, beta=-1, alpha=scale)
+    for columns, hidden in tile.hidden:
+        scores[:, : len(hidden), columns].masked_fill_(hidden, float("-inf"))
+    if tile.unwritten:  # may hold anything, NaN included, and 0 * NaN is NaN
+        v[:, -tile.unwritten :] = 0
+    return torch.bmm(scores.softmax(-1), v)
+
+
+def pack(weight: Tensor, *, quantize: bool) -> Weight:
+    """oneDNN's blocked layout, in which a product takes two thirds of the time. Left as it is where oneDNN can't multiply
+    the dtype on this CPU."""
+    if quantize:
+        return quantize_weight(weight)
+    onednn = torch.ops.mkldnn
+    if weight.dtype == torch.bfloat16 and not onednn._is_mkldnn_bf16_supported():
+        return weight
+    if weight.dtype == torch.float16 and not onednn._is_mkldnn_fp16_supported():
+        return weight
+    return onednn._reorder_linear_weight(weight, 1)  # for one row and more: the layout is the same
+
+
+def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
+    """Of a packed weight, bias and activation are applied before the sum is rounded, and a row has the same bits whatever
+    stands beside it. Otherwise differentiable."""
+    if isinstance(weight, OneDNNWeight):
+        product = multiply(*quantize_rows(x), weight, bias)
+        return bias_activation(product, None, activation) if activation else product
+    assert isinstance(weight, Tensor), "packed by other ops"
+    if weight.is_mkldnn:
+        rows = x.flatten(0, -2)
+        if len(rows) == 1:  # oneDNN splits the sum of a lone row among threads, which gives it other bits
+            rows = torch.cat((rows, rows))
+        # And with tiles it splits the long sums of many rows.
+        parts = rows.split(ROWS_OF_TILES) if HAS_TILES and x.dtype == torch.bfloat16 else [rows]
+        products = [torch.ops.mkldnn._linear_pointwise(part, weight, bias, *EPILOGUES[activation]) for part in parts]
+        product = products[0] if len(products) == 1 else torch.cat(products)
+        return product[: x.numel() // x.shape[-1]].unflatten(0, x.shape[:-1])
+    product = F.linear(x, weight)
+    if activation:
+        return bias_activation(product, bias, activation)
+    return product if bias is None else product + bias.to(product.dtype)
+
+
+def project(x: Tensor, weight: Weight) -> Tensor:
+    return linear(x, weight, None)
+
+
+def add_layernorm(
+    x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """LayerNorm of x + residual (..., C), and the sum itself: x where there is no residual. Differentiable."""
+    total = x if residual is None else x + residual
+    return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
+
+
+def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
+    """activation(x + bias) of x (..., C) and bias (C,). Differentiable, so never in place."""
+    if bias is not None:
+        x = x + bias.to(x.dtype)  # under autocast x is 16 bits wide and the bias is not
+    if activation == "relu":
+        return F.relu(x)
+    return F.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")
+
+
+def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+    """Ops run one by one."""

@@ -1,0 +1,188 @@
+"""The model card, `banded.json`: how a checkpoint wants few-shot examples, chats and insertions laid out as text."""
+
+import dataclasses
+import json
+import string
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.checkpoint.tokenizer import TokenizerError
+from model.checkpoint.vocabulary import SETTINGS_FILE, Json, read_json, read_text
+
+CARD_FILE = "banded.json"
+TEMPLATE_FILE = "chat_template.jinja"
+MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
+
+# Instructions come first, wherever in the chat they stand.
+CHAT_TEMPLATE = """\
+{% for message in messages if message.role in ("system", "developer") %}
+{{ message.content }}
+
+{% endfor %}
+{% for message in messages if message.role not in ("system", "developer") %}
+{% if message.role == "user" %}
+User: {{ message.content }}
+{% elif message.role == "assistant" %}
+Assistant: {{ message.content }}
+{% else %}
+{{ raise_exception("role '" ~ message.role ~ "' is not supported") }}
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}Assistant:{% endif %}
+"""
+
+
+class CardError(ValueError):
+    """A model card that can't be used: which file and field, and what is wrong with it."""
+
+
+class Message(NamedTuple):
+    """One message of a chat; `role` is "system", "user" and the like."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """How text is laid out for one checkpoint. The defaults suit a model trained on plain text alone.
+
+    `insertion` is what the model is given where it shall write what stands between a prompt and a suffix, for example
+    "<pre>{prompt}<suf>{suffix}<mid>", with other braces doubled; None where it can't. `chat_template` is a Jinja template
+    as Hugging Face's checkpoints have them, `stop` the strings that end an answer laid out by it. `bos_token` is no
+    field of banded.json but what tokenizer_config.json calls so, since templates may write it even where plain prompts
+    don't start with it.
+
+    Raises CardError naming the field that can't be used.
+    """
+
+    separator: str = "\n###\n"
+    input_prefix: str = ""
+    output_prefix: str = " => "
+    chat_template: str = CHAT_TEMPLATE
+    stop: tuple[str, ...] = ("\nUser:",)
+    default_max_tokens: int = 256
+    insertion: str | None = None
+    bos_token: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("separator", "input_prefix", "output_prefix", "chat_template"):
+            check_field(name, getattr(self, name), "a string", isinstance(getattr(self, name), str))
+        strings = isinstance(self.stop, tuple) and all(isinstance(stop, str) and stop for stop in self.stop)
+        check_field("stop", self.stop, "an array of strings that are not empty", strings)
+        number = type(self.default_max_tokens) is int and self.default_max_tokens >= 1
+        check_field("default_max_tokens", self.default_max_tokens, "an integer from 1", number)
+        if self.insertion is not None:
+            expected = "a string that holds {prompt} and {suffix} once each, other braces doubled"
+            check_field("insertion", self.insertion, expected, is_insertion(self.insertion))
+        try:
+            compiled(self.chat_template)
+        except Exception as error:  # Python's compiler has limits of its own, beside Jinja's errors
+            place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+            raise CardError(f"chat_template does not compile: {place}{error!s:.200}") from None
+
+    def render_chat(self, messages: Sequence[Message], *, bos_token: str, eos_token: str) -> str:
+        """The text of a chat up to where the next answer begins. Raises whatever the template raises."""
+        return compiled(self.chat_template).render(
+            messages=[message._asdict() for message in messages],
+            add_generation_prompt=True,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            # Published templates ask whether these are none, which what is missing is not.
+            tools=None,
+            documents=None,
+        )
+
+
+def check_field(name: str, value: object, expected: str, is_right: bool) -> None:
+    if not is_right:
+        shown = json.dumps(value)
+        cut = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
+        raise CardError(f"{name} must be {expected}, got {cut}")
+
+
+def is_insertion(template: object) -> bool:
+    if not isinstance(template, str):
+        return False
+    try:
+        fields = Counter(field[1:] for field in string.Formatter().parse(template) if field[1] is not None)
+    except ValueError:  # a brace without its other half
+        return False
+    return fields == Counter([("prompt", "", None), ("suffix", "", None)])
+
+
+def load_card(directory: Path) -> Card:
+    """The card of a checkpoint directory, with defaults for what banded.json, or its absence, leaves open.
+
+    The chat template is banded.json's, or else chat_template.jinja, or else tokenizer_config.json's; the default stop is
+    the default template's only. CardError naming file and field when something can't be used.
+    """
+    template = directory / TEMPLATE_FILE
+    try:
+        published = read_text(template) if template.exists() else None
+        return build_card(optional_json(directory / CARD_FILE), optional_json(directory / SETTINGS_FILE), published)
+    except (CardError, TokenizerError) as error:
+        raise CardError(f"{directory}: {error}") from None
+
+
+def build_card(fields: Json, settings: Json, published: str | None) -> Card:
+    known = {field.name for field in dataclasses.fields(Card)} - {"bos_token"}
+    for name in fields:
+        if name not in known:
+            raise CardError(f"{CARD_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {', '.join(sorted(known))}")
+    if isinstance(fields.get("stop"), list):
+        fields["stop"] = tuple(fields["stop"])
+    source = TEMPLATE_FILE if published is not None else f"{SETTINGS_FILE}: chat_template"
+    if published is None and isinstance(settings.get("chat_template"), str):
+        published = settings["chat_template"]
+    if "chat_template" in fields or published is not None:
+        fields.setdefault("stop", ())
+    try:
+        card = Card(**fields, bos_token=token_name(settings.get("bos_token")))
+    except CardError as error:
+        raise CardError(f"{CARD_FILE}: {error}") from None
+    if "chat_template" in fields or published is None:
+        return card
+    try:
+        return dataclasses.replace(card, chat_template=published)
+    except CardError as error:
+        raise CardError(f"{source}{str(error).removeprefix('chat_template')}") from None
+
+
+def optional_json(path: Path) -> Json:
+    return read_json(path) if path.exists() else {}
+
+
+def token_name(token: Any) -> str | None:
+    """The text of a token as tokenizer_config.json writes it, a string or an object."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
+
+
+def raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
+    """Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+
+
+@cache
+def compiled(template: str) -> jinja2.Template:
+    """`template` in the environment that templates published for transformers are written for.
+
+    They are programs of others, so they run in a sandbox.
+    """
+    extensions = ["jinja2.ext.loopcontrols"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
+    environment.globals["raise_exception"] = raise_exception
+    environment.filters["tojson"] = to_json
+    return environment.from_string(template)

@@ -1,0 +1,231 @@
+"""Byte-pair tokenizers, and the embedded one: r50k_base, GPT-2's and GPT-3's. No network."""
+
+import base64
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import tiktoken
+
+R50K_FILE = Path(__file__).parents[1] / "data" / "r50k_base.tiktoken"
+R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+R50K_VOCAB_SIZE = 50257
+END_OF_TEXT = "<|endoftext|>"
+
+# How GPT-2 cuts text into words before merging bytes inside each.
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# How a token is named that has no other name; so no other name may begin like that.
+NUMBERED = "token_id:"
+
+# A run of white space (Unicode's, which lacks four separators that Python's \s has) with a word behind it.
+LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{100000,}+(?!\Z)")
+
+
+class TokenizerError(ValueError):
+    """A vocabulary that can't be used: which file, and what is wrong with it."""
+
+
+class TextPart(NamedTuple):
+    """A piece of a text, and whether special-token text in it stands for the token."""
+
+    text: str
+    allow_special: bool
+
+
+class Tokenizer:
+    """Text to token ids and back to bytes.
+
+    Bytes, not text: a token may hold part of a character, so joining decoded strings token by token breaks them.
+
+    >>> r50k_base().encode("Once upon a time")
+    [7454, 2402, 257, 640]
+    >>> r50k_base().token_bytes(7454)
+    b'Once'
+    """
+
+    def __init__(
+        self,
+        tokens: Mapping[int, bytes],
+        merge_order: Sequence[int],
+        *,
+        special: Mapping[str, int],
+        added: Mapping[str, int],
+        eos_id: int,
+        bos_id: int | None = None,
+    ):
+        """`tokens` holds the bytes of every id; `merge_order` the ids that bytes merge into, first merge first.
+
+        `special` tokens are recognised in text only where the caller allows it, `added` ones always. `eos_id` ends a
+        document; `bos_id` starts every prompt, and is None where the checkpoint asks for nothing there.
+        """
+        self.special_tokens = dict(special)
+        self.eos_id = eos_id
+        self.bos_id = bos_id
+        self.max_id = max(*tokens, *special.values(), *added.values())
+        # No text is fewer tokens than its bytes divided by this.
+        self.max_token_bytes = max(map(len, tokens.values()))
+        self._tokens = dict(tokens)
+        self._special_ids = frozenset(special.values())
+        # OPT numbers its tokens by frequency: what merges first has not the lowest id.
+        self._id_of_rank = None if list(merge_order) == list(range(len(merge_order))) else list(merge_order)
+        ranks = {tokens[token_id]: rank for rank, token_id in enumerate(merge_order)}
+        self._bpe = tiktoken.Encoding("banded", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._added = dict(added)
+        self._added_in_text = any_of(added)
+        self._any_in_text = any_of({**added, **special})
+        self._names = name_tokens(self._tokens, special)
+
+    def __contains__(self, token_id: int) -> bool:
+        return token_id in self._tokens
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Token ids of `text`, without bos. Text that spells a special token stays text unless `allow_special`.
+
+        A lone surrogate, which is no character, is encoded as U+FFFD.
+
+        >>> r50k_base().encode("<|endoftext|>", allow_special=True)
+        [50256]
+        """
+        return self.encode_parts([(text, allow_special)])
+
+    def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
+        """Token ids of one text that is given as `TextPart`s, in order.
+
+        Only special tokens inside parts that allow them cut the text: everything else merges across the borders of parts.
+
+        >>> r50k_base().encode_parts([("Once up", False), ("on a time", False), ("<|endoftext|>", True)])
+        [7454, 2402, 257, 640, 50256]
+        """
+        tokens: list[int] = []
+        plain: list[str] = []
+        for text, allow_special in parts:
+            pieces = alternate(self._any_in_text.split(text)) if allow_special else [(False, text)]
+            for is_whole, piece in pieces:
+                if is_whole and piece in self.special_tokens:
+                    tokens += [*self._encode_unsplit("".join(plain)), self.special_tokens[piece]]
+                    plain = []
+                else:
+                    plain.append(piece)
+        return tokens + self._encode_unsplit("".join(plain))
+
+    def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """What the model is given for `text`: bos where the checkpoint asks for it, then `encode`; never empty.
+
+        The empty text without bos is the end of a document, after which a new one starts.
+
+        >>> r50k_base().encode_prompt("")
+        [50256]
+        """
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return bos + self.encode(text, allow_special=allow_special) or [self.eos_id]
+
+    def _encode_unsplit(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is special."""
+        tokens = []
+        for is_whole, piece in alternate(self._added_in_text.split(text)):
+            tokens += [self._added[piece]] if is_whole else self._encode_plain(piece)
+        return tokens
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ranks = []
+        for piece in cut_long_space(text):
+            ranks += self._bpe.encode_ordinary(piece)
+        return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
+
+    def fingerprint(self) -> str:
+        """The same for tokenizers that encode every text alike, in hexadecimal."""
+        merges = self._id_of_rank or self._bpe.n_vocab
+        special, added = sorted(self.special_tokens.items()), sorted(self._added.items())
+        told = (sorted(self._tokens.items()), merges, special, added, self.bos_id, self.eos_id)
+        return hashlib.sha256(repr(told).encode()).hexdigest()
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token.
+
+        KeyError for an id that stands for nothing: OPT's model has 50272 rows, its vocabulary 50265 tokens.
+        """
+        return self._tokens[token_id]
+
+    def text_bytes(self, token_id: int) -> bytes:
+        """What a token adds to a text that people read: its bytes, nothing for special tokens and unused ids."""
+        return b"" if token_id in self._special_ids else self._tokens.get(token_id, b"")
+
+    def token_name(self, token_id: int) -> str:
+        """What stands for one token where tokens are listed: no two ids have the same name.
+
+        It is the token's text; its bytes where they are not whole characters; and `token_id:` with the number where
+        neither exists or another token has that name. Special tokens and lower ids choose first.
+
+        >>> [r50k_base().token_name(token) for token in (7454, 447, 50256, 50257)]
+        ['Once', 'bytes:\\xe2\\x80', '<|endoftext|>', 'token_id:50257']
+        """
+        return self._names.get(token_id, f"{NUMBERED}{token_id}")
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of whole `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
+
+
+def name_tokens(tokens: Mapping[int, bytes], special: Mapping[str, int]) -> dict[int, str]:
+    """The names that `Tokenizer.token_name` gives, without the numbered ones."""
+    wanted = {token_id: name for name, token_id in special.items()}
+    wanted |= {token_id: spelled(tokens[token_id]) for token_id in sorted(tokens.keys() - wanted.keys())}
+    owners: dict[str, int] = {}
+    for token_id, name in wanted.items():
+        if not name.startswith(NUMBERED):
+            owners.setdefault(name, token_id)
+    return {token_id: name for name, token_id in owners.items()}
+
+
+def spelled(token: bytes) -> str:
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in token)
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """A pattern whose `split` cuts text at the leftmost longest of `words`, keeping them."""
+    longest_first = sorted(words, key=len, reverse=True)
+    return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def alternate(pieces: list[str]) -> Iterator[tuple[bool, str]]:
+    """What re.split returns, as (is_separator, piece), without the empty ones."""
+    return ((bool(place % 2), piece) for place, piece in enumerate(pieces) if piece)
+
+
+def cut_long_space(text: str) -> Iterator[str]:
+    """`text` cut where GPT2_PATTERN cuts a run of white space anyway: before the last one, which belongs to the word.
+
+    tiktoken's regex engine backtracks over the run to get there and panics when it is 999,999 long.
+    """
+    start = 0
+    for run in LONG_SPACE.finditer(text):
+        yield text[start : run.end() - 1]
+        start = run.end() - 1
+    yield text[start:]
+
+
+def r50k_base(eos_id: int | None = None) -> Tokenizer:
+    """GPT-2's and GPT-3's tokenizer from the vendored ranks; `eos_id` is <|endoftext|> unless a model has another.
+
+    TokenizerError when the file is not the published one.
+    """
+    data = R50K_FILE.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != R50K_SHA256:
+        raise TokenizerError(f"{R50K_FILE} has sha256 {digest}, expected {R50K_SHA256}: the file is damaged")
+    lines = (line.split() for line in data.splitlines())
+    tokens = {int(rank): base64.b64decode(token) for token, rank in lines}
+    end = len(tokens)
+    return Tokenizer(
+        tokens | {end: END_OF_TEXT.encode()},
+        range(end),
+        special={END_OF_TEXT: end},
+        added={},
+        eos_id=end if eos_id is None else eos_id,
+    )

@@ -1,0 +1,390 @@
+"""The tokenizer that a checkpoint directory brings along: read, checked, and made into tiktoken's ranks."""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from model.checkpoint.tokenizer import R50K_VOCAB_SIZE, Tokenizer, TokenizerError, r50k_base
+
+CONFIG_FILE = "config.json"
+PIPELINE_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+SPECIAL_MAP_FILE = "special_tokens_map.json"
+ADDED_FILE = "added_tokens.json"
+VOCAB_FILE = "vocab.json"
+MERGES_FILE = "merges.txt"
+
+# Classes that add nothing to GPT-2's way of encoding; the last two mean "as tokenizer.json says".
+TOKENIZER_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+ROLE_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+Json = dict[str, Any]
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory: the ids that transformers gives, or a TokenizerError saying why not.
+
+    The vocabulary is tokenizer.json, or vocab.json with merges.txt where that is missing. A directory with neither gets
+    r50k_base if the model is our own, or is a GPT-2 or GPT-Neo of 50257 tokens, for r50k_base is their vocabulary.
+
+    Whatever would encode text in another way than GPT-2's (a normalizer, another pre-tokenizer, a prefix space, a byte
+    without a token) is refused by name.
+
+    >>> load_tokenizer(Path("opt-125m")).encode_prompt("Hello")
+    [2, 31414]
+    """
+    try:
+        files = read_files(directory)
+        vocabulary = read_vocabulary(directory, files)
+        return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(files.config)
+    except TokenizerError as error:
+        raise TokenizerError(f"{directory}: {error}") from None
+
+
+@dataclass(frozen=True)
+class CheckpointFiles:
+    """The JSON files that describe a checkpoint's tokenizer; those that only add to others are empty where missing."""
+
+    config: Json
+    pipeline: Json | None
+    settings: Json
+    special_map: Json
+    added: Json
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Pieces in the byte alphabet with their ids, merges in order, and where both were read, for error messages."""
+
+    ids: Mapping[str, int]
+    merges: Sequence[tuple[str, str]]
+    ids_from: str
+    # What the place of the first merge is called and numbered, as in "merges.txt line 2".
+    merges_from: str
+    first_merge: int
+
+    def __post_init__(self) -> None:
+        self._check_ids()
+        self._check_merges()
+
+    def _check_ids(self) -> None:
+        for piece, token_id in self.ids.items():
+            check_id(piece, token_id, self.ids_from)
+        for token_id, count in Counter(self.ids.values()).most_common(1):
+            if count > 1:
+                pieces = [piece for piece, other in self.ids.items() if other == token_id]
+                raise TokenizerError(f"{self.ids_from}: {pieces} share the id {token_id}")
+        for character, byte in BYTE_OF.items():
+            if character not in self.ids:
+                raise TokenizerError(f"{self.ids_from}: no token for byte 0x{byte:02x} ({character!r})")
+
+    def _check_merges(self) -> None:
+        made, seen = set(BYTE_OF), set()
+        for place, (left, right) in enumerate(self.merges, self.first_merge):
+            problem = None
+            if left not in made or right not in made:
+                unknown = right if left in made else left
+                problem = f"{unknown!r} is neither a byte nor made by an earlier merge"
+            elif left + right not in self.ids:
+                problem = f"{left + right!r} is not in {self.ids_from}"
+            elif (left, right) in seen:
+                problem = f"{left!r} and {right!r} are merged before"
+            if problem:
+                raise TokenizerError(f"{self.merges_from} {place}: {problem}")
+            made.add(left + right)
+            seen.add((left, right))
+
+
+def read_files(directory: Path) -> CheckpointFiles:
+    def optional(name: str) -> Json | None:
+        return read_json(directory / name) if (directory / name).exists() else None
+
+    return CheckpointFiles(
+        config=read_json(directory / CONFIG_FILE),
+        pipeline=optional(PIPELINE_FILE),
+        settings=optional(SETTINGS_FILE) or {},
+        special_map=optional(SPECIAL_MAP_FILE) or {},
+        added=optional(ADDED_FILE) or {},
+    )
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise TokenizerError(f"can't read {path.name}: {reason}") from None
+
+
+def read_json(path: Path) -> Json:
+    try:
+        data = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise TokenizerError(f"{path.name} holds no JSON object")
+    return data
+
+
+def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | None:
+    """None when the directory has no vocabulary at all."""
+    if files.pipeline is not None:
+        return pipeline_vocabulary(files.pipeline)
+    if not any((directory / name).exists() for name in (VOCAB_FILE, MERGES_FILE)):
+        return None
+    ids = read_json(directory / VOCAB_FILE)
+    lines = read_text(directory / MERGES_FILE).removesuffix("\n").split("\n")
+    first = 2 if lines[0].startswith("#version") else 1
+    merges = [split_merge(line, f"{MERGES_FILE} line {n}") for n, line in enumerate(lines[first - 1 :], first)]
+    return Vocabulary(ids, merges, VOCAB_FILE, f"{MERGES_FILE} line", first)
+
+
+def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
+    """What tokenizer.json holds, after making sure that it encodes GPT-2's way."""
+    refuse_other_pipelines(pipeline)
+    model = pipeline["model"]
+    merges = [split_merge(merge, f"{PIPELINE_FILE} merge {n}") for n, merge in enumerate(model["merges"], 1)]
+    return Vocabulary(model["vocab"], merges, PIPELINE_FILE, f"{PIPELINE_FILE} merge", 1)
+
+
+def refuse_other_pipelines(pipeline: Json) -> None:
+    model = pipeline.get("model")
+    # Files from before the field "type" existed leave it out.
+    if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
+        raise TokenizerError(f"{PIPELINE_FILE}: model {type_of(model)} is not supported, only BPE")
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        raise TokenizerError(f"{PIPELINE_FILE}: the model lacks vocab or merges")
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+        if model.get(option):
+            raise TokenizerError(f"{PIPELINE_FILE}: model.{option} {model[option]!r} is not supported")
+    if pipeline.get("normalizer") is not None:
+        raise TokenizerError(f"{PIPELINE_FILE}: normalizer {type_of(pipeline['normalizer'])} is not supported")
+    words = pipeline.get("pre_tokenizer") or {}
+    if type_of(words) != "ByteLevel" or not words.get("use_regex", True):
+        raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer {type_of(words)} does not cut words as GPT-2 does")
+    if words.get("add_prefix_space"):
+        raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer.add_prefix_space is not supported")
+
+
+def type_of(part: Any) -> str:
+    """The type that a part of tokenizer.json declares."""
+    return str(part.get("type")) if isinstance(part, dict) else str(part)
+
+
+def split_merge(merge: Any, place: str) -> tuple[str, str]:
+    pieces = merge.removesuffix("\r").split(" ") if isinstance(merge, str) else merge
+    match pieces:
+        case [str(left), str(right)] if left and right:
+            return left, right
+    raise TokenizerError(f"{place}: expected two pieces, got {merge!r:.80}")
+
+
+def check_id(token: str, token_id: Any, source: str) -> int:
+    if type(token_id) is not int or token_id < 0:
+        raise TokenizerError(f"{source}: the id of {token!r} is {token_id!r}, expected an integer from 0")
+    return token_id
+
+
+def embedded_tokenizer(config: Json) -> Tokenizer:
+    """r50k_base for a directory without a vocabulary, where that can't be the wrong one; eos is what config.json says."""
+    model_type, vocab_size = config.get("model_type"), config.get("vocab_size")
+    if model_type == "banded":
+        if not isinstance(vocab_size, int) or vocab_size < R50K_VOCAB_SIZE:
+            raise TokenizerError(f"{CONFIG_FILE}: vocab_size is {vocab_size}, r50k_base needs {R50K_VOCAB_SIZE}")
+    elif model_type not in ("gpt2", "gpt_neo") or vocab_size != R50K_VOCAB_SIZE:
+        raise TokenizerError(f"there is neither {PIPELINE_FILE} nor {VOCAB_FILE} with {MERGES_FILE}")
+    eos_id = config.get("eos_token_id")
+    if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < R50K_VOCAB_SIZE):
+        raise TokenizerError(f"{CONFIG_FILE}: eos_token_id {eos_id!r} is not in the vocabulary")
+    return r50k_base(eos_id)
+
+
+def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer:
+    refuse_other_settings(files)
+    roles = special_roles(files)
+    added, flagged = added_tokens(files, vocabulary)
+    ids = {**vocabulary.ids, **added}
+    refuse_ids_beyond(files.config.get("vocab_size"), ids)
+    bos_id, eos_id = token_in_role("bos", roles, files.config, ids), token_in_role("eos", roles, files.config, ids)
+    if eos_id is None:
+        raise TokenizerError(f"neither eos_token in {SETTINGS_FILE} nor eos_token_id in {CONFIG_FILE}")
+    # A role may be played by a word without an id, such as a pad token that the model never learnt: that is no token.
+    names = flagged.union(roles.values())
+    special = {name: token_id for name, token_id in ids.items() if name in names or token_id in (bos_id, eos_id)}
+    tokens = {token_id: piece_bytes(piece) for piece, token_id in vocabulary.ids.items()}
+    return Tokenizer(
+        tokens | {token_id: name.encode() for name, token_id in {**added, **special}.items()},
+        merge_order(vocabulary),
+        special=special,
+        added={name: token_id for name, token_id in added.items() if name not in special},
+        eos_id=eos_id,
+        bos_id=start_of_prompt(files, bos_id, ids),
+    )
+
+
+def refuse_other_settings(files: CheckpointFiles) -> None:
+    settings = files.settings
+    if settings.get("tokenizer_class") not in TOKENIZER_CLASSES:
+        raise TokenizerError(f"{SETTINGS_FILE}: tokenizer_class {settings['tokenizer_class']!r} is not supported")
+    if settings.get("add_prefix_space"):
+        raise TokenizerError(f"{SETTINGS_FILE}: add_prefix_space is not supported")
+    if settings.get("add_eos_token") and files.pipeline is None:
+        raise TokenizerError(f"{SETTINGS_FILE}: add_eos_token is not supported")
+
+
+def refuse_ids_beyond(vocab_size: object, ids: Mapping[str, int]) -> None:
+    """A token without a row in the model's embedding would fail whenever it is used; better once, now."""
+    last = max(ids, key=ids.__getitem__)
+    if isinstance(vocab_size, int) and ids[last] >= vocab_size:
+        raise TokenizerError(f"token {last!r} has id {ids[last]}, but {CONFIG_FILE} says vocab_size {vocab_size}")
+
+
+def special_roles(files: CheckpointFiles) -> dict[str, str]:
+    """Which token plays which role: {"eos_token": "</s>", "additional_special_tokens 0": "<user>"}."""
+    sources = {SETTINGS_FILE: files.settings}
+    # As in transformers, what older versions wrote is not read beside its successor.
+    if "added_tokens_decoder" not in files.settings:
+        sources[SPECIAL_MAP_FILE] = files.special_map
+    roles: dict[str, str] = {}
+    for source, settings in sources.items():
+        played = {role: settings.get(role) for role in ROLES}
+        for role_list in ROLE_LISTS:
+            extra = settings.get(role_list) or []
+            values = extra.values() if isinstance(extra, dict) else extra
+            played |= {f"{role_list} {n}": value for n, value in enumerate(values)}
+        roles |= {role: token_text(token, source) for role, token in played.items() if token is not None}
+    return roles
+
+
+def added_tokens(files: CheckpointFiles, vocabulary: Vocabulary) -> tuple[dict[str, int], set[str]]:
+    """Ids of the tokens that are looked for in text before it is merged, and the names of those flagged as special."""
+    ids: dict[str, int] = {}
+    flagged = set()
+    name_of = {token_id: piece for piece, token_id in vocabulary.ids.items()}
+    for source, token_id, token in declared_tokens(files):
+        name = token_text(token, source)
+        token_id = check_id(name, token_id, source)
+        known_id = ids.get(name, vocabulary.ids.get(name, token_id))
+        if known_id != token_id:
+            raise TokenizerError(f"{source}: {name!r} has id {token_id}, elsewhere {known_id}")
+        if name_of.setdefault(token_id, name) != name:
+            raise TokenizerError(f"{source}: {name!r} and {name_of[token_id]!r} share the id {token_id}")
+        ids[name] = token_id
+        if isinstance(token, dict) and token.get("special"):
+            flagged.add(name)
+    return ids, flagged
+
+
+def declared_tokens(files: CheckpointFiles) -> Iterator[tuple[str, Any, Any]]:
+    """(file, id, token) of every added token."""
+    for token in (files.pipeline or {}).get("added_tokens") or []:
+        yield PIPELINE_FILE, token.get("id") if isinstance(token, dict) else None, token
+    for key, token in (files.settings.get("added_tokens_decoder") or {}).items():
+        yield SETTINGS_FILE, int(key) if key.isdecimal() else key, token
+    for name, token_id in files.added.items():
+        yield ADDED_FILE, token_id, name
+
+
+def token_text(token: Any, source: str) -> str:
+    """The text of a token that is written either as a string or as an object with options."""
+    if isinstance(token, str):
+        return token
+    if not isinstance(token, dict) or not isinstance(token.get("content"), str):
+        raise TokenizerError(f"{source}: {token!r:.80} describes no token")
+    for option in ("single_word", "lstrip", "rstrip"):
+        if token.get(option):
+            raise TokenizerError(f"{source}: {option} of token {token['content']!r} is not supported")
+    return str(token["content"])
+
+
+def token_in_role(role: str, roles: Mapping[str, str], config: Json, ids: Mapping[str, int]) -> int | None:
+    """The id of bos or eos, by name or else by config.json's number; None where neither is given."""
+    name, token_id = roles.get(f"{role}_token"), config.get(f"{role}_token_id")
+    if name is not None:
+        if name not in ids:
+            raise TokenizerError(f"{role}_token {name!r} is not in the vocabulary")
+        return ids[name]
+    if token_id is not None and token_id not in ids.values():
+        raise TokenizerError(f"{CONFIG_FILE}: {role}_token_id {token_id!r} is not in the vocabulary")
+    return token_id
+
+
+def start_of_prompt(files: CheckpointFiles, bos_id: int | None, ids: Mapping[str, int]) -> int | None:
+    """The id before every prompt. As in transformers, add_bos_token counts only where tokenizer.json doesn't decide."""
+    if files.pipeline is not None:
+        name = start_of_template(files.pipeline.get("post_processor"))
+        if name is not None and name not in ids:
+            raise TokenizerError(f"{PIPELINE_FILE}: the post_processor's {name!r} is not in the vocabulary")
+        return None if name is None else ids[name]
+    if not files.settings.get("add_bos_token"):
+        return None
+    if bos_id is None:
+        raise TokenizerError(f"{SETTINGS_FILE}: add_bos_token without a bos_token")
+    return bos_id
+
+
+def start_of_template(processor: Any) -> str | None:
+    """The token that tokenizer.json's post-processor puts before a text. It may add nothing else."""
+    match processor:
+        case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+            return None
+        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}]}:
+            return name
+    raise TokenizerError(f"{PIPELINE_FILE}: post_processor {type_of(processor)} does more than start a text with bos")
+
+
+def byte_alphabet() -> dict[str, int]:
+    """The printable character that stands for each byte in vocab.json, as GPT-2's authors chose them."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+BYTE_OF = byte_alphabet()
+
+
+def piece_bytes(piece: str) -> bytes:
+    """The bytes of a vocabulary entry. One outside the byte alphabet was added by hand and stands for itself."""
+    try:
+        return bytes([BYTE_OF[character] for character in piece])
+    except KeyError:
+        return piece.encode()
+
+
+def merge_order(vocabulary: Vocabulary) -> list[int]:
+    """Ids of the bytes and of the tokens that merges make, first merge first.
+
+    Hugging Face merges the two pieces that a line names; tiktoken any two that spell the token. They agree where the
+    line's two are what the lines before leave of the token, as in every trained vocabulary. Any other line can never
+    fire, and is left out.
+    """
+    ids = vocabulary.ids
+    order = [ids[character] for character in BYTE_OF]
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF.values())}
+    for left, right in vocabulary.merges:
+        parts = [piece_bytes(left), piece_bytes(right)]
+        if merge(b"".join(parts), ranks) == parts:
+            ranks[b"".join(parts)] = len(order)
+            order.append(ids[left + right])
+    return order
+
+
+NEVER = sys.maxsize
+
+
+def merge(word: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
+    """`word` in pieces that merge no further: byte-pair encoding by its definition."""
+    pieces = [word[place : place + 1] for place in range(len(word))]
+    while len(pieces) > 1:
+        found = [ranks.get(left + right, NEVER) for left, right in pairwise(pieces)]
+        place = found.index(min(found))
+        if found[place] == NEVER:
+            break
+        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
+    return pieces

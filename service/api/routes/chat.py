@@ -1,0 +1,182 @@
+"""POST /v1/chat/completions: messages laid out by the model card's template, answered as chat front ends expect."""
+
+import secrets
+import time
+from collections.abc import AsyncGenerator
+from collections.abc import Sequence as Items
+from contextlib import aclosing
+from typing import Any, cast
+
+from fastapi import APIRouter, Request, Response
+
+from model.checkpoint.prompt_format import Message as Turn
+from model.checkpoint.tokenizer import Tokenizer
+from service.api.errors import invalid
+from service.api.generation import (
+    Generation,
+    TextEvents,
+    answer,
+    beside_the_loop,
+    check_length,
+    check_logprobs,
+    check_sampling,
+    check_text_length,
+    chunk_event,
+    log_user,
+    served_model,
+    warnings_for,
+)
+from service.api.schema import (
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+    ChatToken,
+    Message,
+    TokenBytes,
+)
+from service.api.sse import STREAMED, EventStream
+from service.engine.choice import ShownToken
+from service.engine.models import ServedModel, choice_requests
+from service.engine.prompts import ChatTemplateError, Prompt, chat_prompt
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
+async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
+    """Answer a chat; with `stream`, as server-sent events."""
+    served = served_model(request, body.model)
+    warnings = warnings_for(body, request)
+    check_sampling(body, served)
+    served.engine.check_size(body.n)
+    prompt = await read_messages(body.messages, served, allow_special=body.allow_special)
+    max_tokens = max_tokens_of(body, len(prompt.tokens), served)
+    if body.logprobs:
+        check_logprobs(body.n * max_tokens, "logprobs")
+    log_user(body.user, request)
+    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    requests = choice_requests(
+        body, [prompt], served, max_tokens=max_tokens, num_candidates=body.n, top_logprobs=top_logprobs
+    )
+    chat = Chat(body, served, Generation(requests, body.n, served.engine, request), warnings)
+    if body.stream:
+        return EventStream(chat.stream(), request.app.state.metrics.stream_errors)
+    return await answer(request, chat.collect())
+
+
+async def read_messages(messages: Items[Message], served: ServedModel, *, allow_special: bool) -> Prompt:
+    turns = [Turn(message.role, message.text) for message in messages]
+    for _, text in turns:
+        check_text_length(text, served, "messages")
+    size = sum(len(text) for _, text in turns)
+    try:
+        return await beside_the_loop(
+            size, lambda: chat_prompt(turns, served.card, served.tokenizer, allow_special=allow_special)
+        )
+    except ChatTemplateError as error:
+        raise invalid(str(error), error.param) from error
+
+
+def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) -> int:
+    """What the client asks for, else the card's default as far as the context has room."""
+    context = served.config.n_positions
+    asked = body.max_completion_tokens or body.max_tokens
+    check_length(prompt_tokens, asked or 1, context, "messages")
+    max_tokens = asked or min(served.card.default_max_tokens, context - prompt_tokens)
+    if body.min_tokens > max_tokens:
+        raise invalid(f"'min_tokens': is {body.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
+    return max_tokens
+
+
+class Chat:
+    """The answer to a request, whole or in chunks."""
+
+    def __init__(self, body: ChatRequest, served: ServedModel, generation: Generation, warnings: list[str] | None):
+        self._body = body
+        self._served = served
+        self._generation = generation
+        self._warnings = warnings
+        self._id = f"chatcmpl-{secrets.token_hex(12)}"
+        self._created = int(time.time())
+
+    async def collect(self) -> ChatResponse:
+        """The whole answer."""
+        candidates = await self._generation.finish()
+        choices = [
+            ChatChoice(
+                index=i,
+                message=ChatMessage(content=candidate.text),
+                logprobs=self._logprobs(candidate.shown),
+                finish_reason=cast(Any, candidate.finish_reason),
+            )
+            for i, candidate in enumerate(candidates)
+        ]
+        return ChatResponse(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=choices,
+            usage=self._generation.usage,
+            warnings=self._warnings,
+        )
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
+        begun: set[int] = set()
+        no_logprobs = self._logprobs(())
+        text_event = TextEvents("content", lambda choice: self._event(choice, ChatDelta(content=""), logprobs=no_logprobs))
+        async with aclosing(self._generation.outputs()) as outputs:
+            async for output in outputs:
+                if output.choice not in begun:
+                    begun.add(output.choice)
+                    yield self._event(output.choice, ChatDelta(role="assistant", content=""))
+                if output.shown or (output.text and self._body.include_obfuscation):
+                    logprobs = self._logprobs(output.shown)
+                    yield self._event(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
+                elif output.text:
+                    yield text_event(output.choice, output.text)
+                if output.finish_reason:
+                    yield self._event(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
+        if self._body.include_usage:
+            chunk = self._chunk([])
+            chunk.usage = self._generation.usage
+            yield self._framed(chunk)
+
+    def _event(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
+        chunk = self._chunk([ChatChunkChoice(index=index, delta=delta, **fields)])
+        chunk.warnings, self._warnings = self._warnings, None  # once is enough
+        return self._framed(chunk)
+
+    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
+        return ChatChunk(
+            id=self._id,
+            created=self._created,
+            model=self._served.name,
+            system_fingerprint=self._served.fingerprint,
+            choices=choices,
+        )
+
+    def _framed(self, chunk: ChatChunk) -> bytes:
+        return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
+
+    def _logprobs(self, shown: Items[ShownToken]) -> ChatLogprobs | None:
+        if not self._body.logprobs:
+            return None
+        tokenizer, content = self._served.tokenizer, []
+        for token, logprobs, _ in shown:
+            assert logprobs is not None, "only the first token of a prompt has none"
+            top = [token_bytes(other, logprob, tokenizer) for other, logprob in logprobs.top]
+            entry = token_bytes(token, logprobs.logprob, tokenizer)
+            content.append(ChatToken(token=entry.token, logprob=entry.logprob, bytes=entry.bytes, top_logprobs=top))
+        return ChatLogprobs(content=content)
+
+
+def token_bytes(token: int, logprob: float, tokenizer: Tokenizer) -> TokenBytes:
+    data = tokenizer.token_bytes(token) if token in tokenizer else b""
+    return TokenBytes(token=tokenizer.token_name(token), logprob=logprob, bytes=list(data))

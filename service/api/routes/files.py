@@ -1,0 +1,143 @@
+"""/v1/files: what jobs learn from."""
+
+from typing import Annotated, Literal, Protocol, TypeVar
+
+from fastapi import APIRouter, Query, Request
+from fastapi.responses import FileResponse
+from starlette.datastructures import UploadFile
+
+from service.api.errors import APIError, invalid
+from service.api.schema import DeletedObject, ErrorResponse, FileList, FileObject, shown
+from service.jobs.store import UNFINISHED, Store, StoredFile, StoreFullError
+
+router = APIRouter()
+
+PURPOSE = "fine-tune"
+MAX_FILENAME = 255
+
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file", "purpose"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary", "description": "JSONL of prompt and completion"},
+                        "purpose": {"type": "string", "enum": [PURPOSE]},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+def store_of(request: Request) -> Store:
+    """Raises APIError 404 where the server keeps nothing."""
+    store: Store | None = request.app.state.store
+    if store is None:
+        raise APIError(404, "this server keeps no files: start it with --data-dir", code="not_found")
+    return store
+
+
+def find_file(store: Store, file_id: str, param: str | None = None) -> StoredFile:
+    file = store.file(file_id)
+    if file is None:
+        message = f"there is no file '{shown(file_id)}'"
+        raise invalid(message, param, "file_not_found") if param else APIError(404, message, code="file_not_found")
+    return file
+
+
+@router.post("/v1/files", openapi_extra=UPLOAD)
+async def upload_file(request: Request) -> FileObject:
+    """Store a file. Whether it can be learnt from is found when a job begins."""
+    store = store_of(request)
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise invalid("a file is sent as multipart/form-data", "file")
+    async with request.form(max_files=1, max_fields=8) as form:
+        unknown = [name for name in form if name not in ("file", "purpose")]
+        if unknown:
+            raise invalid(f"unknown field '{shown(unknown[0])}'", shown(unknown[0]), "unknown_parameter")
+        file, purpose = form.get("file"), form.get("purpose")
+        if not isinstance(file, UploadFile):
+            raise invalid("file: a file is needed", "file")
+        if purpose != PURPOSE:
+            raise invalid(f"purpose: '{PURPOSE}' is the only one, got '{shown(str(purpose))}'", "purpose")
+        content = await file.read()
+        name = file.filename or "file.jsonl"
+    if len(name) > MAX_FILENAME:
+        raise invalid(f"file: its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
+    if not content:
+        raise invalid("file: it is empty", "file")
+    try:
+        return file_object(store.add_file(name, PURPOSE, content))
+    except StoreFullError as error:
+        raise APIError(413, str(error), param="file", code="storage_full") from error
+
+
+@router.get("/v1/files")
+async def list_files(
+    request: Request,
+    purpose: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+) -> FileList:
+    """The newest first, or the oldest."""
+    files = [file for file in store_of(request).files() if purpose in (None, file.purpose)]
+    some, has_more = page(files if order == "desc" else files[::-1], limit, after)
+    return FileList(data=[file_object(file) for file in some], has_more=has_more)
+
+
+@router.get("/v1/files/{file_id}")
+async def get_file(file_id: str, request: Request) -> FileObject:
+    return file_object(find_file(store_of(request), file_id))
+
+
+@router.get("/v1/files/{file_id}/content", response_class=FileResponse)
+async def get_content(file_id: str, request: Request) -> FileResponse:
+    store = store_of(request)
+    file = find_file(store, file_id)
+    return FileResponse(store.path_of(file.id), media_type="application/jsonl")
+
+
+@router.delete("/v1/files/{file_id}", responses={409: {"model": ErrorResponse, "description": "A job needs the file"}})
+async def delete_file(file_id: str, request: Request) -> DeletedObject:
+    """Delete a file that no unfinished job needs."""
+    store = store_of(request)
+    file = find_file(store, file_id)
+    unfinished = [job for job in store.jobs() if job.status in UNFINISHED]
+    using = [job.id for job in unfinished if file.id in (job.training_file, job.validation_file)]
+    if using:
+        raise APIError(409, f"job {using[0]} needs the file: cancel it first", code="file_in_use")
+    store.delete_file(file.id)
+    return DeletedObject(id=file.id, object="file")
+
+
+class HasId(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+Listed = TypeVar("Listed", bound=HasId)
+
+
+def page(items: list[Listed], limit: int, after: str | None) -> tuple[list[Listed], bool]:
+    """The `limit` items that follow the one whose id is `after`, and whether there are more. Raises APIError for no id."""
+    start = 0
+    if after is not None:
+        ids = [item.id for item in items]
+        if after not in ids:
+            raise unknown_id(after)
+        start = ids.index(after) + 1
+    return items[start : start + limit], len(items) > start + limit
+
+
+def unknown_id(after: str) -> APIError:
+    return invalid(f"after: there is no '{shown(after)}'", "after")
+
+
+def file_object(file: StoredFile) -> FileObject:
+    return FileObject(id=file.id, bytes=file.bytes, created_at=file.created, filename=file.filename, purpose=file.purpose)

@@ -1,0 +1,191 @@
+"""/v1/fine_tuning/jobs: adapters of the served model, learnt while it serves."""
+
+import secrets
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from service.api.errors import APIError, invalid
+from service.api.generation import served_model, warnings_for
+from service.api.routes.files import find_file, page, store_of, unknown_id
+from service.api.schema import (
+    CheckpointList,
+    CheckpointObject,
+    EventList,
+    EventObject,
+    JobError,
+    JobHyperparameters,
+    JobList,
+    JobObject,
+    JobRequest,
+    shown,
+)
+from service.engine.models import Models, ServedModel
+from service.engine.pages import sequence_bytes
+from service.jobs.runner import Jobs
+from service.jobs.store import UNFINISHED, Hyperparameters, Job, Store, StoreFullError
+
+router = APIRouter()
+
+# What "auto" is; the rate is multiplied by learning_rate_multiplier.
+EPOCHS, BATCH, RATE = 4, 8, 1e-3
+
+EVENT_PREFIX = "ftevent-"
+Limit = Annotated[int, Query(ge=1, le=100)]
+
+
+def find_job(store: Store, job_id: str) -> Job:
+    job = store.job(job_id)
+    if job is None:
+        raise APIError(404, f"there is no job '{shown(job_id)}'", code="job_not_found")
+    return job
+
+
+@router.post("/v1/fine_tuning/jobs")
+async def create_job(body: JobRequest, request: Request) -> JobObject:
+    """Queue a job: a low-rank adapter, which is served under a name of its own when it is done."""
+    store, models = store_of(request), request.app.state.models
+    warnings = warnings_for(body, request)
+    served = served_model(request, body.model)
+    if served.parent is not None:
+        raise invalid(f"model: '{served.name}' is an adapter; fine-tune '{served.parent}'", "model")
+    for name in ("training_file", "validation_file"):
+        file_id = getattr(body, name)
+        if file_id is not None:
+            find_file(store, file_id, name)
+    check_room(store, models, request.app.state.max_adapters)
+    given = body.hyperparameters or JobHyperparameters.model_validate({})
+    if given.rank == 0:
+        raise invalid(all_weights(served), "hyperparameters.rank", "second_engine")
+    parameters = Hyperparameters(
+        n_epochs=given.n_epochs or EPOCHS,
+        batch_size=given.batch_size or BATCH,
+        learning_rate=RATE * (given.learning_rate_multiplier or 1.0),
+        rank=given.rank,
+    )
+    seed = secrets.randbits(31) if body.seed is None else body.seed
+    try:
+        job = store.add_job(served.name, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
+    except StoreFullError as error:
+        raise APIError(413, str(error), code="storage_full") from error
+    store.add_event(job.id, f"Created job {job.id}")
+    jobs: Jobs = request.app.state.jobs
+    jobs.notice()
+    return job_object(job, warnings)
+
+
+def all_weights(served: ServedModel) -> str:
+    """Why a job doesn't change all weights, with the numbers."""
+    weights = served.num_parameters * served.item_bytes
+    keys = sequence_bytes(served.config, served.config.n_positions, served.item_bytes)
+    return (
+        f"rank 0, all weights: the result would need a second engine, {weights:,} bytes of weights and at least {keys:,} of "
+        "keys and values, and this server has one; `banded finetune --full` makes a model to serve by itself"
+    )
+
+
+def check_room(store: Store, models: Models, max_adapters: int) -> None:
+    """Raises APIError where the result could not be served."""
+    waiting = sum(job.status in UNFINISHED and job.model == models.base.name for job in store.jobs())
+    count = sum(served.parent is not None for served in models)
+    if count + waiting >= max_adapters:
+        raise invalid(
+            f"this server serves {max_adapters} adapters at most (max_adapters): {count} are there and {waiting} in work; "
+            "delete one with DELETE /v1/models/{name}",
+            code="too_many_adapters",
+        )
+
+
+@router.get("/v1/fine_tuning/jobs")
+async def list_jobs(request: Request, limit: Limit = 20, after: str | None = None) -> JobList:
+    """The newest first."""
+    jobs, has_more = page(store_of(request).jobs(), limit, after)
+    return JobList(data=[job_object(job) for job in jobs], has_more=has_more)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}")
+async def get_job(job_id: str, request: Request) -> JobObject:
+    return job_object(find_job(store_of(request), job_id))
+
+
+@router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
+async def cancel_job(job_id: str, request: Request) -> JobObject:
+    job = find_job(store_of(request), job_id)
+    jobs: Jobs = request.app.state.jobs
+    if job.status not in UNFINISHED or jobs.has_learnt(job):
+        status = job.status if job.status not in UNFINISHED else "about to be succeeded"
+        raise invalid(f"job {job.id} is not running: its status is {status}", code="job_ended")
+    await jobs.cancel(job)
+    return job_object(find_job(jobs.store, job_id))
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/events")
+async def list_events(job_id: str, request: Request, limit: Limit = 20, after: str | None = None) -> EventList:
+    """The newest first."""
+    store = store_of(request)
+    job = find_job(store, job_id)
+    before = None
+    if after is not None:
+        number = after.removeprefix(EVENT_PREFIX)
+        before = int(number) if number.isdecimal() and len(number) < 19 else 0
+        if not store.has_event(job.id, before):
+            raise unknown_id(after)
+    events = [
+        EventObject(
+            id=f"{EVENT_PREFIX}{event.number}",
+            created_at=event.created,
+            level=event.level,
+            message=event.message,
+            type=event.type,
+            data=event.data,
+        )
+        for event in store.events(job.id, limit + 1, before)
+    ]
+    return EventList(data=events[:limit], has_more=len(events) > limit)
+
+
+@router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
+async def list_checkpoints(job_id: str, request: Request, limit: Limit = 10, after: str | None = None) -> CheckpointList:
+    """The result, once it is there: a run keeps one state, the last."""
+    store = store_of(request)
+    job = find_job(store, job_id)
+    if job.fine_tuned_model is None:
+        return CheckpointList(data=[], has_more=False)
+    metrics = store.last_metrics(job.id)
+    if "valid_loss" in metrics:  # at the end it is of all examples
+        metrics["full_valid_loss"] = metrics["valid_loss"]
+    checkpoint = CheckpointObject(
+        id=f"ftckpt-{job.id.removeprefix('ftjob-')}",
+        created_at=job.finished or 0,
+        fine_tuned_model_checkpoint=job.fine_tuned_model,
+        fine_tuning_job_id=job.id,
+        metrics=metrics,
+        step_number=int(metrics["step"]),
+    )
+    some, has_more = page([checkpoint], limit, after)
+    return CheckpointList(data=some, has_more=has_more)
+
+
+def job_object(job: Job, warnings: list[str] | None = None) -> JobObject:
+    parameters = job.hyperparameters
+    return JobObject(
+        id=job.id,
+        created_at=job.created,
+        finished_at=job.finished,
+        error=None if job.error is None else JobError(code="job_failed", message=job.error, param=None),
+        fine_tuned_model=job.fine_tuned_model,
+        hyperparameters=JobHyperparameters.model_construct(  # as it is, and no request
+            n_epochs=parameters.n_epochs,
+            batch_size=parameters.batch_size,
+            learning_rate_multiplier=parameters.learning_rate / RATE,
+            rank=parameters.rank,
+        ),
+        model=job.model,
+        status=job.status,
+        trained_tokens=job.trained_tokens if job.status == "succeeded" else None,
+        training_file=job.training_file,
+        validation_file=job.validation_file,
+        seed=job.seed,
+        user_provided_suffix=job.suffix or None,
+        warnings=warnings,
+    )

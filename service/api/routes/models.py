@@ -1,0 +1,41 @@
+"""GET /v1/models: what this server serves."""
+
+from fastapi import APIRouter, Request
+
+from service.api.errors import invalid
+from service.api.generation import served_model
+from service.api.schema import DeletedObject, ModelCard, ModelList
+from service.engine.models import Models, ServedModel
+from service.jobs.store import Store
+
+router = APIRouter()
+
+
+@router.get("/v1/models")
+async def list_models(request: Request) -> ModelList:
+    models: Models = request.app.state.models
+    return ModelList(data=[card(served) for served in models])
+
+
+@router.get("/v1/models/{name:path}")
+async def get_model(name: str, request: Request) -> ModelCard:
+    return card(served_model(request, name))
+
+
+@router.delete("/v1/models/{name:path}")
+async def delete_model(name: str, request: Request) -> DeletedObject:
+    """Delete what a fine-tuning job has made; requests that run with it end first."""
+    models: Models = request.app.state.models
+    store: Store | None = request.app.state.store
+    made = [job for job in store.jobs() if job.fine_tuned_model == name] if store else []
+    if not store or not made:
+        name = served_model(request, name).name  # a 404 where there is none
+        raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
+    if served := models.find(name):  # not where the weights that it was made for have been replaced
+        await models.remove(served)
+    store.forget_result(made[0].id)
+    return DeletedObject(id=name, object="model")
+
+
+def card(served: ServedModel) -> ModelCard:
+    return ModelCard(id=served.name, created=served.created, root=served.name, parent=served.parent)

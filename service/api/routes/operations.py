@@ -1,0 +1,37 @@
+"""What operators and orchestrators ask: is it alive, is it ready, how is it doing."""
+
+from importlib.metadata import version as installed
+
+from fastapi import APIRouter, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service.api.errors import APIError
+from service.engine.models import Models
+
+router = APIRouter()
+
+
+@router.get("/health/live")
+async def live() -> dict[str, str]:
+    """The process answers."""
+    return {"status": "live"}
+
+
+@router.get("/health/ready")
+async def ready(request: Request) -> dict[str, str]:
+    """Requests may be sent: weights loaded, not draining, and idle or a step finished recently."""
+    models: Models = request.app.state.models
+    if reason := models.base.engine.unready_reason:
+        raise APIError(503, f"not ready: {reason}", code="unavailable")
+    return {"status": "ready"}
+
+
+@router.get("/version")
+async def version() -> dict[str, str]:
+    return {"version": installed("banded"), "torch": installed("torch")}
+
+
+@router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+async def metrics(request: Request) -> Response:
+    """Prometheus text."""
+    return Response(generate_latest(request.app.state.exported), media_type=CONTENT_TYPE_LATEST)

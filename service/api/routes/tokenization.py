@@ -1,0 +1,60 @@
+"""POST /tokenize and /detokenize, GET /tokenizer_info: in vLLM's form, for clients that have no tokenizer of their own."""
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from service.api.generation import beside_the_loop, check_token_ids, served_model, warnings_for
+from service.api.routes.chat import read_messages
+from service.api.schema import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+
+router = APIRouter()
+
+
+@router.post("/tokenize")
+async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
+    """Token ids of a text, in which special-token text is special, or of a chat as its template lays it out."""
+    served = served_model(request, body.model)
+    warnings = warnings_for(body, request)
+    tokenizer = served.tokenizer
+    if body.messages is not None:
+        tokens = (await read_messages(body.messages, served, allow_special=False)).tokens
+    else:
+        text = body.prompt or ""
+        tokens = await beside_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
+        if body.add_special_tokens and tokenizer.bos_id is not None:
+            tokens = [tokenizer.bos_id, *tokens]
+    return TokenizeResponse(
+        count=len(tokens),
+        max_model_len=served.config.n_positions,
+        tokens=tokens,
+        token_strs=[tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None,
+        warnings=warnings,
+    )
+
+
+@router.post("/detokenize")
+async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
+    """Text of token ids, special ones spelt out; what is no UTF-8 becomes U+FFFD."""
+    served = served_model(request, body.model)
+    warnings = warnings_for(body, request)
+    check_token_ids(body.tokens, served.config.vocab_size, "tokens")
+    # A model may have more rows than its vocabulary has tokens; those stand for no text.
+    known = (token for token in body.tokens if token in served.tokenizer)
+    return DetokenizeResponse(prompt=served.tokenizer.decode(known), warnings=warnings)
+
+
+@router.get("/tokenizer_info")
+async def tokenizer_info(request: Request) -> dict[str, Any]:
+    """What a client's tokenizer class would read from tokenizer_config.json."""
+    served = served_model(request, None)
+    tokenizer = served.tokenizer
+    eos, bos = (None if token is None else tokenizer.token_name(token) for token in (tokenizer.eos_id, tokenizer.bos_id))
+    return {
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": served.config.n_positions,
+        "add_bos_token": tokenizer.bos_id is not None,
+        "bos_token": bos,
+        "eos_token": eos,
+        "chat_template": served.card.chat_template,
+    }

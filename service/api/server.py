@@ -1,0 +1,115 @@
+"""uvicorn with a beginning and an end: it listens while the model loads, SIGTERM drains, a failure ends the process."""
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from service.api.startup import Startup
+from service.engine.engine import Engine
+
+
+class Server(uvicorn.Server):
+    """Serves until SIGTERM or SIGINT, then until the running requests have ended; a second signal ends them at once.
+
+    While loading or draining it listens all the same, so that health checks read 503 and clients get an error instead of a
+    closed port.
+    """
+
+    def __init__(self, load: Callable[[], FastAPI], *, host: str, port: int, drain_timeout: float):
+        """`load` makes the application, in a thread of its own."""
+        self._startup = Startup()
+        super().__init__(
+            uvicorn.Config(self._startup, host=host, port=port, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
+        )
+        self.engine: Engine | None = None  # None until it is loaded
+        self.is_loading = False
+        self.load_error: Exception | None = None
+        self._load = load
+        self._lifespan = AsyncExitStack()
+        self._drain_timeout = drain_timeout
+        self._tasks: list[asyncio.Task[None]] = []
+        self._signals = 0
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    async def main_loop(self) -> None:
+        self._tasks.append(asyncio.create_task(self._run_app()))
+        await super().main_loop()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        await self._lifespan.aclose()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        self._signals += 1
+        if self.engine is None or self._signals > 2:
+            self.should_exit = self.force_exit = True
+            return
+        seconds = self._drain_timeout if self._signals == 1 else 0.0
+        self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain(seconds))))
+
+    async def _run_app(self) -> None:
+        """Load the application and watch over its engine. The server ends when either fails."""
+        try:
+            self.is_loading = True
+            app = await in_daemon_thread(self._load)
+            self.is_loading = False
+            await self._lifespan.enter_async_context(app.router.lifespan_context(app))
+            self.engine = app.state.models.base.engine
+            self._startup.app = app
+            await app.state.models.base.engine.failed()
+        except Exception as error:
+            self.is_loading = False
+            self.load_error = error
+        self.should_exit = True
+
+    async def _drain(self, seconds: float) -> None:
+        assert self.engine is not None
+        await self.engine.drain(seconds)
+        self.should_exit = True
+
+
+async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:
+    """The result of `load`. Unlike asyncio's own threads this one does not keep a process that is told to end."""
+    loop = asyncio.get_running_loop()
+    loaded: asyncio.Future[FastAPI] = loop.create_future()
+
+    def settle(result: FastAPI | None, error: BaseException | None) -> None:
+        if loaded.cancelled():
+            return
+        if result is None:
+            loaded.set_exception(error or RuntimeError("no application"))
+        else:
+            loaded.set_result(result)
+
+    def run() -> None:
+        result = error = None
+        try:
+            result = load()
+        except Exception as caught:
+            error = caught
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await loaded
+
+
+async def serve(server: Server) -> int:
+    """Serve until the end; the process's exit status. Raises what loading raised."""
+    await server.serve()
+    if server.load_error:
+        raise server.load_error
+    if server.engine is None:  # told to end before it was loaded
+        return 128 + signal.SIGTERM
+    await server.engine.stop()  # where a third signal has skipped the application's own shutdown
+    return 1 if server.engine.has_failed else 0

@@ -1,0 +1,325 @@
+"""From settings to something that can be served: reads weights and tokenizer, sizes the KV pools, builds the engine."""
+
+import asyncio
+import hashlib
+import itertools
+import logging
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kernels import dispatch
+from kernels.cpu import build as cpu_build
+from kernels.cpu import compiled as cpu_compiled
+from kernels.names import KernelChoice
+from kernels.ops import Ops
+from model.checkpoint.fingerprint import weights_fingerprint
+from model.checkpoint.prompt_format import Card, load_card
+from model.checkpoint.tokenizer import Tokenizer
+from model.checkpoint.vocabulary import load_tokenizer
+from model.checkpoint.weights import load_model, weights_digest
+from model.doctor import kernel_errors
+from model.gpt import GPT
+from model.lora import Adapter, load_adapter
+from model.runner import Runner
+from model.step import SamplingParams
+from service.engine.drafting import MAX_DRAFT
+from service.engine.engine import Engine
+from service.engine.metrics import Metrics
+from service.engine.models import Models, ServedModel
+from service.engine.pages import KVCache, page_bytes, pool_sizes, sequence_bytes
+from service.engine.process import keep_freed_memory, one_torch_thread
+from service.engine.scheduler import AdapterRef, Scheduler, Sequence
+from service.jobs.store import Store
+from service.settings import Settings
+
+log = logging.getLogger("banded")
+
+DEMO_DIRECTORY = Path(__file__).parents[2] / "model" / "data" / "demo"
+# The kernels multiply bfloat16 on tensor cores and copy asynchronously: Ampere and later.
+MIN_CAPABILITY = (8, 0)
+# Default budget for KV pages on a CPU, and the share of a GPU's memory that is left to activations and captured graphs.
+CPU_KV_BYTES = 2 << 30
+CUDA_RESERVE = 0.1
+# In int8 it is the products; all else is what "auto" takes.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class LoadError(ValueError):
+    """Settings that can't be served on this machine."""
+
+
+class Checkpoint(NamedTuple):
+    """A model directory in memory."""
+
+    name: str
+    model: GPT  # its weights packed for the ops that serve it
+    tokenizer: Tokenizer
+    card: Card
+    ops: Ops
+    kernels: str  # what `ops` are, in words
+    dtype: str  # as the settings name it
+    fingerprint: str  # changes with the weights, the kernels and the dtype
+    num_parameters: int
+
+
+def model_directory(model: str) -> Path:
+    """Where a model named on the command line lies."""
+    return DEMO_DIRECTORY if model == "demo" else Path(model)
+
+
+def served_name(model: str) -> str:
+    """A directory is served under its own name."""
+    return "demo" if model == "demo" else Path(model).resolve().name
+
+
+def choose_device(device: str) -> torch.device:
+    """auto is the GPU where PyTorch sees one. Raises LoadError where none can be used."""
+    available = torch.cuda.is_available()
+    if device == "cpu" or (device == "auto" and not available):
+        return torch.device("cpu")
+    if not available:
+        raise LoadError("device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build of torch")
+    capability = torch.cuda.get_device_capability()
+    if capability < MIN_CAPABILITY:
+        raise LoadError(
+            f"device cuda: {torch.cuda.get_device_name()} has compute capability {capability[0]}.{capability[1]}, "
+            f"the kernels need {MIN_CAPABILITY[0]}.{MIN_CAPABILITY[1]}; use --device cpu"
+        )
+    return torch.device("cuda")
+
+
+def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations, keys and values, and of weights unless they are int8. auto is bfloat16 where the hardware
+    multiplies it natively, float32 elsewhere."""
+    if dtype not in ("auto", "int8"):
+        return DTYPES[dtype]
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
+    """Bytes for KV pages: what the settings say, or what `device`, which already holds the weights, has to spare.
+
+    Raises LoadError with the numbers where a GPU has less.
+    """
+    if device.type == "cpu":
+        return CPU_KV_BYTES if kv_bytes is None else kv_bytes
+    free, total = torch.cuda.mem_get_info(device)
+    if kv_bytes is not None:
+        if kv_bytes > free:
+            raise LoadError(f"kv_bytes is {kv_bytes}, but the weights leave {free} of the GPU's {total} bytes")
+        return kv_bytes
+    reserve = int(total * CUDA_RESERVE)
+    if free <= reserve:
+        raise LoadError(
+            f"the weights leave {free / 1e9:.1f} GB of the GPU's {total / 1e9:.1f} GB; {reserve / 1e9:.1f} GB are kept for "
+            "activations, so none are left for KV pages"
+        )
+    return free - reserve
+
+
+def load_checkpoint(settings: Settings) -> Checkpoint:
+    """Weights and tokenizer of the model that the settings name.
+
+    Raises CheckpointError, TokenizerError or CardError naming what is wrong with the directory, LoadError for device or
+    dtype, ValueError where the kernels that are asked for can't run.
+    """
+    directory = model_directory(settings.model)
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, device)
+    if settings.dtype == "int8" and (device.type == "cuda" or settings.kernels == "triton"):
+        raise LoadError(
+            "dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without BANDED_KERNELS"
+        )
+    if settings.dtype == "int8" and not torch.cpu._is_vnni_supported():
+        # Older instructions add pairs of products in 16 bits, which the largest do not fit.
+        raise LoadError("dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype float32")
+    shown = "int8" if settings.dtype == "int8" else str(dtype)[6:]
+    log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, shown, device)
+    model = load_model(directory, dtype, device)
+    served_ops = choose_ops(model, settings)
+    tokenizer, card = load_tokenizer(directory), load_card(directory)
+    kernels = kernels_in_words(device, settings.kernels, compiled=isinstance(served_ops, cpu_compiled.CompiledOps))
+    fingerprint = weights_fingerprint(model, kernels, shown)
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    model.pack(served_ops, quantize=settings.dtype == "int8")
+    name = served_name(settings.model)
+    return Checkpoint(name, model, tokenizer, card, served_ops, kernels, shown, fingerprint, num_parameters)
+
+
+def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: bool = False) -> str:
+    """Which implementation `choose_ops` takes."""
+    if device.type == "cuda":
+        return f"Triton on {torch.cuda.get_device_name(device)}"
+    if kernels == "triton":
+        return "Triton, interpreted on CPU"
+    return "compiled on CPU" if compiled else "PyTorch on CPU"
+
+
+def choose_ops(model: GPT, settings: Settings) -> Ops:
+    """What serves `model`. Raises ValueError where the kernels that the settings name can't run."""
+    weight, config = model.wte.weight, model.config
+    compiled = None
+    if weight.device.type == "cpu" and settings.kernels == "auto" and settings.compile:
+        compiled = cpu_compiled.load(cpu_build.Shape(config.head_dim, weight.dtype))
+    return compiled or dispatch.choose(weight.device, settings.kernels)
+
+
+def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
+    """Measure the kernels and export what they miss the reference by. Raises LoadError where it is above the limit."""
+    measured = kernel_errors(checkpoint.model, checkpoint.ops)
+    for kind, error in measured.errors.items():
+        metrics.kernel_logit_error(kind).set(error)
+    if faults := measured.faults():
+        raise LoadError(f"doctor: {'; '.join(faults)}")
+    log.info("doctor: %s within the limit", ", ".join(measured.errors))
+    # kv_budget asks what is free on the GPU; torch keeps what was used.
+    torch.cuda.empty_cache()
+
+
+def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -> tuple[Engine, Runner]:
+    """An engine, warmed up and not yet started, and what runs its steps.
+
+    Raises ValueError when the KV budget can't hold one sequence.
+    """
+    config, weight = checkpoint.model.config, checkpoint.model.wte.weight
+    device, dtype = weight.device, weight.dtype
+    sizes = pool_sizes(
+        config,
+        kv_bytes=kv_budget(settings.kv_bytes, device),
+        item_bytes=dtype.itemsize,
+        max_slots=settings.max_slots,
+        step_tokens=settings.step_tokens,
+    )
+    total = sum(pages * page_bytes(config, kind, dtype.itemsize) for kind, pages in sizes.items())
+    log.info(
+        "KV cache: %s of %.0f MB; %d sequences run at once, %.1f of them at the full %d tokens",
+        " and ".join(f"{pages} {kind} pages" for kind, pages in sizes.items()),
+        total / 1e6,
+        settings.max_slots,
+        min(settings.max_slots, total / sequence_bytes(config, config.n_positions, dtype.itemsize)),
+        config.n_positions,
+    )
+    runner = Runner(checkpoint.model, checkpoint.ops, settings.max_slots, sizes)
+    cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
+    # A CPU has nothing to run beside the host, which can look at each token before it lays out the next step.
+    steps_ahead, max_draft = (1, 0) if device.type == "cuda" else (0, MAX_DRAFT)
+    scheduler = Scheduler(cache, max_slots=settings.max_slots, step_tokens=settings.step_tokens, max_draft=max_draft)
+    warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
+    if device.type == "cuda":
+        runner.capture()
+    engine = Engine(
+        runner,
+        scheduler,
+        checkpoint.tokenizer,
+        metrics,
+        max_slots=settings.max_slots,
+        max_queue=settings.max_queue,
+        queue_timeout=settings.queue_timeout,
+        steps_ahead=steps_ahead,
+    )
+    return engine, runner
+
+
+def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
+    """Run a prompt chunk and a decode step, so that the first client doesn't pay for what the first step sets up."""
+    scheduler.submit([Sequence([token], 2, SamplingParams())])
+    while step := scheduler.schedule(0.0):
+        started = time.perf_counter()
+        scheduler.commit(runner.launch(step).result(), time.perf_counter() - started)
+
+
+class EngineAdapters:
+    """The adapters beside a served model: numbers them from 1 on, and gives no number twice."""
+
+    def __init__(self, base: ServedModel, model: GPT, runner: Runner, digest: str):
+        """`digest` is weights_digest of the model."""
+        self._base, self._model, self._runner, self._digest = base, model, runner, digest
+        self._numbers = itertools.count(1)
+
+    async def load(self, name: str, directory: Path) -> ServedModel:
+        adapter = await asyncio.to_thread(self._read, name, directory)
+        served = self._with(name, adapter)
+        await self._base.engine.between_steps(lambda: self._runner.adapters.put(served.adapter.number, adapter))
+        return served
+
+    def load_first(self, name: str, directory: Path) -> ServedModel:
+        """Before the engine runs. Raises CheckpointError for an adapter that does not fit, LoadError for other weights'."""
+        adapter = self._read(name, directory)
+        served = self._with(name, adapter)
+        self._runner.adapters.put(served.adapter.number, adapter)
+        return served
+
+    async def unload(self, served: ServedModel) -> None:
+        await self._base.engine.retire(served.adapter, lambda: self._runner.adapters.remove(served.adapter.number))
+
+    def _read(self, name: str, directory: Path) -> Adapter:
+        if name == self._base.name:
+            raise LoadError(f"adapter {name}: the model itself has that name")
+        adapter = load_adapter(directory, self._model)
+        if adapter.base != self._digest:
+            raise LoadError(f"adapter {name}: made for weights {adapter.base}, but those of the model are {self._digest}")
+        return adapter
+
+    def _with(self, name: str, adapter: Adapter) -> ServedModel:
+        number, digest = next(self._numbers), adapter.fingerprint
+        fingerprint = "fp_" + hashlib.sha256(f"{self._base.fingerprint} {digest}".encode()).hexdigest()[:10]
+        ref = AdapterRef(number, digest.encode())
+        base, now = self._base, int(time.time())
+        return base._replace(name=name, created=now, fingerprint=fingerprint, adapter=ref, parent=base.name)
+
+
+def load_served(settings: Settings, metrics: Metrics) -> Models:
+    """Everything between a model's directory and its engine."""
+    started = time.perf_counter()
+    keep_freed_memory()
+    try:
+        with one_torch_thread():
+            checkpoint = load_checkpoint(settings)
+            if settings.doctor:
+                check_kernels(checkpoint, metrics)
+            engine, runner = build_engine(checkpoint, settings, metrics)
+    except torch.OutOfMemoryError as error:
+        raise LoadError(f"the GPU is out of memory: {error}") from error
+    seconds = time.perf_counter() - started
+    metrics.load_time.set(seconds)
+    config = checkpoint.model.config
+    millions = checkpoint.num_parameters / 1e6
+    log.info("%s: %.1f M parameters, %d layers, ready in %.1f s", checkpoint.name, millions, config.n_layer, seconds)
+    base = ServedModel(
+        checkpoint.name,
+        int(time.time()),
+        config,
+        checkpoint.tokenizer,
+        checkpoint.card,
+        checkpoint.fingerprint,
+        engine,
+        num_parameters=checkpoint.num_parameters,
+        item_bytes=checkpoint.model.wte.weight.element_size(),
+    )
+    if len(settings.adapters) > settings.max_adapters:
+        raise LoadError(f"{len(settings.adapters)} adapters are named, but max_adapters is {settings.max_adapters}")
+    digest = weights_digest(model_directory(settings.model)) if settings.adapters or settings.data_dir else ""
+    loader = EngineAdapters(base, checkpoint.model, runner, digest)
+    adapters = [loader.load_first(name, Path(directory)) for name, directory in settings.adapters.items()]
+    for name, directory in finished_adapters(settings, checkpoint.name):
+        try:
+            if len(adapters) >= settings.max_adapters:
+                raise LoadError(f"max_adapters is {settings.max_adapters}")
+            adapters.append(loader.load_first(name, directory))
+        except ValueError as error:  # DELETE /v1/models takes it away
+            log.error("%s is not served: %s", name, error)
+    return Models([base, *adapters], loader)
+
+
+def finished_adapters(settings: Settings, base: str) -> list[tuple[str, Path]]:
+    """Names and directories of what jobs have made of the model."""
+    if settings.data_dir is None:
+        return []
+    store = Store(settings.data_dir)
+    jobs = [job for job in reversed(store.jobs()) if job.fine_tuned_model and job.model == base]
+    store.close()
+    return [(str(job.fine_tuned_model), store.run_directory(job.id)) for job in jobs]

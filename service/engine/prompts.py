@@ -1,0 +1,234 @@
+"""From what a request says to the tokens that the engine runs: plain text, few-shot examples, chats and insertions.
+
+A user's text never becomes a special token unless `allow_special`; what the model's card says always may.
+"""
+
+import re
+import secrets
+import string
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from model.checkpoint.prompt_format import Card, Message
+from model.checkpoint.tokenizer import TextPart, Tokenizer
+
+MAX_REASON = 200  # characters of a template's own error that a message repeats
+
+
+class PromptError(ValueError):
+    """A prompt that can't be made of what was sent. The message is for the client; `param` is the field it is about."""
+
+    param: str
+
+
+class ContextOverflowError(PromptError):
+    """More tokens than the model's context holds."""
+
+    param = "prompt"
+
+
+class ChatTemplateError(PromptError):
+    """The model's chat template does not take these messages."""
+
+    param = "messages"
+
+
+class NoInsertionError(PromptError):
+    """A suffix for a model whose card declares no format for it."""
+
+    param = "suffix"
+
+
+class ExampleCounts(NamedTuple):
+    """How many of the few-shot examples are in the prompt, and how many had no room."""
+
+    examples_used: int
+    examples_dropped: int
+
+
+class Prompt(NamedTuple):
+    """What the model is given, never empty, and what ends its answer beside the user's own stops.
+
+    `num_implicit` leading tokens are none that the user wrote: bos, or the end of text that stands for an empty prompt.
+    `stops` are strings that end the completion, `stop_token_ids` tokens that do.
+    """
+
+    tokens: list[int]
+    num_implicit: int
+    stops: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    few_shot: ExampleCounts | None = None
+
+
+class Example(NamedTuple):
+    """One example of what to make of which input."""
+
+    input: str
+    output: str
+
+
+class FewShot(NamedTuple):
+    """How a bare query becomes a few-shot prompt. None takes the model card's; an empty instruction is none."""
+
+    examples: Sequence[Example]
+    instruction: str | None = None
+    input_prefix: str | None = None
+    output_prefix: str | None = None
+    separator: str | None = None
+    on_overflow: Literal["drop_oldest", "error"] = "drop_oldest"
+
+
+def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
+    """The prompt for plain text: as Tokenizer.encode_prompt."""
+    return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer)
+
+
+def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
+    """`tokens` with what the model needs before them."""
+    if tokenizer.bos_id is not None:
+        return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
+    return Prompt(tokens, num_implicit=0) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)
+
+
+def few_shot_prompt(
+    query: str,
+    few_shot: FewShot,
+    card: Card,
+    tokenizer: Tokenizer,
+    *,
+    context: int,
+    max_tokens: int,
+    allow_special: bool = False,
+) -> Prompt:
+    """[instruction + separator] + (input_prefix + input + output_prefix + output + separator) for each example +
+    input_prefix + query + output_prefix without its trailing spaces.
+
+    Special tokens in the separator are always special, and the completion ends at it: see `ends_at`. Where prompt and
+    `max_tokens` exceed `context` tokens, the oldest examples are dropped until they don't. ContextOverflowError when that
+    is not wanted, or not enough.
+    """
+    total, room = len(few_shot.examples), context - max_tokens
+
+    def parts(dropped: int) -> list[TextPart]:
+        return few_shot_parts(query, few_shot._replace(examples=few_shot.examples[dropped:]), card, allow_special)
+
+    @cache
+    def prompt(dropped: int) -> Prompt:
+        return start_prompt(tokenizer.encode_parts(parts(dropped)), tokenizer)
+
+    def least_tokens(dropped: int) -> int:
+        """What the prompt has at least, known without tokenizing texts of any length."""
+        return -(-sum(len(part.text.encode(errors="replace")) for part in parts(dropped)) // tokenizer.max_token_bytes)
+
+    def fits(dropped: int) -> bool:
+        return least_tokens(dropped) <= room and len(prompt(dropped).tokens) <= room
+
+    most = total if few_shot.on_overflow == "drop_oldest" else 0
+    # By halving, for fewer examples are fewer tokens; where merged white space makes an exception, one too many may go.
+    dropped = 0 if fits(0) else 1 + bisect_left(range(1, most + 1), True, key=fits)
+    if dropped > most:
+        is_least = least_tokens(most) > room
+        count = least_tokens(most) if is_least else len(prompt(most).tokens)
+        raise ContextOverflowError(
+            f"this model's context is {context} tokens, but the request asks for {'at least ' * is_least}"
+            f"{count + max_tokens} tokens ({count} in the prompt with {total - most} of its {total} examples, "
+            f"{max_tokens} for the completion)"
+        )
+    separator = card.separator if few_shot.separator is None else few_shot.separator
+    stops, stop_token_ids = ends_at([separator], tokenizer)
+    counts = ExampleCounts(examples_used=total - dropped, examples_dropped=dropped)
+    return prompt(dropped)._replace(stops=stops, stop_token_ids=stop_token_ids, few_shot=counts)
+
+
+def few_shot_parts(query: str, few_shot: FewShot, card: Card, allow_special: bool) -> list[TextPart]:
+    def own(text: str) -> TextPart:
+        return TextPart(text, allow_special)
+
+    def own_or_card(text: str | None, default: str) -> TextPart:
+        return TextPart(default, True) if text is None else own(text)
+
+    input_prefix = own_or_card(few_shot.input_prefix, card.input_prefix)
+    output_prefix = own_or_card(few_shot.output_prefix, card.output_prefix)
+    separator = TextPart(card.separator if few_shot.separator is None else few_shot.separator, True)
+    parts = [own(few_shot.instruction), separator] if few_shot.instruction else []
+    for example in few_shot.examples:
+        parts += [input_prefix, own(example.input), output_prefix, own(example.output), separator]
+    return [*parts, input_prefix, own(query), output_prefix._replace(text=output_prefix.text.rstrip(" "))]
+
+
+def ends_at(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """The stop strings and the stop tokens for a completion that ends at any of `texts`; an empty one ends nothing.
+
+    A text with special tokens in it ends the completion at the first of these, for they have no text of their own that
+    could be searched for. What the model writes of the text before that token stays in the completion.
+    """
+    stops, stop_token_ids = [], []
+    special_ids = frozenset(tokenizer.special_tokens.values())
+    for text in texts:
+        special = [token for token in tokenizer.encode(text, allow_special=True) if token in special_ids]
+        if special:
+            stop_token_ids.append(special[0])
+        elif text:
+            stops.append(text)
+    return tuple(stops), tuple(stop_token_ids)
+
+
+def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
+    """`messages` laid out by the card's template, which may write bos itself; the completion ends at the card's stops.
+
+    Roles are the API's own words: only contents are kept from becoming special tokens. ChatTemplateError when the template
+    raises, for whatever reason.
+    """
+    names = () if allow_special else tuple(tokenizer.special_tokens)
+    # No client can guess it, and no template changes it: private-use characters have no case and are no white space.
+    mark = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))
+    marked = [Message(message.role, mark_special(message.content, names, mark)) for message in messages]
+    bos_name = "" if tokenizer.bos_id is None else tokenizer.token_name(tokenizer.bos_id)
+    try:
+        text = card.render_chat(
+            marked,
+            bos_token=bos_name if card.bos_token is None else card.bos_token,
+            eos_token=tokenizer.token_name(tokenizer.eos_id),
+        )
+    except Exception as error:  # the template is a program of someone else's
+        reason = (str(error) or type(error).__name__).replace(mark, "").encode(errors="backslashreplace").decode()
+        raise ChatTemplateError(f"the model's chat template does not take these messages: {reason:.{MAX_REASON}}") from error
+    pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
+    tokens = tokenizer.encode_parts(TextPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
+    if tokens[:1] == [tokenizer.bos_id]:
+        del tokens[0]
+    stops, stop_token_ids = ends_at(card.stop, tokenizer)
+    return start_prompt(tokens, tokenizer)._replace(stops=stops, stop_token_ids=stop_token_ids)
+
+
+def mark_special(text: str, names: Sequence[str], mark: str) -> str:
+    """`text` with `mark` before each character at which one of `names` begins, or goes on or stops at the text's borders:
+    what the template puts beside it may be the rest of the name."""
+    if not names:
+        return text
+    places = {match.start() for match in re.finditer(f"(?={'|'.join(map(re.escape, names))})", text)}
+    # Templates like to strip white space.
+    start, end = len(text) - len(text.lstrip()), text.rstrip()
+    for name in names:
+        for cut in range(1, len(name)):
+            if text.startswith(name[cut:], start):
+                places.add(start)
+            if end.endswith(name[:cut]):
+                places.add(len(end) - cut)
+    return mark.join(text[left:right] for left, right in pairwise([0, *sorted(places), len(text)]))
+
+
+def insertion_prompt(prompt: str, suffix: str, card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
+    """The prompt for what stands between `prompt` and `suffix`. NoInsertionError for a model that can't insert."""
+    if card.insertion is None:
+        raise NoInsertionError("'suffix' is not supported by this model: its card declares no format for insertions")
+    texts = {"prompt": prompt, "suffix": suffix}
+    parts = []
+    for literal, name, _, _ in string.Formatter().parse(card.insertion):
+        parts.append(TextPart(literal, True))
+        if name is not None:
+            parts.append(TextPart(texts[name], allow_special))
+    return start_prompt(tokenizer.encode_parts(parts), tokenizer)

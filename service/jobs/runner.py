@@ -1,0 +1,267 @@
+"""Fine-tuning jobs: one at a time, each in a process of its own at low priority, begun again where the server was stopped.
+
+A job's process is `banded finetune`. What it has found in the files and done since is read from its report and its loss
+curve, so it needs no line to the server. Told to end, it saves its state and goes on with the next server; one that
+outlives its server nevertheless is waited for (see model.training.run.follow).
+"""
+
+import asyncio
+import contextlib
+import csv
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from service.engine.models import ServedModel
+from service.jobs.store import UNFINISHED, Job, Store
+
+log = logging.getLogger("banded.jobs")
+
+POLL_SECONDS = 1.0
+# How long a process may take to save its state when it is told to end.
+END_SECONDS = 30.0
+# Updates of a job: its curve is written again and again as a whole.
+MAX_UPDATES = 100_000
+COMMAND = (sys.executable, "-c", "from service.jobs.runner import run_process; run_process()", "finetune")
+# What a process ends with that was told to end, before or after it could save its state.
+INTERRUPTED = (128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
+PR_SET_PDEATHSIG = 1
+
+
+class Jobs:
+    """Runs the jobs of a store, in the event loop."""
+
+    def __init__(self, store: Store, base: ServedModel, directory: Path, publish: Callable[[str, str], Awaitable[None]]):
+        """`base` is the model that jobs begin with, and `directory` where it lies. `publish` serves the result of a job,
+        given its name and the job's id; it raises ValueError or OSError where that can't be."""
+        self.store = store
+        self._base, self._directory = base, directory
+        self._publish = publish
+        self._changed = asyncio.Event()
+        self._process: tuple[str, asyncio.subprocess.Process] | None = None  # of the job that runs
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run())
+
+    async def stop(self) -> None:
+        """End the running process; its job goes on with the next server."""
+        if self._task:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+        self.store.close()
+
+    def notice(self) -> None:
+        """There is a new job."""
+        self._changed.set()
+
+    def has_learnt(self, job: Job) -> bool:
+        """Whether its process has succeeded: then its model is about to be served."""
+        return self._process is not None and self._process[0] == job.id and self._process[1].returncode == 0
+
+    async def cancel(self, job: Job) -> None:
+        if self.store.end_job(job.id, "cancelled"):
+            self.store.add_event(job.id, "The job was cancelled")
+        if self._process and self._process[0] == job.id:
+            await end_process(self._process[1])
+
+    async def _run(self) -> None:
+        while True:
+            self._changed.clear()
+            job = None
+            try:
+                if job := self._next():
+                    await self._advance(job)
+                else:
+                    await self._changed.wait()
+            except Exception:
+                log.exception("job %s", job and job.id)
+                with contextlib.suppress(Exception):  # the disk may be full, or the database locked: later it may not be
+                    if job:
+                        self._fail(job, "internal error")
+                await asyncio.sleep(POLL_SECONDS)
+            self._process = None
+
+    def _next(self) -> Job | None:
+        """The oldest of those that something is to be done for."""
+        unfinished = [job for job in self.store.jobs() if job.status in UNFINISHED and job.model == self._base.name]
+        return unfinished[-1] if unfinished else None
+
+    async def _advance(self, job: Job) -> None:
+        """Bring a job to its end, or to where its process was told to end."""
+        status = await self._train(job)
+        if status == 0 and self._status(job) in UNFINISHED:
+            name = f"ft:{job.model}:{job.suffix}:{job.id[-8:]}"
+            try:
+                await self._publish(name, job.id)
+            except (ValueError, OSError) as error:
+                self._fail(job, str(error))
+            else:
+                self.store.end_job(job.id, "succeeded", fine_tuned_model=name)  # see has_learnt: nobody could cancel it
+                self.store.add_event(job.id, f"New model: {name}")
+                self.store.add_event(job.id, "The job has succeeded")
+        elif status and status not in INTERRUPTED:
+            self._fail(job, why(status, self.store.run_directory(job.id) / "log"))
+        if self._status(job) in ("failed", "cancelled"):
+            self.store.remove_run(job.id)
+
+    def _fail(self, job: Job, reason: str) -> None:
+        if self.store.end_job(job.id, "failed", error=reason):
+            self.store.add_event(job.id, f"The job has failed: {reason}", level="error")
+
+    def _status(self, job: Job) -> str | None:
+        current = self.store.job(job.id)
+        return current and current.status
+
+    async def _train(self, job: Job) -> int:
+        """Run the job's process, note what it says, and return its exit status."""
+        directory = self.store.run_directory(job.id)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / "log").open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *COMMAND,
+                *self._arguments(job),
+                stdout=output,
+                stderr=output,
+                start_new_session=True,  # Ctrl-C at the terminal is for the server
+            )
+        self._process = job.id, process
+        try:
+            if job.status == "running":
+                self.store.add_event(job.id, "The job goes on")
+            if self._status(job) == "cancelled":  # while the process began
+                return await end_process(process)
+            ended = asyncio.create_task(process.wait())
+            progress = Progress(self.store, job)
+            while not ended.done():
+                await asyncio.wait([ended], timeout=POLL_SECONDS)
+                if reason := await progress.note():
+                    self._fail(job, reason)
+                    await end_process(process)
+            await progress.note(to_the_end=ended.result() == 0)
+            return ended.result()
+        finally:
+            await end_process(process)
+
+    def _arguments(self, job: Job) -> list[str]:
+        directory, parameters = self.store.run_directory(job.id), job.hyperparameters
+        options: dict[str, Any] = {
+            "--model": self._directory,
+            "--out": directory,
+            "--report": directory / "report.json",
+            "--epochs": parameters.n_epochs,
+            "--batch": parameters.batch_size,
+            "--learning-rate": parameters.learning_rate,
+            "--rank": parameters.rank,
+            "--seed": job.seed,
+        }
+        if job.validation_file:
+            options["--valid"] = self.store.path_of(job.validation_file)
+        training = self.store.path_of(job.training_file)
+        return [str(training), "--resume", *(str(each) for option in options.items() for each in option)]
+
+
+class Progress:
+    """Brings what a job's process has written into the store."""
+
+    def __init__(self, store: Store, job: Job):
+        directory = store.run_directory(job.id)
+        self._store, self._job = store, job
+        self._report, self._curve = directory / "report.json", directory / "loss.csv"
+        self._is_validated = job.status == "running"
+        self._read = (0, 0)  # which curve was read last: it is replaced as a whole
+        self._last = int(store.last_metrics(job.id).get("step", 0))
+
+    async def note(self, *, to_the_end: bool = False) -> str | None:
+        """What is new since the last call. Returns why the job should end, if it should.
+
+        The curve's last row may still get a held-out loss: it is left for the next time, but `to_the_end`.
+        """
+        if not self._is_validated and self._report.exists():
+            self._is_validated = True
+            if reason := self._note_report(json.loads(self._report.read_text(encoding="utf-8"))):
+                return reason
+        if self._curve.exists() and (to_the_end or version_of(self._curve) != self._read):
+            self._read = version_of(self._curve)
+            rows = await asyncio.to_thread(read_rows, self._curve, self._last)
+            rows = rows if to_the_end else rows[:-1]
+            self._store.add_metrics(self._job.id, [metrics_of(row) for row in rows if is_shown(row)])
+            self._last = max((int(row["update"]) for row in rows), default=self._last)
+        return None
+
+    def _note_report(self, report: dict[str, Any]) -> str | None:
+        for file_id, found in zip((self._job.training_file, self._job.validation_file), report["files"], strict=False):
+            for line in found["advice"]:
+                self._store.add_event(self._job.id, f"{file_id}: {line}", level="warn")
+        if report["updates"] > MAX_UPDATES:
+            return f"{report['updates']} updates are more than {MAX_UPDATES}: fewer epochs or larger batches are needed"
+        tokens = report["files"][0]["tokens"] * self._job.hyperparameters.n_epochs
+        if self._store.update_job(self._job.id, status="running", trained_tokens=tokens):
+            self._store.add_event(self._job.id, "Files validated")
+            self._store.add_event(self._job.id, "The job has started")
+        return None
+
+
+def version_of(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_ino, status.st_mtime_ns
+
+
+def read_rows(curve: Path, last: int) -> list[dict[str, str]]:
+    """The rows of a loss curve behind update `last`."""
+    with curve.open(newline="") as file:
+        return [row for row in csv.DictReader(file) if int(row["update"]) > last]
+
+
+def is_shown(row: dict[str, str]) -> bool:
+    """Of the first thousand updates every one has an event, of the first ten thousand every tenth, and so on."""
+    return bool(row["held_out_loss"]) or int(row["update"]) % 10 ** max(0, len(row["update"]) - 3) == 0
+
+
+def metrics_of(row: dict[str, str]) -> tuple[str, dict[str, float]]:
+    """An update as a message and as numbers."""
+    step, loss = int(row["update"]), float(row["loss"])
+    message, data = f"Step {step}: training loss {loss:.4f}", {"step": step, "train_loss": loss}
+    if row["held_out_loss"]:
+        data["valid_loss"] = float(row["held_out_loss"])
+        message += f", validation loss {data['valid_loss']:.4f}"
+    return message, data
+
+
+async def end_process(process: asyncio.subprocess.Process) -> int:
+    """Have a process save its state and end; its exit status."""
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), END_SECONDS)
+        except TimeoutError:
+            process.kill()
+    return await process.wait()
+
+
+def why(status: int, log_file: Path) -> str:
+    """The reason of a process's failure: the signal that ended it, or what it said last."""
+    if status < 0:
+        return f"its process was ended by {signal.Signals(-status).name}"
+    lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].removeprefix("banded: ")[-500:] if lines else "its process said nothing"
+
+
+def run_process() -> None:
+    """A job's process: the server's requests come first, and where memory is short it is the one to be killed."""
+    os.nice(19)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # it ends with its server, even a server that is killed
+        # A session has a share of the cores, which the priority of a process in it doesn't change: autogroup in sched(7).
+        for file, value in (("autogroup", "19"), ("oom_score_adj", "1000")):
+            with contextlib.suppress(OSError):
+                Path("/proc/self", file).write_text(value)
+    from service.cli import main
+
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Evaluate a served model over the Completions API: perplexity of a text, accuracy on few-shot tasks."""
+
+import io
+import json
+import math
+import random
+from collections.abc import Sequence as Items
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from model.checkpoint.prompt_format import Card
+from service.engine.prompts import Example, FewShot, few_shot_parts
+from service.tools.bench import authorization, message
+
+# Requests in flight.
+IN_FLIGHT = 8
+TIMEOUT = 600.0
+# How examples become a prompt.
+LAYOUT = Card()
+
+
+class EvaluationError(ValueError):
+    """What could not be evaluated, and why."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model behind a server's address."""
+
+    url: str
+    model: str
+
+    def post(self, path: str, body: dict[str, Any]) -> Any:
+        """The JSON that answers `body`. Raises EvaluationError with what the server says instead."""
+        headers = {"content-type": "application/json", **authorization()}
+        data = json.dumps({"model": self.model, **body}).encode()
+        try:
+            with urlopen(Request(self.url + path, data, headers), timeout=TIMEOUT) as answer:
+                return json.load(answer)
+        except HTTPError as error:
+            text = error.read().decode(errors="replace")
+            raise EvaluationError(f"POST {path}: {error.code} {message(text)}") from error
+        except URLError as error:
+            raise EvaluationError(f"POST {self.url}{path}: {error.reason}") from error
+
+
+class Perplexity(NamedTuple):
+    """How well a text is predicted, every token but the first."""
+
+    tokens: int
+    bytes: int
+    nats: float
+
+    def report(self) -> dict[str, float]:
+        return {
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "perplexity": math.exp(self.nats / (self.tokens - 1)),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+        }
+
+
+def perplexity(served: Served, text: str) -> Perplexity:
+    """Of a whole text, in windows of the model's context, each of which begins with the last token of the one before."""
+    found = served.post("/tokenize", {"prompt": text, "add_special_tokens": False})
+    try:
+        tokens, context = found["tokens"], found["max_model_len"]
+    except (KeyError, TypeError) as error:
+        raise EvaluationError(f"POST {served.url}/tokenize: the answer lacks tokens or max_model_len") from error
+    if len(tokens) < 2:
+        raise EvaluationError(f"the text has {len(tokens)} tokens; perplexity needs 2 at least")
+    windows = [tokens[start : start + context] for start in range(0, len(tokens) - 1, context - 1)]
+
+    def nats(window: list[int]) -> float:
+        body = {"prompt": window, "max_tokens": 0, "echo": True, "logprobs": 0}
+        logprobs = (served.post("/v1/completions", body)["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
+        if len(logprobs) != len(window):
+            asked = f"echo with logprobs of {len(window)} tokens was asked for"
+            raise EvaluationError(f"POST {served.url}/v1/completions: {asked}, {len(logprobs)} came")
+        return -sum(logprobs[1:])
+
+    return Perplexity(len(tokens), len(text.encode()), sum(in_parallel(nats, windows, "perplexity", "window")))
+
+
+def read_text(path: Path) -> str:
+    """Raises EvaluationError where it isn't UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise EvaluationError(f"{path} is not UTF-8: {error}") from error
+
+
+class TaskItem(NamedTuple):
+    task: str
+    input: str
+    output: str
+
+
+def few_shot_text(examples: Items[TaskItem], query: str) -> str:
+    """The prompt that the server's field few_shot would make, which other servers don't have."""
+    few_shot = FewShot([Example(example.input, example.output) for example in examples])
+    return "".join(part.text for part in few_shot_parts(query, few_shot, LAYOUT, allow_special=False))
+
+
+def read_items(path: Path) -> list[TaskItem]:
+    """A JSONL file of {"input", "output"} and, if there are several, "task". Raises EvaluationError naming the line."""
+    items = []
+    for number, whole in enumerate(io.StringIO(read_text(path)), 1):  # str.splitlines would end a line at U+2028 too
+        line = whole.rstrip("\n")
+        try:
+            item = json.loads(line)
+            texts = [item.pop("task", "all"), item.pop("input"), item.pop("output")]
+            if item or not all(isinstance(text, str) for text in texts):
+                raise TypeError
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            expected = 'an object of the texts "input", "output" and perhaps "task"'
+            raise EvaluationError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}") from error
+        items.append(TaskItem(*texts))
+    if not items:
+        raise EvaluationError(f"{path} holds no items")
+    return items
+
+
+class Question(NamedTuple):
+    """An item behind `shots` examples."""
+
+    item: TaskItem
+    shots: int
+    prompt: str
+
+
+def few_shot_questions(items: list[TaskItem], pool: list[TaskItem], shots: list[int], seed: int = 0) -> list[Question]:
+    """Every item behind so many examples of its task, drawn from `pool`, never the item.
+
+    Raises EvaluationError naming the task of which the pool has too few, or the item that can't be answered.
+    """
+    rng = random.Random(seed)
+    questions = []
+    for item in items:
+        if LAYOUT.separator in item.output:
+            where = f"an answer ends at {LAYOUT.separator!r}"
+            raise EvaluationError(f"task {item.task}, input {item.input[:80]!r}: {where}, which its output holds")
+        others = [other for other in pool if other.task == item.task and other.input != item.input]
+        if len(others) < max(shots):
+            raise EvaluationError(f"task {item.task} has {len(others)} other examples; {max(shots)} are needed (--examples)")
+        examples = rng.sample(others, max(shots))
+        questions += [Question(item, count, few_shot_text(examples[:count], item.input)) for count in shots]
+    return questions
+
+
+def few_shot_accuracy(served: Served, questions: list[Question]) -> dict[str, dict[int, float]]:
+    """Share of exact answers, by task and by how many examples came before."""
+
+    def is_right(question: Question) -> bool:
+        # No text has more tokens than bytes: room for the space that the prompt leaves out, the answer and what ends it.
+        room = len(f" {question.item.output}{LAYOUT.separator}".encode())
+        body = {"prompt": question.prompt, "max_tokens": room, "temperature": 0, "stop": [LAYOUT.separator]}
+        answer: str = served.post("/v1/completions", body)["choices"][0]["text"]
+        return answer.strip() == question.item.output.strip()
+
+    right: dict[str, dict[int, list[bool]]] = {}
+    for question, hit in zip(questions, in_parallel(is_right, questions, "few-shot", "item"), strict=True):
+        right.setdefault(question.item.task, {}).setdefault(question.shots, []).append(hit)
+    return {task: {count: sum(hits) / len(hits) for count, hits in by.items()} for task, by in right.items()}
+
+
+def in_parallel(work: Any, inputs: list[Any], what: str, unit: str) -> list[Any]:
+    """The results in order, with progress."""
+    with ThreadPoolExecutor(IN_FLIGHT) as threads:
+        return list(tqdm(threads.map(work, inputs), total=len(inputs), desc=what, unit=unit))

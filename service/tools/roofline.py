@@ -1,0 +1,202 @@
+"""What a model needs of a GPU, and what the GPU's numbers allow: memory, concurrency, roofline speed, cost of training."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from model.config import GPTConfig
+from model.gpt import GPT
+from service.engine.pages import sequence_bytes
+
+GB = 10**9
+# Weights, keys and values are in 16 bits.
+ITEM_BYTES = 2
+SECONDS_PER_YEAR = 365.25 * 24 * 3600
+
+
+class Gpu(NamedTuple):
+    """The maker's figures, without sparsity."""
+
+    memory: float  # bytes
+    bandwidth: float  # bytes/s
+    flops: float  # 16-bit matrix products, per second
+
+
+# NVIDIA's data sheets.
+GPUS = {
+    "v100-32gb": Gpu(32 * GB, 0.9e12, 125e12),
+    "a100-40gb": Gpu(40 * GB, 1.555e12, 312e12),
+    "a100-80gb": Gpu(80 * GB, 2.039e12, 312e12),
+    "l4-24gb": Gpu(24 * GB, 0.3e12, 121e12),
+    "l40s-48gb": Gpu(48 * GB, 0.864e12, 362e12),
+    "h100-80gb": Gpu(80 * GB, 3.35e12, 989e12),
+    "h200-141gb": Gpu(141 * GB, 4.8e12, 989e12),
+}
+# Of a GPU's memory, what is left for weights and keys beside the allocator, activations and captured graphs.
+USABLE = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What training is taken to cost: the published figures are for GPT-3 on V100s."""
+
+    tokens: float = 300e9
+    flops: float = 28e12  # reached by one GPU
+    dollars_per_hour: float = 1.50
+
+
+def count_parameters(config: GPTConfig) -> int:
+    """Of the decoder as it is stored, the padding of the vocabulary left out."""
+    with torch.device("meta"):
+        model = GPT(config)
+    padding = (config.padded_vocab_size - config.vocab_size) * config.token_width
+    return sum(p.numel() for p in model.parameters()) - padding * (1 if config.tied_head else 2)
+
+
+def count_matrices(config: GPTConfig) -> int:
+    """The parameters that every token is multiplied by: not those of the head, which only the last token of a prompt is, and
+    not the embeddings."""
+    with torch.device("meta"):
+        model = GPT(config)
+    tables = ("wte.weight", "wpe.weight", "lm_head.weight")
+    return sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name not in tables)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A model on `count` GPUs that share weights, keys and work evenly, as if talking to each other took no time.
+
+    Sequences are as long as the model's context.
+    """
+
+    config: GPTConfig
+    gpu: Gpu
+    count: int
+
+    @property
+    def parameters(self) -> int:
+        return count_parameters(self.config)
+
+    @property
+    def weights(self) -> float:
+        """Bytes of all weights."""
+        return self.parameters * ITEM_BYTES
+
+    @property
+    def kv_room(self) -> float:
+        """Bytes left for keys on all GPUs; negative where the weights don't fit."""
+        return self.count * self.gpu.memory * USABLE - self.weights
+
+    @property
+    def sequence(self) -> int:
+        """Bytes of the keys and values of a full sequence."""
+        return sequence_bytes(self.config, self.config.n_positions, ITEM_BYTES)
+
+    @property
+    def sequences(self) -> int:
+        return max(0, math.floor(self.kv_room / self.sequence))
+
+    @property
+    def dense(self) -> "Capacity":
+        """The same with every layer dense."""
+        return replace(self, config=replace(self.config, attention=("dense",), band=None))
+
+    def decode_seconds(self, batch: int) -> float:
+        """A decode step of full sequences: what it reads, or what it multiplies, whichever takes longer."""
+        read = self.weights + batch * self.sequence
+        work = (self._work_per_token + self._work_per_sample) * batch
+        return max(read / (self.gpu.bandwidth * self.count), work / (self.gpu.flops * self.count))
+
+    def prefill_seconds(self, tokens: int) -> float:
+        """A prompt's forward pass: its products, and 4 C operations for each key that a query of a layer sees."""
+        config = self.config
+        bands = [config.band if config.group(layer) == "banded" else None for layer in range(config.n_layer)]
+        seen = sum(keys_seen(tokens, band) for band in bands)
+        work = self._work_per_token * tokens + self._work_per_sample + 4.0 * config.n_embd * seen
+        return max(work / (self.gpu.flops * self.count), self.weights / (self.gpu.bandwidth * self.count))
+
+    @property
+    def _work_per_token(self) -> float:
+        """Operations: a product and a sum for each weight."""
+        return 2.0 * count_matrices(self.config)
+
+    @property
+    def _work_per_sample(self) -> float:
+        """Of the head."""
+        return 2.0 * self.config.vocab_size * self.config.token_width
+
+
+def keys_seen(tokens: int, band: int | None) -> int:
+    """Pairs of a query and a key that it sees, in a causal window."""
+    reach = tokens if band is None else min(band, tokens)
+    return reach * (reach + 1) // 2 + (tokens - reach) * reach
+
+
+class TrainingCost(NamedTuple):
+    flops: float
+    gpu_years: float
+    dollars: float
+
+
+def training_cost(parameters: int, training: Training) -> TrainingCost:
+    """6 N D: two operations for each weight in the forward pass and four in the backward one, for every token."""
+    flops = 6.0 * parameters * training.tokens
+    seconds = flops / training.flops
+    return TrainingCost(flops, seconds / SECONDS_PER_YEAR, seconds / 3600 * training.dollars_per_hour)
+
+
+def report(name: str, capacity: Capacity, gpu_name: str, prompt: int, training: Training) -> str:
+    """Everything as text, inputs beside results."""
+    config, gpu, count = capacity.config, capacity.gpu, capacity.count
+    billions, gigabytes = capacity.parameters / 1e9, capacity.weights / GB
+    lines = [
+        f"{name}: {billions:,.3f} billion parameters, {config.n_layer} layers of width {config.n_embd}, "
+        f"context {config.n_positions}",
+        f"{count} x {gpu_name}: {gpu.memory / GB:g} GB of which {USABLE:.0%} are used, {gpu.bandwidth / 1e12:g} TB/s, "
+        f"{gpu.flops / 1e12:g} TFLOP/s in 16 bits (data sheet)",
+        "",
+        f"weights, {8 * ITEM_BYTES} bits each as keys and values are: {gigabytes:,.1f} GB, "
+        f"{gigabytes / count:,.1f} GB per GPU",
+    ]
+    if capacity.sequences:
+        lines += [f"left for keys and values: {capacity.kv_room / GB / count:,.1f} GB per GPU", "", *table(capacity, prompt)]
+    else:
+        need = math.ceil((capacity.weights + capacity.sequence) / (gpu.memory * USABLE))
+        lines.append(f"too little memory: weights and one sequence need {need} such GPUs")
+    cost = training_cost(capacity.parameters, training)
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"training: 6 x {billions:,.3f} billion parameters x {training.tokens / 1e9:,.0f} billion tokens = "
+            f"{cost.flops:.3g} FLOPs",
+            f"at {training.flops / 1e12:g} TFLOP/s per GPU and {training.dollars_per_hour:.2f} $/h: "
+            f"{cost.gpu_years:,.1f} GPU-years, {cost.dollars / 1e6:,.2f} million $",
+        ]
+    )
+
+
+def table(capacity: Capacity, prompt: int) -> list[str]:
+    """Concurrency and roofline, of the model beside what it would be with dense layers only."""
+
+    def figures(one: Capacity) -> list[str]:
+        many = one.sequences
+        return [
+            f"{one.sequence / 1e6:,.1f}",
+            f"{many:,}",
+            f"{1 / one.decode_seconds(1):,.1f}",
+            f"{many / one.decode_seconds(many):,.0f}" if many else "-",
+            f"{1e3 * one.prefill_seconds(prompt):,.1f}",
+        ]
+
+    names = [
+        f"keys and values of {capacity.config.n_positions} tokens, MB",
+        "such sequences at a time",
+        "tokens/s, one such stream, at most",
+        "tokens/s, all of them, at most",
+        f"ms to the first token of {prompt}, at least",
+    ]
+    rows = zip(names, figures(capacity), figures(capacity.dense), strict=True)
+    return [f"{'':<42}{'as it is':>14}{'all dense':>14}", *(f"{name:<42}{own:>14}{dense:>14}" for name, own, dense in rows)]

@@ -1,0 +1,167 @@
+"""Compiled CPU kernels: decode attention's values, bits and keys, the cache, and what happens without a compiler."""
+
+import ctypes
+import logging
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.band import PAGE_SIZE
+from kernels.cpu import build as cpu_build
+from kernels.cpu import compiled as cpu_compiled
+from kernels.cpu.build import Shape
+from kernels.cpu.compiled import CompiledOps, load
+from kernels.ops import Ops
+from kernels.patterns import Pattern
+from kernels.plan import DecodePlan
+from tests.kernels.compiled import VARIANTS, compiled_ops
+from tests.kernels.paged import Cache, DecodeCase, decode_case
+from tests.kernels.test_attention import BANDS, DENSE, SPARSE, TOLERANCE, alone, assert_close, decode
+
+NUM_HEADS, DIM = 3, 32
+patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lambda p: f"{p.kind}{p.size or ''}")
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return Shape(DIM, request.param)
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def ops(shape: Shape, request: pytest.FixtureRequest) -> CompiledOps:
+    return compiled_ops(*shape, request.param)
+
+
+def step(ops: Ops, case: DecodeCase, scale: float = 0.3) -> Tensor:
+    """`decode_step` of a case whose newest keys have been taken out of its cache, and must be in it afterwards."""
+    lengths, table = case.plan.lengths, case.plan.page_table
+    last = lengths - 1
+    pages, offsets = table[torch.arange(len(lengths)), last // PAGE_SIZE].long(), last % PAGE_SIZE
+    k, v = (x[pages, :, offsets] for x in (case.cache.k, case.cache.v))
+    cache = Cache(case.cache.k.clone(), case.cache.v.clone(), table)
+    cache.k[pages, :, offsets] = cache.v[pages, :, offsets] = float("nan")
+    out = ops.decode_step(case.q, k, v, cache.k, cache.v, pages * PAGE_SIZE + offsets, case.plan, scale)
+    for ours, expected in ((cache.k, case.cache.k), (cache.v, case.cache.v)):
+        torch.testing.assert_close(ours, expected, atol=0, rtol=0, equal_nan=True)
+    return out
+
+
+def case_of(shape: Shape, lengths: list[int], pattern: Pattern) -> DecodeCase:
+    return decode_case(lengths, pattern, heads=NUM_HEADS, dim=DIM, dtype=shape.dtype)
+
+
+@patterns
+def test_it_equals_the_reference(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
+    # All that is not a live key is NaN.
+    case = case_of(shape, [1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern)
+    assert_close(step(ops, case), decode(reference, case))
+
+
+@pytest.mark.parametrize("length", [1, 64, 65, 700])
+def test_a_lone_sequence(ops: CompiledOps, shape: Shape, length: int) -> None:
+    case = case_of(shape, [length], DENSE)
+    out = step(ops, case)
+    assert out.shape == case.q.shape
+    assert_close(out, decode(reference, case))
+
+
+@patterns
+def test_a_row_has_the_same_bits_in_any_batch(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
+    lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
+    case = case_of(shape, lengths, pattern)
+    together = step(ops, case)
+    for i in range(len(lengths)):
+        assert torch.equal(step(ops, alone(case, i))[0], together[i])
+    plan = DecodePlan(case.plan.page_table[2:5], case.plan.lengths[2:5], pattern, case.plan.layout)
+    assert torch.equal(step(ops, DecodeCase(case.q[2:5], case.cache, plan)), together[2:5])
+
+
+def test_scores_far_from_0_do_not_overflow(ops: CompiledOps, shape: Shape) -> None:
+    case = case_of(shape, [300, 70], DENSE)
+    tolerance = max(1e-3, TOLERANCE[shape.dtype])
+    torch.testing.assert_close(step(ops, case, 100.0), decode(reference, case, 100.0), atol=tolerance, rtol=tolerance)
+
+
+def test_the_second_start_takes_what_the_first_has_compiled(
+    shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built = []
+
+    def build(shape: Shape, library: Path) -> None:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        library.write_bytes(b"a library")
+        built.append(shape)
+
+    monkeypatch.setattr(cpu_build, "build", build)
+    monkeypatch.setattr(ctypes, "CDLL", lambda path: path)
+    monkeypatch.setattr(cpu_compiled, "CompiledOps", lambda library: library)
+    with caplog.at_level(logging.INFO):
+        first = load(shape)
+        second = load(shape)
+    assert first == second
+    assert len(built) == 1
+    assert [record.message for record in caplog.records] == [
+        "compiling the CPU kernels for this machine and size of heads: once, it takes a second"
+    ]
+    load(shape._replace(head_dim=48))
+    assert len(built) == 2, "another shape, another library"
+
+
+def test_without_a_compiler_it_says_so_and_serves_op_by_op(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "no-such-compiler"))
+    with caplog.at_level(logging.WARNING):
+        assert load(Shape(16, torch.float32)) is None
+    assert "the CPU kernels are not compiled, so that steps take several times as long: " in caplog.text
+    assert "no-such-compiler" in caplog.text
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load(Shape(16, torch.float32)) is None
+    assert "no C++ compiler: none of c++, g++, clang++ is installed, and CXX names none" in caplog.text
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_what_the_compiler_says_is_passed_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("CXX", "sh -c 'echo this is too new for me >&2; exit 3'")
+    assert load(Shape(16, torch.float32)) is None
+    assert "this is too new for me" in caplog.text
+
+
+def test_a_library_that_cannot_be_loaded_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shape = Shape(16, torch.float32)
+    library = tmp_path / "banded" / f"cpu-{cpu_build.key(shape)}.so"
+    library.parent.mkdir()
+    library.write_bytes(b"half a file")
+    assert load(shape) is None
+    assert "the compiled CPU kernels can't be loaded, so that steps take several times as long: " in caplog.text
+
+
+def test_a_cache_that_cannot_be_written_is_no_reason_to_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    occupied = tmp_path / "file"
+    occupied.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(occupied))
+    assert load(Shape(16, torch.float32)) is None
+    assert "Not a directory" in caplog.text
+
+
+def test_the_source_has_no_warnings() -> None:
+    for element in cpu_build.ELEMENTS.values():
+        checks = ["-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", f"-DELEMENT={element}", "-DHEAD_DIM=40"]
+        flags = [flag for flag in cpu_build.FLAGS.split() if flag not in ("-w", "-shared")]
+        command = [*cpu_build.compiler(), *flags, *checks, str(cpu_build.SOURCE)]
+        assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""

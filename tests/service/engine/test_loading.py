@@ -1,0 +1,258 @@
+"""From a directory to a running engine, and the whole way through it: the tokens that transformers would give."""
+
+import asyncio
+import logging
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import torch_ops
+from kernels.names import KernelChoice
+from model.step import SamplingParams
+from service.engine import loading
+from service.engine.choice import ChoiceRequest
+from service.engine.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
+from service.engine.metrics import Metrics
+from service.engine.models import ServedModel
+from service.engine.scheduler import Sequence
+from service.settings import Settings
+from tests.model.checkpoint.checkpoints import tiny
+
+
+def served(directory: Path, metrics: Metrics | None = None, **settings: Any) -> ServedModel:
+    return load_served(Settings(**{"model": str(directory), "dtype": "float32"} | settings), metrics or Metrics("tiny")).base
+
+
+async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[int]]:
+    """The tokens of all sequences, run at once."""
+    tokens: list[list[int]] = [[] for _ in sequences]
+    model.engine.start()
+    async with (
+        asyncio.timeout(120),
+        aclosing(model.engine.generate([ChoiceRequest(sequence) for sequence in sequences])) as outputs,
+    ):
+        async for output in outputs:
+            tokens[output.choice] += output.tokens
+    await model.engine.stop()
+    return tokens
+
+
+def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    directory = tiny("gpt_neo", tmp_path, vocab_size=50257, window_size=40)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (1, 40, 64, 150, 200, 7)]
+    # Fewer slots than sequences and small steps: queueing, chunks beside decodes and page release all take place.
+    model = served(directory, max_slots=4, step_tokens=48)
+    sequences = [Sequence(prompt, 30, SamplingParams(temperature=0.0)) for prompt in prompts]
+    ours = asyncio.run(generate(model, sequences))
+    theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
+    for prompt, tokens in zip(prompts, ours, strict=True):
+        with torch.inference_mode():
+            logits = theirs(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        assert tokens == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
+
+    def sequence(seed: int) -> Sequence:
+        return Sequence([seed] * (3 + 25 * seed), 40, SamplingParams(0.9, 0, 0.95, seed))
+
+    # Steps so small that prompts are cut wherever there happens to be room.
+    model = served(directory, dtype=dtype, max_slots=8, step_tokens=70)
+    together = asyncio.run(generate(model, [sequence(seed) for seed in range(8)]))
+    assert len({tuple(tokens) for tokens in together}) == 8
+    for seed in (3, 5, 7):
+        alone = asyncio.run(generate(served(directory, dtype=dtype, max_slots=8), [sequence(seed)]))
+        assert alone[0] == together[seed]
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1])
+def test_the_triton_path_generates_what_the_cpu_does(steps_ahead: int, tmp_path: Path) -> None:
+    """The whole engine, with prompts around the borders of bands and pages, in chunks beside decode rows."""
+    directory = tiny("banded", tmp_path, n_layer=2, vocab_size=50257, attention=("dense", "banded", "strided"), stride=32)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (64, 1, 17, 70)]
+    tokens = []
+    for kernels in ("auto", "triton"):
+        model = served(directory, max_slots=3, step_tokens=40, kernels=kernels)
+        model.engine._steps_ahead, model.engine._scheduler.max_draft = steps_ahead, 0
+        sequences = [Sequence(prompt, 5, SamplingParams(temperature=0.0)) for prompt in prompts]
+        tokens.append(asyncio.run(generate(model, sequences)))
+    assert tokens[0] == tokens[1]
+
+
+def test_looking_a_step_ahead_changes_no_token(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
+
+    def run(steps_ahead: int, ends: list[int | None]) -> list[list[int]]:
+        model = served(directory, dtype="bfloat16", max_slots=3, step_tokens=40)
+        model.engine._steps_ahead, model.engine._scheduler.max_draft = steps_ahead, 0
+        prompts = [[seed] * (30 * seed + 1) for seed in range(6)]
+        params = [SamplingParams(0.9, seed=seed) for seed in range(6)]
+        stop_ids = [frozenset() if end is None else frozenset({end}) for end in ends]
+        sequences = [Sequence(prompt, 30, p, ids) for prompt, p, ids in zip(prompts, params, stop_ids, strict=True)]
+        return asyncio.run(generate(model, sequences))
+
+    whole = run(0, [None] * 6)
+    assert run(1, [None] * 6) == whole
+    # Some end by their end-of-text token, when the next step has been launched and the slot goes to another at once.
+    ends = [tokens[3 * i] if i % 2 else None for i, tokens in enumerate(whole)]
+    ended = [tokens[: tokens.index(end) + 1] if end is not None else tokens for tokens, end in zip(whole, ends, strict=True)]
+    assert run(0, ends) == run(1, ends) == ended
+
+
+def test_start_up_tells_what_is_loaded_and_how_much_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    model = served(directory, max_slots=2)
+    assert model.name == "banded"
+    assert "loading banded from" in caplog.text
+    assert "as float32 on cpu" in caplog.text
+    assert "KV cache: 8 dense pages and 12 banded pages of" in caplog.text
+    assert "2 sequences run at once, 2.0 of them at the full 256 tokens" in caplog.text
+    assert "4 layers, ready in" in caplog.text
+
+
+def test_a_kv_budget_below_one_sequence_is_refused_with_the_numbers(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    with pytest.raises(ValueError, match="kv_bytes is 1000, but one sequence of 256 tokens needs"):
+        served(directory, kv_bytes=1000)
+
+
+def test_without_the_flag_no_kernel_is_measured(tmp_path: Path) -> None:
+    metrics = Metrics("tiny")
+    served(tiny("banded", tmp_path, vocab_size=50257), metrics)
+    assert logit_errors(metrics) == {}
+
+
+def test_the_doctor_measures_every_kind_before_serving(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    metrics = Metrics("tiny")
+    model = served(tiny("banded", tmp_path, vocab_size=50257), metrics, doctor=True)
+    assert "doctor: dense, banded, pointwise, all within the limit" in caplog.text
+    errors = logit_errors(metrics)
+    assert list(errors) == ["dense", "banded", "pointwise", "all"]
+    assert all(0 <= error < 1e-3 for error in errors.values())
+    assert asyncio.run(generate(model, [Sequence([1, 2, 3], 4, SamplingParams())]))[0]
+
+
+def test_the_doctor_refuses_wrong_kernels_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_ops, "decode_attention", lambda q, *rest: torch.zeros_like(q))
+    metrics = Metrics("tiny")
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    with pytest.raises(LoadError) as caught:
+        served(directory, metrics, doctor=True)
+    errors = logit_errors(metrics)
+    faults = str(caught.value).removeprefix("doctor: ").split("; ")
+    for fault, kind in zip(faults, ("dense", "banded", "all"), strict=True):
+        assert fault.startswith(f"kernels of kind {kind}: max |Δ logit| {errors[kind]:.3g} is ")
+        assert fault.endswith(", the limit for float32 is 0.1%")
+    assert errors["pointwise"] < 1e-3
+
+
+def logit_errors(metrics: Metrics) -> dict[str, float]:
+    """Samples of banded_kernel_logit_error by kind."""
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    return {s.labels["kind"]: s.value for s in samples if s.name == "banded_kernel_logit_error"}
+
+
+@pytest.mark.parametrize(
+    ("device", "kernels", "words"),
+    [
+        ("cpu", "auto", "PyTorch on CPU"),
+        ("cpu", "triton", "Triton, interpreted on CPU"),
+        ("cuda", "auto", "Triton on Some GPU"),
+        ("cuda", "triton", "Triton on Some GPU"),
+    ],
+)
+def test_kernels_in_words(device: str, kernels: KernelChoice, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (9, 0))
+    assert kernels_in_words(torch.device(device), kernels) == words
+
+
+def test_compiled_kernels_have_another_name_and_so_another_fingerprint() -> None:
+    words = kernels_in_words(torch.device("cpu"), "auto", compiled=True)
+    assert words == "compiled on CPU"
+
+
+@pytest.mark.parametrize("how", [{"kernels": "triton"}, {"device": "cuda"}])
+def test_int8_off_the_cpu_is_refused(how: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "device" in how:
+        fake_gpu(monkeypatch, (9, 0))
+    with pytest.raises(LoadError, match="dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu"):
+        served(tiny("banded", tmp_path, vocab_size=50257), dtype="int8", **how)
+
+
+def fake_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *device: "Some GPU")
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(LoadError, match="device cuda: PyTorch sees no GPU here; use --device cpu, or install a CUDA build"):
+        choose_device("cuda")
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
+
+
+def test_with_a_gpu_auto_is_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (9, 0))
+    assert choose_device("auto") == choose_device("cuda") == torch.device("cuda")
+    assert choose_device("cpu") == torch.device("cpu")
+
+
+def test_a_gpu_that_is_too_old_is_refused_with_the_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_gpu(monkeypatch, (7, 5))
+    for device in ("cuda", "auto"):
+        with pytest.raises(LoadError, match=r"Some GPU has compute capability 7\.5, the kernels need 8\.0"):
+            choose_device(device)
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_auto_dtype_is_what_the_hardware_multiplies(
+    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
+    assert choose_dtype("auto", torch.device("cpu")) is expected
+    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
+    assert choose_dtype("float16", torch.device("cpu")) is torch.float16
+
+
+def test_kv_pages_get_what_the_weights_leave_of_a_gpu_and_a_fixed_share_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 * 10**9, 80 * 10**9))
+    assert kv_budget(None, torch.device("cuda")) == 62 * 10**9
+    assert kv_budget(None, torch.device("cpu")) == 2 << 30
+    assert kv_budget(5000, torch.device("cuda")) == kv_budget(5000, torch.device("cpu")) == 5000
+    with pytest.raises(LoadError, match="kv_bytes is 71000000000, but the weights leave 70000000000 of the GPU's"):
+        kv_budget(71 * 10**9, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10**9, 80 * 10**9))
+    message = (
+        r"the weights leave 1\.0 GB of the GPU's 80\.0 GB; 8\.0 GB are kept for activations, so none are left for KV pages"
+    )
+    with pytest.raises(LoadError, match=message):
+        kv_budget(None, torch.device("cuda"))
+
+
+def test_weights_larger_than_the_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(settings: Settings) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
+
+    monkeypatch.setattr(loading, "load_checkpoint", allocate)
+    with pytest.raises(LoadError, match=r"the GPU is out of memory: CUDA out of memory\. Tried to allocate 3 GiB"):
+        served(tmp_path)
+
+
+def test_int8_on_a_cpu_that_would_saturate_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    with pytest.raises(
+        LoadError, match="dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype fl"
+    ):
+        served(tiny("banded", tmp_path, vocab_size=50257), dtype="int8")

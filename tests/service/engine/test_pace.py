@@ -1,0 +1,99 @@
+"""What the pace makes of machines whose steps cost what the tests say."""
+
+import random
+
+import pytest
+
+from kernels.band import PAGE_SIZE
+from service.engine.pace import LONGER, Load, Pace
+
+
+def machine(load: Load) -> float:
+    """Seconds of a step: 10 ms, half a millisecond a row, a tenth a prompt token, and as much where that sees 1024 keys."""
+    return 0.01 + 0.0005 * load.rows + 0.0001 * (load.tokens + load.keys / 1024)
+
+
+def learnt(noise: float = 0.0, seed: int = 0) -> Pace:
+    """After a prompt of 1500 tokens, a while of decoding, and another prompt beside it."""
+    rng, pace = random.Random(seed), Pace()
+
+    def observe(load: Load) -> None:
+        pace.observe(load, machine(load) * rng.uniform(1 - noise, 1 + noise))
+
+    for start in (0, 512, 1024):
+        observe(Load(0, 500, 500 * (start + 250)))
+    for _ in range(20):
+        observe(Load(rng.randrange(8, 40), 0, 0))
+    start = 0
+    while start < 1500:
+        count = pace.chunk_limit(24, start)
+        observe(Load(24, count, count * start))
+        start += count
+    for _ in range(20):
+        observe(Load(24, 0, 0))
+    return pace
+
+
+def test_nothing_is_known_at_first() -> None:
+    assert Pace().chunk_limit(8, 0) == PAGE_SIZE
+    assert Pace().row_limit(0) == 0
+    pace = Pace()
+    pace.observe(Load(0, 500, 0), 0.3)
+    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of decoding"
+    assert pace.row_limit(0) == 0
+    pace = Pace()
+    pace.observe(Load(8, 0, 0), 0.3)
+    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of prompts"
+
+
+@pytest.mark.parametrize("start", [0, 700, 1400])
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+def test_a_step_with_a_chunk_takes_as_much_longer_as_it_should(start: int, noise: float) -> None:
+    ratios = []
+    for seed in range(20):
+        count = learnt(noise, seed).chunk_limit(24, start)
+        ratios.append(machine(Load(24, count, count * start)) / machine(Load(24, 0, 0)))
+    assert 0.85 * LONGER < sorted(ratios)[10] < 1.15 * LONGER
+    assert max(ratios) < 3
+
+
+@pytest.mark.parametrize("start", [0, 700])
+def test_rows_leave_room_for_a_page_of_a_prompt(start: int) -> None:
+    num_rows = learnt().row_limit(start)
+    assert num_rows > 8
+    ratio = machine(Load(num_rows, PAGE_SIZE, PAGE_SIZE * start)) / machine(Load(24, 0, 0))
+    assert ratio == pytest.approx(LONGER, rel=0.15)
+
+
+def test_nothing_but_a_page_and_no_row_fits_where_steps_are_longer_than_they_should_be() -> None:
+    pace = learnt()
+    assert pace.row_limit(10**6) == 0
+    assert pace.chunk_limit(10**6, 0) == PAGE_SIZE
+
+
+def test_a_few_long_steps_do_not_make_longer_ones_right() -> None:
+    pace = learnt()
+    before = pace.chunk_limit(24, 0)
+    for _ in range(3):
+        pace.observe(Load(64, 0, 0), machine(Load(64, 0, 0)))
+    assert pace.chunk_limit(24, 0) == pytest.approx(before, rel=0.25)
+
+
+def test_more_rows_leave_less_for_prompts() -> None:
+    pace = learnt()
+    assert pace.chunk_limit(8, 0) > pace.chunk_limit(24, 0) > pace.chunk_limit(500, 0) == PAGE_SIZE
+
+
+def test_long_contexts_leave_less_for_prompts() -> None:
+    pace = learnt()
+    assert pace.chunk_limit(24, 0) > pace.chunk_limit(24, 1900)
+
+
+def test_a_machine_that_becomes_slower_is_followed() -> None:
+    pace = learnt()
+    before = pace.chunk_limit(24, 100)
+    for _ in range(30):
+        count = pace.chunk_limit(24, 100)
+        pace.observe(Load(24, count, count * 100), 2 * machine(Load(24, 0, 0)) + 0.0005 * count)
+        pace.observe(Load(24, 0, 0), 2 * machine(Load(24, 0, 0)))
+    assert pace.chunk_limit(24, 100) < before

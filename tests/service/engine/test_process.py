@@ -1,0 +1,36 @@
+import subprocess
+import sys
+
+import torch
+
+from service.engine.process import one_torch_thread
+
+
+def test_one_torch_thread_is_given_back_even_after_an_error() -> None:
+    before = torch.get_num_threads()
+    try:
+        with one_torch_thread():
+            assert torch.get_num_threads() == 1
+            raise KeyError
+    except KeyError:
+        pass
+    assert torch.get_num_threads() == before
+
+
+def test_freed_memory_stays_with_the_process() -> None:
+    """In a process of its own, because there is no way back: 8 MB blocks are reused without new page faults."""
+    script = (
+        "import resource\n"
+        "from service.engine.process import keep_freed_memory\n"
+        "keep_freed_memory()\n"
+        "def use():\n"
+        "    block = bytearray(8 << 20)\n"
+        "    block[::4096] = bytes(2048)\n"
+        "use()\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "for _ in range(20):\n"
+        "    use()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
+    )
+    faults = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert faults < 2048, "twenty times 2048 pages would be mapped anew"

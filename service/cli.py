@@ -289,7 +289,7 @@ def run_complete(args: argparse.Namespace) -> int:
 async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> int:
     from contextlib import aclosing
 
-    from service.api.schema import CompletionRequest
+    from service.api.schema.completions import CompletionRequest
     from service.engine.engine import EngineError
     from service.engine.loading import load_served
     from service.engine.metrics import Metrics

@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from service.api.schema import Body, ChatRequest, CompletionRequest, DetokenizeRequest, ScoreRequest, TokenizeRequest
+from service.api.schema.base import Body
+from service.api.schema.chat import ChatRequest
+from service.api.schema.completions import CompletionRequest
+from service.api.schema.score import ScoreRequest
+from service.api.schema.tokenization import DetokenizeRequest, TokenizeRequest
 from tests.conformance import ROUTES, Line, lines_of, table
 
 FILE = Path(__file__).parent.parent / "CONFORMANCE.md"

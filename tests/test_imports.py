@@ -47,7 +47,7 @@ NUMBERS_ONLY = [
     "model.checkpoint.prompt_format",
     "service.engine.choice",
     "service.engine.models",
-    "service.api.schema",
+    "service.api.schema.completions",
     "service.engine.engine",
     "service.api.app",
     "service.settings",

@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from service.api.limits import LimitError
-from service.api.schema import ErrorResponse, shown
+from service.api.schema.base import shown
+from service.api.schema.errors import ErrorResponse
 from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
 
 log = logging.getLogger("banded.api")

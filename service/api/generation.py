@@ -17,17 +17,11 @@ from pydantic_core import to_json
 from model.step import TokenLogprobs
 from service.api.errors import APIError, invalid
 from service.api.limits import KeyLimits
-from service.api.schema import (
-    MAX_STOPS,
-    Body,
-    ChatChunk,
-    CompletionResponse,
-    PromptTokensDetails,
-    SamplingFields,
-    Usage,
-    shown,
-    too_many_stops,
-)
+from service.api.schema.base import Body, PromptTokensDetails, TokenUsage, shown
+from service.api.schema.chat import ChatChunk
+from service.api.schema.completions import CompletionResponse
+from service.api.schema.fields import MAX_STOPS, too_many_stops
+from service.api.schema.sampling import SamplingFields
 from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, event, unless_disconnected
 from service.engine.choice import ChoiceRequest, Output, ShownToken
 from service.engine.engine import Engine
@@ -249,10 +243,10 @@ class Generation:
         return sum(candidate.num_tokens for candidate in self.candidates)
 
     @property
-    def usage(self) -> Usage:
+    def usage(self) -> TokenUsage:
         """As far as it has come. A prompt counts once, a candidate though it is not returned."""
         cached = sum(sequence.num_cached for sequence in self._first_of_prompts)
-        return Usage(
+        return TokenUsage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.completion_tokens,
             total_tokens=self.prompt_tokens + self.completion_tokens,

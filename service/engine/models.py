@@ -11,7 +11,7 @@ from model.checkpoint.prompt_format import Card
 from model.checkpoint.tokenizer import Tokenizer
 from model.config import GPTConfig
 from model.step import SamplingParams
-from service.api.schema import SamplingFields
+from service.api.schema.sampling import SamplingFields
 from service.engine.choice import ChoiceRequest
 from service.engine.engine import Engine
 from service.engine.prompts import Prompt

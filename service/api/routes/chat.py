@@ -26,7 +26,7 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.schema import (
+from service.api.schema.chat import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
@@ -63,7 +63,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     requests = choice_requests(
         body, [prompt], served, max_tokens=max_tokens, num_candidates=body.n, top_logprobs=top_logprobs
     )
-    chat = Chat(body, served, Generation(requests, body.n, served.engine, request), warnings)
+    chat = ChatAnswer(body, served, Generation(requests, body.n, served.engine, request), warnings)
     if body.stream:
         return EventStream(chat.stream(), request.app.state.metrics.stream_errors)
     return await answer(request, chat.collect())
@@ -93,7 +93,7 @@ def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) ->
     return max_tokens
 
 
-class Chat:
+class ChatAnswer:
     """The answer to a request, whole or in chunks."""
 
     def __init__(self, body: ChatRequest, served: ServedModel, generation: Generation, warnings: list[str] | None):

@@ -27,16 +27,14 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.schema import (
+from service.api.schema.base import FewShotUsage, TokenUsage, shown
+from service.api.schema.completions import (
     CompletionChoice,
+    CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
     EngineCompletionRequest,
     FewShotFields,
-    FewShotUsage,
-    Logprobs,
-    Usage,
-    shown,
 )
 from service.api.sse import STREAMED, EventStream
 from service.engine.choice import ShownToken
@@ -93,7 +91,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
         echo_logprobs=body.echo and body.logprobs is not None,
     )
     generation = Generation(requests, body.num_candidates, served.engine, request)
-    completion = Completion(body, served, read, generation, warnings)
+    completion = CompletionAnswer(body, served, read, generation, warnings)
     if body.stream:
         return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
     return await answer(request, completion.collect())
@@ -156,7 +154,7 @@ def read_few_shot(query: str, asked: FewShotFields, body: EngineCompletionReques
         raise invalid(str(error), error.param, "context_length_exceeded") from error
 
 
-class Completion:
+class CompletionAnswer:
     """The answer to a request, whole or in chunks."""
 
     def __init__(
@@ -219,7 +217,7 @@ class Completion:
         logprobs = None if k is None else logprobs_of(tokens, k, self._served.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
 
-    def _response(self, choices: list[CompletionChoice], usage: Usage | None) -> CompletionResponse:
+    def _response(self, choices: list[CompletionChoice], usage: TokenUsage | None) -> CompletionResponse:
         return CompletionResponse(
             id=self._id,
             created=self._created,
@@ -229,16 +227,16 @@ class Completion:
             usage=usage,
         )
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> TokenUsage:
         usage = self._generation.usage
         if counts := self._prompts[0].few_shot:
             usage.few_shot = FewShotUsage(**counts._asdict())
         return usage
 
 
-def logprobs_of(tokens: Items[ShownToken], k: int, tokenizer: Tokenizer) -> Logprobs:
+def logprobs_of(tokens: Items[ShownToken], k: int, tokenizer: Tokenizer) -> CompletionLogprobs:
     """The four lists; of the likeliest tokens `k`, and the token itself where it is not one of them."""
-    found = Logprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
+    found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token, logprobs, offset in tokens:
         found.tokens.append(tokenizer.token_name(token))
         found.text_offset.append(offset)

@@ -7,7 +7,9 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
 
 from service.api.errors import APIError, invalid
-from service.api.schema import DeletedObject, ErrorResponse, FileList, FileObject, shown
+from service.api.schema.base import DeletedObject, shown
+from service.api.schema.errors import ErrorResponse
+from service.api.schema.files import FileList, FileObject
 from service.jobs.store import UNFINISHED, Store, StoredFile, StoreFullError
 
 router = APIRouter()

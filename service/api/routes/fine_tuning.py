@@ -8,7 +8,8 @@ from fastapi import APIRouter, Query, Request
 from service.api.errors import APIError, invalid
 from service.api.generation import served_model, warnings_for
 from service.api.routes.files import find_file, page, store_of, unknown_id
-from service.api.schema import (
+from service.api.schema.base import shown
+from service.api.schema.fine_tuning import (
     CheckpointList,
     CheckpointObject,
     EventList,
@@ -18,7 +19,6 @@ from service.api.schema import (
     JobList,
     JobObject,
     JobRequest,
-    shown,
 )
 from service.engine.models import Models, ServedModel
 from service.engine.pages import sequence_bytes

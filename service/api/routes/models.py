@@ -4,7 +4,8 @@ from fastapi import APIRouter, Request
 
 from service.api.errors import invalid
 from service.api.generation import served_model
-from service.api.schema import DeletedObject, ModelCard, ModelList
+from service.api.schema.base import DeletedObject
+from service.api.schema.models import ModelList, ModelObject
 from service.engine.models import Models, ServedModel
 from service.jobs.store import Store
 
@@ -14,12 +15,12 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
     models: Models = request.app.state.models
-    return ModelList(data=[card(served) for served in models])
+    return ModelList(data=[model_object(served) for served in models])
 
 
 @router.get("/v1/models/{name:path}")
-async def get_model(name: str, request: Request) -> ModelCard:
-    return card(served_model(request, name))
+async def get_model(name: str, request: Request) -> ModelObject:
+    return model_object(served_model(request, name))
 
 
 @router.delete("/v1/models/{name:path}")
@@ -37,5 +38,5 @@ async def delete_model(name: str, request: Request) -> DeletedObject:
     return DeletedObject(id=name, object="model")
 
 
-def card(served: ServedModel) -> ModelCard:
-    return ModelCard(id=served.name, created=served.created, root=served.name, parent=served.parent)
+def model_object(served: ServedModel) -> ModelObject:
+    return ModelObject(id=served.name, created=served.created, root=served.name, parent=served.parent)

@@ -19,7 +19,7 @@ from service.api.generation import (
     served_model,
     warnings_for,
 )
-from service.api.schema import Score, ScoreRequest, ScoreResponse
+from service.api.schema.score import Score, ScoreRequest, ScoreResponse
 from service.engine.choice import ChoiceRequest
 from service.engine.models import ServedModel
 from service.engine.scheduler import Family, Sequence

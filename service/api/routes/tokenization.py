@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 
 from service.api.generation import beside_the_loop, check_token_ids, served_model, warnings_for
 from service.api.routes.chat import read_messages
-from service.api.schema import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 
 router = APIRouter()
 

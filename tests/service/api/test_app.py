@@ -14,7 +14,7 @@ from fastapi import FastAPI
 from model.checkpoint.prompt_format import Card
 from service.api.app import create_app
 from service.api.middleware import HEALTH
-from service.api.schema import CompletionRequest
+from service.api.schema.completions import CompletionRequest
 from service.engine.models import Models, ServedModel
 from tests.service.engine.fakes import CONFIG, FakeEngine
 from tests.service.engine.test_engine import run

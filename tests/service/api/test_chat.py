@@ -7,7 +7,7 @@ import pytest
 
 from model.checkpoint.prompt_format import Card
 from model.step import SamplingParams
-from service.api.schema import NEUTRAL, ChatRequest
+from service.api.schema.chat import NEUTRAL, ChatRequest
 from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, serving
 from tests.service.api.test_completions import prompts_run

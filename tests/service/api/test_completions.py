@@ -9,7 +9,7 @@ import pytest
 
 from model.step import SamplingParams, StepInput
 from service.api.generation import TextEvents, chunk_event
-from service.api.schema import CompletionChoice, CompletionRequest, CompletionResponse
+from service.api.schema.completions import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
 from tests.service.api.test_app import Api, events_of, post, serving
 from tests.service.engine.fakes import CONFIG, FakeEngine

@@ -1,0 +1,100 @@
+"""What the bodies of all routes have in common."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
+
+MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
+# The largest number that a 64-bit integer holds.
+MAX_INT = 2**63 - 1
+
+
+def shown(text: str) -> str:
+    """`text`, cut so that an error stays small whatever was sent, and without lone surrogates, which no answer can hold."""
+    cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    return cut.encode(errors="backslashreplace").decode()
+
+
+def is_absent(value: object) -> bool:
+    return value is None
+
+
+Warnings = Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")]
+
+
+def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
+    """`schema`, or null. What describes a field stays outside."""
+    about = {name: schema.pop(name) for name in ("title", "description", "default") if name in schema}
+    return about | {"anyOf": [schema, {"type": "null"}]}
+
+
+class Body(BaseModel):
+    """A JSON object of a request. null stands for the default everywhere; `unknown_fields` names what has no meaning."""
+
+    model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
+
+    _unknown: list[str] = PrivateAttr(default_factory=list)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _set_unknown_aside(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
+        if not isinstance(body, dict):
+            return validate(body)
+        # Left to pydantic, every unknown field of a hostile body would become an error of its own.
+        read = validate({name: value for name, value in body.items() if name in cls.model_fields and value is not None})
+        read._unknown += [name for name in body if name not in cls.model_fields]
+        return read
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        schema = handler(core_schema)
+        found = handler.resolve_ref_schema(schema)
+        for name, field in found["properties"].items():
+            if name not in found.get("required", []) and {"type": "null"} not in field.get("anyOf", []):
+                found["properties"][name] = nullable(field)
+        return schema
+
+    @property
+    def unknown_fields(self) -> list[str]:
+        """Names of the fields that the contract doesn't know, those of objects inside as "stream_options.x"."""
+        found = list(self._unknown)
+        for name in type(self).model_fields:
+            value = getattr(self, name)
+            for place, part in enumerate(value) if isinstance(value, list | tuple) else [(None, value)]:
+                if isinstance(part, Body):
+                    path = name if place is None else f"{name}.{place}"
+                    found += [f"{path}.{inner}" for inner in part.unknown_fields]
+        return found
+
+
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int
+
+
+class FewShotUsage(BaseModel):
+    examples_used: int
+    examples_dropped: int
+
+
+class TokenUsage(BaseModel):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+    few_shot: Annotated[FewShotUsage | None, Field(exclude_if=is_absent)] = None
+
+
+class DeletedObject(BaseModel):
+    id: str
+    object: str
+    deleted: bool = True

@@ -1,0 +1,99 @@
+"""Bodies of POST /v1/completions."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
+from pydantic_core import PydanticCustomError
+
+from service.api.schema.base import MAX_INT, Body, TokenUsage, Warnings, is_absent
+from service.api.schema.fields import PromptField
+from service.api.schema.sampling import SamplingFields
+
+MAX_EXAMPLES = 2048  # as many as a context has tokens
+
+
+class ExampleFields(Body):
+    input: StrictStr
+    output: StrictStr
+
+
+class FewShotFields(Body):
+    """How to lay out worked examples before the prompt; what is not given comes from the model's card."""
+
+    instruction: StrictStr | None = None
+    examples: list[ExampleFields] = Field(default_factory=list, max_length=MAX_EXAMPLES)
+    input_prefix: StrictStr | None = None
+    output_prefix: StrictStr | None = None
+    separator: StrictStr | None = Field(None, min_length=1)
+    on_overflow: Literal["drop", "error"] = Field("drop", description="drop: leave out the oldest examples, and say so")
+
+
+class EngineCompletionRequest(SamplingFields):
+    """Body of POST /v1/engines/{name}/completions: the path names the model."""
+
+    model: StrictStr | None = None
+    prompt: PromptField = None
+    max_tokens: StrictInt = Field(16, ge=0, le=MAX_INT)
+    best_of: StrictInt | None = Field(None, ge=1, le=20)
+    logprobs: StrictInt | None = Field(None, ge=0, le=5)
+    echo: StrictBool = False
+    suffix: StrictStr | None = None
+    few_shot: FewShotFields | None = None
+
+    @model_validator(mode="after")
+    def _check_together(self) -> Self:
+        if self.best_of is not None and self.best_of < self.n:
+            raise PydanticCustomError("value_error", f"is {self.best_of}, less than n {self.n}", {"param": "best_of"})
+        if self.stream and (self.best_of or 1) > 1:
+            message = "can't be streamed: which candidates are best is known at the end"
+            raise PydanticCustomError("value_error", message, {"param": "best_of"})
+        if self.min_tokens > self.max_tokens:
+            message = f"is {self.min_tokens}, more than max_tokens {self.max_tokens}"
+            raise PydanticCustomError("value_error", message, {"param": "min_tokens"})
+        if self.few_shot is not None:
+            if not isinstance(self.prompt, str):
+                raise PydanticCustomError("value_error", "few_shot needs a single string", {"param": "prompt"})
+            if self.suffix is not None:
+                raise PydanticCustomError("value_error", "can't be used together with suffix", {"param": "few_shot"})
+        return self
+
+    @property
+    def num_candidates(self) -> int:
+        """Choices generated for each prompt."""
+        return self.best_of or self.n
+
+
+class CompletionRequest(EngineCompletionRequest):
+    """Body of POST /v1/completions."""
+
+    model: StrictStr
+
+
+class CompletionLogprobs(BaseModel):
+    """One entry a token in each list; null for the first token of a prompt, before which there is nothing."""
+
+    tokens: list[str]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
+    text_offset: list[int] = Field(description="characters from the start of the prompt")
+
+
+class CompletionChoice(BaseModel):
+    text: str
+    index: int
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionResponse(BaseModel):
+    """A completion, or with `stream` one chunk of it; in chunks `usage` is there only with include_usage."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[CompletionChoice]
+    usage: TokenUsage | None = None
+    warnings: Warnings = None
+    obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None

@@ -339,11 +339,11 @@ def reachable(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from service.tools.bench import Load, bench
+    from service.tools.bench import Workload, bench
 
     if args.requests and args.requests < max(args.streams):
         raise ValueError(f"--requests {args.requests} can't keep {max(args.streams)} streams in flight")
-    loads = [Load(streams, args.requests or max(3, 2 * streams), args.prompt, args.output) for streams in args.streams]
+    loads = [Workload(streams, args.requests or max(3, 2 * streams), args.prompt, args.output) for streams in args.streams]
     with ExitStack() as stack:
         rows = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
         url, model = stack.enter_context(reachable(args))
@@ -494,7 +494,7 @@ def run_finetune(args: argparse.Namespace) -> int:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from service.tools.evaluate import Served, few_shot_accuracy, few_shot_questions, perplexity, read_items, read_text
+    from service.tools.evaluate import RemoteModel, few_shot_accuracy, few_shot_questions, perplexity, read_items, read_text
 
     if not (args.text or args.few_shot):
         raise ValueError("nothing to evaluate: give --text, --few-shot or both")
@@ -512,7 +512,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         questions = few_shot_questions(items, read_items(args.examples) if args.examples else items, shots)
     results: dict[str, Any] = {}
     with reachable(args) as (url, model):
-        served = Served(url, model)
+        served = RemoteModel(url, model)
         results["model"] = model
         if text is not None:
             found = results["text"] = perplexity(served, text).report()

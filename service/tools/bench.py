@@ -36,7 +36,7 @@ class BenchError(ValueError):
     """What is measured does not answer as a completions server does: a failing server has no throughput."""
 
 
-class Load(NamedTuple):
+class Workload(NamedTuple):
     """What to ask for: `requests` streams of `prompt` + `output` tokens, `streams` at a time; greedy at temperature 0."""
 
     streams: int
@@ -65,7 +65,7 @@ class Stream(NamedTuple):
 class Result(NamedTuple):
     """What a load brought. Times are in seconds."""
 
-    load: Load
+    load: Workload
     seconds: float
     streams: list[Stream]
 
@@ -98,12 +98,12 @@ def run_async(main: Coroutine[Any, Any, Result]) -> Result:
     return uvloop.run(main)
 
 
-def random_prompts(load: Load, seed: int | str) -> list[list[int]]:
+def random_prompts(load: Workload, seed: int | str) -> list[list[int]]:
     rng = random.Random(seed)
     return [rng.choices(TOKENS, k=load.prompt) for _ in range(load.requests)]
 
 
-def measure(url: str, model: str, load: Load, *, seed: int | str = 0) -> Result:
+def measure(url: str, model: str, load: Workload, *, seed: int | str = 0) -> Result:
     """Keep `load` on a server. Equal seeds ask for equal prompts, which a server may have cached.
 
     Raises BenchError when no server answers, or a stream fails or ends short.
@@ -111,7 +111,7 @@ def measure(url: str, model: str, load: Load, *, seed: int | str = 0) -> Result:
     return run_async(keep(url, model, load, random_prompts(load, seed)))
 
 
-async def keep(url: str, model: str, load: Load, prompts: list[list[int]]) -> Result:
+async def keep(url: str, model: str, load: Workload, prompts: list[list[int]]) -> Result:
     """Send `prompts`, `load.streams` at a time."""
     waiting = [request(url, model, prompt, load.output, load.temperature) for prompt in reversed(prompts)]
     done: list[Answer] = []
@@ -313,7 +313,7 @@ class Program(NamedTuple):
     environment: tuple[tuple[str, str], ...] = ()
 
 
-class Server(NamedTuple):
+class RunningServer(NamedTuple):
     """A program that is ready."""
 
     url: str
@@ -328,7 +328,7 @@ def banded(model: str | Path, *options: str) -> Program:
 
 
 @contextmanager
-def running(program: Program, *, timeout: float = 120) -> Iterator[Server]:
+def running(program: Program, *, timeout: float = 120) -> Iterator[RunningServer]:
     """Start a program on a free port of this machine, and end it with all its processes.
 
     Raises BenchError with the end of its log where it ends or is not ready in time.
@@ -353,7 +353,7 @@ def running(program: Program, *, timeout: float = 120) -> Iterator[Server]:
                 if time.perf_counter() - started > timeout:
                     raise BenchError(f"the server was not ready after {timeout:g} s: {tail(log)}")
                 time.sleep(POLL_SECONDS)
-            yield Server(url, process, time.perf_counter() - started)
+            yield RunningServer(url, process, time.perf_counter() - started)
         finally:
             end(process)
 
@@ -400,7 +400,7 @@ def figures(result: Result) -> dict[str, float]:
     return dict(zip(COLUMNS, found, strict=True))
 
 
-def bench(url: str, model: str, loads: list[Load], out: TextIO, rows: TextIO | None) -> None:
+def bench(url: str, model: str, loads: list[Workload], out: TextIO, rows: TextIO | None) -> None:
     """Print a table of how a server bears each of `loads`, a line as soon as it is measured. `rows` gets them as CSV."""
     print(f"{url}, {model}: {loads[0].prompt} + {loads[0].output} tokens, greedy, streaming", file=out)
     print(" ".join(f"{name:>{width.partition('.')[0]}}" for name, width in COLUMNS.items()), file=out, flush=True)

@@ -30,7 +30,7 @@ class EvaluationError(ValueError):
 
 
 @dataclass(frozen=True)
-class Served:
+class RemoteModel:
     """A model behind a server's address."""
 
     url: str
@@ -66,7 +66,7 @@ class Perplexity(NamedTuple):
         }
 
 
-def perplexity(served: Served, text: str) -> Perplexity:
+def perplexity(served: RemoteModel, text: str) -> Perplexity:
     """Of a whole text, in windows of the model's context, each of which begins with the last token of the one before."""
     found = served.post("/tokenize", {"prompt": text, "add_special_tokens": False})
     try:
@@ -154,7 +154,7 @@ def few_shot_questions(items: list[TaskItem], pool: list[TaskItem], shots: list[
     return questions
 
 
-def few_shot_accuracy(served: Served, questions: list[Question]) -> dict[str, dict[int, float]]:
+def few_shot_accuracy(served: RemoteModel, questions: list[Question]) -> dict[str, dict[int, float]]:
     """Share of exact answers, by task and by how many examples came before."""
 
     def is_right(question: Question) -> bool:

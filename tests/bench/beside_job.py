@@ -14,7 +14,7 @@ from contextlib import contextmanager
 import httpx
 
 from service.engine.loading import model_directory, served_name
-from service.tools.bench import Load, banded, measure, running
+from service.tools.bench import Workload, banded, measure, running
 
 # Learning to repeat a number: many short examples, again and again, so that no job ends before it is cancelled.
 EXAMPLES = "".join(json.dumps({"prompt": f"{i} =>", "completion": f" {i}\n"}) + "\n" for i in range(2000))
@@ -51,11 +51,11 @@ def main() -> None:
 
         def load(*, beside: bool) -> None:
             for streams in args.streams:
-                asked = Load(streams, max(6, 2 * streams))
+                asked = Workload(streams, max(6, 2 * streams))
                 result = measure(server.url, model, asked, seed=f"{beside} {len(rates.get((streams, beside), []))}")
                 rates.setdefault((streams, beside), []).append(result.tokens_per_second)
 
-        measure(server.url, model, Load(1, 2))
+        measure(server.url, model, Workload(1, 2))
         for _ in range(args.repeats):
             load(beside=False)
             with a_job(client, model):

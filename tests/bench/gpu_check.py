@@ -35,7 +35,7 @@ from model.runner import Runner
 from model.step import SamplingParams
 from service.engine.pages import KVCache, pool_sizes
 from service.engine.scheduler import Scheduler, Sequence
-from service.tools.bench import Load, Result, banded, measure, percentile, running
+from service.tools.bench import Result, Workload, banded, measure, percentile, running
 from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line
 
@@ -229,9 +229,9 @@ def serve(model: str, setting: Setting) -> Section:
     save_random_model(path, config)
     lines = []
     with running(banded(path, "--dtype", "bfloat16", "--device", device.type), timeout=START_SECONDS) as server:
-        measure(server.url, model, Load(1, 1, run.tokens, run.tokens))
+        measure(server.url, model, Workload(1, 1, run.tokens, run.tokens))
         for streams in run.streams:
-            asked = Load(streams, max(3, 2 * streams), run.tokens, run.tokens)
+            asked = Workload(streams, max(3, 2 * streams), run.tokens, run.tokens)
             result = measure(server.url, model, asked, seed=streams)
             lines.append([str(streams), *served_line(asked, result, config, setting)])
     cpu_ms = step_cpu_ms(load_model(path, torch.bfloat16, device), run)
@@ -243,7 +243,7 @@ def serve(model: str, setting: Setting) -> Section:
     return Section(f"{title}\n\n{table(header, lines)}\n\n{cpu}", [])
 
 
-def served_line(asked: Load, result: Result, config: GPTConfig, setting: Setting) -> list[str]:
+def served_line(asked: Workload, result: Result, config: GPTConfig, setting: Setting) -> list[str]:
     label = setting.run.label
     seconds = sum(result.gaps) / (asked.requests * (asked.output - 1))  # of a token behind the first
     first = percentile_ms(result.first_token)

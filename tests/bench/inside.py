@@ -29,7 +29,7 @@ from service.engine.pages import groups, pages_for
 from service.engine.process import freeze_loaded_objects, keep_freed_memory, one_torch_thread
 from service.engine.scheduler import Sequence
 from service.settings import Settings
-from service.tools.bench import Load, random_prompts
+from service.tools.bench import Workload, random_prompts
 from tests.bench.checkpoints import random_model
 
 GREEDY = SamplingParams(temperature=0.0)
@@ -109,10 +109,10 @@ def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[
 
 def engine(model: str, dtype: str, load: list[Any], seed: str) -> float:
     """Output tokens/s of the engine alone: what a client over HTTP would see if HTTP were free."""
-    return asyncio.run(drive(settings(model, dtype), Load(*load), seed))
+    return asyncio.run(drive(settings(model, dtype), Workload(*load), seed))
 
 
-async def drive(served_as: Settings, load: Load, seed: str) -> float:
+async def drive(served_as: Settings, load: Workload, seed: str) -> float:
     served = load_served(served_as, Metrics("bench")).base
     freeze_loaded_objects()
     served.engine.start()

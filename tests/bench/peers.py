@@ -14,7 +14,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from service.tools.bench import Load, Program, Server, measure, running, served_model
+from service.tools.bench import Program, RunningServer, Workload, measure, running, served_model
 
 START_SECONDS = 600.0  # vLLM compiles when it starts
 
@@ -89,7 +89,7 @@ class Servers:
     """Starts each program when it is first asked for, and halts all but the one that is measured: they share the cores."""
 
     def __init__(self) -> None:
-        self.kept: dict[Program, tuple[Server, ExitStack]] = {}
+        self.kept: dict[Program, tuple[RunningServer, ExitStack]] = {}
 
     def __enter__(self) -> "Servers":
         return self
@@ -109,7 +109,7 @@ class Servers:
         os.killpg(server.process.pid, signal.SIGCONT)
         try:
             model = served_model(server.url)
-            measure(server.url, model, Load(1, 1, 16, 8), seed="warm-up")
+            measure(server.url, model, Workload(1, 1, 16, 8), seed="warm-up")
             yield server.url, model
         finally:
             os.killpg(server.process.pid, signal.SIGSTOP)

@@ -38,8 +38,8 @@ from service.settings import Dtype
 from service.tools import bench as http
 from service.tools.bench import (
     BenchError,
-    Load,
     Result,
+    Workload,
     banded,
     keep,
     measure,
@@ -64,12 +64,13 @@ class Sizes(NamedTuple):
     waves: int  # requests of each stream
     prompt: int
     output: int
-    long: Load  # long prompts
-    full: Load  # prompt and output fill the context; sampled, or texts that repeat themselves would end before others begin
-    gaps: Load
+    long: Workload  # long prompts
+    # Prompt and output fill the context. Sampled: greedy texts that repeat themselves would end before others begin.
+    full: Workload
+    gaps: Workload
     arriving: int  # the prompt that arrives every second of `every`
     every: float
-    shared: Load  # pairs of prompts with `prefix` in common, one request after the other
+    shared: Workload  # pairs of prompts with `prefix` in common, one request after the other
     prefix: int
     prompts: tuple[int, ...]
     contexts: tuple[int, ...]
@@ -83,12 +84,12 @@ REAL = Sizes(
     waves=2,
     prompt=128,
     output=128,
-    long=Load(4, 8, 1500, 64),
-    full=Load(16, 16, 1920, 128, 1.0),
-    gaps=Load(8, 8, 128, 512),
+    long=Workload(4, 8, 1500, 64),
+    full=Workload(16, 16, 1920, 128, 1.0),
+    gaps=Workload(8, 8, 128, 512),
     arriving=2000,
     every=2.0,
-    shared=Load(1, 6, 1564, 8),
+    shared=Workload(1, 6, 1564, 8),
     prefix=1500,
     prompts=(64, 128, 256, 512, 1024, 1536, 1984),
     contexts=(64, 256, 512, 1024, 1536, 2048),
@@ -101,12 +102,12 @@ QUICK = Sizes(
     waves=1,
     prompt=8,
     output=4,
-    long=Load(4, 4, 150, 4),
-    full=Load(4, 4, 192, 64, 1.0),
-    gaps=Load(2, 2, 8, 40),
+    long=Workload(4, 4, 150, 4),
+    full=Workload(4, 4, 192, 64, 1.0),
+    gaps=Workload(2, 2, 8, 40),
     arriving=200,
     every=0.05,
-    shared=Load(1, 2, 200, 2),
+    shared=Workload(1, 2, 200, 2),
     prefix=150,
     prompts=(64, 200),
     contexts=(64, 256),
@@ -179,7 +180,7 @@ class Bench:
         return found
 
     def loaded(
-        self, scenario: str, figure: str, sides: Iterable[Side], load: Load, value: Callable[[Result], float], at: float
+        self, scenario: str, figure: str, sides: Iterable[Side], load: Workload, value: Callable[[Result], float], at: float
     ) -> dict[str, float]:
         """The median of `value` of each side under a load, ours first."""
         results = self.in_turn(scenario, sides, lambda url, model, seed: measure(url, model, load, seed=seed))
@@ -210,7 +211,7 @@ class Bench:
         return self._products[dtype]
 
 
-def ceiling(products: dict[str, float], load: Load, chunk: int) -> float:
+def ceiling(products: dict[str, float], load: Workload, chunk: int) -> float:
     """Output tokens/s under a load if steps were their matrix products, prompts included: `products` has their seconds."""
     prompts = load.streams * load.prompt * products["prompt"] / chunk
     return load.streams * load.output / (prompts + load.output * products[str(load.streams)])
@@ -220,7 +221,7 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def rivals(bench: Bench, names: tuple[str, ...], load: Load) -> list[Side]:
+def rivals(bench: Bench, names: tuple[str, ...], load: Workload) -> list[Side]:
     """Those of the named peers that are installed, with room for a load."""
     whole = bench.sizes.model.n_positions
     slot = min(whole, -(-(load.prompt + load.output + 1) // 256) * 256)
@@ -264,7 +265,7 @@ def throughput(
     bench: Bench, name: str, *, dtype: str, streams: int, against: tuple[str, ...], target: Target | None = None
 ) -> list[Line]:
     sizes = bench.sizes
-    load = Load(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output)
+    load = Workload(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output)
     sides = [bench.ours(bench.gpt2, dtype), *rivals(bench, against, load)]
     medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
     figure, most = f"tokens/s, streams: {streams}", ceiling(bench.products(dtype), load, sizes.chunk)
@@ -297,7 +298,7 @@ def alternating(bench: Bench, name: str) -> list[Line]:
     return [compare(name, figure, medians, Target(1.15, 1.3))]
 
 
-def decode_phase(url: str, model: str, load: Load, seed: str) -> float:
+def decode_phase(url: str, model: str, load: Workload, seed: str) -> float:
     """Output tokens/s while all streams decode. Their prompts are in the prefix cache: computed one beside the other, the
     first stream would have ended before the last began."""
     prompts = random_prompts(load, seed)
@@ -329,7 +330,7 @@ def admitted(config: GPTConfig, kv_bytes: int) -> int:
 
 def http_cost(bench: Bench, name: str) -> list[Line]:
     streams, sizes = 32, bench.sizes
-    load = Load(streams, sizes.waves * streams, sizes.prompt, sizes.output)
+    load = Workload(streams, sizes.waves * streams, sizes.prompt, sizes.output)
     side = bench.ours(bench.gpt2, "bfloat16")
     over_http, alone = [], []
     for turn in range(bench.rounds):
@@ -368,7 +369,7 @@ async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
         try:
             while True:
                 await asyncio.sleep(sizes.every)  # the streams have begun by then
-                (prompt,) = random_prompts(Load(1, 1, sizes.arriving), f"{seed} {len(arrivals)}")
+                (prompt,) = random_prompts(Workload(1, 1, sizes.arriving), f"{seed} {len(arrivals)}")
                 arrivals.append(asyncio.create_task(http.exchange(url, http.request(url, model, prompt, 1))))
         finally:
             for task in arrivals:
@@ -438,7 +439,7 @@ def shared_prefix(bench: Bench, name: str) -> list[Line]:
 
 
 def first_tokens(bench: Bench, name: str) -> list[Line]:
-    loads = [Load(1, 3, prompt, 1) for prompt in bench.sizes.prompts]
+    loads = [Workload(1, 3, prompt, 1) for prompt in bench.sizes.prompts]
     sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, loads[-1])]
     lines = []
     for load in loads:

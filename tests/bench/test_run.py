@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from service.engine.loading import load_checkpoint
-from service.tools.bench import BenchError, Load, Program, Result, Stream
+from service.tools.bench import BenchError, Program, Result, Stream, Workload
 from tests.bench import inside, report, run
 from tests.bench.peers import Peers, Servers, Side
 from tests.bench.report import Line, Sample, Target
@@ -100,7 +100,7 @@ def test_the_best_of_the_others_stands_beside_ours() -> None:
 
 def test_the_ceiling_counts_prompts_and_steps() -> None:
     # 8 prompts of 128 at 512 tokens in 0.256 s, then 100 steps of 20 ms.
-    found = run.ceiling({"8": 0.02, "prompt": 0.256}, Load(8, 16, 128, 100), chunk=512)
+    found = run.ceiling({"8": 0.02, "prompt": 0.256}, Workload(8, 16, 128, 100), chunk=512)
     assert found == pytest.approx(800 / (8 * 0.064 + 100 * 0.02))
 
 
@@ -122,7 +122,7 @@ def test_only_streams_that_decode_together_count(monkeypatch: pytest.MonkeyPatch
         monkeypatch.setattr(run, "keep", lambda *args: None)
         monkeypatch.setattr(run, "run_async", lambda _: Result(load, 9.0, streams))
 
-    load = Load(2, 2, 64, 4)
+    load = Workload(2, 2, 64, 4)
     keep([Stream(0.0, [1.0, 2.0, 3.0, 4.0], 63), Stream(0.0, [2.5, 3.0, 3.5, 5.5], 63)])
     # From 2.5 to 4: the events at 3 and 4, and at 3 and 3.5.
     assert run.decode_phase("url", "model", load, "seed") == pytest.approx(4 / 1.5)
@@ -140,9 +140,9 @@ def state(server: Program, servers: Servers) -> str:
 
 def test_gaps_count_while_all_streams_decode() -> None:
     early, late = Stream(0.0, [1.0, 2.0, 5.0, 6.0, 8.0], 0), Stream(0.0, [3.0, 5.5, 9.0], 0)
-    assert run.gaps_together(Result(Load(2, 2), 9.0, [early, late])) == [1.0, 2.0, 2.5]
+    assert run.gaps_together(Result(Workload(2, 2), 9.0, [early, late])) == [1.0, 2.0, 2.5]
     with pytest.raises(BenchError, match="did not decode together"):
-        run.gaps_together(Result(Load(2, 2), 9.0, [Stream(0.0, [1.0, 2.0], 0), late]))
+        run.gaps_together(Result(Workload(2, 2), 9.0, [Stream(0.0, [1.0, 2.0], 0), late]))
 
 
 def test_one_server_runs_at_a_time(parrot: Path) -> None:
@@ -201,7 +201,7 @@ def test_a_checkpoint_is_converted_once(parrot: Path, tmp_path: Path) -> None:
 def test_who_is_measured_beside_whom(parrot: Path, tmp_path: Path) -> None:
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERT)
     bench = Bench(QUICK, 1, Peers(parrot, tmp_path, Path(sys.executable), tmp_path), Servers())
-    load = Load(3, 3, prompt=100, output=100)
+    load = Workload(3, 3, prompt=100, output=100)
     names = (run.LLAMA_Q8, *run.BF16_PEERS)
     sides = run.rivals(bench, names, load)
     assert tuple(side.name for side in sides) == names

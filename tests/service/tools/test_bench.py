@@ -20,7 +20,18 @@ import pytest
 
 from service.cli import main
 from service.tools import bench
-from service.tools.bench import Answer, BenchError, Load, Program, Result, Stream, base_url, measure, read_stream, running
+from service.tools.bench import (
+    Answer,
+    BenchError,
+    Program,
+    Result,
+    Stream,
+    Workload,
+    base_url,
+    measure,
+    read_stream,
+    running,
+)
 from tests.model.checkpoint.checkpoints import tiny
 
 
@@ -113,7 +124,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def test_times_are_those_of_the_events() -> None:
     streams = [Stream(10.0, [10.5, 10.7, 11.0], 0), Stream(10.0, [12.0, 12.1], 0)]
-    result = Result(Load(2, 2, 8, 3), 3.0, streams)
+    result = Result(Workload(2, 2, 8, 3), 3.0, streams)
     assert result.tokens_per_second == 2 * 3 / 3.0
     assert result.first_token == pytest.approx([0.5, 2.0])
     assert result.gaps == pytest.approx([0.1, 0.2, 0.3])
@@ -165,7 +176,7 @@ def test_percentiles() -> None:
 def test_a_load_is_what_was_asked_for(server: Answering, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     server.seconds = 0.05
-    result = measure(server.url, "parrot", Load(3, 8, prompt=17, output=3), seed=1)
+    result = measure(server.url, "parrot", Workload(3, 8, prompt=17, output=3), seed=1)
     assert len(result.streams) == len(server.asked) == 8
     assert server.most_running == 3
     assert all(stream.first_token >= 0.05 and stream.cached == 5 and len(stream.gaps) == 2 for stream in result.streams)
@@ -182,7 +193,7 @@ def test_a_load_is_what_was_asked_for(server: Answering, monkeypatch: pytest.Mon
         "stream_options": {"include_usage": True},
     }
     server.asked.clear()
-    measure(server.url, "parrot", Load(1, 8, prompt=17, output=3), seed=1)
+    measure(server.url, "parrot", Workload(1, 8, prompt=17, output=3), seed=1)
     # Three at once may arrive in another order than one after another.
     assert {tuple(body["prompt"]) for body in server.asked} == set(prompts)
 

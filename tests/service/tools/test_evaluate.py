@@ -14,7 +14,7 @@ from model.training.trainer import mean_loss
 from service.cli import few_shot_table, main
 from service.tools.evaluate import (
     EvaluationError,
-    Served,
+    RemoteModel,
     TaskItem,
     few_shot_accuracy,
     few_shot_questions,
@@ -42,11 +42,11 @@ def test_over_http_and_in_process_a_text_has_one_perplexity(
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     report = tmp_path / "report.json"
     with banded_serve(checkpoint, tmp_path / "log") as server:
-        found = perplexity(Served(server.url, checkpoint.name), TEXT).report()
+        found = perplexity(RemoteModel(server.url, checkpoint.name), TEXT).report()
         options = ["--url", server.url, "--text", str(tmp_path / "text.txt"), "--json", str(report)]
         assert main(["evaluate", *options, "--few-shot", str(tmp_path / "items.jsonl"), "--shots", "4", "0"]) == 0
         with pytest.raises(EvaluationError, match=r"POST /tokenize: 404 .*'nobody'"):
-            perplexity(Served(server.url, "nobody"), TEXT)
+            perplexity(RemoteModel(server.url, "nobody"), TEXT)
     written = json.loads(report.read_text(encoding="utf-8"))
     assert written["model"] == checkpoint.name
     assert written["text"] == pytest.approx(found)
@@ -69,7 +69,7 @@ def test_over_http_and_in_process_a_text_has_one_perplexity(
     assert found["bits_per_byte"] == pytest.approx(bits / len(TEXT.encode()), rel=1e-3)
 
 
-class Fake(Served):
+class Fake(RemoteModel):
     """A model that does what it sees."""
 
     def __init__(self, answer: Any) -> None:

@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,9 +22,6 @@ from service.settings import Settings
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
-
-    from service.engine.models import Models
-    from service.jobs.runner import Jobs
 
 DEFAULT_RANK = 8
 DEFAULT_SHOTS = (0, 1, 4, 16)
@@ -239,44 +236,22 @@ def run_serve(args: argparse.Namespace) -> int:
 def load_app(settings: Settings) -> "FastAPI":
     """The application over the model that the settings name: what takes its time when a server starts."""
     from service.api.app import create_app
-    from service.engine.loading import load_served, served_name
+    from service.engine.loading import load_served, model_directory, served_name
     from service.engine.metrics import Metrics
     from service.engine.process import freeze_loaded_objects
-
-    metrics = Metrics(served_name(settings.model))
-    models = load_served(settings, metrics)
-    app = create_app(
-        models,
-        metrics,
-        api_keys=settings.api_keys,
-        open_metrics=settings.open_metrics,
-        limit_requests=settings.limit_requests,
-        limit_tokens=settings.limit_tokens,
-        max_body_bytes=settings.max_body_bytes,
-        cors_origins=settings.cors_origins,
-        lenient=settings.lenient,
-        metrics_alias=settings.metrics_alias,
-        jobs=jobs_over(models, settings),
-        max_adapters=settings.max_adapters,
-    )
-    freeze_loaded_objects()
-    return app
-
-
-def jobs_over(models: "Models", settings: Settings) -> "Jobs | None":
-    """Fine-tuning of the served model; None where nothing is kept."""
-    from service.engine.loading import model_directory
     from service.jobs.runner import Jobs
     from service.jobs.store import Store
 
-    if settings.data_dir is None:
-        return None
-    store = Store(settings.data_dir)
-
-    async def publish(name: str, job_id: str) -> None:
-        await models.add(name, store.run_directory(job_id))
-
-    return Jobs(store, models.base, model_directory(settings.model), publish)
+    name = served_name(settings.model)
+    metrics = Metrics(name)
+    with ExitStack() as opened:
+        store = opened.enter_context(closing(Store(settings.data_dir))) if settings.data_dir else None
+        models = load_served(settings, metrics, store.results(name) if store else ())
+        jobs = Jobs(store, models, model_directory(settings.model)) if store else None
+        app = create_app(models, metrics, settings, jobs)
+        opened.pop_all()  # the jobs close the store when the application ends
+    freeze_loaded_objects()
+    return app
 
 
 def run_complete(args: argparse.Namespace) -> int:

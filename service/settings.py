@@ -13,9 +13,7 @@ from service.engine.scheduler import MIN_CHUNK
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
-MetricsAlias = Literal["vllm"]
 
-DEFAULT_MAX_BODY_BYTES = 16 * 2**20
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
@@ -60,12 +58,14 @@ class Settings(BaseSettings):
     limit_tokens: int = Field(
         0, ge=0, description="tokens, of prompts and completions, that each key may ask for in a minute; 0: any number"
     )
-    max_body_bytes: int = Field(DEFAULT_MAX_BODY_BYTES, gt=0, description="bytes of a request's body; one more is a 413")
+    max_body_bytes: int = Field(16 * 2**20, gt=0, description="bytes of a request's body; one more is a 413")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma-separated origins whose pages may use the API from a browser; * lets all"
     )
     lenient: bool = Field(False, description="an unknown field is a warning in the response instead of a 400")
-    metrics_alias: MetricsAlias | None = Field(None, description="vllm: /metrics has vLLM's names too, for its dashboards")
+    metrics_alias: Literal["vllm"] | None = Field(
+        None, description="vllm: /metrics has vLLM's names too, for its dashboards"
+    )
     allow_unauthenticated: bool = Field(False, description="serve a non-loopback address without keys")
 
     @field_validator("api_keys", "cors_origins", mode="before")

@@ -10,7 +10,6 @@ from starlette.routing import Route
 
 from service.api import errors, openapi
 from service.api.limits import RateLimits
-from service.api.metrics_alias import VllmNames
 from service.api.middleware import (
     HEALTH,
     AnswerFaults,
@@ -22,10 +21,11 @@ from service.api.middleware import (
     RequireKey,
 )
 from service.api.routes import chat, completions, files, fine_tuning, models, operations, score, tokenization
+from service.api.state import AppState
 from service.engine.metrics import Metrics
 from service.engine.models import Models
 from service.jobs.runner import Jobs
-from service.settings import DEFAULT_MAX_BODY_BYTES, MetricsAlias
+from service.settings import Settings
 
 ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, files, fine_tuning, operations))
 # What a script of another origin may read beside the body.
@@ -41,20 +41,10 @@ EXPOSED_HEADERS = (
 def create_app(
     models: Models,
     metrics: Metrics,
-    *,
-    api_keys: tuple[str, ...] = (),
-    open_metrics: bool = False,
-    limit_requests: int = 0,
-    limit_tokens: int = 0,
-    max_body_bytes: int = DEFAULT_MAX_BODY_BYTES,
-    cors_origins: tuple[str, ...] = (),
-    lenient: bool = False,
-    metrics_alias: MetricsAlias | None = None,
+    settings: Settings,
     jobs: Jobs | None = None,
-    max_adapters: int = 0,
 ) -> FastAPI:
-    """An application over loaded models; the options are the settings of those names. Its lifespan starts and stops the
-    engine and, where there are, `jobs`; draining is the server's part."""
+    """An application over loaded models. Its lifespan starts and stops the engine and the jobs; a server drains the engine."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001
@@ -73,27 +63,22 @@ def create_app(
         redirect_slashes=False,
         responses=errors.RESPONSES,
     )
-    app.state.models = models
-    app.state.jobs, app.state.store = jobs, jobs and jobs.store
-    app.state.max_adapters = max_adapters
-    app.state.metrics = metrics
-    app.state.exported = VllmNames(metrics.registry) if metrics_alias == "vllm" else metrics.registry
-    app.state.lenient = lenient
+    app.state.shared = AppState(models, metrics, settings, jobs)
     for router in ROUTERS:
         app.include_router(router)
     errors.install(app, [route for router in ROUTERS for route in router.routes if isinstance(route, Route)])
-    open_paths = (*HEALTH, "/metrics") if open_metrics else HEALTH
-    openapi.install(app, open_paths if api_keys else None)
+    open_paths = (*HEALTH, "/metrics") if settings.open_metrics else HEALTH
+    openapi.install(app, open_paths if settings.api_keys else None)
     # The last one added is the outermost.
     app.add_middleware(AnswerFaults)
-    app.add_middleware(LimitBody, max_bytes=max_body_bytes)
-    app.add_middleware(LimitRates, limits=RateLimits(limit_requests, limit_tokens))
-    if api_keys:
-        app.add_middleware(RequireKey, keys=api_keys, open_paths=open_paths)
-    if cors_origins:
+    app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
+    app.add_middleware(LimitRates, limits=RateLimits(settings.limit_requests, settings.limit_tokens))
+    if settings.api_keys:
+        app.add_middleware(RequireKey, keys=settings.api_keys, open_paths=open_paths)
+    if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,
-            allow_origins=cors_origins,
+            allow_origins=settings.cors_origins,
             allow_methods=("GET", "HEAD", "POST", "DELETE"),
             allow_headers=("*",),
             expose_headers=EXPOSED_HEADERS,

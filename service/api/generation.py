@@ -23,9 +23,10 @@ from service.api.schema.completions import CompletionResponse
 from service.api.schema.fields import MAX_STOPS, too_many_stops
 from service.api.schema.sampling import SamplingFields
 from service.api.sse import CLIENT_CLOSED_REQUEST, ClientGoneError, event, unless_disconnected
+from service.api.state import state_of
 from service.engine.choice import ChoiceRequest, Output, ShownToken
 from service.engine.engine import Engine
-from service.engine.models import Models, ServedModel
+from service.engine.models import ServedModel
 
 T = TypeVar("T")
 
@@ -40,7 +41,7 @@ MAX_NAMES = 5
 
 def served_model(request: Request, name: str | None) -> ServedModel:
     """The model that a request names, or the first where it names none. Raises APIError 404."""
-    models: Models = request.app.state.models
+    models = state_of(request).models
     served = models.find(name)
     if served is None:
         names = [f"'{each.name}'" for each in models]
@@ -55,7 +56,7 @@ def warnings_for(body: Body, request: Request) -> list[str] | None:
     unknown = [shown(name) for name in body.unknown_fields]
     if not unknown:
         return None
-    if not request.app.state.lenient:
+    if not state_of(request).settings.lenient:
         raise invalid(f"unknown field '{unknown[0]}'", unknown[0], "unknown_parameter")
     named = [f"the unknown field '{name}' was ignored" for name in unknown[:MAX_WARNINGS]]
     more = len(unknown) - len(named)

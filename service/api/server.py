@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.startup import Startup
+from service.api.state import AppState
 from service.engine.engine import Engine
 
 
@@ -64,9 +65,10 @@ class Server(uvicorn.Server):
             app = await in_daemon_thread(self._load)
             self.is_loading = False
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
-            self.engine = app.state.models.base.engine
+            state: AppState = app.state.shared
+            self.engine = state.models.base.engine
             self._startup.app = app
-            await app.state.models.base.engine.failed()
+            await self.engine.failed()
         except Exception as error:
             self.is_loading = False
             self.load_error = error

@@ -5,6 +5,7 @@ import hashlib
 import itertools
 import logging
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,6 @@ from service.engine.models import Models, ServedModel
 from service.engine.pages import KVCache, page_bytes, pool_sizes, sequence_bytes
 from service.engine.process import keep_freed_memory, one_torch_thread
 from service.engine.scheduler import AdapterRef, Scheduler, Sequence
-from service.jobs.store import Store
 from service.settings import Settings
 
 log = logging.getLogger("banded")
@@ -272,8 +272,8 @@ class EngineAdapters:
         return base._replace(name=name, created=now, fingerprint=fingerprint, adapter=ref, parent=base.name)
 
 
-def load_served(settings: Settings, metrics: Metrics) -> Models:
-    """Everything between a model's directory and its engine."""
+def load_served(settings: Settings, metrics: Metrics, finished: Iterable[tuple[str, Path]] = ()) -> Models:
+    """Everything between a model's directory and its engine. `finished` has name and directory of each adapter of a job."""
     started = time.perf_counter()
     keep_freed_memory()
     try:
@@ -305,7 +305,7 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
     digest = weights_digest(model_directory(settings.model)) if settings.adapters or settings.data_dir else ""
     loader = EngineAdapters(base, checkpoint.model, runner, digest)
     adapters = [loader.load_first(name, Path(directory)) for name, directory in settings.adapters.items()]
-    for name, directory in finished_adapters(settings, checkpoint.name):
+    for name, directory in finished:
         try:
             if len(adapters) >= settings.max_adapters:
                 raise LoadError(f"max_adapters is {settings.max_adapters}")
@@ -313,13 +313,3 @@ def load_served(settings: Settings, metrics: Metrics) -> Models:
         except ValueError as error:  # DELETE /v1/models takes it away
             log.error("%s is not served: %s", name, error)
     return Models([base, *adapters], loader)
-
-
-def finished_adapters(settings: Settings, base: str) -> list[tuple[str, Path]]:
-    """Names and directories of what jobs have made of the model."""
-    if settings.data_dir is None:
-        return []
-    store = Store(settings.data_dir)
-    jobs = [job for job in reversed(store.jobs()) if job.fine_tuned_model and job.model == base]
-    store.close()
-    return [(str(job.fine_tuned_model), store.run_directory(job.id)) for job in jobs]

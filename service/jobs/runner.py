@@ -14,11 +14,10 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from service.engine.models import ServedModel
+from service.engine.models import Models
 from service.jobs.store import UNFINISHED, Job, Store
 
 log = logging.getLogger("banded.jobs")
@@ -37,12 +36,10 @@ PR_SET_PDEATHSIG = 1
 class Jobs:
     """Runs the jobs of a store, in the event loop."""
 
-    def __init__(self, store: Store, base: ServedModel, directory: Path, publish: Callable[[str, str], Awaitable[None]]):
-        """`base` is the model that jobs begin with, and `directory` where it lies. `publish` serves the result of a job,
-        given its name and the job's id; it raises ValueError or OSError where that can't be."""
+    def __init__(self, store: Store, models: Models, directory: Path):
+        """Jobs begin with the base of `models`, which lies in `directory`, and add their results to `models`."""
         self.store = store
-        self._base, self._directory = base, directory
-        self._publish = publish
+        self._models, self._directory = models, directory
         self._changed = asyncio.Event()
         self._process: tuple[str, asyncio.subprocess.Process] | None = None  # of the job that runs
         self._task: asyncio.Task[None] | None = None
@@ -90,7 +87,7 @@ class Jobs:
 
     def _next(self) -> Job | None:
         """The oldest of those that something is to be done for."""
-        unfinished = [job for job in self.store.jobs() if job.status in UNFINISHED and job.model == self._base.name]
+        unfinished = [job for job in self.store.jobs() if job.status in UNFINISHED and job.model == self._models.base.name]
         return unfinished[-1] if unfinished else None
 
     async def _advance(self, job: Job) -> None:
@@ -99,7 +96,7 @@ class Jobs:
         if status == 0 and self._status(job) in UNFINISHED:
             name = f"ft:{job.model}:{job.suffix}:{job.id[-8:]}"
             try:
-                await self._publish(name, job.id)
+                await self._models.add(name, self.store.run_directory(job.id))
             except (ValueError, OSError) as error:
                 self._fail(job, str(error))
             else:

@@ -179,6 +179,11 @@ class Store:
         """The newest first."""
         return [job_of(row) for row in self._db.execute("SELECT * FROM jobs ORDER BY created DESC, rowid DESC")]
 
+    def results(self, model: str) -> list[tuple[str, Path]]:
+        """The adapters that jobs have made for `model`, oldest first: the name and the directory of each."""
+        query = "SELECT fine_tuned_model, id FROM jobs WHERE model = ? AND fine_tuned_model NOT NULL ORDER BY created, rowid"
+        return [(name, self.run_directory(job_id)) for name, job_id in self._db.execute(query, (model,))]
+
     def job(self, job_id: str) -> Job | None:
         row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return row and job_of(row)

@@ -17,9 +17,9 @@ from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 
 from tests.conformance import contract
-from tests.service.api.test_app import serving
+from tests.service.api.helpers import serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run, until
+from tests.service.helpers import run, until
 from tests.serving import Served, banded_serve
 
 TEXT = "Once upon a time"

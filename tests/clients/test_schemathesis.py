@@ -19,8 +19,9 @@ from service.api.app import create_app
 from service.jobs.runner import Jobs
 from service.jobs.store import Hyperparameters, Store
 from tests.conformance import contract
-from tests.service.api.test_app import served
+from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
+from tests.service.helpers import settings_of
 
 SEED = 20200528
 EXAMPLES = 40  # of each route, beside the boundary values of every field
@@ -54,8 +55,8 @@ def application(store: Store | None = None) -> Any:
     # Room for any n that a slot and the queue can be asked for, so that few requests end in a 429.
     fake = FakeEngine(max_slots=32, max_queue=4096, kv_sequences=32)
     models = served(fake)
-    jobs = WaitingJobs(store, models.base, Path("nowhere"), models.add) if store else None  # type: ignore[arg-type]
-    return create_app(models, fake.metrics, jobs=jobs, max_adapters=1000)
+    jobs = WaitingJobs(store, models, Path("nowhere")) if store else None
+    return create_app(models, fake.metrics, settings_of(max_adapters=1000), jobs)
 
 
 def fill(store: Store) -> None:

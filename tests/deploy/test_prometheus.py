@@ -18,8 +18,8 @@ from service.api.metrics_alias import VLLM
 from tests.conformance import contract
 from tests.deploy.test_deploy import DEPLOY, ROOT, Query, dashboard_queries, read_yaml
 from tests.model.checkpoint.checkpoints import tiny
-from tests.service.api.test_app import serving
-from tests.service.engine.test_engine import run
+from tests.service.api.helpers import serving
+from tests.service.helpers import run
 from tests.serving import banded_serve
 
 

@@ -16,6 +16,9 @@ import torch
 import kernels.torch_ops
 from model.checkpoint.weights import load_model, save_model
 from service.cli import main
+from service.jobs.runner import Jobs
+from service.jobs.store import Store
+from service.settings import Settings
 from tests.model.checkpoint.checkpoints import tiny
 
 
@@ -215,8 +218,8 @@ def test_serve_hands_on_every_setting_of_the_application(
     class Enough(Exception):
         pass
 
-    def create_app(*_: object, **options: object) -> None:
-        raise Enough(options)
+    def create_app(models: object, metrics: object, settings: Settings, jobs: Jobs) -> None:
+        raise Enough(settings, jobs)
 
     monkeypatch.setattr("service.api.app.create_app", create_app)
     given = {"api_keys": "a,b", "limit_requests": "5", "limit_tokens": "6", "max_body_bytes": "7", "cors_origins": "*"}
@@ -225,23 +228,21 @@ def test_serve_hands_on_every_setting_of_the_application(
         monkeypatch.setenv(f"BANDED_{name.upper()}", value)
     with pytest.raises(Enough) as caught:
         main(["serve", "--port", "0", "--model", str(checkpoint), "--lenient", "--metrics-alias", "vllm"])
-    (options,) = caught.value.args
-    jobs = options.pop("jobs")
+    settings, jobs = caught.value.args
     assert jobs.store.directory == tmp_path / "data"
-    jobs.store.close()
-    assert (options,) == (
-        {
-            "max_adapters": 3,
-            "api_keys": ("a", "b"),
-            "open_metrics": True,
-            "limit_requests": 5,
-            "limit_tokens": 6,
-            "max_body_bytes": 7,
-            "cors_origins": ("*",),
-            "lenient": True,
-            "metrics_alias": "vllm",
-        },
-    )
+    Store(tmp_path / "data").close()  # an application that could not be made leaves the directory to others
+    expected = {
+        "max_adapters": 3,
+        "api_keys": ("a", "b"),
+        "open_metrics": True,
+        "limit_requests": 5,
+        "limit_tokens": 6,
+        "max_body_bytes": 7,
+        "cors_origins": ("*",),
+        "lenient": True,
+        "metrics_alias": "vllm",
+    }
+    assert {name: getattr(settings, name) for name in expected} == expected
 
 
 def test_complete_listens_nowhere_so_the_address_does_not_matter(

@@ -40,6 +40,7 @@ from service.api.schema.chat import (
     TokenBytes,
 )
 from service.api.sse import STREAMED, EventStream
+from service.api.state import state_of
 from service.engine.choice import ShownToken
 from service.engine.models import ServedModel, choice_requests
 from service.engine.prompts import ChatTemplateError, Prompt, chat_prompt
@@ -65,7 +66,7 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     )
     chat = ChatAnswer(body, served, Generation(requests, body.n, served.engine, request), warnings)
     if body.stream:
-        return EventStream(chat.stream(), request.app.state.metrics.stream_errors)
+        return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, chat.collect())
 
 

@@ -37,6 +37,7 @@ from service.api.schema.completions import (
     FewShotFields,
 )
 from service.api.sse import STREAMED, EventStream
+from service.api.state import state_of
 from service.engine.choice import ShownToken
 from service.engine.models import ServedModel, choice_requests
 from service.engine.prompts import (
@@ -93,7 +94,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     generation = Generation(requests, body.num_candidates, served.engine, request)
     completion = CompletionAnswer(body, served, read, generation, warnings)
     if body.stream:
-        return EventStream(completion.stream(), request.app.state.metrics.stream_errors)
+        return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, completion.collect())
 
 

@@ -10,6 +10,8 @@ from service.api.errors import APIError, invalid
 from service.api.schema.base import DeletedObject, shown
 from service.api.schema.errors import ErrorResponse
 from service.api.schema.files import FileList, FileObject
+from service.api.state import state_of
+from service.jobs.runner import Jobs
 from service.jobs.store import UNFINISHED, Store, StoredFile, StoreFullError
 
 router = APIRouter()
@@ -36,12 +38,17 @@ UPLOAD = {
 }
 
 
+def jobs_of(request: Request) -> Jobs:
+    """Raises APIError 404 where the server keeps nothing."""
+    jobs = state_of(request).jobs
+    if jobs is None:
+        raise APIError(404, "this server keeps no files: start it with --data-dir", code="not_found")
+    return jobs
+
+
 def store_of(request: Request) -> Store:
     """Raises APIError 404 where the server keeps nothing."""
-    store: Store | None = request.app.state.store
-    if store is None:
-        raise APIError(404, "this server keeps no files: start it with --data-dir", code="not_found")
-    return store
+    return jobs_of(request).store
 
 
 def find_file(store: Store, file_id: str, param: str | None = None) -> StoredFile:

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Query, Request
 
 from service.api.errors import APIError, invalid
 from service.api.generation import served_model, warnings_for
-from service.api.routes.files import find_file, page, store_of, unknown_id
+from service.api.routes.files import find_file, jobs_of, page, store_of, unknown_id
 from service.api.schema.base import shown
 from service.api.schema.fine_tuning import (
     CheckpointList,
@@ -20,9 +20,9 @@ from service.api.schema.fine_tuning import (
     JobObject,
     JobRequest,
 )
+from service.api.state import state_of
 from service.engine.models import Models, ServedModel
 from service.engine.pages import sequence_bytes
-from service.jobs.runner import Jobs
 from service.jobs.store import UNFINISHED, Hyperparameters, Job, Store, StoreFullError
 
 router = APIRouter()
@@ -44,7 +44,8 @@ def find_job(store: Store, job_id: str) -> Job:
 @router.post("/v1/fine_tuning/jobs")
 async def create_job(body: JobRequest, request: Request) -> JobObject:
     """Queue a job: a low-rank adapter, which is served under a name of its own when it is done."""
-    store, models = store_of(request), request.app.state.models
+    jobs, state = jobs_of(request), state_of(request)
+    store = jobs.store
     warnings = warnings_for(body, request)
     served = served_model(request, body.model)
     if served.parent is not None:
@@ -53,7 +54,7 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
         file_id = getattr(body, name)
         if file_id is not None:
             find_file(store, file_id, name)
-    check_room(store, models, request.app.state.max_adapters)
+    check_room(store, state.models, state.settings.max_adapters)
     given = body.hyperparameters or JobHyperparameters.model_validate({})
     if given.rank == 0:
         raise invalid(all_weights(served), "hyperparameters.rank", "second_engine")
@@ -69,7 +70,6 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     except StoreFullError as error:
         raise APIError(413, str(error), code="storage_full") from error
     store.add_event(job.id, f"Created job {job.id}")
-    jobs: Jobs = request.app.state.jobs
     jobs.notice()
     return job_object(job, warnings)
 
@@ -110,8 +110,8 @@ async def get_job(job_id: str, request: Request) -> JobObject:
 
 @router.post("/v1/fine_tuning/jobs/{job_id}/cancel")
 async def cancel_job(job_id: str, request: Request) -> JobObject:
-    job = find_job(store_of(request), job_id)
-    jobs: Jobs = request.app.state.jobs
+    jobs = jobs_of(request)
+    job = find_job(jobs.store, job_id)
     if job.status not in UNFINISHED or jobs.has_learnt(job):
         status = job.status if job.status not in UNFINISHED else "about to be succeeded"
         raise invalid(f"job {job.id} is not running: its status is {status}", code="job_ended")

@@ -6,16 +6,15 @@ from service.api.errors import invalid
 from service.api.generation import served_model
 from service.api.schema.base import DeletedObject
 from service.api.schema.models import ModelList, ModelObject
-from service.engine.models import Models, ServedModel
-from service.jobs.store import Store
+from service.api.state import state_of
+from service.engine.models import ServedModel
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    models: Models = request.app.state.models
-    return ModelList(data=[model_object(served) for served in models])
+    return ModelList(data=[model_object(served) for served in state_of(request).models])
 
 
 @router.get("/v1/models/{name:path}")
@@ -26,15 +25,14 @@ async def get_model(name: str, request: Request) -> ModelObject:
 @router.delete("/v1/models/{name:path}")
 async def delete_model(name: str, request: Request) -> DeletedObject:
     """Delete what a fine-tuning job has made; requests that run with it end first."""
-    models: Models = request.app.state.models
-    store: Store | None = request.app.state.store
-    made = [job for job in store.jobs() if job.fine_tuned_model == name] if store else []
-    if not store or not made:
+    state = state_of(request)
+    made = [job for job in state.jobs.store.jobs() if job.fine_tuned_model == name] if state.jobs else []
+    if not state.jobs or not made:
         name = served_model(request, name).name  # a 404 where there is none
         raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
-    if served := models.find(name):  # not where the weights that it was made for have been replaced
-        await models.remove(served)
-    store.forget_result(made[0].id)
+    if served := state.models.find(name):  # not where the weights that it was made for have been replaced
+        await state.models.remove(served)
+    state.jobs.store.forget_result(made[0].id)
     return DeletedObject(id=name, object="model")
 
 

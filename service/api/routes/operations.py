@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api.errors import APIError
-from service.engine.models import Models
+from service.api.state import state_of
 
 router = APIRouter()
 
@@ -20,8 +20,7 @@ async def live() -> dict[str, str]:
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, str]:
     """Requests may be sent: weights loaded, not draining, and idle or a step finished recently."""
-    models: Models = request.app.state.models
-    if reason := models.base.engine.unready_reason:
+    if reason := state_of(request).models.base.engine.unready_reason:
         raise APIError(503, f"not ready: {reason}", code="unavailable")
     return {"status": "ready"}
 
@@ -34,4 +33,4 @@ async def version() -> dict[str, str]:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    return Response(generate_latest(request.app.state.exported), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(state_of(request).exported), media_type=CONTENT_TYPE_LATEST)

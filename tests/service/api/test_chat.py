@@ -9,11 +9,9 @@ from model.checkpoint.prompt_format import Card
 from model.step import SamplingParams
 from service.api.schema.chat import NEUTRAL, ChatRequest
 from tests.conformance import contract
-from tests.service.api.test_app import Api, events_of, serving
-from tests.service.api.test_completions import prompts_run
-from tests.service.api.test_errors import error_of
+from tests.service.api.helpers import Api, error_of, events_of, prompts_run, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run
 
 TOKENIZER = FakeEngine.tokenizer
 HELLO = [{"role": "user", "content": "Hello"}]

@@ -11,22 +11,12 @@ from model.step import SamplingParams, StepInput
 from service.api.generation import TextEvents, chunk_event
 from service.api.schema.completions import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
-from tests.service.api.test_app import Api, events_of, post, serving
+from tests.service.api.helpers import Api, events_of, post, prompts_run, serving
 from tests.service.engine.fakes import CONFIG, FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run
 
 EOS = FakeEngine.tokenizer.eos_id
 SPELT = FakeEngine.tokenizer.encode("<|endoftext|>")
-
-
-def prompts_run(fake: FakeEngine) -> list[list[int]]:
-    """What the runner was given, prompt by prompt."""
-    prompts: list[list[int]] = []
-    for chunk in (chunk for step in fake.runner.steps for chunk in step.chunks):
-        if chunk.start == 0:
-            prompts.append([])
-        prompts[-1] += chunk.tokens
-    return prompts
 
 
 @contract("completions", "prompt", 'text, token ids, lists of either; null, missing or "" is a new document')

@@ -4,27 +4,12 @@ import asyncio
 import logging
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.conformance import contract
-from tests.service.api.test_app import post, request, serving
+from tests.service.api.helpers import error_of, post, request, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
-
-
-def error_of(answer: httpx.Response, status: int, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """The error of an answer, checked for what all have in common."""
-    assert answer.status_code == status, answer.text
-    assert answer.headers["content-type"] == "application/json"
-    assert len(answer.content) < 1000
-    body = answer.json()
-    error: dict[str, Any] = body["error"]
-    assert list(body) == ["error"]
-    assert list(error) == ["message", "type", "param", "code"]
-    assert error["type"] == kind
-    return error
-
+from tests.service.helpers import run
 
 NOT_AN_OBJECT = "the body must be a JSON object, sent with content-type application/json"
 INT64 = "input should be less than or equal to 9223372036854775807"

@@ -7,11 +7,9 @@ import pytest
 
 from model.checkpoint.prompt_format import Card
 from tests.conformance import contract
-from tests.service.api.test_app import post, served, serving
-from tests.service.api.test_completions import prompts_run
-from tests.service.api.test_errors import error_of
+from tests.service.api.helpers import error_of, post, prompts_run, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run
 
 TOKENIZER = FakeEngine.tokenizer
 OTTER = {"input": "sea otter", "output": "loutre de mer"}
@@ -109,9 +107,7 @@ def test_suffix_without_an_insertion_format() -> None:
 def test_suffix_with_an_insertion_format() -> None:
     async def test() -> None:
         fake = FakeEngine()
-        async with serving(fake) as api:
-            card = Card(insertion="<|endoftext|>{suffix}<|endoftext|>{prompt}")
-            api.app.state.models = served(fake, card)
+        async with serving(fake, Card(insertion="<|endoftext|>{suffix}<|endoftext|>{prompt}")) as api:
             answer = await api.complete(prompt="<|endoftext|>", suffix=" b", max_tokens=1)
             assert answer.status_code == 200, answer.text
             eos, spelt = TOKENIZER.eos_id, TOKENIZER.encode("<|endoftext|>")

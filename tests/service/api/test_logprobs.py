@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from tests.conformance import contract
-from tests.service.api.test_app import Api, events_of, post, serving
+from tests.service.api.helpers import Api, events_of, post, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run
 
 TOKENIZER = FakeEngine.tokenizer
 

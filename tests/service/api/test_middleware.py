@@ -16,10 +16,9 @@ from starlette.types import Message, Receive, Scope, Send
 from service.api.app import EXPOSED_HEADERS, ROUTERS
 from service.api.middleware import HEALTH, AnswerFaults
 from tests.conformance import contract
-from tests.service.api.test_app import Api, request, serving
-from tests.service.api.test_errors import error_of
+from tests.service.api.helpers import Api, error_of, request, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run
 
 KEYS = ("first-key", "second-key")
 ROUTES = [
@@ -153,7 +152,7 @@ def test_an_unexpected_fault_is_a_500_counted_and_logged_once(
         raise KeyError("secret detail")
 
     fake = FakeEngine()
-    monkeypatch.setattr("service.api.routes.completions.Completion", broken)
+    monkeypatch.setattr("service.api.routes.completions.CompletionAnswer", broken)
     answer = request("POST", "/v1/completions", fake, json={"model": "fake"})
     assert answer.status_code == 500
     assert answer.json()["error"] == {

@@ -1,7 +1,7 @@
 """The models routes."""
 
 from tests.conformance import contract
-from tests.service.api.test_app import request
+from tests.service.api.helpers import request
 
 CARD = {"id": "fake", "object": "model", "created": 1700000000, "owned_by": "banded", "root": "fake", "parent": None}
 

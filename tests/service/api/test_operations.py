@@ -7,8 +7,8 @@ import pytest
 
 import service.engine.engine
 from tests.conformance import contract
-from tests.service.api.test_app import Api, request, serving
-from tests.service.engine.test_engine import run, until
+from tests.service.api.helpers import Api, request, serving
+from tests.service.helpers import run, until
 
 
 async def unready(api: Api) -> str:

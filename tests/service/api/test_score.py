@@ -7,8 +7,7 @@ import httpx
 import pytest
 
 from tests.conformance import contract
-from tests.service.api.test_app import request
-from tests.service.api.test_errors import error_of
+from tests.service.api.helpers import error_of, request
 from tests.service.engine.fakes import FakeEngine
 
 TOKENIZER = FakeEngine.tokenizer

@@ -23,9 +23,9 @@ from service.api.server import Server, serve
 from service.engine.engine import STOP_SECONDS
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
-from tests.service.api.test_app import served
+from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run, until
+from tests.service.helpers import run, settings_of, until
 from tests.serving import banded_serve
 
 
@@ -48,7 +48,7 @@ class Running(NamedTuple):
 async def listening(*, drain_timeout: float = 20, **options: Any) -> AsyncIterator[Running]:
     fake = FakeEngine()
     fake.runner.fault = lambda step: time.sleep(0.002)
-    app = create_app(served(fake), fake.metrics, **options)
+    app = create_app(served(fake), fake.metrics, settings_of(**options))
     server = Server(lambda: app, host="127.0.0.1", port=0, drain_timeout=drain_timeout)
     status = asyncio.create_task(serve(server))
     await until(lambda: server.engine is not None)
@@ -69,7 +69,7 @@ def test_while_it_loads_a_server_says_so() -> None:
 
         def load() -> FastAPI:
             assert go.wait(20)
-            return create_app(served(fake), fake.metrics)
+            return create_app(served(fake), fake.metrics, settings_of())
 
         server = Server(load, host="127.0.0.1", port=0, drain_timeout=1)
         status = asyncio.create_task(serve(server))
@@ -293,7 +293,9 @@ def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeEngine()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = Server(lambda: create_app(served(fake), fake.metrics), host="127.0.0.1", port=port, drain_timeout=1)
+        server = Server(
+            lambda: create_app(served(fake), fake.metrics, settings_of()), host="127.0.0.1", port=port, drain_timeout=1
+        )
         with pytest.raises(SystemExit) as exit_:
             asyncio.run(serve(server))
     assert exit_.value.code != 0

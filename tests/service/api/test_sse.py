@@ -16,9 +16,9 @@ from service.api.errors import APIError
 from service.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_disconnected
 from service.engine.metrics import Metrics
 from tests.conformance import contract
-from tests.service.api.test_app import Api, serving
+from tests.service.api.helpers import Api, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run, until
+from tests.service.helpers import run, until
 
 
 class Connection:

@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 
 from tests.conformance import contract
-from tests.service.api.test_app import request, serving
-from tests.service.api.test_errors import error_of
+from tests.service.api.helpers import error_of, request, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run
 
 TOKENIZER = FakeEngine.tokenizer
 

@@ -19,8 +19,8 @@ from service.engine.metrics import Metrics
 from service.jobs.store import Hyperparameters, Store
 from service.settings import Settings
 from tests.model.checkpoint.checkpoints import tiny
-from tests.service.engine.test_engine import run
 from tests.service.engine.test_exactness import client_of, complete, random_tokens, reference
+from tests.service.helpers import run
 
 # Ranks below, at and above what the compiled products read together.
 CONFIGS = {

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
@@ -13,6 +13,7 @@ from service.engine.choice import ChoiceRequest, Output
 from service.engine.engine import DoesNotFitError, Engine, QueueFullError, RetiredError, StepFailedError, UnavailableError
 from service.engine.scheduler import AdapterRef, Sequence
 from tests.service.engine.fakes import FakeEngine
+from tests.service.helpers import run, until
 
 EOS = FakeEngine.tokenizer.eos_id
 
@@ -46,22 +47,6 @@ async def collect(engine: Engine, sequences: list[Sequence], stops: tuple[str, .
 
 def text_of(outputs: list[Output], choice: int = 0) -> str:
     return "".join(output.text for output in outputs if output.choice == choice)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.005)
-
-
-def run(test: Callable[[], Awaitable[None]], *, seconds: float = 30) -> None:
-    """`seconds` are only there to end a test that hangs."""
-
-    async def limited() -> None:
-        async with asyncio.timeout(seconds):
-            await test()
-
-    asyncio.run(limited())
 
 
 def test_text_length_and_finish_reason() -> None:

@@ -21,7 +21,7 @@ from service.settings import Settings
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
 from tests.model.checkpoint.test_weights import our_logits
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run, settings_of
 
 BAND = 40
 
@@ -30,7 +30,7 @@ BAND = 40
 async def client_of(directory: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     metrics = Metrics("tiny")
     served = load_served(Settings(model=str(directory), kv_bytes=64 << 20, **settings), metrics)
-    app = create_app(served, metrics)
+    app = create_app(served, metrics, settings_of())
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=120) as client,
@@ -210,7 +210,7 @@ def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> N
         served.base.engine._scheduler.max_draft = max_draft
 
         async def test() -> list[Any]:
-            app = create_app(served, metrics)
+            app = create_app(served, metrics, settings_of())
             async with (
                 app.router.lifespan_context(app),
                 httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=120) as client,

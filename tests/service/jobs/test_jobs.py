@@ -22,9 +22,10 @@ from service.engine.loading import LoadError
 from service.engine.models import Models, ServedModel
 from service.jobs.runner import Jobs
 from service.jobs.store import Hyperparameters, Store, StoreFullError, StoreInUseError
-from tests.service.api.test_app import served
+from service.settings import Settings
+from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
-from tests.service.engine.test_engine import run
+from tests.service.helpers import run, settings_of
 
 GOOD = [{"prompt": f"{word} =>", "completion": f" {word}s"} for word in ("cat", "dog", "bird")]
 ADVICE = "begin every completion with a space, as words are tokens with one: line 4"
@@ -126,12 +127,8 @@ async def serving(directory: Path, **options: Any) -> AsyncIterator[Api]:
     base = served(fake).base._replace(num_parameters=1_000_000)
     loader = FakeLoader(base)
     models, store = Models([base], loader), Store(directory)
-
-    async def publish(name: str, job_id: str) -> None:
-        await models.add(name, store.run_directory(job_id))
-
-    jobs = Jobs(store, base, Path("/models/fake"), publish)
-    app = create_app(models, fake.metrics, jobs=jobs, **{"max_adapters": 4} | options)
+    jobs = Jobs(store, models, Path("/models/fake"))
+    app = create_app(models, fake.metrics, Settings(**{"max_adapters": 4} | options), jobs)
     async with (
         app.router.lifespan_context(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client,
@@ -218,7 +215,7 @@ def test_no_more_is_kept_than_there_may_be(tmp_path: Path, monkeypatch: pytest.M
 def test_a_server_that_keeps_nothing_says_so() -> None:
     async def test() -> None:
         fake = FakeEngine()
-        app = create_app(served(fake), fake.metrics)
+        app = create_app(served(fake), fake.metrics, settings_of())
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             for method, path in (("POST", "/v1/files"), ("GET", "/v1/files"), ("GET", "/v1/fine_tuning/jobs")):
                 answer = await client.request(method, path)

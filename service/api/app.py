@@ -38,13 +38,8 @@ EXPOSED_HEADERS = (
 )
 
 
-def create_app(
-    models: Models,
-    metrics: Metrics,
-    settings: Settings,
-    jobs: Jobs | None = None,
-) -> FastAPI:
-    """An application over loaded models. Its lifespan starts and stops the engine and the jobs; a server drains the engine."""
+def create_app(models: Models, metrics: Metrics, settings: Settings, jobs: Jobs | None = None) -> FastAPI:
+    """An application over loaded models. Its lifespan starts and stops the engine and `jobs`; draining is not its part."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:  # noqa: ARG001

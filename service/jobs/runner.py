@@ -27,7 +27,8 @@ POLL_SECONDS = 1.0
 END_SECONDS = 30.0
 # Updates of a job: its curve is written again and again as a whole.
 MAX_UPDATES = 100_000
-COMMAND = (sys.executable, "-c", "from service.jobs.runner import run_process; run_process()", "finetune")
+MAIN = "import sys; from service.jobs.runner import give_way; give_way(); from service.cli import main; sys.exit(main())"
+COMMAND = (sys.executable, "-c", MAIN, "finetune")
 # What a process ends with that was told to end, before or after it could save its state.
 INTERRUPTED = (128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
@@ -250,8 +251,8 @@ def why(status: int, log_file: Path) -> str:
     return lines[-1].removeprefix("banded: ")[-500:] if lines else "its process said nothing"
 
 
-def run_process() -> None:
-    """A job's process: the server's requests come first, and where memory is short it is the one to be killed."""
+def give_way() -> None:
+    """Make this process yield cores to the server, die with it, and be the first to be killed if memory runs out."""
     os.nice(19)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # it ends with its server, even a server that is killed
@@ -259,6 +260,3 @@ def run_process() -> None:
         for file, value in (("autogroup", "19"), ("oom_score_adj", "1000")):
             with contextlib.suppress(OSError):
                 Path("/proc/self", file).write_text(value)
-    from service.cli import main
-
-    sys.exit(main())

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from model.config import GPTConfig
-from service.cli import positive
+from service.commands.options import positive
 from service.engine.pages import KVCache, pool_sizes, sequence_bytes
 from service.engine.process import freeze_loaded_objects
 from service.settings import Dtype

@@ -17,7 +17,8 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from service.cli import parser, settings_from
+from service.cli import parser
+from service.commands.options import settings_from
 from service.engine.metrics import Metrics
 from service.settings import Settings
 

@@ -13,7 +13,7 @@ import torch
 from model.checkpoint.weights import load_model, save_model, weights_digest
 from model.gpt import GPT
 from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable, new_adapter, save_adapter
-from service.cli import load_app
+from service.commands.serve import load_app
 from service.engine.loading import LoadError, load_served
 from service.engine.metrics import Metrics
 from service.jobs.store import Hyperparameters, Store

@@ -637,15 +637,11 @@ def test_jobs_that_can_not_be(tmp_path: Path, process: Callable[..., None]) -> N
 LOWLY = """
 import os
 from pathlib import Path
-from service.jobs import runner as jobs
-from service import cli
+from service.jobs.runner import give_way
 
-def main():
-    facts = [Path("/proc/self", name) for name in ("autogroup", "oom_score_adj")]
-    print(os.nice(0), *(file.read_text().split()[-1] for file in facts if file.exists()))
-
-cli.main = main
-jobs.run_process()
+give_way()
+facts = [Path("/proc/self", name) for name in ("autogroup", "oom_score_adj")]
+print(os.nice(0), *(file.read_text().split()[-1] for file in facts if file.exists()))
 """
 
 

@@ -11,7 +11,8 @@ import torch
 from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.weights import load_model
 from model.training.trainer import mean_loss
-from service.cli import few_shot_table, main
+from service.cli import main
+from service.commands.measure import few_shot_table
 from service.tools.evaluate import (
     EvaluationError,
     RemoteModel,

@@ -1,0 +1,45 @@
+"""Options that several commands have, and the settings that they make."""
+
+import argparse
+import math
+import os
+from typing import Any, TypeAlias
+
+from service.settings import Settings
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
+def positive_number(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number, got {text}")
+    return value
+
+
+def add_model_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--model", help="'demo' (default) or a checkpoint directory")
+    command.add_argument("--dtype", help="auto, float32, bfloat16, float16 or int8")
+    command.add_argument("--device", help="auto, cpu or cuda")
+
+
+def settings_from(args: argparse.Namespace, **fixed: Any) -> Settings:
+    """Settings from the environment, overridden by the options that were given and by `fixed`.
+
+    ValueError for a BANDED_ variable that is no setting: a misspelt limit must not be ignored.
+    """
+    prefix = str(Settings.model_config["env_prefix"])
+    unknown = [
+        name for name in os.environ if name.startswith(prefix) and name[len(prefix) :].lower() not in Settings.model_fields
+    ]
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(Settings.model_fields)}")
+    given = {name: value for name, value in vars(args).items() if name in Settings.model_fields and value is not None}
+    return Settings(**given | fixed)

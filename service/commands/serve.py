@@ -1,0 +1,77 @@
+"""`banded serve`: the composition root of the server."""
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING
+
+from service.commands.options import Commands, add_model_options, settings_from
+from service.settings import Settings
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+
+def add_serve(commands: Commands) -> None:
+    command = commands.add_parser("serve", help="serve a model over HTTP")
+    command.set_defaults(command=run_serve)
+    add_model_options(command)
+    command.add_argument("--host")
+    command.add_argument("--port", type=int)
+    command.add_argument("--allow-unauthenticated", action="store_true", default=None)
+    command.add_argument(
+        "--doctor", action="store_true", default=None, help="check the kernels first, as `banded doctor` does"
+    )
+    command.add_argument(
+        "--lenient", action="store_true", default=None, help="warn of unknown fields instead of refusing the request"
+    )
+    command.add_argument("--metrics-alias", help="vllm: export vLLM's metric names too")
+    command.add_argument("--data-dir", help="keep files and fine-tuning jobs there; without it there are none")
+    command.add_argument(
+        "--adapter",
+        action="append",
+        dest="adapters",
+        metavar="NAME=DIR",
+        help="serve the model with the adapter that `banded finetune` wrote to DIR, as NAME",
+    )
+
+
+def run_serve(args: argparse.Namespace) -> int:
+    # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    settings = settings_from(args)
+    from service.api.server import Server, serve
+
+    server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, where it is installed
+        status = runner.run(serve(server))
+    if server.is_loading or (server.engine and server.engine.hangs):
+        # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
+        logging.shutdown()
+        os._exit(status)
+    return status
+
+
+def load_app(settings: Settings) -> "FastAPI":
+    """The application over the model that the settings name: what takes its time when a server starts."""
+    from service.api.app import create_app
+    from service.engine.loading import load_served, model_directory, served_name
+    from service.engine.metrics import Metrics
+    from service.engine.process import freeze_loaded_objects
+    from service.jobs.runner import Jobs
+    from service.jobs.store import Store
+
+    name = served_name(settings.model)
+    metrics = Metrics(name)
+    with ExitStack() as opened:
+        store = opened.enter_context(closing(Store(settings.data_dir))) if settings.data_dir else None
+        models = load_served(settings, metrics, store.results(name) if store else ())
+        jobs = Jobs(store, models, model_directory(settings.model)) if store else None
+        app = create_app(models, metrics, settings, jobs)
+        opened.pop_all()  # the jobs close the store when the application ends
+    freeze_loaded_objects()
+    return app

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from service.engine.models import Models
-from service.jobs.store import UNFINISHED, Job, Store
+from service.jobs.job import UNFINISHED, Job
+from service.jobs.store import Store
 
 log = logging.getLogger("banded.jobs")
 

@@ -10,7 +10,9 @@ import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
+
+from service.jobs.job import UNFINISHED, Event, Hyperparameters, Job, Status, StoredFile
 
 log = logging.getLogger("banded.store")
 
@@ -18,9 +20,6 @@ MAX_FILES = 1000
 MAX_TOTAL_BYTES = 4 << 30
 MAX_JOBS = 1000
 
-Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
-# Jobs that still have something to do, after a restart too.
-UNFINISHED = ("validating_files", "running")
 ENDED = f"status NOT IN ({', '.join('?' * len(UNFINISHED))})"
 LAST_NUMBER = 2**63 - 1
 
@@ -47,47 +46,6 @@ class StoreFullError(Exception):
 
 class StoreInUseError(ValueError):
     """Another process has the store."""
-
-
-class StoredFile(NamedTuple):
-    id: str
-    filename: str
-    purpose: str
-    bytes: int
-    created: int
-
-
-class Hyperparameters(NamedTuple):
-    n_epochs: int
-    batch_size: int
-    learning_rate: float
-    rank: int
-
-
-class Job(NamedTuple):
-    id: str
-    status: Status
-    model: str
-    suffix: str
-    seed: int
-    hyperparameters: Hyperparameters
-    training_file: str
-    validation_file: str | None
-    created: int
-    finished: int | None = None
-    error: str | None = None
-    fine_tuned_model: str | None = None
-    trained_tokens: int | None = None
-
-
-class Event(NamedTuple):
-    number: int
-    job: str
-    created: int
-    level: str  # info, warn or error
-    type: str  # message, or metrics
-    message: str
-    data: dict[str, Any]
 
 
 class Store:

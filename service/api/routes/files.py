@@ -11,8 +11,9 @@ from service.api.schema.base import DeletedObject, shown
 from service.api.schema.errors import ErrorResponse
 from service.api.schema.files import FileList, FileObject
 from service.api.state import state_of
+from service.jobs.job import UNFINISHED, StoredFile
 from service.jobs.runner import Jobs
-from service.jobs.store import UNFINISHED, Store, StoredFile, StoreFullError
+from service.jobs.store import Store, StoreFullError
 
 router = APIRouter()
 

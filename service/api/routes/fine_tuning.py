@@ -23,7 +23,8 @@ from service.api.schema.fine_tuning import (
 from service.api.state import state_of
 from service.engine.models import Models, ServedModel
 from service.engine.pages import sequence_bytes
-from service.jobs.store import UNFINISHED, Hyperparameters, Job, Store, StoreFullError
+from service.jobs.job import UNFINISHED, Hyperparameters, Job
+from service.jobs.store import Store, StoreFullError
 
 router = APIRouter()
 

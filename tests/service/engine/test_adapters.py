@@ -16,7 +16,8 @@ from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable, new_
 from service.commands.serve import load_app
 from service.engine.loading import LoadError, load_served
 from service.engine.metrics import Metrics
-from service.jobs.store import Hyperparameters, Store
+from service.jobs.job import Hyperparameters
+from service.jobs.store import Store
 from service.settings import Settings
 from tests.model.checkpoint.checkpoints import tiny
 from tests.service.engine.test_exactness import client_of, complete, random_tokens, reference

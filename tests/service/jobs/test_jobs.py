@@ -20,8 +20,9 @@ import service.jobs.store
 from service.api.app import create_app
 from service.engine.loading import LoadError
 from service.engine.models import Models, ServedModel
+from service.jobs.job import Hyperparameters
 from service.jobs.runner import Jobs
-from service.jobs.store import Hyperparameters, Store, StoreFullError, StoreInUseError
+from service.jobs.store import Store, StoreFullError, StoreInUseError
 from service.settings import Settings
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine

@@ -1,0 +1,48 @@
+"""What a fine-tuning job is: the rows of the store, as types."""
+
+from typing import Any, Literal, NamedTuple
+
+Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
+# Jobs that still have something to do, after a restart too.
+UNFINISHED = ("validating_files", "running")
+
+
+class StoredFile(NamedTuple):
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created: int
+
+
+class Hyperparameters(NamedTuple):
+    n_epochs: int
+    batch_size: int
+    learning_rate: float
+    rank: int
+
+
+class Job(NamedTuple):
+    id: str
+    status: Status
+    model: str
+    suffix: str
+    seed: int
+    hyperparameters: Hyperparameters
+    training_file: str
+    validation_file: str | None
+    created: int
+    finished: int | None = None
+    error: str | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int | None = None
+
+
+class Event(NamedTuple):
+    number: int
+    job: str
+    created: int
+    level: str  # info, warn or error
+    type: str  # message, or metrics
+    message: str
+    data: dict[str, Any]

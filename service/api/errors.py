@@ -15,10 +15,12 @@ from service.api.limits import LimitError
 from service.api.schema.base import shown
 from service.api.schema.errors import ErrorResponse
 from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
+from service.engine.prompts import ContextOverflowError, NoInsertionError, PromptError
+from service.jobs.store import StoreFullError
 
 log = logging.getLogger("banded.api")
 
-# For the OpenAPI document: what every route may answer beside its own.
+# For the OpenAPI document: the errors that every route may answer with.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description}
     for status, description in {
@@ -33,7 +35,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     }.items()
 }
 
-# Why a body can't be parsed, where the parser's exception is not a JSONDecodeError.
+# Why a body can't be parsed, if the parser raised this instead of a JSONDecodeError.
 UNREADABLE: dict[type, str] = {
     UnicodeDecodeError: "is not UTF-8",
     RecursionError: "is nested too deeply",
@@ -55,11 +57,11 @@ class APIError(Exception):
     ):
         super().__init__(message)
         self.status = status
-        self.headers = headers
         error_type = "invalid_request_error" if status < 500 and status != 429 else "server_error"
         if status == 429:
             error_type = "rate_limit_error"
         self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}
+        self.response = JSONResponse(self.body, status, headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
@@ -68,70 +70,74 @@ def invalid(message: str, param: str | None = None, code: str | None = None) -> 
 
 def api_error(error: Exception) -> APIError:
     """The client's view of any exception. Internals go to the log, never to the client."""
-    if isinstance(error, APIError):
-        return error
-    if isinstance(error, DoesNotFitError):
-        return invalid(str(error), code="request_too_large")
-    if isinstance(error, LimitError):
-        if error.retry_after is None:
-            return invalid(str(error), code="request_too_large")
-        return APIError(429, str(error), code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
-    if isinstance(error, QueueFullError):
-        return APIError(429, str(error), code="server_busy", headers={"retry-after": str(error.retry_after)})
-    if isinstance(error, RetiredError):
-        return APIError(404, str(error), param="model", code="model_not_found")
-    if isinstance(error, StepFailedError):
-        return APIError(500, str(error), code="internal_error")
-    if isinstance(error, EngineError):
-        return APIError(503, str(error), code="unavailable", headers={"retry-after": "1"})
+    text = str(error)
+    match error:
+        case APIError():
+            return error
+        case DoesNotFitError() | LimitError(retry_after=None):
+            return invalid(text, code="request_too_large")
+        case LimitError():
+            return APIError(429, text, code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
+        case QueueFullError():
+            return APIError(429, text, code="server_busy", headers={"retry-after": str(error.retry_after)})
+        case RetiredError():
+            return APIError(404, text, param="model", code="model_not_found")
+        case StepFailedError():
+            return APIError(500, text, code="internal_error")
+        case EngineError():
+            return APIError(503, text, code="unavailable", headers={"retry-after": "1"})
+        case ContextOverflowError():
+            return invalid(text, error.param, "context_length_exceeded")
+        case NoInsertionError():
+            return invalid(text, error.param, "unsupported_parameter")
+        case PromptError():
+            return invalid(text, error.param)
+        case StoreFullError():
+            return APIError(413, text, param=error.param, code="storage_full")
+        case RequestValidationError():
+            return validation_error(error.errors()[0])
+        case HTTPException(status_code=413):
+            return APIError(413, error.detail, code="body_too_large")
+        case HTTPException() if type(error.__cause__) in UNREADABLE:
+            return invalid(f"the body {UNREADABLE[type(error.__cause__)]}")
+        case HTTPException():
+            return APIError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
     log.error("unexpected error", exc_info=error)
     return APIError(500, "internal error", code="internal_error")
 
 
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Make every failure of `app`, which has these routes, answer in the one shape; AnswerFaults does the rest."""
+    """Answer what the `routes` of `app` raise in the one shape. AnswerFaults answers what no handler here is for."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
-        known = api_error(error)
-        return JSONResponse(known.body, known.status, known.headers)
+        return api_error(error).response
 
     async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
+        path = shown(request.url.path)
         if error.status_code == 404:
-            known = APIError(404, f"no route {request.method} {shown(request.url.path)}", code="not_found")
-        elif error.status_code == 405:
-            message = f"{shown(request.url.path)} does not take {request.method}"
+            return APIError(404, f"no route {request.method} {path}", code="not_found").response
+        if error.status_code == 405:
             methods = {*dict(error.headers or {})["Allow"].split(", ")}
-            for route in routes:  # the header names the methods of the first one of the path only
+            for route in routes:  # the header names the methods of only the first route with this path
                 if route.matches(request.scope)[0] != Match.NONE:
                     methods |= route.methods or set()
             allowed = methods | {"HEAD"} if "GET" in methods else methods  # see AnswerHead
-            known = APIError(405, message, code="method_not_allowed", headers={"allow": ", ".join(sorted(allowed))})
-        elif error.status_code == 413:
-            known = APIError(413, error.detail, code="body_too_large")
-        elif type(error.__cause__) in UNREADABLE:
-            known = invalid(f"the body {UNREADABLE[type(error.__cause__)]}")
-        else:
-            known = APIError(error.status_code, str(error.detail), headers=dict(error.headers or {}))
-        return JSONResponse(known.body, known.status, known.headers)
+            allow = {"allow": ", ".join(sorted(allowed))}
+            return APIError(405, f"{path} does not take {request.method}", code="method_not_allowed", headers=allow).response
+        return api_error(error).response
 
-    async def answer_validation(request: Request, error: RequestValidationError) -> JSONResponse:  # noqa: ARG001
-        known = validation_error(error.errors()[0])
-        return JSONResponse(known.body, known.status)
-
-    app.add_exception_handler(APIError, answer)
-    app.add_exception_handler(EngineError, answer)
-    app.add_exception_handler(LimitError, answer)
+    for kind in (APIError, EngineError, LimitError, PromptError, StoreFullError, RequestValidationError):
+        app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
-    app.add_exception_handler(RequestValidationError, answer_validation)  # type: ignore[arg-type]
 
 
 def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
-    """The first fault of a body: names the field, repeats little of what was sent."""
+    """The error for the first fault of a body: it names the field and repeats little of what was sent."""
     context = error.get("ctx", {})
     if error["type"] == "json_invalid":
         return invalid(f"the body is not valid JSON: {context['error']}, at character {error['loc'][-1]}")
     path = list(error["loc"][1:])
-    if "param" in context:  # our own validators name the part of the object that they mean
+    if "param" in context:  # a validator of ours that checks several fields together blames this one
         path.append(context["param"])
     param = shown(".".join(map(str, path)))
     if not path:

@@ -1,15 +1,15 @@
-"""How much a key may ask for: a bucket of requests and a bucket of tokens, each refilled evenly within a minute."""
+"""Rate limits of a key: a bucket of requests and a bucket of tokens, each refilled evenly within a minute."""
 
 import math
 import time
 from collections.abc import Callable
 
 MINUTE = 60.0
-ROUNDING = 1e-6  # seconds by which a difference of two clock readings may be off
+ROUNDING = 1e-6  # seconds by which the difference of two clock readings may be off
 
 
 class LimitError(Exception):
-    """More than a key may have now: `retry_after` seconds make it possible, None where nothing would."""
+    """More than a key may have now. It can have it in `retry_after` seconds, or never if that is None."""
 
     def __init__(self, message: str, retry_after: int | None):
         super().__init__(message)
@@ -17,7 +17,7 @@ class LimitError(Exception):
 
 
 class Bucket:
-    """Holds up to `limit` units and gains as many in a minute. Times are seconds of one clock that never goes back."""
+    """Holds up to `limit` units and gains that many a minute. Times are seconds of one monotonic clock."""
 
     def __init__(self, limit: int, now: float):
         self.limit = limit
@@ -36,7 +36,7 @@ class Bucket:
 
 
 class KeyLimits:
-    """What one key may still ask for. A limit of 0 is none."""
+    """What one key has left. A limit of 0 means that there is none."""
 
     def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float]):
         limits = {"requests": limit_requests, "tokens": limit_tokens}
@@ -44,21 +44,20 @@ class KeyLimits:
         self._buckets = {unit: Bucket(limit, clock()) for unit, limit in limits.items() if limit}
 
     def charge_request(self) -> None:
-        """Take one request; LimitError where there is none."""
+        """Take one request. Raises LimitError if none is left."""
         self._charge("requests", 1)
 
     def charge(self, num_tokens: int) -> None:
-        """Take what a request will use at most. LimitError where less is left, or where it is more than a full bucket holds;
-        nothing is taken then."""
+        """Take the most tokens that a request can use. Raises LimitError, and takes nothing, if fewer are left."""
         self._charge("tokens", num_tokens)
 
     def refund(self, num_tokens: int) -> None:
-        """Give back what a finished request was charged for and did not use."""
+        """Give back the tokens that a finished request was charged for but did not use."""
         if bucket := self._buckets.get("tokens"):
             bucket.add(num_tokens, self._clock())
 
     def headers(self) -> dict[str, str]:
-        """The state of each bucket, as OpenAI's headers say it; `reset` is when it will be full."""
+        """The state of each bucket in OpenAI's headers; `reset` is the time until it is full."""
         now = self._clock()
         headers = {}
         for unit, bucket in self._buckets.items():
@@ -85,7 +84,7 @@ class KeyLimits:
 
 
 class RateLimits:
-    """The limits of every key, which is a hash here; all keys have the same. 0 is no limit."""
+    """The limits of all keys, each named by its hash. Every key has the same limits; 0 means none."""
 
     def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float] = time.monotonic):
         self._limits = limit_requests, limit_tokens
@@ -93,7 +92,7 @@ class RateLimits:
         self._keys: dict[bytes, KeyLimits] = {}
 
     def of(self, key: bytes) -> KeyLimits | None:
-        """None where nothing is limited. Only for keys that are configured: each is kept."""
+        """None if nothing is limited. Call it for configured keys only: it remembers every key."""
         if not any(self._limits):
             return None
         if key not in self._keys:
@@ -106,7 +105,7 @@ def remaining(bucket: Bucket, now: float) -> int:
 
 
 def duration_text(seconds: float) -> str:
-    """In OpenAI's form, rounded up to milliseconds: 0s, 6ms, 1.5s, 1m30s."""
+    """A duration in OpenAI's form, rounded up to milliseconds: 0s, 6ms, 1.5s, 1m30s."""
     milliseconds = math.ceil(round(seconds * 1000, 3))
     if 0 < milliseconds < 1000:
         return f"{milliseconds}ms"

@@ -1,4 +1,4 @@
-"""vLLM's names for what Banded counts, for dashboards that query those."""
+"""Exports Banded's metrics under vLLM's names too, for dashboards that query those."""
 
 from collections.abc import Iterator
 
@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Metric
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
-# Banded's families and what vLLM calls the same.
+# Banded's metric families and vLLM's names for them.
 VLLM = {
     "requests_running": "num_requests_running",
     "requests_waiting": "num_requests_waiting",
@@ -28,14 +28,14 @@ VLLM = {
     "request_prompt_tokens": "request_prompt_tokens",
     "request_generated_tokens": "request_generation_tokens",
 }
-# vLLM counts requests under these reasons; it refuses none.
+# vLLM counts requests under these reasons only; it has no outcome "rejected".
 FINISHED_REASONS = ("stop", "length", "abort", "error")
 
 
 class VllmNames(Collector):
-    """A registry's families, and after each that vLLM has too the same samples under vLLM's name and labels.
+    """The families of a registry. A family that vLLM has too is followed by its copy with vLLM's name and labels.
 
-    There are no second counters: both names are read from one when scraped.
+    Nothing is counted twice: a scrape reads both names from one counter.
     """
 
     def __init__(self, registry: CollectorRegistry):
@@ -53,7 +53,7 @@ class VllmNames(Collector):
 
 def renamed(family: Metric, name: str) -> Iterator[Sample]:
     samples = family.samples
-    if name == "vllm:kv_cache_usage_perc":  # vLLM has one pool: the fullest of ours says when no more will fit
+    if name == "vllm:kv_cache_usage_perc":  # vLLM has one pool; the fullest of ours decides what fits
         samples = [max(samples, key=lambda sample: sample.value)] if samples else []
     for sample in samples:
         labels = {"model_name": sample.labels["model"], "engine": "0"}

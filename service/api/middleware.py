@@ -1,4 +1,4 @@
-"""Pure ASGI middleware: who asks, how much they may ask for, and what every response carries."""
+"""Pure ASGI middleware: who is asking, how much they may ask for, and what every response carries."""
 
 import hashlib
 import hmac
@@ -8,7 +8,6 @@ import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import APIError, api_error
@@ -21,19 +20,26 @@ SANE_ID = re.compile(r"[!-~]{1,128}")
 API_VERSION = "2020-10-01"
 
 
-class IdentifyRequests:
-    """Names every request and says in every response which it answers, and how long the client waited for its start.
-
-    The id is the client's if it sent one that is printable and short; routes find it in request.state.request_id.
-    """
+class Middleware:
+    """Hands HTTP requests to `handle`; any other connection goes straight to the application."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+        await (self.handle if scope["type"] == "http" else self._app)(scope, receive, send)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        raise NotImplementedError
+
+
+class IdentifyRequests(Middleware):
+    """Gives every request an id, and every response that id and the time until it began.
+
+    A client's own id is kept if it is printable and short. Routes find the id in request.state.request_id.
+    """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = time.monotonic()
         given = Headers(scope=scope).get("x-request-id", "")
         request_id = given if SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(16)}"
@@ -50,36 +56,29 @@ class IdentifyRequests:
         await self._app(scope, receive, identifying)
 
 
-class AnswerHead:
-    """Answers HEAD as GET is answered, without the body."""
+class AnswerHead(Middleware):
+    """Answers HEAD like GET, without the body."""
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] != "HEAD":
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] != "HEAD":
             await self._app(scope, receive, send)
             return
 
         async def without_body(message: Message) -> None:
             await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
 
-        # A copy, because the server looks into its own to see that no body will come.
+        # The server looks into its own scope to see that no body will come, so the application gets a copy.
         await self._app({**scope, "method": "GET"}, receive, without_body)
 
 
-class CountResponses:
+class CountResponses(Middleware):
     """Counts responses by route and status, errors and unknown routes included."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
-        self._app = app
+        super().__init__(app)
         self._metrics = metrics
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counting(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # The route's pattern, never the client's path: paths are unbounded.
@@ -90,19 +89,20 @@ class CountResponses:
         await self._app(scope, receive, counting)
 
 
-class RequireKey:
-    """Lets a request pass whose bearer token is one of `keys`; `open_paths` need none.
+class RequireKey(Middleware):
+    """Refuses a request without one of `keys` as its bearer token, except to `open_paths`.
 
-    Keys are kept as hashes and all of them compared in constant time. The hash that matched is in scope["state"]["key"].
+    Keys are stored as hashes, and every one is compared in constant time. The hash that matched is in
+    scope["state"]["key"].
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], open_paths: tuple[str, ...]):
-        self._app = app
+        super().__init__(app)
         self._digests = [digest(key) for key in keys]
         self._open_paths = open_paths
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in self._open_paths:
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"] not in self._open_paths:
             key = self._key(scope)
             if key is None:
                 error = APIError(
@@ -111,7 +111,7 @@ class RequireKey:
                     code="invalid_api_key",
                     headers={"www-authenticate": "Bearer"},
                 )
-                await answer(error)(scope, receive, send)
+                await error.response(scope, receive, send)
                 return
             scope["state"]["key"] = key
         await self._app(scope, receive, send)
@@ -123,20 +123,17 @@ class RequireKey:
         return given if kind.lower() == "bearer" and any(matches) else None
 
 
-class LimitRates:
-    """Charges a POST below /v1/ to its key, and says in every response to a key what that may still ask for.
+class LimitRates(Middleware):
+    """Charges every POST below /v1/ to its key. Each response to a key says what the key has left.
 
-    Tokens are charged by the routes, which alone know them: they find the key's KeyLimits in request.state.limits, or None.
+    Only routes know the number of tokens, so they charge those: request.state.limits is the key's KeyLimits, or None.
     """
 
     def __init__(self, app: ASGIApp, limits: RateLimits):
-        self._app = app
+        super().__init__(app)
         self._limits = limits
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = scope["state"].get("key")
         limits = scope["state"]["limits"] = self._limits.of(key) if key else None
         if limits is None:
@@ -152,30 +149,30 @@ class LimitRates:
             try:
                 limits.charge_request()
             except LimitError as error:
-                await answer(api_error(error))(scope, receive, telling)
+                await api_error(error).response(scope, receive, telling)
                 return
         await self._app(scope, receive, telling)
 
 
-class LimitBody:
-    """Answers a body of more than `max_bytes` with a 413: before it is read where its length is declared, otherwise when
-    so much has come. The server then reads past the rest, so that a client that sends first and listens later gets it."""
+class LimitBody(Middleware):
+    """Answers a body of more than `max_bytes` with a 413.
+
+    A declared length is checked before anything is read, any other once that many bytes have come. The server then
+    discards the rest, so that a client that reads only after sending everything still gets the answer.
+    """
 
     def __init__(self, app: ASGIApp, max_bytes: int):
-        self._app = app
+        super().__init__(app)
         self._max_bytes = max_bytes
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             message = f"the body is {declared} bytes, this server's limit is {self._max_bytes}"
-            # Who waits for "100 Continue" may never send the body: the next request would be taken for it.
+            # A client that waits for "100 Continue" may never send the body; its next request would be read as the body.
             close = {"connection": "close"} if "expect" in headers else None
-            await answer(APIError(413, message, code="body_too_large", headers=close))(scope, receive, send)
+            await APIError(413, message, code="body_too_large", headers=close).response(scope, receive, send)
             return
         received = 0
 
@@ -184,27 +181,21 @@ class LimitBody:
             message = await receive()
             received += len(message.get("body", b""))
             if received > self._max_bytes:
-                # The one kind of exception that comes through whoever parses the body; see errors.install.
+                # FastAPI's body parser re-raises HTTPException and swallows everything else; see errors.install.
                 raise HTTPException(413, f"the body is longer than this server's limit of {self._max_bytes} bytes")
             return message
 
         await self._app(scope, counting, send)
 
 
-class AnswerFaults:
+class AnswerFaults(Middleware):
     """Answers an exception that has no handler with a 500.
 
-    Starlette's own place for that is outside all middleware, where the response would not be counted, and it raises the
-    exception once more for the server to log again.
+    Starlette would do so outside all middleware: the response would not be counted, and the exception would be raised
+    again for the server to log a second time.
     """
 
-    def __init__(self, app: ASGIApp):
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
         async def noting(message: Message) -> None:
@@ -217,11 +208,7 @@ class AnswerFaults:
         except Exception as error:
             if started:
                 raise
-            await answer(api_error(error))(scope, receive, send)
-
-
-def answer(error: APIError) -> JSONResponse:
-    return JSONResponse(error.body, error.status, error.headers)
+            await api_error(error).response(scope, receive, send)
 
 
 def digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""The application's own description, made true: what FastAPI assumes and this server does otherwise."""
+"""Corrects the OpenAPI document where this server differs from what FastAPI assumes."""
 
 from typing import Any
 
@@ -6,8 +6,10 @@ from fastapi import FastAPI
 
 
 def install(app: FastAPI, open_paths: tuple[str, ...] | None) -> None:
-    """Correct the document of `app` when it is first asked for. `open_paths` are those that need no key where the others
-    do; None: no path does."""
+    """Correct the document of `app` when it is first requested.
+
+    All paths but `open_paths` need a key; None means that no path does.
+    """
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:
@@ -21,7 +23,7 @@ def install(app: FastAPI, open_paths: tuple[str, ...] | None) -> None:
 def correct(document: dict[str, Any], open_paths: tuple[str, ...] | None) -> None:
     for operations in document["paths"].values():
         for operation in operations.values():
-            operation["responses"].pop("422", None)  # a faulty field is a 400 here, in the shape of every error
+            operation["responses"].pop("422", None)  # an invalid field is a 400 here, in the shape of every error
     for name in ("HTTPValidationError", "ValidationError"):
         document["components"]["schemas"].pop(name, None)
     if open_paths is not None:

@@ -1,4 +1,4 @@
-"""uvicorn with a beginning and an end: it listens while the model loads, SIGTERM drains, a failure ends the process."""
+"""uvicorn with a start and an end: it listens while the model loads, drains on SIGTERM and exits if the engine fails."""
 
 import asyncio
 import signal
@@ -17,14 +17,13 @@ from service.engine.engine import Engine
 
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT, then until the running requests have ended; a second signal ends them at once.
+    """Serves until SIGTERM or SIGINT and then finishes the running requests. A second signal ends them at once.
 
-    While loading or draining it listens all the same, so that health checks read 503 and clients get an error instead of a
-    closed port.
+    It also listens while loading and draining: health checks then read 503, and clients get an error, not a closed port.
     """
 
     def __init__(self, load: Callable[[], FastAPI], *, host: str, port: int, drain_timeout: float):
-        """`load` makes the application, in a thread of its own."""
+        """`load` makes the application. It runs in a thread of its own."""
         self._startup = Startup()
         super().__init__(
             uvicorn.Config(self._startup, host=host, port=port, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
@@ -59,7 +58,7 @@ class Server(uvicorn.Server):
         self._loop.call_soon_threadsafe(lambda: self._tasks.append(asyncio.create_task(self._drain(seconds))))
 
     async def _run_app(self) -> None:
-        """Load the application and watch over its engine. The server ends when either fails."""
+        """Load the application and watch its engine. The server exits when either fails."""
         try:
             self.is_loading = True
             app = await in_daemon_thread(self._load)
@@ -81,7 +80,7 @@ class Server(uvicorn.Server):
 
 
 async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:
-    """The result of `load`. Unlike asyncio's own threads this one does not keep a process that is told to end."""
+    """The result of `load`. Unlike asyncio's own threads, this one does not keep a process alive that is told to exit."""
     loop = asyncio.get_running_loop()
     loaded: asyncio.Future[FastAPI] = loop.create_future()
 
@@ -107,11 +106,11 @@ async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:
 
 
 async def serve(server: Server) -> int:
-    """Serve until the end; the process's exit status. Raises what loading raised."""
+    """Serve until the end and return the process's exit status. Raises what loading raised."""
     await server.serve()
     if server.load_error:
         raise server.load_error
-    if server.engine is None:  # told to end before it was loaded
+    if server.engine is None:  # a signal came before it was loaded
         return 128 + signal.SIGTERM
-    await server.engine.stop()  # where a third signal has skipped the application's own shutdown
+    await server.engine.stop()  # a third signal skips the application's own shutdown
     return 1 if server.engine.has_failed else 0

@@ -1,4 +1,4 @@
-"""Server-sent events, and what happens when the client leaves."""
+"""Server-sent events, and what happens when the client leaves before the end."""
 
 import asyncio
 import json
@@ -17,18 +17,18 @@ log = logging.getLogger("banded.api")
 
 T = TypeVar("T")
 
-# nginx's status for a client that left; nobody receives it, but the response counter shows it.
+# nginx's status for a client that has left. Nobody receives it, but the response counter shows it.
 CLIENT_CLOSED_REQUEST = 499
-# For the OpenAPI document: with `stream` the answer is one.
+# For the OpenAPI document: with `stream` the answer is a stream of events.
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-# Proxies close a connection on which nothing comes, some of them after 30 s.
+# Proxies close a connection that stays silent, some of them after 30 s.
 KEEP_ALIVE_SECONDS = 15.0
 
 
 class ClientGoneError(Exception):
-    """The client closed the connection; nobody reads an answer."""
+    """The client closed the connection, so nobody would read an answer."""
 
 
 def event(body: str) -> bytes:
@@ -37,7 +37,10 @@ def event(body: str) -> bytes:
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """Result of `work`, cancelled as soon as the client leaves; ClientGoneError then. The body must have been read."""
+    """The result of `work`. If the client leaves first, `work` is cancelled and ClientGoneError raised.
+
+    The body of the request must have been read: what `receive` gives next is then the disconnection.
+    """
 
     async def disconnect() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -56,10 +59,11 @@ async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) ->
 
 
 class EventStream(Response):
-    """Sends `events` as they come, then [DONE]; comments while none comes for `keep_alive` seconds.
+    """Sends `events` as they come, then [DONE]. After `keep_alive` silent seconds it sends a comment.
 
-    The status goes out with the first event or comment: an exception before it becomes an ordinary error answer, one after
-    it an error event, logged and counted in `errors`. However the stream ends, `events` is closed before this returns.
+    The status goes out with the first event or comment. An exception before that becomes an ordinary error response;
+    a later one becomes an error event, which is logged and counted in `errors`. However the stream ends, `events` is
+    closed before this returns.
     """
 
     media_type = "text/event-stream"
@@ -81,7 +85,7 @@ class EventStream(Response):
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._events) as events:
-            # A task for the whole stream: one for each event would cost as much as the event.
+            # One task comments on the whole stream: a task for each event would cost as much as the event itself.
             commenting = asyncio.create_task(self._comment(send))
             try:
                 async for body in events:
@@ -91,7 +95,7 @@ class EventStream(Response):
                     raise
                 self._errors.inc()
                 known = api_error(error)
-                # Under status 200 nothing else would tell of it.
+                # The response counter shows a 200, so only this line tells the operator.
                 log.warning("a stream failed after its first byte, with what would be a %d: %s", known.status, known)
                 await self._send(send, event(json.dumps(known.body)))
             finally:

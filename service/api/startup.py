@@ -1,4 +1,4 @@
-"""The application from the moment its port is open: while the model loads, everything but liveness is a 503."""
+"""What answers from the moment the port is open: while the model loads, everything but liveness is a 503."""
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -8,7 +8,7 @@ from service.api.middleware import IdentifyRequests
 
 
 class Startup:
-    """Hands requests on to `app` once that is set."""
+    """Hands requests to `app` once it is set."""
 
     def __init__(self) -> None:
         self.app: ASGIApp | None = None
@@ -23,4 +23,4 @@ async def answer_while_loading(scope: Scope, receive: Receive, send: Send) -> No
         await JSONResponse({"status": "live"})(scope, receive, send)
         return
     error = APIError(503, "the model is still loading", code="unavailable", headers={"retry-after": "1"})
-    await JSONResponse(error.body, error.status, error.headers)(scope, receive, send)
+    await error.response(scope, receive, send)

@@ -1,9 +1,9 @@
-"""What a fine-tuning job is: the rows of the store, as types."""
+"""The types of what the store keeps: files, fine-tuning jobs and their events."""
 
 from typing import Any, Literal, NamedTuple
 
 Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
-# Jobs that still have something to do, after a restart too.
+# A job with one of these goes on, after a restart too.
 UNFINISHED = ("validating_files", "running")
 
 

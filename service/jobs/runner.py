@@ -1,8 +1,8 @@
-"""Fine-tuning jobs: one at a time, each in a process of its own at low priority, begun again where the server was stopped.
+"""Runs fine-tuning jobs: one at a time, each in a process of its own at low priority.
 
-A job's process is `banded finetune`. What it has found in the files and done since is read from its report and its loss
-curve, so it needs no line to the server. Told to end, it saves its state and goes on with the next server; one that
-outlives its server nevertheless is waited for (see model.training.run.follow).
+A job's process is `banded finetune`. The server reads its progress from the report and the loss curve that it writes, so
+the two need no connection. A process that is told to end saves its state, and the next server resumes the job. If a
+process outlives its server, the next one waits for it (see model.training.run.follow).
 """
 
 import asyncio
@@ -24,44 +24,44 @@ from service.jobs.store import Store
 log = logging.getLogger("banded.jobs")
 
 POLL_SECONDS = 1.0
-# How long a process may take to save its state when it is told to end.
+# The time that a process gets to save its state when it is told to end.
 END_SECONDS = 30.0
-# Updates of a job: its curve is written again and again as a whole.
+# A job with more updates is refused: the whole curve is written again and again.
 MAX_UPDATES = 100_000
 MAIN = "import sys; from service.jobs.runner import give_way; give_way(); from service.cli import main; sys.exit(main())"
 COMMAND = (sys.executable, "-c", MAIN, "finetune")
-# What a process ends with that was told to end, before or after it could save its state.
+# Exit statuses of a process that was told to end, whether it could save its state or not.
 INTERRUPTED = (128 + signal.SIGINT, -signal.SIGINT, -signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 
 class Jobs:
-    """Runs the jobs of a store, in the event loop."""
+    """Runs the jobs of a store. Belongs to the event loop."""
 
     def __init__(self, store: Store, models: Models, directory: Path):
         """Jobs begin with the base of `models`, which lies in `directory`, and add their results to `models`."""
         self.store = store
         self._models, self._directory = models, directory
         self._changed = asyncio.Event()
-        self._process: tuple[str, asyncio.subprocess.Process] | None = None  # of the job that runs
+        self._process: tuple[str, asyncio.subprocess.Process] | None = None  # the running job's id and process
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         self._task = asyncio.create_task(self._run())
 
     async def stop(self) -> None:
-        """End the running process; its job goes on with the next server."""
+        """End the running process. The next server resumes its job."""
         if self._task:
             self._task.cancel()
             await asyncio.wait([self._task])
         self.store.close()
 
     def notice(self) -> None:
-        """There is a new job."""
+        """Look for a new job."""
         self._changed.set()
 
     def has_learnt(self, job: Job) -> bool:
-        """Whether its process has succeeded: then its model is about to be served."""
+        """Whether the job's process has succeeded. Its model is then about to be served."""
         return self._process is not None and self._process[0] == job.id and self._process[1].returncode == 0
 
     async def cancel(self, job: Job) -> None:
@@ -81,19 +81,19 @@ class Jobs:
                     await self._changed.wait()
             except Exception:
                 log.exception("job %s", job and job.id)
-                with contextlib.suppress(Exception):  # the disk may be full, or the database locked: later it may not be
+                with contextlib.suppress(Exception):  # the disk may be full or the database locked; that may pass
                     if job:
                         self._fail(job, "internal error")
                 await asyncio.sleep(POLL_SECONDS)
             self._process = None
 
     def _next(self) -> Job | None:
-        """The oldest of those that something is to be done for."""
-        unfinished = [job for job in self.store.jobs() if job.status in UNFINISHED and job.model == self._models.base.name]
+        """The oldest unfinished job."""
+        unfinished = [job for job in self.store.unfinished_jobs() if job.model == self._models.base.name]
         return unfinished[-1] if unfinished else None
 
     async def _advance(self, job: Job) -> None:
-        """Bring a job to its end, or to where its process was told to end."""
+        """Run a job until it ends or its process is told to end."""
         status = await self._train(job)
         if status == 0 and self._status(job) in UNFINISHED:
             name = f"ft:{job.model}:{job.suffix}:{job.id[-8:]}"
@@ -102,7 +102,8 @@ class Jobs:
             except (ValueError, OSError) as error:
                 self._fail(job, str(error))
             else:
-                self.store.end_job(job.id, "succeeded", fine_tuned_model=name)  # see has_learnt: nobody could cancel it
+                # Nobody can have cancelled the job meanwhile: see has_learnt.
+                self.store.end_job(job.id, "succeeded", fine_tuned_model=name)
                 self.store.add_event(job.id, f"New model: {name}")
                 self.store.add_event(job.id, "The job has succeeded")
         elif status and status not in INTERRUPTED:
@@ -119,7 +120,7 @@ class Jobs:
         return current and current.status
 
     async def _train(self, job: Job) -> int:
-        """Run the job's process, note what it says, and return its exit status."""
+        """Run the job's process, record its progress, and return its exit status."""
         directory = self.store.run_directory(job.id)
         directory.mkdir(parents=True, exist_ok=True)
         with (directory / "log").open("ab") as output:
@@ -128,13 +129,13 @@ class Jobs:
                 *self._arguments(job),
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C at the terminal is for the server
+                start_new_session=True,  # Ctrl-C at the terminal is meant for the server
             )
         self._process = job.id, process
         try:
             if job.status == "running":
                 self.store.add_event(job.id, "The job goes on")
-            if self._status(job) == "cancelled":  # while the process began
+            if self._status(job) == "cancelled":  # it was cancelled while the process started
                 return await end_process(process)
             ended = asyncio.create_task(process.wait())
             progress = Progress(self.store, job)
@@ -234,7 +235,7 @@ def metrics_of(row: dict[str, str]) -> tuple[str, dict[str, float]]:
 
 
 async def end_process(process: asyncio.subprocess.Process) -> int:
-    """Have a process save its state and end; its exit status."""
+    """Tell a process to save its state and end. Returns its exit status."""
     if process.returncode is None:
         process.terminate()
         try:
@@ -245,7 +246,7 @@ async def end_process(process: asyncio.subprocess.Process) -> int:
 
 
 def why(status: int, log_file: Path) -> str:
-    """The reason of a process's failure: the signal that ended it, or what it said last."""
+    """Why a process failed: the signal that ended it, or the last line that it logged."""
     if status < 0:
         return f"its process was ended by {signal.Signals(-status).name}"
     lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
@@ -256,8 +257,8 @@ def give_way() -> None:
     """Make this process yield cores to the server, die with it, and be the first to be killed if memory runs out."""
     os.nice(19)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # it ends with its server, even a server that is killed
-        # A session has a share of the cores, which the priority of a process in it doesn't change: autogroup in sched(7).
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # it ends with its server, even if that is killed
+        # Cores are shared among sessions, and nice only counts within a session: see autogroup in sched(7).
         for file, value in (("autogroup", "19"), ("oom_score_adj", "1000")):
             with contextlib.suppress(OSError):
                 Path("/proc/self", file).write_text(value)

@@ -1,4 +1,4 @@
-"""Files and fine-tuning jobs: rows in SQLite, contents on disk beside it."""
+"""Files and fine-tuning jobs: their rows in SQLite, their contents in files next to it."""
 
 import fcntl
 import json
@@ -41,7 +41,11 @@ CREATE INDEX IF NOT EXISTS events_of ON events (job, number);
 
 
 class StoreFullError(Exception):
-    """More than the store holds."""
+    """There is no room. `param` is the field of a request that there is no room for, if there is one."""
+
+    def __init__(self, message: str, param: str | None = None):
+        super().__init__(message)
+        self.param = param
 
 
 class StoreInUseError(ValueError):
@@ -49,10 +53,10 @@ class StoreInUseError(ValueError):
 
 
 class Store:
-    """Used by one process, from one thread at a time. What it says is on the disk."""
+    """Belongs to one process, and to one thread at a time. A change is on disk when the call returns."""
 
     def __init__(self, directory: Path):
-        """Raises StoreInUseError where another process has it."""
+        """Raises StoreInUseError if another process has the directory."""
         self.directory = directory
         (directory / "files").mkdir(parents=True, exist_ok=True)
         self._lock = (directory / "lock").open("w")
@@ -66,7 +70,7 @@ class Store:
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.executescript(SCHEMA)
-        if not is_new:  # of what a database knew that was lost, nothing is known to be a leftover
+        if not is_new:  # a new database can't tell a leftover from a file whose row was lost
             self._remove_leftovers()
 
     def close(self) -> None:
@@ -74,27 +78,28 @@ class Store:
         self._lock.close()
 
     def _remove_leftovers(self) -> None:
-        """What a process that was killed had no time to remove."""
+        """Remove what a killed process left behind."""
         files = {self.path_of(file.id) for file in self.files()}
         for path in (self.directory / "files").glob("file-*.jsonl*"):
             if path not in files:
-                log.warning("removing %s, which is no file's", path)
+                log.warning("removing %s: no stored file has this name", path)
                 path.unlink(missing_ok=True)
         runs = {self.run_directory(job.id) for job in self.jobs() if job.status in UNFINISHED or job.fine_tuned_model}
         for path in (self.directory / "jobs").glob("ftjob-*"):
             if path not in runs:
-                log.warning("removing %s, where no job works and no result lies", path)
+                log.warning("removing %s: no unfinished job runs there, and it holds no result", path)
                 shutil.rmtree(path, ignore_errors=True)
 
     # -- files --------------------------------------------------------------------------------------------------------
 
     def add_file(self, filename: str, purpose: str, content: bytes) -> StoredFile:
-        """Raises StoreFullError with the numbers."""
+        """Raises StoreFullError, with the numbers, if there is no room."""
         count, total = self._db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
         if count >= MAX_FILES:
-            raise StoreFullError(f"{count} files are stored, as many as there may be: delete one")
+            raise StoreFullError(f"{count} files are stored, as many as there may be: delete one", "file")
         if total + len(content) > MAX_TOTAL_BYTES:
-            raise StoreFullError(f"files take {total} bytes; {len(content)} more are over the limit of {MAX_TOTAL_BYTES}")
+            message = f"files take {total} bytes; {len(content)} more are over the limit of {MAX_TOTAL_BYTES}"
+            raise StoreFullError(message, "file")
         file = StoredFile(f"file-{secrets.token_hex(12)}", filename, purpose, len(content), int(time.time()))
         path = self.path_of(file.id)
         temporary = path.with_name(path.name + ".tmp")
@@ -123,7 +128,7 @@ class Store:
     def add_job(
         self, model: str, suffix: str, seed: int, hyperparameters: Hyperparameters, training: str, validation: str | None
     ) -> Job:
-        """The oldest job without a result makes room for it. Raises StoreFullError where there is none."""
+        """Drops the oldest job without a result to make room. Raises StoreFullError if every job has one."""
         (count,) = self._db.execute("SELECT count(*) FROM jobs").fetchone()
         if count >= MAX_JOBS and not self._drop_oldest_job():
             raise StoreFullError(f"{count} jobs are stored, as many as there may be")
@@ -137,6 +142,10 @@ class Store:
         """The newest first."""
         return [job_of(row) for row in self._db.execute("SELECT * FROM jobs ORDER BY created DESC, rowid DESC")]
 
+    def unfinished_jobs(self) -> list[Job]:
+        """The newest first."""
+        return [job for job in self.jobs() if job.status in UNFINISHED]
+
     def results(self, model: str) -> list[tuple[str, Path]]:
         """The adapters that jobs have made for `model`, oldest first: the name and the directory of each."""
         query = "SELECT fine_tuned_model, id FROM jobs WHERE model = ? AND fine_tuned_model NOT NULL ORDER BY created, rowid"
@@ -147,7 +156,7 @@ class Store:
         return row and job_of(row)
 
     def _drop_oldest_job(self) -> bool:
-        """Of those that have ended and whose result, if there was one, was deleted; whether there was one."""
+        """Drop the oldest job that has ended and has no result (any more). Returns whether there was such a job."""
         row = self._db.execute(
             f"SELECT id FROM jobs WHERE {ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid", UNFINISHED
         ).fetchone()
@@ -157,25 +166,25 @@ class Store:
         return row is not None
 
     def update_job(self, job_id: str, **fields: Any) -> bool:
-        """Change columns of a job that has not ended; whether that was so."""
+        """Change columns of a job unless it has ended. Returns whether it was changed."""
         columns = ", ".join(f"{name} = ?" for name in fields)
         row = (*fields.values(), job_id, *UNFINISHED)
         return self._db.execute(f"UPDATE jobs SET {columns} WHERE id = ? AND NOT ({ENDED})", row).rowcount > 0
 
     def end_job(self, job_id: str, status: Status, **fields: Any) -> bool:
-        """Whether it had not ended before, and then it is as it was."""
+        """End a job that has not ended yet. Returns whether it was ended."""
         return self.update_job(job_id, status=status, finished=int(time.time()), **fields)
 
     def run_directory(self, job_id: str) -> Path:
-        """Where a job's process works, and its result lies."""
+        """The directory in which a job's process works and leaves its result."""
         return self.directory / "jobs" / job_id
 
     def remove_run(self, job_id: str) -> None:
-        """No process works there any more, and nobody wants what it left."""
+        """Delete the directory of a job whose process has ended and whose result nobody wants."""
         shutil.rmtree(self.run_directory(job_id), ignore_errors=True)
 
     def forget_result(self, job_id: str) -> None:
-        """The model of a job was deleted."""
+        """Delete the model that a job has made."""
         self._db.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", (job_id,))
         self.remove_run(job_id)
 
@@ -185,19 +194,19 @@ class Store:
         self._add_events([(job_id, int(time.time()), level, "message", message, "{}")])
 
     def add_metrics(self, job_id: str, metrics: Iterable[tuple[str, Mapping[str, float]]]) -> None:
-        """An event of type metrics for each message and its numbers, "step" among them; all of them or none."""
+        """Add a metrics event for each message and its numbers, one of them "step". Either all are added or none."""
         now = int(time.time())
         self._add_events([(job_id, now, "info", "metrics", message, json.dumps(data)) for message, data in metrics])
 
     def _add_events(self, rows: list[tuple[str, int, str, str, str, str]]) -> None:
-        with self._db:  # one transaction: the disk is waited for once
+        with self._db:  # in one transaction, which waits for the disk once
             self._db.execute("BEGIN")
             self._db.executemany(
                 "INSERT INTO events (job, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)", rows
             )
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[Event]:
-        """The newest first, and only those before event `before`."""
+        """The newest first; with `before`, only those that are older than that event."""
         rows = self._db.execute(
             "SELECT * FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
             (job_id, LAST_NUMBER if before is None else before, limit),
@@ -209,7 +218,7 @@ class Store:
         return self._db.execute(query, (job_id, number)).fetchone() is not None
 
     def last_metrics(self, job_id: str) -> dict[str, float]:
-        """Of the last update of which there is an event; empty where there is none."""
+        """The numbers of the newest metrics event, empty if there is none."""
         query = "SELECT * FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT 1"
         row = self._db.execute(query, (job_id,)).fetchone()
         return event_of(row).data if row else {}

@@ -1,4 +1,4 @@
-"""/v1/files: what jobs learn from."""
+"""/v1/files: training data for fine-tuning jobs."""
 
 from typing import Annotated, Literal, Protocol, TypeVar
 
@@ -11,9 +11,9 @@ from service.api.schema.base import DeletedObject, shown
 from service.api.schema.errors import ErrorResponse
 from service.api.schema.files import FileList, FileObject
 from service.api.state import state_of
-from service.jobs.job import UNFINISHED, StoredFile
+from service.jobs.job import StoredFile
 from service.jobs.runner import Jobs
-from service.jobs.store import Store, StoreFullError
+from service.jobs.store import Store
 
 router = APIRouter()
 
@@ -40,7 +40,7 @@ UPLOAD = {
 
 
 def jobs_of(request: Request) -> Jobs:
-    """Raises APIError 404 where the server keeps nothing."""
+    """Raises APIError 404 if the server has no data directory."""
     jobs = state_of(request).jobs
     if jobs is None:
         raise APIError(404, "this server keeps no files: start it with --data-dir", code="not_found")
@@ -62,7 +62,7 @@ def find_file(store: Store, file_id: str, param: str | None = None) -> StoredFil
 
 @router.post("/v1/files", openapi_extra=UPLOAD)
 async def upload_file(request: Request) -> FileObject:
-    """Store a file. Whether it can be learnt from is found when a job begins."""
+    """Store a file. Its contents are checked when a job begins."""
     store = store_of(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise invalid("a file is sent as multipart/form-data", "file")
@@ -81,10 +81,7 @@ async def upload_file(request: Request) -> FileObject:
         raise invalid(f"file: its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
     if not content:
         raise invalid("file: it is empty", "file")
-    try:
-        return file_object(store.add_file(name, PURPOSE, content))
-    except StoreFullError as error:
-        raise APIError(413, str(error), param="file", code="storage_full") from error
+    return file_object(store.add_file(name, PURPOSE, content))
 
 
 @router.get("/v1/files")
@@ -95,7 +92,7 @@ async def list_files(
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
 ) -> FileList:
-    """The newest first, or the oldest."""
+    """The stored files, the newest first unless `order` is asc."""
     files = [file for file in store_of(request).files() if purpose in (None, file.purpose)]
     some, has_more = page(files if order == "desc" else files[::-1], limit, after)
     return FileList(data=[file_object(file) for file in some], has_more=has_more)
@@ -118,8 +115,7 @@ async def delete_file(file_id: str, request: Request) -> DeletedObject:
     """Delete a file that no unfinished job needs."""
     store = store_of(request)
     file = find_file(store, file_id)
-    unfinished = [job for job in store.jobs() if job.status in UNFINISHED]
-    using = [job.id for job in unfinished if file.id in (job.training_file, job.validation_file)]
+    using = [job.id for job in store.unfinished_jobs() if file.id in (job.training_file, job.validation_file)]
     if using:
         raise APIError(409, f"job {using[0]} needs the file: cancel it first", code="file_in_use")
     store.delete_file(file.id)
@@ -135,7 +131,7 @@ Listed = TypeVar("Listed", bound=HasId)
 
 
 def page(items: list[Listed], limit: int, after: str | None) -> tuple[list[Listed], bool]:
-    """The `limit` items that follow the one whose id is `after`, and whether there are more. Raises APIError for no id."""
+    """The `limit` items after the one with id `after`, and whether more follow. Raises APIError if no item has that id."""
     start = 0
     if after is not None:
         ids = [item.id for item in items]

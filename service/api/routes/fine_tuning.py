@@ -1,4 +1,4 @@
-"""/v1/fine_tuning/jobs: adapters of the served model, learnt while it serves."""
+"""/v1/fine_tuning/jobs: jobs that train adapters of the served model while it serves."""
 
 import secrets
 from typing import Annotated
@@ -24,11 +24,11 @@ from service.api.state import state_of
 from service.engine.models import Models, ServedModel
 from service.engine.pages import sequence_bytes
 from service.jobs.job import UNFINISHED, Hyperparameters, Job
-from service.jobs.store import Store, StoreFullError
+from service.jobs.store import Store
 
 router = APIRouter()
 
-# What "auto" is; the rate is multiplied by learning_rate_multiplier.
+# What "auto" means. The rate is multiplied by learning_rate_multiplier.
 EPOCHS, BATCH, RATE = 4, 8, 1e-3
 
 EVENT_PREFIX = "ftevent-"
@@ -44,17 +44,16 @@ def find_job(store: Store, job_id: str) -> Job:
 
 @router.post("/v1/fine_tuning/jobs")
 async def create_job(body: JobRequest, request: Request) -> JobObject:
-    """Queue a job: a low-rank adapter, which is served under a name of its own when it is done."""
+    """Queue a job. It trains a low-rank adapter, which the server then serves under a name of its own."""
     jobs, state = jobs_of(request), state_of(request)
     store = jobs.store
     warnings = warnings_for(body, request)
     served = served_model(request, body.model)
     if served.parent is not None:
         raise invalid(f"model: '{served.name}' is an adapter; fine-tune '{served.parent}'", "model")
-    for name in ("training_file", "validation_file"):
-        file_id = getattr(body, name)
-        if file_id is not None:
-            find_file(store, file_id, name)
+    find_file(store, body.training_file, "training_file")
+    if body.validation_file is not None:
+        find_file(store, body.validation_file, "validation_file")
     check_room(store, state.models, state.settings.max_adapters)
     given = body.hyperparameters or JobHyperparameters.model_validate({})
     if given.rank == 0:
@@ -66,17 +65,14 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
         rank=given.rank,
     )
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    try:
-        job = store.add_job(served.name, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
-    except StoreFullError as error:
-        raise APIError(413, str(error), code="storage_full") from error
+    job = store.add_job(served.name, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
     store.add_event(job.id, f"Created job {job.id}")
     jobs.notice()
     return job_object(job, warnings)
 
 
 def all_weights(served: ServedModel) -> str:
-    """Why a job doesn't change all weights, with the numbers."""
+    """Why a job can't change all weights, with the numbers."""
     weights = served.num_parameters * served.item_bytes
     keys = sequence_bytes(served.config, served.config.n_positions, served.item_bytes)
     return (
@@ -86,8 +82,8 @@ def all_weights(served: ServedModel) -> str:
 
 
 def check_room(store: Store, models: Models, max_adapters: int) -> None:
-    """Raises APIError where the result could not be served."""
-    waiting = sum(job.status in UNFINISHED and job.model == models.base.name for job in store.jobs())
+    """Raises APIError if the result could not be served."""
+    waiting = sum(job.model == models.base.name for job in store.unfinished_jobs())
     count = sum(served.parent is not None for served in models)
     if count + waiting >= max_adapters:
         raise invalid(
@@ -99,7 +95,7 @@ def check_room(store: Store, models: Models, max_adapters: int) -> None:
 
 @router.get("/v1/fine_tuning/jobs")
 async def list_jobs(request: Request, limit: Limit = 20, after: str | None = None) -> JobList:
-    """The newest first."""
+    """The jobs, the newest first."""
     jobs, has_more = page(store_of(request).jobs(), limit, after)
     return JobList(data=[job_object(job) for job in jobs], has_more=has_more)
 
@@ -122,7 +118,7 @@ async def cancel_job(job_id: str, request: Request) -> JobObject:
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/events")
 async def list_events(job_id: str, request: Request, limit: Limit = 20, after: str | None = None) -> EventList:
-    """The newest first."""
+    """The events of a job, the newest first."""
     store = store_of(request)
     job = find_job(store, job_id)
     before = None
@@ -147,13 +143,13 @@ async def list_events(job_id: str, request: Request, limit: Limit = 20, after: s
 
 @router.get("/v1/fine_tuning/jobs/{job_id}/checkpoints")
 async def list_checkpoints(job_id: str, request: Request, limit: Limit = 10, after: str | None = None) -> CheckpointList:
-    """The result, once it is there: a run keeps one state, the last."""
+    """The result, once there is one: a run keeps only its last state."""
     store = store_of(request)
     job = find_job(store, job_id)
     if job.fine_tuned_model is None:
         return CheckpointList(data=[], has_more=False)
     metrics = store.last_metrics(job.id)
-    if "valid_loss" in metrics:  # at the end it is of all examples
+    if "valid_loss" in metrics:  # the last update measures it on all examples
         metrics["full_valid_loss"] = metrics["valid_loss"]
     checkpoint = CheckpointObject(
         id=f"ftckpt-{job.id.removeprefix('ftjob-')}",
@@ -175,7 +171,7 @@ def job_object(job: Job, warnings: list[str] | None = None) -> JobObject:
         finished_at=job.finished,
         error=None if job.error is None else JobError(code="job_failed", message=job.error, param=None),
         fine_tuned_model=job.fine_tuned_model,
-        hyperparameters=JobHyperparameters.model_construct(  # as it is, and no request
+        hyperparameters=JobHyperparameters.model_construct(  # without the checks and defaults of a request
             n_epochs=parameters.n_epochs,
             batch_size=parameters.batch_size,
             learning_rate_multiplier=parameters.learning_rate / RATE,

@@ -24,13 +24,13 @@ async def get_model(name: str, request: Request) -> ModelObject:
 
 @router.delete("/v1/models/{name:path}")
 async def delete_model(name: str, request: Request) -> DeletedObject:
-    """Delete what a fine-tuning job has made; requests that run with it end first."""
+    """Delete the result of a fine-tuning job. Requests that are using it finish first."""
     state = state_of(request)
     made = [job for job in state.jobs.store.jobs() if job.fine_tuned_model == name] if state.jobs else []
     if not state.jobs or not made:
-        name = served_model(request, name).name  # a 404 where there is none
+        name = served_model(request, name).name  # a 404 if there is no such model
         raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
-    if served := state.models.find(name):  # not where the weights that it was made for have been replaced
+    if served := state.models.find(name):  # it is not served if the weights it was made for have been replaced
         await state.models.remove(served)
     state.jobs.store.forget_result(made[0].id)
     return DeletedObject(id=name, object="model")

@@ -1,4 +1,4 @@
-"""What operators and orchestrators ask: is it alive, is it ready, how is it doing."""
+"""What operators and orchestrators ask: is the server alive, is it ready, how is it doing."""
 
 from importlib.metadata import version as installed
 

@@ -13,7 +13,7 @@ router = APIRouter()
 
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
-    """Token ids of a text, in which special-token text is special, or of a chat as its template lays it out."""
+    """Token ids of a text, or of a chat laid out by its template. Special-token text becomes the special token."""
     served = served_model(request, body.model)
     warnings = warnings_for(body, request)
     tokenizer = served.tokenizer
@@ -35,18 +35,18 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
 
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
-    """Text of token ids, special ones spelt out; what is no UTF-8 becomes U+FFFD."""
+    """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
     served = served_model(request, body.model)
     warnings = warnings_for(body, request)
     check_token_ids(body.tokens, served.config.vocab_size, "tokens")
-    # A model may have more rows than its vocabulary has tokens; those stand for no text.
+    # A model may have more ids than its vocabulary has tokens; the extra ids have no text.
     known = (token for token in body.tokens if token in served.tokenizer)
     return DetokenizeResponse(prompt=served.tokenizer.decode(known), warnings=warnings)
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> dict[str, Any]:
-    """What a client's tokenizer class would read from tokenizer_config.json."""
+    """The fields that a client's tokenizer class reads from tokenizer_config.json."""
     served = served_model(request, None)
     tokenizer = served.tokenizer
     eos, bos = (None if token is None else tokenizer.token_name(token) for token in (tokenizer.eos_id, tokenizer.bos_id))

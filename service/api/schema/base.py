@@ -1,6 +1,6 @@
 """What the bodies of all routes have in common."""
 
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -14,13 +14,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
+MAX_SHOWN = 80  # characters of a client's value that an error message repeats
 # The largest number that a 64-bit integer holds.
 MAX_INT = 2**63 - 1
 
 
 def shown(text: str) -> str:
-    """`text`, cut so that an error stays small whatever was sent, and without lone surrogates, which no answer can hold."""
+    """`text`, cut so that an error stays small, and without lone surrogates, which no response can hold."""
     cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
     return cut.encode(errors="backslashreplace").decode()
 
@@ -33,13 +33,13 @@ Warnings = Annotated[list[str] | None, Field(exclude_if=is_absent, description="
 
 
 def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
-    """`schema`, or null. What describes a field stays outside."""
+    """`schema` or null. Title, description and default stay outside the alternatives."""
     about = {name: schema.pop(name) for name in ("title", "description", "default") if name in schema}
     return about | {"anyOf": [schema, {"type": "null"}]}
 
 
 class Body(BaseModel):
-    """A JSON object of a request. null stands for the default everywhere; `unknown_fields` names what has no meaning."""
+    """A JSON object of a request. null means the default everywhere; `unknown_fields` names the fields without a meaning."""
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
 
@@ -50,7 +50,7 @@ class Body(BaseModel):
     def _set_unknown_aside(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(body, dict):
             return validate(body)
-        # Left to pydantic, every unknown field of a hostile body would become an error of its own.
+        # Pydantic would make an error of every unknown field, and a hostile body can hold very many.
         read = validate({name: value for name, value in body.items() if name in cls.model_fields and value is not None})
         read._unknown += [name for name in body if name not in cls.model_fields]
         return read
@@ -66,7 +66,7 @@ class Body(BaseModel):
 
     @property
     def unknown_fields(self) -> list[str]:
-        """Names of the fields that the contract doesn't know, those of objects inside as "stream_options.x"."""
+        """Fields that the contract does not know; in an object inside the body they are named "stream_options.x"."""
         found = list(self._unknown)
         for name in type(self).model_fields:
             value = getattr(self, name)
@@ -92,6 +92,14 @@ class TokenUsage(BaseModel):
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
     few_shot: Annotated[FewShotUsage | None, Field(exclude_if=is_absent)] = None
+
+
+class Page(BaseModel):
+    """Some of a list of objects; `data` is declared by each kind of list."""
+
+    object: Literal["list"] = "list"
+    data: list[Any]
+    has_more: bool
 
 
 class DeletedObject(BaseModel):

@@ -2,48 +2,25 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.schema.base import MAX_INT, Body, TokenUsage, Warnings, is_absent
 from service.api.schema.sampling import SamplingFields
 
 MAX_MESSAGES = 2048
-# Fields of OpenAI's chat schema that this server can't honour, with the values beside null that change nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": ("in-memory", "in_memory"),
-    "reasoning_effort": ("none", "medium"),
-    "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "verbosity": ("medium",),
-    "web_search_options": (),
-}
-NEUTRAL_IN_MESSAGES: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "function_call": (),
-    "name": (),
-    "refusal": ("",),
-    "tool_calls": ([],),
-    "tool_call_id": (),
-}
 
 
-def refuse_effect(value: Any, neutral: tuple[Any, ...]) -> Any:
-    """`value` if it is one of those that change nothing. True is not 1 here."""
-    if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in neutral):
-        raise PydanticCustomError("unsupported_parameter", "not supported by this server")
-    return value
+def neutral(*values: Any) -> AfterValidator:
+    """Marks a field of OpenAI's that this server can't honour. It may be null or have a value that changes nothing."""
+
+    def check(value: Any) -> Any:
+        # 1 == True, but they are different values here.
+        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
+            raise PydanticCustomError("unsupported_parameter", "not supported by this server")
+        return value
+
+    return AfterValidator(check)
 
 
 class MessagePart(Body):
@@ -56,12 +33,12 @@ class Message(Body):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | list[MessagePart] = ""
-    audio: Any = None
-    function_call: Any = None
-    name: Any = None
-    refusal: Any = None
-    tool_calls: Any = None
-    tool_call_id: Any = None
+    audio: Annotated[Any, neutral()] = None
+    function_call: Annotated[Any, neutral()] = None
+    name: Annotated[Any, neutral()] = None
+    refusal: Annotated[Any, neutral("")] = None
+    tool_calls: Annotated[Any, neutral([])] = None
+    tool_call_id: Annotated[Any, neutral()] = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -74,11 +51,6 @@ class Message(Body):
             if kind != "text" or not isinstance(part.get("text"), str):
                 raise ValueError(f"part {i} is no text: this server takes parts of type 'text' with a string 'text' only")
         return value
-
-    @field_validator(*NEUTRAL_IN_MESSAGES)
-    @classmethod
-    def _refuse_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        return refuse_effect(value, NEUTRAL_IN_MESSAGES[str(info.field_name)])
 
     @property
     def text(self) -> str:
@@ -94,33 +66,28 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     logprobs: StrictBool = False
     top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
-    # Notes to the service about a request, without an effect on its answer.
+    # Notes about a request that have no effect on its answer.
     metadata: dict[str, Any] | None = None
     prompt_cache_key: StrictStr | None = None
     safety_identifier: StrictStr | None = None
 
-    audio: Any = None
-    function_call: Any = None
-    functions: Any = None
-    modalities: Any = None
-    moderation: Any = None
-    parallel_tool_calls: Any = None
-    prediction: Any = None
-    prompt_cache_options: Any = None
-    prompt_cache_retention: Any = None
-    reasoning_effort: Any = None
-    response_format: Any = None
-    service_tier: Any = None
-    store: Any = None
-    tool_choice: Any = None
-    tools: Any = None
-    verbosity: Any = None
-    web_search_options: Any = None
-
-    @field_validator(*NEUTRAL)
-    @classmethod
-    def _refuse_effect(cls, value: Any, info: ValidationInfo) -> Any:
-        return refuse_effect(value, NEUTRAL[str(info.field_name)])
+    audio: Annotated[Any, neutral()] = None
+    function_call: Annotated[Any, neutral("none", "auto")] = None
+    functions: Annotated[Any, neutral([])] = None
+    modalities: Annotated[Any, neutral(["text"])] = None
+    moderation: Annotated[Any, neutral()] = None
+    parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
+    prediction: Annotated[Any, neutral()] = None
+    prompt_cache_options: Annotated[Any, neutral()] = None
+    prompt_cache_retention: Annotated[Any, neutral("in-memory", "in_memory")] = None
+    reasoning_effort: Annotated[Any, neutral("none", "medium")] = None
+    response_format: Annotated[Any, neutral({"type": "text"})] = None
+    service_tier: Annotated[Any, neutral("auto", "default")] = None
+    store: Annotated[Any, neutral(False)] = None
+    tool_choice: Annotated[Any, neutral("none", "auto")] = None
+    tools: Annotated[Any, neutral([])] = None
+    verbosity: Annotated[Any, neutral("medium")] = None
+    web_search_options: Annotated[Any, neutral()] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

@@ -18,7 +18,7 @@ class ExampleFields(Body):
 
 
 class FewShotFields(Body):
-    """How to lay out worked examples before the prompt; what is not given comes from the model's card."""
+    """How to lay out worked examples ahead of the prompt. What is not given comes from the model's card."""
 
     instruction: StrictStr | None = None
     examples: list[ExampleFields] = Field(default_factory=list, max_length=MAX_EXAMPLES)
@@ -70,7 +70,7 @@ class CompletionRequest(EngineCompletionRequest):
 
 
 class CompletionLogprobs(BaseModel):
-    """One entry a token in each list; null for the first token of a prompt, before which there is nothing."""
+    """Each list has an entry for each token. The first token of a prompt has no logprobs, so its entries are null."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
@@ -86,7 +86,7 @@ class CompletionChoice(BaseModel):
 
 
 class CompletionResponse(BaseModel):
-    """A completion, or with `stream` one chunk of it; in chunks `usage` is there only with include_usage."""
+    """A completion, or with `stream` a chunk of it. Chunks have `usage` only with include_usage."""
 
     id: str
     object: Literal["text_completion"] = "text_completion"

@@ -1,4 +1,4 @@
-"""Types of fields that several bodies have: what JSON each takes, and what an error says of any other."""
+"""Types of fields: the JSON that each takes, and the error for any other."""
 
 from typing import Annotated, Any
 
@@ -9,12 +9,12 @@ from service.api.schema.base import shown
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
-# Names of special tokens end a completion as tokens do: they don't count among the four. See check_sampling.
+# A stop that names a special token works like a stop token and does not count among the four. See check_sampling.
 MAX_STOPS_SENT = 64
-# Characters. A longer one only costs time, for every choice.
+# Characters. A longer stop would only cost time, for every choice.
 MAX_STOP_LENGTH = 1024
 MAX_BIAS = 100
-# What JSON calls the types that its parser gives.
+# JSON's names for the types that its parser makes.
 JSON_TYPES = {
     str: "a string",
     int: "an integer",
@@ -51,8 +51,10 @@ PROMPT_SCHEMA = {
 
 
 def check_prompt(value: Any) -> Any:
-    """A text, a list of texts, a list of token ids or a list of those; checked by hand because a union's own errors
-    list every alternative for every element."""
+    """A text, a list of texts, a list of token ids or a list of such lists.
+
+    It is checked by hand: pydantic's errors for a union list every alternative for every element.
+    """
     if value is None or isinstance(value, str):
         return value
     if not isinstance(value, list):
@@ -79,7 +81,7 @@ PromptField = Annotated[
 
 
 def check_text(value: Any) -> Any:
-    """A text or a list of token ids; by hand, for the error of a union names its members."""
+    """A text or a list of token ids, checked by hand like a prompt."""
     if isinstance(value, list):
         check_types(value, int)
     elif not isinstance(value, str):

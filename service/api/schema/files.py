@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import BaseModel
 
+from service.api.schema.base import Page
+
 
 class FileObject(BaseModel):
     id: str
@@ -15,7 +17,5 @@ class FileObject(BaseModel):
     status: Literal["processed"] = "processed"
 
 
-class FileList(BaseModel):
-    object: Literal["list"] = "list"
+class FileList(Page):
     data: list[FileObject]
-    has_more: bool

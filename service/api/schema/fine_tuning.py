@@ -5,12 +5,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
 from pydantic.json_schema import WithJsonSchema
 
-from service.api.schema.base import Body, Warnings
+from service.api.schema.base import Body, Page, Warnings
 
-
-def unless_auto(value: Any) -> Any:
-    """The default for "auto"."""
-    return None if value == "auto" else value
+# "auto" stands for null.
+AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
 
 
 def or_auto(kind: str, **bounds: float) -> WithJsonSchema:
@@ -21,18 +19,14 @@ class JobHyperparameters(Body):
     """ "auto" and null leave a choice to the server."""
 
     n_epochs: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=100)] | None,
-        BeforeValidator(unless_auto),
-        or_auto("integer", minimum=1, maximum=100),
+        Annotated[StrictInt, Field(ge=1, le=100)] | None, AUTO, or_auto("integer", minimum=1, maximum=100)
     ] = None
     batch_size: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=256)] | None,
-        BeforeValidator(unless_auto),
-        or_auto("integer", minimum=1, maximum=256),
+        Annotated[StrictInt, Field(ge=1, le=256)] | None, AUTO, or_auto("integer", minimum=1, maximum=256)
     ] = None
     learning_rate_multiplier: Annotated[
         Annotated[float, Field(ge=1e-6, le=1000, strict=True)] | None,
-        BeforeValidator(unless_auto),
+        AUTO,
         or_auto("number", minimum=1e-6, maximum=1000),
     ] = None
     rank: StrictInt = Field(
@@ -77,10 +71,8 @@ class JobObject(BaseModel):
     warnings: Warnings = None
 
 
-class JobList(BaseModel):
-    object: Literal["list"] = "list"
+class JobList(Page):
     data: list[JobObject]
-    has_more: bool
 
 
 class EventObject(BaseModel):
@@ -93,10 +85,8 @@ class EventObject(BaseModel):
     data: dict[str, Any]
 
 
-class EventList(BaseModel):
-    object: Literal["list"] = "list"
+class EventList(Page):
     data: list[EventObject]
-    has_more: bool
 
 
 class CheckpointObject(BaseModel):
@@ -109,7 +99,5 @@ class CheckpointObject(BaseModel):
     step_number: int
 
 
-class CheckpointList(BaseModel):
-    object: Literal["list"] = "list"
+class CheckpointList(Page):
     data: list[CheckpointObject]
-    has_more: bool

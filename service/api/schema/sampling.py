@@ -1,4 +1,4 @@
-"""How tokens are sampled and where the text ends: the same fields in completions and chat."""
+"""The fields that completions and chat have in common."""
 
 from typing import Self
 
@@ -18,7 +18,7 @@ class StreamOptions(Body):
 
 
 class SamplingFields(Body):
-    """How tokens are picked and where the text ends: the same in completions and chat."""
+    """How tokens are sampled and where the text ends."""
 
     temperature: Number = Field(1.0, ge=0, le=2)
     top_p: Number = Field(1.0, ge=0, le=1)

@@ -7,7 +7,7 @@ import pytest
 
 from model.checkpoint.prompt_format import Card
 from model.step import SamplingParams
-from service.api.schema.chat import NEUTRAL, ChatRequest
+from service.api.schema.chat import ChatRequest
 from tests.conformance import contract
 from tests.service.api.helpers import Api, error_of, events_of, prompts_run, serving
 from tests.service.engine.fakes import FakeEngine
@@ -173,6 +173,26 @@ def test_sampling_fields_are_those_of_completions() -> None:
     assert fake.runner.steps[0].samples[0].banned == (9,)
 
 
+# Fields of OpenAI's chat schema that the server can't honour, and the values beside null that change nothing.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "audio": (),
+    "function_call": ("none", "auto"),
+    "functions": ([],),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "prompt_cache_options": (),
+    "prompt_cache_retention": ("in-memory", "in_memory"),
+    "reasoning_effort": ("none", "medium"),
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "store": (False,),
+    "tool_choice": ("none", "auto"),
+    "tools": ([],),
+    "verbosity": ("medium",),
+    "web_search_options": (),
+}
 ACCEPTED = [(name, value) for name, values in NEUTRAL.items() for value in values]
 
 

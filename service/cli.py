@@ -1,4 +1,4 @@
-"""`banded COMMAND`: the command line. What a command does is in service/commands, which imports the rest when it runs."""
+"""The command line, `banded COMMAND`. The commands are in service/commands; each imports what it needs when it runs."""
 
 import argparse
 import logging
@@ -11,7 +11,7 @@ from service.commands import complete, inspect, measure, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; its exit status. Errors that the user can mend are one line on stderr and status 2."""
+    """Run a command and return its exit status. An error that the user can fix is one line on stderr and status 2."""
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check_package() -> None:
-    """Banded's folders are its import names; a foreign package of the same name would be imported instead."""
+    """Banded's folders are its import names, so a foreign package of the same name could be imported instead."""
     import kernels
     import model
 

@@ -18,9 +18,9 @@ ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
 class Settings(BaseSettings):
-    """Settings of one server. A field `x` is set by BANDED_X; the command line overrides the environment.
+    """Settings of one server. BANDED_X sets field `x`, and the command line overrides the environment.
 
-    Raises pydantic's ValidationError naming the field for anything out of range.
+    Raises pydantic's ValidationError, with the field, for anything out of range.
     """
 
     model_config = SettingsConfigDict(env_prefix="BANDED_", frozen=True, extra="forbid")
@@ -101,7 +101,7 @@ class Settings(BaseSettings):
     @classmethod
     def _check_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
         for origin in origins:
-            # Browsers send exactly this form; anything else would match nothing, in silence.
+            # Browsers send exactly this form. Any other would silently match nothing.
             if origin != "*" and (not ORIGIN.fullmatch(origin) or origin != origin.lower()):
                 raise ValueError(f"'{origin[:80]}' is no origin: * or, in lower case and without a path, https://host:port")
         return origins

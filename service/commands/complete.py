@@ -20,7 +20,7 @@ def add_complete(commands: Commands) -> None:
 
 
 def run_complete(args: argparse.Namespace) -> int:
-    # Nothing listens, so the address doesn't matter; a server may have the directory.
+    # Nothing listens, so no host is refused; and a server may be using the data directory.
     settings = settings_from(args, host="127.0.0.1", data_dir=None)
     logging.getLogger().setLevel(logging.WARNING)
     return asyncio.run(complete_on_terminal(args, settings))
@@ -36,7 +36,7 @@ async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> 
     from service.engine.models import choice_requests
     from service.engine.prompts import text_prompt
 
-    # The bounds of the options are those of the API.
+    # The options have the bounds of the API.
     given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
     body = CompletionRequest.model_validate(given | {"model": settings.model})
     served = load_served(settings, Metrics("terminal")).base

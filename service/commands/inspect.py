@@ -15,7 +15,7 @@ def add_doctor(commands: Commands) -> None:
 
 
 def run_doctor(args: argparse.Namespace) -> int:
-    """0 where all kernels are within the limit, 1 where one is not."""
+    """0 if all kernels are within the limit, else 1."""
     settings = settings_from(args, host="127.0.0.1")
     logging.getLogger().setLevel(logging.WARNING)
     from model.doctor import kernel_errors, percent

@@ -97,7 +97,7 @@ def few_shot_table(accuracy: dict[str, dict[int, float]]) -> list[str]:
 
 @contextmanager
 def reachable(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Address and model: of the server at --url, or of one that runs meanwhile."""
+    """Address and model of the server at --url, or of one that is started here and stopped at the end."""
     from service.tools.bench import banded, base_url, running, served_model
 
     if args.url and (args.dtype or args.device):
@@ -106,7 +106,7 @@ def reachable(args: argparse.Namespace) -> Iterator[tuple[str, str]]:
         url = base_url(args.url)
         yield url, args.model or served_model(url)
         return
-    # Without a handler the server would outlive this process.
+    # Without a handler, SIGTERM would end this process and leave the server running.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args, host="127.0.0.1")
     with running(banded(settings.model, "--dtype", settings.dtype, "--device", settings.device)) as server:

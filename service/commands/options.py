@@ -1,4 +1,4 @@
-"""Options that several commands have, and the settings that they make."""
+"""Options that several commands share, and the settings made from them."""
 
 import argparse
 import math
@@ -31,9 +31,9 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 
 
 def settings_from(args: argparse.Namespace, **fixed: Any) -> Settings:
-    """Settings from the environment, overridden by the options that were given and by `fixed`.
+    """Settings from the environment, overridden by the given options and by `fixed`.
 
-    ValueError for a BANDED_ variable that is no setting: a misspelt limit must not be ignored.
+    Raises ValueError for a BANDED_ variable that is not a setting: a misspelt limit must not be ignored.
     """
     prefix = str(Settings.model_config["env_prefix"])
     unknown = [

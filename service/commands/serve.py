@@ -41,13 +41,13 @@ def add_serve(commands: Commands) -> None:
 
 
 def run_serve(args: argparse.Namespace) -> int:
-    # The first process of a container has no default handler: without this one SIGTERM is ignored until the server runs.
+    # The first process of a container has no default handlers, so it would ignore SIGTERM until the server runs.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args)
     from service.api.server import Server, serve
 
     server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
-    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, where it is installed
+    with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, if it is installed
         status = runner.run(serve(server))
     if server.is_loading or (server.engine and server.engine.hangs):
         # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
@@ -57,7 +57,7 @@ def run_serve(args: argparse.Namespace) -> int:
 
 
 def load_app(settings: Settings) -> "FastAPI":
-    """The application over the model that the settings name: what takes its time when a server starts."""
+    """The application over the model that the settings name. This is the slow part of starting a server."""
     from service.api.app import create_app
     from service.engine.loading import load_served, model_directory, served_name
     from service.engine.metrics import Metrics
@@ -72,6 +72,6 @@ def load_app(settings: Settings) -> "FastAPI":
         models = load_served(settings, metrics, store.results(name) if store else ())
         jobs = Jobs(store, models, model_directory(settings.model)) if store else None
         app = create_app(models, metrics, settings, jobs)
-        opened.pop_all()  # the jobs close the store when the application ends
+        opened.pop_all()  # from here on the jobs close the store, when the application ends
     freeze_loaded_objects()
     return app

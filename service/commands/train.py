@@ -77,7 +77,7 @@ def run_train(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     held_out = read_tokens([args.valid], tokenizer) if args.valid else None
-    if "WORLD_SIZE" in os.environ:  # torchrun started this, once for every rank
+    if "WORLD_SIZE" in os.environ:  # torchrun started this process, one for every rank
         dist.init_process_group("gloo")
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -175,7 +175,7 @@ def run_finetune(args: argparse.Namespace) -> int:
         adapter=adapter,
         held_out=held_out,
         resume=args.resume,
-        save_every=60.0 if adapter is None else 5.0,  # an adapter is soon written
+        save_every=60.0 if adapter is None else 5.0,  # an adapter is quickly written
         origin=directory,
     )
     if loss is not None:

@@ -1,7 +1,8 @@
-"""Measures a completions server over real HTTP: so many streams always in flight, random prompts, times of every event.
+"""Measures a completions server over real HTTP: a fixed number of streams, random prompts, the time of every event.
 
-`banded bench` is this module on a command line; tests/bench measures Banded beside other servers with it. Client and server
-share the cores of one machine, so while a load runs the client only notes what comes in when, and reads it afterwards.
+`banded bench` runs this module from the command line; tests/bench compares Banded with other servers by it. Client and
+server share the cores of one machine. While a load runs, the client therefore only records bytes and times; it parses
+them afterwards.
 """
 
 import asyncio
@@ -25,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple, TextIO, cast
 from urllib.parse import urlsplit
 
-# Tokens of which nearly every vocabulary has all; the special ones stand outside.
+# Nearly every vocabulary has all of these ids, and its special tokens are not among them.
 TOKENS = range(1000, 40000)
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.02
@@ -33,25 +34,25 @@ STOP_SECONDS = 30.0
 
 
 class BenchError(ValueError):
-    """What is measured does not answer as a completions server does: a failing server has no throughput."""
+    """The server does not answer as a completions server should: a failing server has no throughput."""
 
 
 class Workload(NamedTuple):
-    """What to ask for: `requests` streams of `prompt` + `output` tokens, `streams` at a time; greedy at temperature 0."""
+    """What to ask for: `requests` streams of `prompt` + `output` tokens, `streams` of them at a time."""
 
     streams: int
     requests: int
     prompt: int = 128
     output: int = 128
-    temperature: float = 0.0
+    temperature: float = 0.0  # 0 is greedy
 
 
 class Stream(NamedTuple):
-    """One answer: the times at which its request went out and at which each event with a choice came in."""
+    """One answer: when its request was sent, and when each event with a choice arrived."""
 
     sent: float
     events: list[float]
-    cached: int  # tokens of the prompt that the server says it had already
+    cached: int  # prompt tokens that the server reports as cached
 
     @property
     def first_token(self) -> float:
@@ -63,7 +64,7 @@ class Stream(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a load brought. Times are in seconds."""
+    """The streams of a load. Times are in seconds."""
 
     load: Workload
     seconds: float
@@ -71,7 +72,7 @@ class Result(NamedTuple):
 
     @property
     def tokens_per_second(self) -> float:
-        """Of output, over all streams, their prompts' time included."""
+        """Output tokens of all streams over the whole time, prompts included."""
         return len(self.streams) * self.load.output / self.seconds
 
     @property
@@ -80,17 +81,17 @@ class Result(NamedTuple):
 
     @property
     def gaps(self) -> list[float]:
-        """Between the events of a stream. A server that sends several tokens in one event looks slower here than it is."""
+        """Times between the events of a stream. A server that sends several tokens in an event looks too slow here."""
         return sorted(gap for stream in self.streams for gap in stream.gaps)
 
 
 def percentile(ordered: list[float], share: float) -> float:
-    """NaN where there is nothing to take it of."""
+    """NaN if there are no values."""
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)] if ordered else math.nan
 
 
 def run_async(main: Coroutine[Any, Any, Result]) -> Result:
-    """asyncio.run on uvloop, where there is one: the client then takes a quarter less from the server."""
+    """asyncio.run, on uvloop if it is installed: the client then takes less of the cores."""
     try:
         import uvloop
     except ModuleNotFoundError:
@@ -104,9 +105,9 @@ def random_prompts(load: Workload, seed: int | str) -> list[list[int]]:
 
 
 def measure(url: str, model: str, load: Workload, *, seed: int | str = 0) -> Result:
-    """Keep `load` on a server. Equal seeds ask for equal prompts, which a server may have cached.
+    """Put `load` on a server. Equal seeds give equal prompts, which the server may have cached.
 
-    Raises BenchError when no server answers, or a stream fails or ends short.
+    Raises BenchError if no server answers, or if a stream fails or ends early.
     """
     return run_async(keep(url, model, load, random_prompts(load, seed)))
 
@@ -124,7 +125,7 @@ async def keep(url: str, model: str, load: Workload, prompts: list[list[int]]) -
     workers = [asyncio.create_task(work()) for _ in range(load.streams)]
     try:
         await asyncio.gather(*workers)
-    finally:  # one failure ends the measurement
+    finally:  # one failure ends the measurement of all
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
@@ -133,7 +134,7 @@ async def keep(url: str, model: str, load: Workload, prompts: list[list[int]]) -
 
 
 def request(url: str, model: str, prompt: list[int], output: int, temperature: float = 0.0) -> bytes:
-    """Asks for a stream of `output` tokens. Each has a connection of its own, which the server closes behind its answer."""
+    """The bytes that ask for a stream of `output` tokens. The server closes the connection after its answer."""
     fields = {
         "model": model,
         "prompt": prompt,
@@ -156,20 +157,20 @@ def request(url: str, model: str, prompt: list[int], output: int, temperature: f
 
 
 def authorization() -> dict[str, str]:
-    """A server with keys gets the one in OPENAI_API_KEY."""
+    """The header for a server with keys: OPENAI_API_KEY holds one."""
     key = os.environ.get("OPENAI_API_KEY")
     return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 class Answer(NamedTuple):
-    """All that a connection brought, piece by piece, each with the time at which it came."""
+    """All that a connection received: its pieces, each with the time of its arrival."""
 
     sent: float
     pieces: list[tuple[float, bytes]]
 
 
 class Exchange(asyncio.Protocol):
-    """Notes what comes in until the other side closes the connection, and does nothing else."""
+    """Records what arrives until the other side closes the connection, and does nothing else."""
 
     def __init__(self) -> None:
         self.pieces: list[tuple[float, bytes]] = []
@@ -180,11 +181,11 @@ class Exchange(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002
         if not self.ended.done():
-            self.ended.set_result(None)  # whether an answer is whole its reader sees
+            self.ended.set_result(None)  # read_stream finds out whether the answer is complete
 
 
 async def exchange(url: str, sending: bytes) -> Answer:
-    """The answer to one request. Raises BenchError where nobody takes it."""
+    """The answer to one request. Raises BenchError if nobody accepts the connection."""
     parts, sent = urlsplit(url), time.perf_counter()
     secure = parts.scheme == "https"
     try:
@@ -203,7 +204,7 @@ async def exchange(url: str, sending: bytes) -> Answer:
 
 
 class Replay(io.RawIOBase):
-    """The pieces of an answer as a socket would give them; `time` is when the last one read had come."""
+    """Gives the pieces of an answer to a reader as a socket would. `time` is when the last piece read had arrived."""
 
     def __init__(self, pieces: list[tuple[float, bytes]]):
         self._pieces = iter(pieces)
@@ -211,7 +212,7 @@ class Replay(io.RawIOBase):
         self.time = math.nan
 
     def makefile(self, mode: str) -> io.BufferedReader:  # noqa: ARG002
-        """What HTTPResponse asks a socket for."""
+        """HTTPResponse calls this on its socket."""
         return io.BufferedReader(self)
 
     def readable(self) -> bool:
@@ -226,7 +227,7 @@ class Replay(io.RawIOBase):
 
 
 def read_stream(url: str, answer: Answer, output: int) -> Stream:
-    """What an answer says. Raises BenchError where it is no completion of `output` tokens."""
+    """The stream in an answer. Raises BenchError if it is not a completion of `output` tokens."""
     route, replay = f"{url}/v1/completions", Replay(answer.pieces)
     try:
         response = HTTPResponse(cast(socket.socket, replay))
@@ -254,7 +255,7 @@ def read_events(route: str, response: HTTPResponse, replay: Replay, sent: float,
                 usage = event.get("usage") or usage
             except (json.JSONDecodeError, KeyError, AttributeError) as error:
                 raise BenchError(f"{route}: no event of a completion: {data[:200].decode(errors='replace')}") from error
-    if response.length:  # of which iteration does not complain
+    if response.length:  # iterating over lines does not notice that bytes are missing
         raise IncompleteRead(b"", response.length)
     tokens = usage.get("completion_tokens", 0)
     if not done or tokens != output or not times:
@@ -264,7 +265,7 @@ def read_events(route: str, response: HTTPResponse, replay: Replay, sent: float,
 
 
 def message(text: str) -> str:
-    """What an error says: OpenAI's message where it has one."""
+    """The message of an error in OpenAI's shape, or the beginning of any other text."""
     try:
         return str(json.loads(text)["error"]["message"])
     except (ValueError, KeyError, TypeError):
@@ -272,7 +273,7 @@ def message(text: str) -> str:
 
 
 def get(url: str, path: str) -> tuple[int, str]:
-    """Status and body. Raises OSError or HTTPException where nobody answers."""
+    """Status and body. Raises OSError or HTTPException if nobody answers."""
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)
@@ -285,14 +286,14 @@ def get(url: str, path: str) -> tuple[int, str]:
 
 
 def base_url(url: str) -> str:
-    """A server's address without /v1, which clients of OpenAI's API write behind it. Raises BenchError."""
+    """A server's address without the /v1 that clients of OpenAI's API append. Raises BenchError if it is none."""
     if urlsplit(url).scheme not in ("http", "https") or not urlsplit(url).hostname:
         raise BenchError(f"--url {url}: an address begins with http:// or https:// and names a host")
     return url.rstrip("/").removesuffix("/v1")
 
 
 def served_model(url: str) -> str:
-    """The first name that a server lists. Raises BenchError."""
+    """The first model that a server lists. Raises BenchError if it lists none."""
     try:
         status, text = get(url, "/v1/models")
     except (OSError, HTTPException) as error:
@@ -306,7 +307,7 @@ def served_model(url: str) -> str:
 
 
 class Program(NamedTuple):
-    """A server that can be started: `command` takes --port behind it, and answers `health` with 200 when it is ready."""
+    """A server to start: --port is appended to `command`, and the path `health` answers 200 once it is ready."""
 
     command: tuple[str, ...]
     health: str = "/health/ready"
@@ -314,7 +315,7 @@ class Program(NamedTuple):
 
 
 class RunningServer(NamedTuple):
-    """A program that is ready."""
+    """A started program that is ready."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -329,9 +330,9 @@ def banded(model: str | Path, *options: str) -> Program:
 
 @contextmanager
 def running(program: Program, *, timeout: float = 120) -> Iterator[RunningServer]:
-    """Start a program on a free port of this machine, and end it with all its processes.
+    """Start a program on a free port of this machine, and at the end stop it and all its processes.
 
-    Raises BenchError with the end of its log where it ends or is not ready in time.
+    Raises BenchError, with the end of its log, if it exits or is not ready in time.
     """
     with tempfile.TemporaryFile("w+b") as log, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -340,7 +341,7 @@ def running(program: Program, *, timeout: float = 120) -> Iterator[RunningServer
         url, started = f"http://127.0.0.1:{port}", time.perf_counter()
         process = subprocess.Popen(
             [*program.command, "--port", str(port)],
-            # A data directory has a server of its own, whose jobs would run in the measurement.
+            # A server with a data directory would resume its jobs during the measurement.
             env={name: value for name, value in os.environ.items() if name != "BANDED_DATA_DIR"} | dict(program.environment),
             stdout=log,
             stderr=subprocess.STDOUT,
@@ -366,14 +367,14 @@ def is_ready(url: str, path: str) -> bool:
 
 
 def tail(log: IO[bytes]) -> str:
-    """The last lines that say something."""
+    """The last non-empty lines."""
     log.seek(0)
     lines = log.read().decode(errors="replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-8:])
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to a server; SIGKILL, after a while, to it and to what it has left behind."""
+    """Stop a server by SIGTERM, and after a while kill it and whatever it has started."""
     process.terminate()
     with suppress(subprocess.TimeoutExpired):
         process.wait(STOP_SECONDS)
@@ -394,14 +395,14 @@ COLUMNS = {
 
 
 def figures(result: Result) -> dict[str, float]:
-    """What a table shows of a result, by the column's name."""
+    """The row of a result, by column."""
     times = [1e3 * percentile(values, share) for values in (result.first_token, result.gaps) for share in (0.5, 0.99)]
     found = (result.load.streams, result.load.requests, result.tokens_per_second, *times)
     return dict(zip(COLUMNS, found, strict=True))
 
 
 def bench(url: str, model: str, loads: list[Workload], out: TextIO, rows: TextIO | None) -> None:
-    """Print a table of how a server bears each of `loads`, a line as soon as it is measured. `rows` gets them as CSV."""
+    """Print a table with a row for each load, as soon as it is measured. `rows`, if given, gets the same as CSV."""
     print(f"{url}, {model}: {loads[0].prompt} + {loads[0].output} tokens, greedy, streaming", file=out)
     print(" ".join(f"{name:>{width.partition('.')[0]}}" for name, width in COLUMNS.items()), file=out, flush=True)
     writer = csv.writer(rows) if rows else None

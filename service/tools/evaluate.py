@@ -1,10 +1,10 @@
-"""Evaluate a served model over the Completions API: perplexity of a text, accuracy on few-shot tasks."""
+"""Evaluates a model over the Completions API: perplexity of a text, accuracy on few-shot tasks."""
 
 import io
 import json
 import math
 import random
-from collections.abc import Sequence as Items
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,23 +21,23 @@ from service.tools.bench import authorization, message
 # Requests in flight.
 IN_FLIGHT = 8
 TIMEOUT = 600.0
-# How examples become a prompt.
+# Lays out examples as a prompt.
 LAYOUT = Card()
 
 
 class EvaluationError(ValueError):
-    """What could not be evaluated, and why."""
+    """Something can't be evaluated; the message says why."""
 
 
 @dataclass(frozen=True)
 class RemoteModel:
-    """A model behind a server's address."""
+    """A model of the server at `url`."""
 
     url: str
     model: str
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON that answers `body`. Raises EvaluationError with what the server says instead."""
+        """The JSON that answers `body`. Raises EvaluationError with the server's message if it refuses."""
         headers = {"content-type": "application/json", **authorization()}
         data = json.dumps({"model": self.model, **body}).encode()
         try:
@@ -51,7 +51,7 @@ class RemoteModel:
 
 
 class Perplexity(NamedTuple):
-    """How well a text is predicted, every token but the first."""
+    """How well a model predicts every token of a text but the first."""
 
     tokens: int
     bytes: int
@@ -67,7 +67,7 @@ class Perplexity(NamedTuple):
 
 
 def perplexity(served: RemoteModel, text: str) -> Perplexity:
-    """Of a whole text, in windows of the model's context, each of which begins with the last token of the one before."""
+    """Of a whole text, in windows of the model's context. A window begins with the last token of the one before it."""
     found = served.post("/tokenize", {"prompt": text, "add_special_tokens": False})
     try:
         tokens, context = found["tokens"], found["max_model_len"]
@@ -89,7 +89,7 @@ def perplexity(served: RemoteModel, text: str) -> Perplexity:
 
 
 def read_text(path: Path) -> str:
-    """Raises EvaluationError where it isn't UTF-8."""
+    """Raises EvaluationError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -102,14 +102,14 @@ class TaskItem(NamedTuple):
     output: str
 
 
-def few_shot_text(examples: Items[TaskItem], query: str) -> str:
-    """The prompt that the server's field few_shot would make, which other servers don't have."""
+def few_shot_text(examples: Sequence[TaskItem], query: str) -> str:
+    """The prompt that our field few_shot would make. Other servers lack that field, so it is laid out here."""
     few_shot = FewShot([Example(example.input, example.output) for example in examples])
     return "".join(part.text for part in few_shot_parts(query, few_shot, LAYOUT, allow_special=False))
 
 
 def read_items(path: Path) -> list[TaskItem]:
-    """A JSONL file of {"input", "output"} and, if there are several, "task". Raises EvaluationError naming the line."""
+    """The items of a JSONL file: "input", "output" and perhaps "task". Raises EvaluationError with the line."""
     items = []
     for number, whole in enumerate(io.StringIO(read_text(path)), 1):  # str.splitlines would end a line at U+2028 too
         line = whole.rstrip("\n")
@@ -128,7 +128,7 @@ def read_items(path: Path) -> list[TaskItem]:
 
 
 class Question(NamedTuple):
-    """An item behind `shots` examples."""
+    """An item after `shots` examples."""
 
     item: TaskItem
     shots: int
@@ -136,9 +136,9 @@ class Question(NamedTuple):
 
 
 def few_shot_questions(items: list[TaskItem], pool: list[TaskItem], shots: list[int], seed: int = 0) -> list[Question]:
-    """Every item behind so many examples of its task, drawn from `pool`, never the item.
+    """Every item after each number of examples in `shots`, drawn from the other items of its task in `pool`.
 
-    Raises EvaluationError naming the task of which the pool has too few, or the item that can't be answered.
+    Raises EvaluationError with the task that has too few examples, or with the item that can't be answered.
     """
     rng = random.Random(seed)
     questions = []
@@ -155,10 +155,10 @@ def few_shot_questions(items: list[TaskItem], pool: list[TaskItem], shots: list[
 
 
 def few_shot_accuracy(served: RemoteModel, questions: list[Question]) -> dict[str, dict[int, float]]:
-    """Share of exact answers, by task and by how many examples came before."""
+    """The share of exact answers, by task and number of examples."""
 
     def is_right(question: Question) -> bool:
-        # No text has more tokens than bytes: room for the space that the prompt leaves out, the answer and what ends it.
+        # A text has at most as many tokens as bytes. Room for the space that the prompt leaves out, answer and separator.
         room = len(f" {question.item.output}{LAYOUT.separator}".encode())
         body = {"prompt": question.prompt, "max_tokens": room, "temperature": 0, "stop": [LAYOUT.separator]}
         answer: str = served.post("/v1/completions", body)["choices"][0]["text"]
@@ -171,6 +171,6 @@ def few_shot_accuracy(served: RemoteModel, questions: list[Question]) -> dict[st
 
 
 def in_parallel(work: Any, inputs: list[Any], what: str, unit: str) -> list[Any]:
-    """The results in order, with progress."""
+    """The results of `work` on `inputs`, in order. Shows progress."""
     with ThreadPoolExecutor(IN_FLIGHT) as threads:
         return list(tqdm(threads.map(work, inputs), total=len(inputs), desc=what, unit=unit))

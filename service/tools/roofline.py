@@ -1,4 +1,4 @@
-"""What a model needs of a GPU, and what the GPU's numbers allow: memory, concurrency, roofline speed, cost of training."""
+"""What a model needs and what a GPU's data sheet allows: memory, concurrency, roofline speed, cost of training."""
 
 import math
 from dataclasses import dataclass, replace
@@ -11,7 +11,7 @@ from model.gpt import GPT
 from service.engine.pages import sequence_bytes
 
 GB = 10**9
-# Weights, keys and values are in 16 bits.
+# Weights, keys and values have 16 bits.
 ITEM_BYTES = 2
 SECONDS_PER_YEAR = 365.25 * 24 * 3600
 
@@ -34,13 +34,13 @@ GPUS = {
     "h100-80gb": Gpu(80 * GB, 3.35e12, 989e12),
     "h200-141gb": Gpu(141 * GB, 4.8e12, 989e12),
 }
-# Of a GPU's memory, what is left for weights and keys beside the allocator, activations and captured graphs.
+# The share of a GPU's memory for weights, keys and values. The allocator, activations and captured graphs take the rest.
 USABLE = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """What training is taken to cost: the published figures are for GPT-3 on V100s."""
+    """Assumptions about training. The defaults are the published figures for GPT-3 on V100s."""
 
     tokens: float = 300e9
     flops: float = 28e12  # reached by one GPU
@@ -48,7 +48,7 @@ class Training:
 
 
 def count_parameters(config: GPTConfig) -> int:
-    """Of the decoder as it is stored, the padding of the vocabulary left out."""
+    """Parameters of the decoder as it is stored, without the padding of the vocabulary."""
     with torch.device("meta"):
         model = GPT(config)
     padding = (config.padded_vocab_size - config.vocab_size) * config.token_width
@@ -56,8 +56,8 @@ def count_parameters(config: GPTConfig) -> int:
 
 
 def count_matrices(config: GPTConfig) -> int:
-    """The parameters that every token is multiplied by: not those of the head, which only the last token of a prompt is, and
-    not the embeddings."""
+    """The parameters that every token is multiplied by: without the embeddings, and without the output head, since only a
+    prompt's last token goes through it."""
     with torch.device("meta"):
         model = GPT(config)
     tables = ("wte.weight", "wpe.weight", "lm_head.weight")
@@ -66,7 +66,7 @@ def count_matrices(config: GPTConfig) -> int:
 
 @dataclass(frozen=True)
 class Capacity:
-    """A model on `count` GPUs that share weights, keys and work evenly, as if talking to each other took no time.
+    """A model on `count` GPUs that split weights, keys, values and work evenly and communicate in no time.
 
     Sequences are as long as the model's context.
     """
@@ -86,7 +86,7 @@ class Capacity:
 
     @property
     def kv_room(self) -> float:
-        """Bytes left for keys on all GPUs; negative where the weights don't fit."""
+        """Bytes left for keys and values on all GPUs; negative if the weights don't fit."""
         return self.count * self.gpu.memory * USABLE - self.weights
 
     @property
@@ -100,17 +100,17 @@ class Capacity:
 
     @property
     def dense(self) -> "Capacity":
-        """The same with every layer dense."""
+        """The same model with every layer dense."""
         return replace(self, config=replace(self.config, attention=("dense",), band=None))
 
     def decode_seconds(self, batch: int) -> float:
-        """A decode step of full sequences: what it reads, or what it multiplies, whichever takes longer."""
+        """Time of a decode step of full sequences: of its reads or of its products, whichever is longer."""
         read = self.weights + batch * self.sequence
         work = (self._work_per_token + self._work_per_sample) * batch
         return max(read / (self.gpu.bandwidth * self.count), work / (self.gpu.flops * self.count))
 
     def prefill_seconds(self, tokens: int) -> float:
-        """A prompt's forward pass: its products, and 4 C operations for each key that a query of a layer sees."""
+        """Time of a prompt's forward pass: its products, and 4 C operations for each key that a query of a layer sees."""
         config = self.config
         bands = [config.band if config.group(layer) == "banded" else None for layer in range(config.n_layer)]
         seen = sum(keys_seen(tokens, band) for band in bands)
@@ -119,12 +119,12 @@ class Capacity:
 
     @property
     def _work_per_token(self) -> float:
-        """Operations: a product and a sum for each weight."""
+        """A product and a sum for each weight."""
         return 2.0 * count_matrices(self.config)
 
     @property
     def _work_per_sample(self) -> float:
-        """Of the head."""
+        """The same for the output head."""
         return 2.0 * self.config.vocab_size * self.config.token_width
 
 
@@ -148,7 +148,7 @@ def training_cost(parameters: int, training: Training) -> TrainingCost:
 
 
 def report(name: str, capacity: Capacity, gpu_name: str, prompt: int, training: Training) -> str:
-    """Everything as text, inputs beside results."""
+    """Everything as text, inputs next to results."""
     config, gpu, count = capacity.config, capacity.gpu, capacity.count
     billions, gigabytes = capacity.parameters / 1e9, capacity.weights / GB
     lines = [
@@ -179,7 +179,7 @@ def report(name: str, capacity: Capacity, gpu_name: str, prompt: int, training: 
 
 
 def table(capacity: Capacity, prompt: int) -> list[str]:
-    """Concurrency and roofline, of the model beside what it would be with dense layers only."""
+    """Concurrency and roofline of the model, next to the same with dense layers only."""
 
     def figures(one: Capacity) -> list[str]:
         many = one.sequences

@@ -22,7 +22,7 @@ WEATHER = {"type": "function", "function": {"name": "weather", "description": ""
 
 
 class Answer(NamedTuple):
-    """What a front end has of a stream in the end."""
+    """What a front end has read when a stream ends."""
 
     text: str
     finish_reason: str
@@ -50,8 +50,6 @@ def events(client: httpx.Client, body: dict[str, Any]) -> list[dict[str, Any]]:
     assert lines.pop() == "data: [DONE]"
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
-
-# -- Open WebUI -------------------------------------------------------------------------------------------------------
 
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Answer in one sentence."},
@@ -139,9 +137,6 @@ def test_open_webui_asks_for_titles_and_tags(client: httpx.Client, model: str, l
     assert "reasoning_content" not in choice["message"]
 
 
-# -- LibreChat --------------------------------------------------------------------------------------------------------
-
-
 def read_as_langchain(chunks: list[dict[str, Any]]) -> Answer:
     """It takes the role from the first delta that has one, needs `delta` in every choice, and counts what is in `usage`."""
     role, text, finish_reason, usage = None, "", "", None
@@ -218,9 +213,6 @@ def test_librechat_asks_for_a_title(client: httpx.Client, model: str) -> None:
     assert choice["message"]["role"] == "assistant"
     assert isinstance(choice["message"]["content"], str)
     assert answer["usage"]["prompt_tokens"] > 0
-
-
-# -- both -------------------------------------------------------------------------------------------------------------
 
 
 @contract("clients", "Open WebUI", "what would have no effect is refused, with a message for the user, stream or not")

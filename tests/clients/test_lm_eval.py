@@ -1,4 +1,4 @@
-"""lm-evaluation-harness, unmodified, against a real server: its scores beside those of its own transformers backend.
+"""lm-evaluation-harness, unmodified, against a real server: its scores next to those of its own transformers backend.
 
 It is given a model's name and a URL, nothing else: it finds the server's tokenizer by itself (/tokenizer_info, /tokenize),
 sends token ids with echo, logprobs 1 and max_tokens 1, and cuts long texts into windows for a context of 2048 tokens.
@@ -68,7 +68,7 @@ def transformers_backend(checkpoint: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def results(server: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Of the server and of transformers."""
+    """The results of the server and of transformers."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)  # the task files name their data from there
         patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("huggingface")))
@@ -81,7 +81,7 @@ def given(server: Served) -> dict[str, Any]:
 
 
 def responses(found: dict[str, Any], task: str) -> list[Any]:
-    """What the model answered, request by request."""
+    """The model's answers, request by request."""
     samples = sorted(found["samples"][task], key=lambda sample: sample["doc_id"])
     return [response for sample in samples for response in sample["filtered_resps"]]
 

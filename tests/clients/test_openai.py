@@ -24,9 +24,9 @@ from tests.serving import Served, banded_serve
 
 TEXT = "Once upon a time"
 LONG = 2000  # tokens, more than a test waits for
-# Arguments of the SDK's methods that are no fields of a body.
+# Arguments of the SDK's methods that are not fields of a body.
 OF_THE_SDK = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
-# Chat templates and stops are of no interest here, and random weights may end a text at any token.
+# Random weights may end a text at any token.
 UNENDED: dict[str, Any] = {"ignore_eos": True}
 
 
@@ -83,9 +83,6 @@ def text_of(chunks: list[Completion], index: int = 0) -> str:
 
 def fields_of(method: Any) -> set[str]:
     return set(inspect.signature(method).parameters) - OF_THE_SDK
-
-
-# -- completions ------------------------------------------------------------------------------------------------------
 
 
 @contract("clients", "openai SDK", "`completions.create` with every field that it knows")
@@ -249,9 +246,6 @@ def test_a_stream_closed_early_frees_its_slot(server: Served, client: openai.Ope
     assert metric(server.url, 'requests_total{model="[^"]*",outcome="abort"') >= 2
 
 
-# -- errors -----------------------------------------------------------------------------------------------------------
-
-
 @contract("clients", "openai SDK", "a 400 is a BadRequestError with message, type, param and code")
 @pytest.mark.parametrize(
     ("fields", "param", "code", "message"),
@@ -397,9 +391,6 @@ def test_ids_and_headers(client: openai.OpenAI, model: str) -> None:
         assert list(streaming.iter_lines())[-2:] == ["data: [DONE]", ""]
 
 
-# -- models -----------------------------------------------------------------------------------------------------------
-
-
 @contract("clients", "openai SDK", "`models.list` and `models.retrieve`")
 def test_models(client: openai.OpenAI, model: str) -> None:
     [listed] = client.models.list()
@@ -407,8 +398,6 @@ def test_models(client: openai.OpenAI, model: str) -> None:
     assert listed.created > 1_500_000_000
     assert client.models.retrieve(model) == listed
 
-
-# -- chat -------------------------------------------------------------------------------------------------------------
 
 HELLO: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
 

@@ -1,4 +1,4 @@
-"""Schemathesis asks what the OpenAPI document allows, and what it forbids, of an application over a fake engine."""
+"""Schemathesis sends an application over a fake engine what the OpenAPI document allows and what it forbids."""
 
 import threading
 import time
@@ -25,11 +25,11 @@ from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import settings_of
 
 SEED = 20200528
-EXAMPLES = 40  # of each route, beside the boundary values of every field
+EXAMPLES = 40  # requests to each route, besides the boundary values of every field
 
-# Of the built-in checks one is left out: much that the document allows is refused for what JSON Schema can't say, such as a
-# prompt longer than the context, a token outside the vocabulary, or a best_of below n. That every route also answers with
-# success is seen at the end of `running`.
+# One built-in check is left out: the server refuses much that the document allows, since JSON Schema can't express it, such
+# as a prompt longer than the context, a token outside the vocabulary, or a best_of below n. The end of `running` checks that
+# every route also succeeds.
 LEFT_OUT: list[CheckFunction] = [positive_data_acceptance]
 
 
@@ -46,14 +46,14 @@ class Running(NamedTuple):
 
 
 class WaitingJobs(Jobs):
-    """Jobs whose turn does not come."""
+    """Jobs that never start."""
 
     def start(self) -> None:
         pass
 
 
 def application(store: Store | None = None) -> Any:
-    # Room for any n that a slot and the queue can be asked for, so that few requests end in a 429.
+    # Room for any n, so that few requests end in a 429.
     fake = FakeEngine(max_slots=32, max_queue=4096, kv_sequences=32)
     models = served(fake)
     jobs = WaitingJobs(store, models, Path("nowhere")) if store else None
@@ -71,7 +71,7 @@ def fill(store: Store) -> None:
 
 
 def document() -> dict[str, Any]:
-    """The application's document, and beside it what is served and stored: under any other name all is a 404."""
+    """The application's document, restricted to the names that exist: any other name is a 404."""
     found: dict[str, Any] = application().openapi()
     bodies = [schema for schema in found["components"]["schemas"].values() if schema.get("additionalProperties") is False]
     parameters = [

@@ -1,4 +1,4 @@
-"""The files that deploy Banded name only what exists: metrics and labels, settings, build targets, each other."""
+"""Deployment files name only what exists: metrics and labels, settings, build targets, each other."""
 
 import json
 import os
@@ -33,8 +33,6 @@ def read_yaml(path: str) -> Any:
     return yaml.safe_load((DEPLOY / path).read_text())
 
 
-# -- queries ----------------------------------------------------------------------------------------------------------
-
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 # A name and what follows it: a selector, or the parenthesis that makes it a function.
 NAME = re.compile(r"(?<![\w.:])([a-zA-Z_:][\w:]*)\s*(\{[^}]*\}|\()?")
@@ -44,7 +42,7 @@ TARGET_LABELS = {"job", "instance"}
 
 
 class Query(NamedTuple):
-    """An expression, and the text beside it that shows labels of its result."""
+    """An expression, and the text that shows labels of its result."""
 
     expression: str
     shown: str
@@ -62,7 +60,7 @@ def alert_queries() -> list[Query]:
 def exported_series() -> Series:
     """Names and labels of the samples that Prometheus gets from a server, and of its own `up`."""
     metrics = Metrics("demo")
-    # What has more labels than the model appears with its first use.
+    # A family with more labels than `model` appears when it is first used.
     metrics.kv_held("dense")
     metrics.kv_total("dense")
     metrics.kv_usage("dense")
@@ -73,7 +71,7 @@ def exported_series() -> Series:
 
 
 def faults(query: Query, series: Series) -> list[str]:
-    """The metrics and labels that a query uses and no server has."""
+    """The metrics and labels of a query that no server has."""
     expression = re.sub(r'"[^"]*"|\[[^\]]*\]', "", query.expression)
     grouping = {label.strip() for labels in GROUPING.findall(expression) for label in labels.split(",")}
     shown = set(re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", query.shown))
@@ -129,11 +127,8 @@ def test_dashboard_variables_are_what_its_queries_use() -> None:
     assert question[2] in exported_series()[question[1]]
 
 
-# -- images -----------------------------------------------------------------------------------------------------------
-
-
 def dockerfile_stages() -> dict[str, list[tuple[str, str]]]:
-    """Instructions of every stage by its name, in order, those of the stage it builds on first."""
+    """The instructions of every stage by its name, in order. Those of the stage it builds on come first."""
     text = re.sub(r"(?m)^\s*#.*\n", "", (ROOT / "Dockerfile").read_text()).replace("\\\n", "")
     stages: dict[str, list[tuple[str, str]]] = {}
     for line in filter(str.strip, text.splitlines()):
@@ -235,9 +230,6 @@ def test_the_build_gets_all_that_the_package_is_made_of() -> None:
     rules = (ROOT / ".dockerignore").read_text().split()
     assert "*" in rules
     assert needed <= {rule.removeprefix("!") for rule in rules if rule.startswith("!")}
-
-
-# -- compose ----------------------------------------------------------------------------------------------------------
 
 
 def services() -> dict[str, Any]:

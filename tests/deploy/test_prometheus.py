@@ -1,4 +1,4 @@
-"""Prometheus itself judges what is served and deployed: its linter, and a server that scrapes real ones."""
+"""Prometheus itself judges what is served and deployed: its linter, and a Prometheus that scrapes real servers."""
 
 import os
 import shutil
@@ -30,7 +30,7 @@ def program(name: str) -> str:
 
 
 def promtool(*arguments: object, text: str | None = None) -> str:
-    """What promtool says; it must be content."""
+    """The output of promtool, which must succeed."""
     command = [program("promtool"), *map(str, arguments)]
     checked = subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
     said = checked.stdout + checked.stderr
@@ -39,7 +39,7 @@ def promtool(*arguments: object, text: str | None = None) -> str:
 
 
 def make_prometheus(path: str) -> subprocess.CompletedProcess[str]:
-    """`make prometheus` where only the programs in `path` are found; without what an outer make may have set."""
+    """`make prometheus` with only the programs in `path`, and without the variables of an outer make."""
     command = [program("make"), "-C", str(ROOT), "--no-print-directory", "prometheus"]
     return subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, timeout=60)
 
@@ -107,7 +107,7 @@ def answers(url: str) -> bool:
 
 @pytest.fixture(scope="module")
 def scraped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scraped]:
-    """The deployed configuration, with other targets and in a hurry. Both servers have completed a request."""
+    """The deployed configuration with other targets and short intervals. Both servers have completed a request."""
     folder = tmp_path_factory.mktemp("prometheus")
     checkpoint = tiny("banded", folder, vocab_size=50257)
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -157,7 +157,7 @@ def test_the_linter_has_nothing_to_say_of_what_a_page_may_have() -> None:
         async with serving() as api:
             await api.choices(prompt="Once", max_tokens=3)
             api.fake.metrics.kernel_logit_error("banded").set(0.25)
-            # The linter passes over families without samples.
+            # The linter skips families without samples.
             assert [family.name for family in api.fake.metrics.registry.collect() if not family.samples] == []
             assert promtool("check", "metrics", text=(await api.client.get("/metrics")).text) == ""
 

@@ -1,4 +1,4 @@
-"""The command line: one line and status 2 for what the user can mend, and `complete` on a tiny checkpoint."""
+"""The command line: one line and status 2 for what the user can fix, and commands on a tiny checkpoint."""
 
 import io
 import json
@@ -24,7 +24,7 @@ from tests.model.checkpoint.checkpoints import tiny
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings in the environment but that nothing is compiled, and log level and signal handler as they were."""
+    """Only BANDED_COMPILE stays in the environment; log level and signal handler are restored."""
     for name in [name for name in os.environ if name.startswith("BANDED_") and name != "BANDED_COMPILE"]:
         monkeypatch.delenv(name)
     level, handler = logging.getLogger().level, signal.getsignal(signal.SIGTERM)
@@ -39,7 +39,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The one line that a command says before it ends with status 2."""
+    """The one line that a command prints before it ends with status 2."""
     assert main([str(argument) for argument in arguments]) == 2
     out, err = capsys.readouterr()
     assert out == ""
@@ -230,7 +230,7 @@ def test_serve_hands_on_every_setting_of_the_application(
         main(["serve", "--port", "0", "--model", str(checkpoint), "--lenient", "--metrics-alias", "vllm"])
     settings, jobs = caught.value.args
     assert jobs.store.directory == tmp_path / "data"
-    Store(tmp_path / "data").close()  # an application that could not be made leaves the directory to others
+    Store(tmp_path / "data").close()  # a failed start leaves the directory to others
     expected = {
         "max_adapters": 3,
         "api_keys": ("a", "b"),
@@ -324,7 +324,7 @@ def test_complete_prints_the_text_as_it_comes(checkpoint: Path, monkeypatch: pyt
 
 
 def table(out: str) -> dict[str, list[str]]:
-    """The rows of what the doctor prints, by their first column."""
+    """The rows of the doctor's table, by their first column."""
     return {name: cells for name, *cells in (line.split() for line in out.split("\n\n")[1].splitlines()[1:])}
 
 

@@ -1,4 +1,4 @@
-"""Settings: environment, bounds and the rules between them, by their messages."""
+"""Settings: environment, bounds, rules among fields, and the messages for each."""
 
 import os
 from pathlib import Path

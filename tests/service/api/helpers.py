@@ -83,7 +83,7 @@ def events_of(answer: httpx.Response) -> list[Any]:
 
 
 def error_of(answer: httpx.Response, status: int, kind: str = "invalid_request_error") -> dict[str, Any]:
-    """The error of an answer, checked for what all have in common."""
+    """The error in an answer, after checking what all errors have in common."""
     assert answer.status_code == status, answer.text
     assert answer.headers["content-type"] == "application/json"
     assert len(answer.content) < 1000
@@ -96,7 +96,7 @@ def error_of(answer: httpx.Response, status: int, kind: str = "invalid_request_e
 
 
 def prompts_run(fake: FakeEngine) -> list[list[int]]:
-    """What the runner was given, prompt by prompt."""
+    """The prompts that the runner was given."""
     prompts: list[list[int]] = []
     for chunk in (chunk for step in fake.runner.steps for chunk in step.chunks):
         if chunk.start == 0:

@@ -173,7 +173,7 @@ def test_sampling_fields_are_those_of_completions() -> None:
     assert fake.runner.steps[0].samples[0].banned == (9,)
 
 
-# Fields of OpenAI's chat schema that the server can't honour, and the values beside null that change nothing.
+# Fields of OpenAI's chat schema that the server can't honour, and their values besides null that change nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "function_call": ("none", "auto"),

@@ -241,7 +241,7 @@ def test_tokens_that_come_several_in_a_step_are_what_comes_one_by_one(fields: di
         assert (one_by_one[0] == " go") == (fields.get("stop") == " one two" * 8)
         assert one_by_one[5] == one_by_one[3] - 2, "a gap before each token but the first of both choices"
         assert together[5] < one_by_one[5] / 2, "a gap before each step"
-        if "stop" not in fields:  # otherwise most of the text is held back, and in few chunks anyway
+        if "stop" not in fields:  # with a stop most of the text is held back, so there are few chunks anyway
             assert together[4] < one_by_one[4] / 2
 
     run(test)
@@ -319,7 +319,7 @@ def test_min_tokens() -> None:
     async def test() -> None:
         async with serving(FakeEngine(" one<|endoftext|>")) as api:
             choice = (await api.choices(prompt="a", min_tokens=3))[0]
-            # The fake ends as soon as it may: the script without what is banned has one word.
+            # While the end of text is banned, the fake has one word to repeat; then it ends.
             assert choice["text"].startswith(" one one one")
             assert {row.banned for step in api.fake.runner.steps for row in step.samples[:1]} >= {(EOS,), ()}
         async with serving() as api:

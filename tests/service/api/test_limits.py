@@ -10,7 +10,7 @@ from service.api.limits import KeyLimits, LimitError, RateLimits, duration_text
 
 
 class Clock:
-    """A clock that starts where its floats are coarse, as one does after years."""
+    """A clock that starts at a large reading, where floats are coarse, as after years of running."""
 
     def __init__(self) -> None:
         self.now = 1e8
@@ -33,16 +33,16 @@ def test_requests_of_a_minute() -> None:
     clock = Clock()
     key = limits(clock, requests=3)
     for left in (2, 1, 0):
-        key.charge_request()
+        key.charge(1, "requests")
         assert key.headers()["x-ratelimit-remaining-requests"] == str(left)
-    error = refused(key.charge_request)
+    error = refused(lambda: key.charge(1, "requests"))
     assert error.retry_after == 20
     assert str(error) == "this key's limit is 3 requests a minute; the request needs 1 and 0 are left: try again in 20 s"
     clock.now += 19.5
-    assert refused(key.charge_request).retry_after == 1
+    assert refused(lambda: key.charge(1, "requests")).retry_after == 1
     clock.now += 0.5
-    key.charge_request()
-    refused(key.charge_request)
+    key.charge(1, "requests")
+    refused(lambda: key.charge(1, "requests"))
 
 
 def test_tokens_are_charged_and_refunded() -> None:
@@ -73,7 +73,7 @@ def test_what_could_never_pass_is_no_matter_of_waiting() -> None:
 def test_headers_are_those_of_the_limits_there_are() -> None:
     clock = Clock()
     key = limits(clock, requests=60, tokens=6000)
-    key.charge_request()
+    key.charge(1, "requests")
     key.charge(1600)
     clock.now += 0.25
     assert key.headers() == {
@@ -85,7 +85,7 @@ def test_headers_are_those_of_the_limits_there_are() -> None:
         "x-ratelimit-reset-tokens": "15.75s",
     }
     only_tokens = limits(clock, tokens=5)
-    only_tokens.charge_request()
+    only_tokens.charge(1, "requests")
     assert set(only_tokens.headers()) == {f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")}
     only_requests = limits(clock, requests=5)
     only_requests.charge(10**9)
@@ -98,9 +98,9 @@ def test_keys_do_not_share() -> None:
     one, two = rates.of(b"one"), rates.of(b"two")
     assert one is not None
     assert two is not None
-    one.charge_request()
-    two.charge_request()
-    refused(one.charge_request)
+    one.charge(1, "requests")
+    two.charge(1, "requests")
+    refused(lambda: one.charge(1, "requests"))
     assert rates.of(b"one") is one
     assert RateLimits(0, 0).of(b"one") is None
 

@@ -1,4 +1,4 @@
-"""vLLM's series beside Banded's own: names, labels, types and values."""
+"""vLLM's series next to Banded's own: names, labels, types and values."""
 
 from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
@@ -7,7 +7,7 @@ from service.api.metrics_alias import VLLM, VllmNames
 from service.engine.metrics import Metrics
 from tests.conformance import contract
 
-# Names and types as the dashboards of vLLM know them.
+# Names and types that dashboards for vLLM query.
 GAUGES = {"num_requests_running", "num_requests_waiting", "kv_cache_usage_perc"}
 COUNTERS = {
     "prompt_tokens_total",
@@ -34,7 +34,7 @@ Labels = tuple[tuple[str, str], ...]
 
 
 def exported(metrics: Metrics) -> dict[str, dict[Labels, float]]:
-    """Values of the vLLM samples of a served page, by name and labels without the two that all have."""
+    """The vLLM samples of a served page by name and labels, without the two labels that all have."""
     page = generate_latest(VllmNames(metrics.registry)).decode()
     found: dict[str, dict[Labels, float]] = {}
     for family in text_string_to_metric_families(page):
@@ -47,7 +47,7 @@ def exported(metrics: Metrics) -> dict[str, dict[Labels, float]]:
 
 
 def used() -> Metrics:
-    """Metrics in which every family has had something to count."""
+    """Metrics in which every family has counted something."""
     metrics = Metrics("small")
     metrics.kv_usage("dense").set(0.25)
     metrics.kv_usage("banded").set(0.75)

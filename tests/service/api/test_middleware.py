@@ -1,4 +1,4 @@
-"""What surrounds the routes: ids, HEAD, keys, limits, other origins, the count of every response."""
+"""Middleware: ids, HEAD, keys, limits, other origins, and a count of every response."""
 
 import asyncio
 import json
@@ -205,9 +205,6 @@ def test_an_unexpected_fault_inside_a_stream_is_an_error_event(stream: bool, mon
     run(test)
 
 
-# -- ids --------------------------------------------------------------------------------------------------------------
-
-
 async def one_of_each(api: Api) -> AsyncIterator[httpx.Response]:
     """Answers of every kind: whole, stream, refused, unknown, wrong method, fault, health, without a body."""
     yield await api.complete(max_tokens=1)
@@ -289,9 +286,6 @@ def test_the_time_is_that_until_the_response_starts() -> None:
     run(test)
 
 
-# -- HEAD -------------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "path", ["/v1/models", "/v1/models/fake", "/v1/models/x", "/health/live", "/metrics", "/docs", "/nope"]
 )
@@ -324,9 +318,6 @@ def test_head_of_what_is_only_posted_is_a_405() -> None:
     assert (answer.status_code, answer.content, answer.headers["allow"]) == (405, b"", "POST")
 
 
-# -- bodies -----------------------------------------------------------------------------------------------------------
-
-
 async def chunks(size: int, number: int) -> AsyncIterator[bytes]:
     for _ in range(number):
         yield b" " * size
@@ -350,7 +341,7 @@ def test_a_body_over_the_limit_is_refused_by_its_length() -> None:
 def test_a_body_of_unknown_length_is_refused_when_it_is_too_long() -> None:
     async def test() -> None:
         async with serving(max_body_bytes=100) as api:
-            for stream in (False, True):  # whatever the route is: nothing is known of the request yet
+            for stream in (False, True):  # streamed or not: the body that would say so has not been read yet
                 error = error_of(await api.client.post("/v1/completions", content=chunks(30, 4 + stream)), 413)
                 assert error["message"] == "the body is longer than this server's limit of 100 bytes"
                 assert (error["param"], error["code"]) == (None, "body_too_large")
@@ -388,8 +379,6 @@ def test_who_waits_to_be_asked_for_the_body_is_not_asked_for_another(expect: dic
     run(test)
 
 
-# -- limits of a key --------------------------------------------------------------------------------------------------
-
 FIRST, SECOND = ({"authorization": f"Bearer {key}"} for key in KEYS)
 RATE = {f"x-ratelimit-{what}-{unit}" for what in ("limit", "remaining", "reset") for unit in ("requests", "tokens")}
 
@@ -411,7 +400,7 @@ def test_requests_over_a_keys_limit() -> None:
             assert 25 <= int(answer.headers["retry-after"]) <= 30
             assert answer.headers["x-ratelimit-remaining-requests"] == "0"
             assert {name for name in answer.headers if "ratelimit" in name} == {name for name in RATE if "requests" in name}
-            # Reading costs nothing, and the other key has its own.
+            # Reading costs nothing, and the other key has limits of its own.
             assert (await api.client.get("/v1/models", headers=FIRST)).headers["x-ratelimit-remaining-requests"] == "0"
             answer = await api.client.post("/v1/completions", json={"model": "x"}, headers=SECOND)
             assert (answer.status_code, answer.headers["x-ratelimit-remaining-requests"]) == (404, "1")
@@ -507,8 +496,6 @@ def test_routes_find_no_limits_where_there_are_none(api_keys: tuple[str, ...]) -
     run(test)
 
 
-# -- other origins ----------------------------------------------------------------------------------------------------
-
 PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
 
 
@@ -553,7 +540,7 @@ def test_a_preflight_lets_through_what_clients_send() -> None:
             asked = await api.client.options("/v1/completions", headers={"origin": "https://a.example", **PREFLIGHT})
             assert asked.headers["access-control-allow-headers"] == "authorization,content-type"
             assert asked.headers["access-control-allow-methods"] == "GET, HEAD, POST, DELETE"
-            # Without what makes it a preflight it is a request like any other.
+            # Without the headers of a preflight, OPTIONS is a request like any other.
             answer = await api.client.options("/v1/completions", headers={"origin": "https://a.example"})
             assert answer.status_code == 401
 

@@ -1,4 +1,4 @@
-"""Bodies: defaults, null, bounds, and prompts against a slow description of what a prompt is."""
+"""Bodies: defaults, null, bounds, and prompts compared with a slow description of what a prompt is."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""POST /v1/score over fake logprobs; tests/service/engine/test_exactness.py holds it to a real model."""
+"""POST /v1/score over fake logprobs; tests/service/engine/test_exactness.py compares it with a real model."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The server's end of life over a fake engine, and a real `banded serve` over a tiny checkpoint."""
+"""Loading, draining and exiting over a fake engine, and a real `banded serve` over a tiny checkpoint."""
 
 import asyncio
 import json
@@ -243,7 +243,7 @@ STATUS = rb"HTTP/1.1 (\d+)"
 
 
 async def statuses(running: Running, *turns: tuple[bytes, int], closes: bool = False) -> list[int]:
-    """Write the bytes of each turn and wait for that many answers in all; then the server has to close, or not to."""
+    """Write the bytes of each turn and wait until so many answers have come in all. Then check whether the server closes."""
     reader, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)
     text = b""
     async with asyncio.timeout(20):
@@ -267,20 +267,20 @@ async def statuses(running: Running, *turns: tuple[bytes, int], closes: bool = F
 
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
-BODY = b"x" * 200_000  # more than the server takes in before it is asked to
+BODY = b"x" * 200_000  # more than the server buffers before the application reads
 
 
 def test_a_body_too_large_does_not_hang_the_connection() -> None:
     async def test() -> None:
         async with listening(max_body_bytes=100_000) as running:
             declared = POST + b"content-length: 200000\r\n\r\n"
-            # Refused before the body comes; when it does, it is read past and the next request answered.
+            # The body is refused before it comes. When it comes, the server discards it and answers the next request.
             assert await statuses(running, (declared, 1), (BODY, 1), (GET, 2)) == [413, 200]
             assert await statuses(running, (declared + BODY + GET, 2)) == [413, 200]
             chunk = b"30d40\r\n" + BODY + b"\r\n"
             chunked = POST + b"transfer-encoding: chunked\r\n\r\n"
             assert await statuses(running, (chunked + chunk, 1), (chunk + b"0\r\n\r\n", 1), (GET, 2)) == [413, 200]
-            # Who is told not to send a body will not, and must not wait for an answer to what comes instead.
+            # A client that is told not to send its body sends another request instead, which must not be taken for the body.
             waiting = POST + b"content-length: 200000\r\nexpect: 100-continue\r\n\r\n"
             assert await statuses(running, (waiting, 1), closes=True) == [413]
             assert (await running.client.post("/v1/completions", content=BODY)).status_code == 413
@@ -300,9 +300,6 @@ def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
             asyncio.run(serve(server))
     assert exit_.value.code != 0
     assert "address already in use" in caplog.text
-
-
-# -- the real thing ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +341,7 @@ def test_banded_serve_from_start_to_drain(checkpoint: Path, tmp_path: Path) -> N
             with pytest.raises(openai.BadRequestError, match="'n': input should be"):
                 client.completions.create(model="banded", prompt="a", n=0)
 
-        # The runner takes what the API lets through.
+        # The runner can compute whatever the API lets through.
         body = {"model": "banded", "prompt": "a", "max_tokens": 2, "top_k": 2**63 - 1, "top_p": 0, "n": 2}
         for extreme in ({"seed": -(2**63), "temperature": 1e-300}, {"seed": 2**63 - 1, "temperature": 1e-40}, {"top_k": -1}):
             assert httpx.post(f"{server.url}/v1/completions", json=body | extreme).status_code == 200
@@ -354,7 +351,7 @@ def test_banded_serve_from_start_to_drain(checkpoint: Path, tmp_path: Path) -> N
             lines = answer.iter_lines()
             first = [json.loads(next_data(lines))["choices"][0] for _ in range(3)]
             assert all(choice["text"] and choice["finish_reason"] is None for choice in first)
-            assert running_requests(server.url) == 1  # far from done when the first tokens are here
+            assert running_requests(server.url) == 1  # far from done when the first tokens arrive
         deadline = time.monotonic() + 10
         while running_requests(server.url):  # the client has left
             assert time.monotonic() < deadline

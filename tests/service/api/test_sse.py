@@ -1,4 +1,4 @@
-"""Streams as they happen, read by hand: order, faults before and after the first byte, and clients that leave."""
+"""Streams read message by message: order, faults before and after the first byte, and clients that leave."""
 
 import asyncio
 import functools
@@ -50,7 +50,7 @@ class Connection:
 
     @property
     def silent(self) -> bool:
-        """Nothing has been sent that was not read."""
+        """Everything that was sent has been read."""
         return self._sent.empty()
 
     async def status(self) -> int:
@@ -80,7 +80,7 @@ class Connection:
 
 
 class Steps:
-    """Lets an engine run so many steps and no more."""
+    """Lets an engine run a given number of steps and no more."""
 
     def __init__(self, fake: FakeEngine):
         self._allowed = threading.Semaphore(0)
@@ -358,11 +358,8 @@ def test_cancelling_the_request_frees_everything(stream: bool) -> None:
     run(test)
 
 
-# -- keep-alives ------------------------------------------------------------------------------------------------------
-
-
 class Script:
-    """Events that come when the test says so; what it puts in may also be an exception, or None for the end."""
+    """Events that come when the test puts them in. An exception is raised, and None ends them."""
 
     def __init__(self) -> None:
         self.coming: asyncio.Queue[bytes | Exception | None] = asyncio.Queue()
@@ -375,12 +372,12 @@ class Script:
                     raise item
                 yield item
         finally:
-            await asyncio.sleep(0)  # an end that takes its time
+            await asyncio.sleep(0)  # closing takes a while
             self.closed = True
 
 
 class Played:
-    """An EventStream of a script on a connection read by hand, quick to keep it alive."""
+    """An EventStream over a script, with a short keep-alive, on a connection that is read message by message."""
 
     def __init__(self) -> None:
         self.script, self.metrics = Script(), Metrics("fake")
@@ -410,7 +407,7 @@ class Played:
         return body
 
     async def after_comments(self) -> bytes:
-        """What comes after any number of comments."""
+        """The first message that is not a comment."""
         while (body := await self.body()) == KEEP_ALIVE:
             pass
         return body

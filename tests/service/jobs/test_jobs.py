@@ -1,4 +1,4 @@
-"""Files and fine-tuning jobs over HTTP: an engine that is fake, and processes that do as the tests say."""
+"""Files and fine-tuning jobs over HTTP, with a fake engine and processes that do what a test says."""
 
 import asyncio
 import json
@@ -30,7 +30,7 @@ from tests.service.helpers import run, settings_of
 
 GOOD = [{"prompt": f"{word} =>", "completion": f" {word}s"} for word in ("cat", "dog", "bird")]
 ADVICE = "begin every completion with a space, as words are tokens with one: line 4"
-# Writes what a run writes, slowly: the report, a row for every update, then the result.
+# Slowly writes what a run writes: the report, a row for every update, then the result.
 PROCESS = """
 import csv, json, os, signal, sys, time
 from pathlib import Path
@@ -103,7 +103,7 @@ class Api(NamedTuple):
         return job
 
     async def messages(self, job_id: str) -> list[str]:
-        """Of a job's events, in order."""
+        """The messages of a job's events, in order."""
         events = (await self.get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=100"))["data"]
         return [event["message"] for event in reversed(events)]
 
@@ -287,7 +287,7 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
 
 
 def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path) -> None:
-    """Nothing is fake about this one."""
+    """The process is a real `banded finetune`."""
 
     async def test() -> None:
         async with serving(tmp_path) as api:
@@ -647,7 +647,7 @@ print(os.nice(0), *(file.read_text().split()[-1] for file in facts if file.exist
 
 
 def test_a_jobs_process_comes_behind_the_server() -> None:
-    """Where the kernel groups tasks by session, a priority inside a session of its own would be none."""
+    """The kernel may share cores among sessions; nice alone then means nothing to a process in its own session."""
     command = [sys.executable, "-c", LOWLY]
     shown = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=True).stdout.split()
     assert shown[0] == "19"

@@ -1,4 +1,4 @@
-"""`banded bench`: what it asks, what it counts, and what it says of a server that does not answer as it should."""
+"""`banded bench`: its requests, its counts, and its message for a server that does not answer as it should."""
 
 import json
 import math
@@ -64,7 +64,7 @@ WHOLE = events(text("a"), text("b"), text("c"), usage(3))
 
 
 class Answering:
-    """A completions server that gives one answer to everybody, and what it was asked."""
+    """A completions server that gives everybody the same answer and remembers what it was asked."""
 
     def __init__(self) -> None:
         self.status, self.answer, self.missing = 200, WHOLE, 0
@@ -117,7 +117,7 @@ def server() -> Iterator[Answering]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What `banded bench` says before it ends with status 2."""
+    """The message of `banded bench` when it ends with status 2."""
     assert main(["bench", *map(str, arguments)]) == 2
     return capsys.readouterr().err.removeprefix("banded: ").removesuffix("\n")
 
@@ -141,7 +141,7 @@ def in_chunks(body: bytes) -> bytes:
 
 
 def in_one_piece(body: bytes) -> bytes:
-    """An answer whose end is that of the connection."""
+    """An answer that ends with the connection."""
     return b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n" + body
 
 
@@ -194,7 +194,7 @@ def test_a_load_is_what_was_asked_for(server: Answering, monkeypatch: pytest.Mon
     }
     server.asked.clear()
     measure(server.url, "parrot", Workload(1, 8, prompt=17, output=3), seed=1)
-    # Three at once may arrive in another order than one after another.
+    # Three requests at once may arrive in any order.
     assert {tuple(body["prompt"]) for body in server.asked} == set(prompts)
 
 

@@ -1,4 +1,4 @@
-"""`banded evaluate`: perplexity over HTTP is the model's own, prompts are few-shot prompts, errors say what is wrong."""
+"""`banded evaluate`: perplexity equals that of the model in process, prompts are few-shot prompts, errors are clear."""
 
 import json
 import math
@@ -37,7 +37,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_over_http_and_in_process_a_text_has_one_perplexity(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The windows begin with the last token of the one before: all tokens but the first are predicted, from less."""
+    """A window begins with the last token of the one before, so every token of the text but the first is predicted once."""
     (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
     lines = [{"input": word, "output": word[::-1]} for word in ["bird", "king", "gold", "tale", "wood"]]
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
@@ -71,7 +71,7 @@ def test_over_http_and_in_process_a_text_has_one_perplexity(
 
 
 class Fake(RemoteModel):
-    """A model that does what it sees."""
+    """A model that copies the pattern of the examples it sees."""
 
     def __init__(self, answer: Any) -> None:
         super().__init__("nowhere", "fake")

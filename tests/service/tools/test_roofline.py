@@ -1,4 +1,4 @@
-"""`banded plan`: the published figures, and arithmetic that a slow count agrees with."""
+"""`banded plan`: the published figures, and arithmetic compared with a slow count."""
 
 import math
 from dataclasses import replace
@@ -65,12 +65,12 @@ def test_a_step_takes_what_it_reads_or_what_it_multiplies() -> None:
     )
 
 
-# Of DEMO with 64 positions: everything that is no matrix of a product.
+# Of DEMO with 64 positions: all parameters that no product uses.
 POSITIONS_AND_VECTORS = 64 * 256 + 4 * (4 * 256 + 3 * 256 + 256 + 1024 + 256) + 2 * 256
 
 
 def prompt_operations(config: GPTConfig, tokens: int) -> float:
-    """Layer by layer."""
+    """Counted layer by layer."""
     width = config.n_embd
     total = 2.0 * config.vocab_size * width
     for layer in range(config.n_layer):

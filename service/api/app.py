@@ -52,11 +52,7 @@ def create_app(models: Models, metrics: Metrics, settings: Settings, jobs: Jobs 
         await models.base.engine.stop()
 
     app = FastAPI(
-        title="Banded",
-        version=version("banded"),
-        lifespan=lifespan,
-        redirect_slashes=False,
-        responses=errors.RESPONSES,
+        title="Banded", version=version("banded"), lifespan=lifespan, redirect_slashes=False, responses=errors.RESPONSES
     )
     app.state.shared = AppState(models, metrics, settings, jobs)
     for router in ROUTERS:

@@ -43,13 +43,22 @@ class KeyLimits:
         self._clock = clock
         self._buckets = {unit: Bucket(limit, clock()) for unit, limit in limits.items() if limit}
 
-    def charge_request(self) -> None:
-        """Take one request. Raises LimitError if none is left."""
-        self._charge("requests", 1)
-
-    def charge(self, num_tokens: int) -> None:
-        """Take the most tokens that a request can use. Raises LimitError, and takes nothing, if fewer are left."""
-        self._charge("tokens", num_tokens)
+    def charge(self, amount: int, unit: str = "tokens") -> None:
+        """Take what a request can use at most. Raises LimitError, and takes nothing, if less is left."""
+        bucket = self._buckets.get(unit)
+        if bucket is None:
+            return
+        limit = f"this key's limit is {bucket.limit} {unit} a minute"
+        if amount > bucket.limit:
+            message = f"the request asks for {amount} {unit}, prompts and completions together, but {limit}"
+            raise LimitError(message, None)
+        now = self._clock()
+        wait = bucket.seconds_until(amount, now)
+        if wait > ROUNDING:
+            seconds = math.ceil(wait)
+            message = f"{limit}; the request needs {amount} and {remaining(bucket, now)} are left: try again in {seconds} s"
+            raise LimitError(message, seconds)
+        bucket.add(-amount, now)
 
     def refund(self, num_tokens: int) -> None:
         """Give back the tokens that a finished request was charged for but did not use."""
@@ -65,22 +74,6 @@ class KeyLimits:
             headers[f"x-ratelimit-remaining-{unit}"] = str(remaining(bucket, now))
             headers[f"x-ratelimit-reset-{unit}"] = duration_text(bucket.seconds_until(bucket.limit, now))
         return headers
-
-    def _charge(self, unit: str, amount: int) -> None:
-        bucket = self._buckets.get(unit)
-        if bucket is None:
-            return
-        limit = f"this key's limit is {bucket.limit} {unit} a minute"
-        if amount > bucket.limit:
-            message = f"the request asks for {amount} {unit}, prompts and completions together, but {limit}"
-            raise LimitError(message, None)
-        now = self._clock()
-        wait = bucket.seconds_until(amount, now)
-        if wait > ROUNDING:
-            seconds = math.ceil(wait)
-            message = f"{limit}; the request needs {amount} and {remaining(bucket, now)} are left: try again in {seconds} s"
-            raise LimitError(message, seconds)
-        bucket.add(-amount, now)
 
 
 class RateLimits:

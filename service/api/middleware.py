@@ -147,7 +147,7 @@ class LimitRates(Middleware):
 
         if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
             try:
-                limits.charge_request()
+                limits.charge(1, "requests")
             except LimitError as error:
                 await api_error(error).response(scope, receive, telling)
                 return

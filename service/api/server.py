@@ -5,6 +5,7 @@ import signal
 import socket
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from types import FrameType
 
@@ -81,28 +82,17 @@ class Server(uvicorn.Server):
 
 async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:
     """The result of `load`. Unlike asyncio's own threads, this one does not keep a process alive that is told to exit."""
-    loop = asyncio.get_running_loop()
-    loaded: asyncio.Future[FastAPI] = loop.create_future()
-
-    def settle(result: FastAPI | None, error: BaseException | None) -> None:
-        if loaded.cancelled():
-            return
-        if result is None:
-            loaded.set_exception(error or RuntimeError("no application"))
-        else:
-            loaded.set_result(result)
+    loaded: Future[FastAPI] = Future()
+    loaded.set_running_or_notify_cancel()  # from here on nobody but the thread ends it
 
     def run() -> None:
-        result = error = None
         try:
-            result = load()
-        except Exception as caught:
-            error = caught
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(settle, result, error)
+            loaded.set_result(load())
+        except Exception as error:
+            loaded.set_exception(error)
 
     threading.Thread(target=run, name="load", daemon=True).start()
-    return await loaded
+    return await asyncio.wrap_future(loaded)
 
 
 async def serve(server: Server) -> int:

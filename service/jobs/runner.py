@@ -151,20 +151,13 @@ class Jobs:
 
     def _arguments(self, job: Job) -> list[str]:
         directory, parameters = self.store.run_directory(job.id), job.hyperparameters
-        options: dict[str, Any] = {
-            "--model": self._directory,
-            "--out": directory,
-            "--report": directory / "report.json",
-            "--epochs": parameters.n_epochs,
-            "--batch": parameters.batch_size,
-            "--learning-rate": parameters.learning_rate,
-            "--rank": parameters.rank,
-            "--seed": job.seed,
-        }
+        arguments: list[object] = [self.store.path_of(job.training_file), "--resume"]
+        arguments += ["--model", self._directory, "--out", directory, "--report", directory / "report.json"]
+        arguments += ["--epochs", parameters.n_epochs, "--batch", parameters.batch_size]
+        arguments += ["--learning-rate", parameters.learning_rate, "--rank", parameters.rank, "--seed", job.seed]
         if job.validation_file:
-            options["--valid"] = self.store.path_of(job.validation_file)
-        training = self.store.path_of(job.training_file)
-        return [str(training), "--resume", *(str(each) for option in options.items() for each in option)]
+            arguments += ["--valid", self.store.path_of(job.validation_file)]
+        return list(map(str, arguments))
 
 
 class Progress:

@@ -20,7 +20,7 @@ MAX_FILES = 1000
 MAX_TOTAL_BYTES = 4 << 30
 MAX_JOBS = 1000
 
-ENDED = f"status NOT IN ({', '.join('?' * len(UNFINISHED))})"
+HAS_NOT_ENDED = f"status IN {UNFINISHED}"
 LAST_NUMBER = 2**63 - 1
 
 SCHEMA = """
@@ -90,8 +90,6 @@ class Store:
                 log.warning("removing %s: no unfinished job runs there, and it holds no result", path)
                 shutil.rmtree(path, ignore_errors=True)
 
-    # -- files --------------------------------------------------------------------------------------------------------
-
     def add_file(self, filename: str, purpose: str, content: bytes) -> StoredFile:
         """Raises StoreFullError, with the numbers, if there is no room."""
         count, total = self._db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
@@ -113,8 +111,7 @@ class Store:
         return [StoredFile(*row) for row in self._db.execute("SELECT * FROM files ORDER BY created DESC, rowid DESC")]
 
     def file(self, file_id: str) -> StoredFile | None:
-        row = self._db.execute("SELECT * FROM files WHERE id = ?", (file_id,)).fetchone()
-        return row and StoredFile(*row)
+        return next((file for file in self.files() if file.id == file_id), None)
 
     def path_of(self, file_id: str) -> Path:
         return self.directory / "files" / f"{file_id}.jsonl"
@@ -122,8 +119,6 @@ class Store:
     def delete_file(self, file_id: str) -> None:
         self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
         self.path_of(file_id).unlink(missing_ok=True)
-
-    # -- jobs ---------------------------------------------------------------------------------------------------------
 
     def add_job(
         self, model: str, suffix: str, seed: int, hyperparameters: Hyperparameters, training: str, validation: str | None
@@ -157,9 +152,8 @@ class Store:
 
     def _drop_oldest_job(self) -> bool:
         """Drop the oldest job that has ended and has no result (any more). Returns whether there was such a job."""
-        row = self._db.execute(
-            f"SELECT id FROM jobs WHERE {ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid", UNFINISHED
-        ).fetchone()
+        query = f"SELECT id FROM jobs WHERE NOT {HAS_NOT_ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid"
+        row = self._db.execute(query).fetchone()
         if row:
             self._db.execute("DELETE FROM events WHERE job = ?", row)
             self._db.execute("DELETE FROM jobs WHERE id = ?", row)
@@ -168,8 +162,8 @@ class Store:
     def update_job(self, job_id: str, **fields: Any) -> bool:
         """Change columns of a job unless it has ended. Returns whether it was changed."""
         columns = ", ".join(f"{name} = ?" for name in fields)
-        row = (*fields.values(), job_id, *UNFINISHED)
-        return self._db.execute(f"UPDATE jobs SET {columns} WHERE id = ? AND NOT ({ENDED})", row).rowcount > 0
+        query = f"UPDATE jobs SET {columns} WHERE id = ? AND {HAS_NOT_ENDED}"
+        return self._db.execute(query, (*fields.values(), job_id)).rowcount > 0
 
     def end_job(self, job_id: str, status: Status, **fields: Any) -> bool:
         """End a job that has not ended yet. Returns whether it was ended."""
@@ -187,8 +181,6 @@ class Store:
         """Delete the model that a job has made."""
         self._db.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", (job_id,))
         self.remove_run(job_id)
-
-    # -- events -------------------------------------------------------------------------------------------------------
 
     def add_event(self, job_id: str, message: str, *, level: str = "info") -> None:
         self._add_events([(job_id, int(time.time()), level, "message", message, "{}")])
@@ -211,7 +203,7 @@ class Store:
             "SELECT * FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
             (job_id, LAST_NUMBER if before is None else before, limit),
         )
-        return [event_of(row) for row in rows]
+        return [Event._make((*row[:6], json.loads(row[6]))) for row in rows]
 
     def has_event(self, job_id: str, number: int) -> bool:
         query = "SELECT 1 FROM events WHERE job = ? AND number = ?"
@@ -219,13 +211,9 @@ class Store:
 
     def last_metrics(self, job_id: str) -> dict[str, float]:
         """The numbers of the newest metrics event, empty if there is none."""
-        query = "SELECT * FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT 1"
+        query = "SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT 1"
         row = self._db.execute(query, (job_id,)).fetchone()
-        return event_of(row).data if row else {}
-
-
-def event_of(row: tuple[Any, ...]) -> Event:
-    return Event._make((*row[:6], json.loads(row[6])))
+        return json.loads(row[0]) if row else {}
 
 
 def job_of(row: tuple[Any, ...]) -> Job:

@@ -1,6 +1,6 @@
 """/v1/files: training data for fine-tuning jobs."""
 
-from typing import Annotated, Literal, Protocol, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
@@ -10,8 +10,9 @@ from service.api.errors import APIError, invalid
 from service.api.schema.base import DeletedObject, shown
 from service.api.schema.errors import ErrorResponse
 from service.api.schema.files import FileList, FileObject
+from service.api.schema.fine_tuning import CheckpointObject
 from service.api.state import state_of
-from service.jobs.job import StoredFile
+from service.jobs.job import Job, StoredFile
 from service.jobs.runner import Jobs
 from service.jobs.store import Store
 
@@ -20,23 +21,15 @@ router = APIRouter()
 PURPOSE = "fine-tune"
 MAX_FILENAME = 255
 
-UPLOAD = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["file", "purpose"],
-                    "properties": {
-                        "file": {"type": "string", "format": "binary", "description": "JSONL of prompt and completion"},
-                        "purpose": {"type": "string", "enum": [PURPOSE]},
-                    },
-                }
-            }
-        },
-    }
+UPLOAD_SCHEMA = {
+    "type": "object",
+    "required": ["file", "purpose"],
+    "properties": {
+        "file": {"type": "string", "format": "binary", "description": "JSONL of prompt and completion"},
+        "purpose": {"type": "string", "enum": [PURPOSE]},
+    },
 }
+UPLOAD = {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": UPLOAD_SCHEMA}}}}
 
 
 def jobs_of(request: Request) -> Jobs:
@@ -48,7 +41,7 @@ def jobs_of(request: Request) -> Jobs:
 
 
 def store_of(request: Request) -> Store:
-    """Raises APIError 404 where the server keeps nothing."""
+    """Raises APIError 404 like jobs_of."""
     return jobs_of(request).store
 
 
@@ -122,12 +115,7 @@ async def delete_file(file_id: str, request: Request) -> DeletedObject:
     return DeletedObject(id=file.id, object="file")
 
 
-class HasId(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-Listed = TypeVar("Listed", bound=HasId)
+Listed = TypeVar("Listed", StoredFile, Job, CheckpointObject)
 
 
 def page(items: list[Listed], limit: int, after: str | None) -> tuple[list[Listed], bool]:

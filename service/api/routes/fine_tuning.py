@@ -128,14 +128,7 @@ async def list_events(job_id: str, request: Request, limit: Limit = 20, after: s
         if not store.has_event(job.id, before):
             raise unknown_id(after)
     events = [
-        EventObject(
-            id=f"{EVENT_PREFIX}{event.number}",
-            created_at=event.created,
-            level=event.level,
-            message=event.message,
-            type=event.type,
-            data=event.data,
-        )
+        EventObject(id=f"{EVENT_PREFIX}{event.number}", created_at=event.created, **event._asdict())
         for event in store.events(job.id, limit + 1, before)
     ]
     return EventList(data=events[:limit], has_more=len(events) > limit)
@@ -165,24 +158,16 @@ async def list_checkpoints(job_id: str, request: Request, limit: Limit = 10, aft
 
 def job_object(job: Job, warnings: list[str] | None = None) -> JobObject:
     parameters = job.hyperparameters
-    return JobObject(
-        id=job.id,
-        created_at=job.created,
-        finished_at=job.finished,
-        error=None if job.error is None else JobError(code="job_failed", message=job.error, param=None),
-        fine_tuned_model=job.fine_tuned_model,
-        hyperparameters=JobHyperparameters.model_construct(  # without the checks and defaults of a request
+    changed = {
+        "error": None if job.error is None else JobError(code="job_failed", message=job.error, param=None),
+        "hyperparameters": JobHyperparameters.model_construct(  # without the checks and defaults of a request
             n_epochs=parameters.n_epochs,
             batch_size=parameters.batch_size,
             learning_rate_multiplier=parameters.learning_rate / RATE,
             rank=parameters.rank,
         ),
-        model=job.model,
-        status=job.status,
-        trained_tokens=job.trained_tokens if job.status == "succeeded" else None,
-        training_file=job.training_file,
-        validation_file=job.validation_file,
-        seed=job.seed,
-        user_provided_suffix=job.suffix or None,
-        warnings=warnings,
-    )
+        "trained_tokens": job.trained_tokens if job.status == "succeeded" else None,
+        "user_provided_suffix": job.suffix or None,
+        "warnings": warnings,
+    }
+    return JobObject(created_at=job.created, finished_at=job.finished, **job._asdict() | changed)

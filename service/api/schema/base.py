@@ -94,6 +94,19 @@ class TokenUsage(BaseModel):
     few_shot: Annotated[FewShotUsage | None, Field(exclude_if=is_absent)] = None
 
 
+Obfuscation = Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")]
+
+
+class Generated(BaseModel):
+    """What the answers of completions and chat begin with, and each chunk of a stream."""
+
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+
+
 class Page(BaseModel):
     """Some of a list of objects; `data` is declared by each kind of list."""
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import MAX_INT, Body, TokenUsage, Warnings, is_absent
+from service.api.schema.base import MAX_INT, Body, Generated, Obfuscation, TokenUsage, Warnings, is_absent
 from service.api.schema.sampling import SamplingFields
 
 MAX_MESSAGES = 2048
@@ -128,12 +128,8 @@ class ChatChoice(BaseModel):
     finish_reason: Literal["stop", "length"]
 
 
-class ChatResponse(BaseModel):
-    id: str
+class ChatResponse(Generated):
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: TokenUsage
     warnings: Warnings = None
@@ -151,13 +147,9 @@ class ChatChunkChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None = None
 
 
-class ChatChunk(BaseModel):
-    id: str
+class ChatChunk(Generated):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChunkChoice]
     usage: TokenUsage | None = None
     warnings: Warnings = None
-    obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
+    obfuscation: Obfuscation = None

@@ -1,11 +1,11 @@
 """Bodies of POST /v1/completions."""
 
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import MAX_INT, Body, TokenUsage, Warnings, is_absent
+from service.api.schema.base import MAX_INT, Body, Generated, Obfuscation, TokenUsage, Warnings
 from service.api.schema.fields import PromptField
 from service.api.schema.sampling import SamplingFields
 
@@ -85,15 +85,11 @@ class CompletionChoice(BaseModel):
     finish_reason: Literal["stop", "length"] | None
 
 
-class CompletionResponse(BaseModel):
+class CompletionResponse(Generated):
     """A completion, or with `stream` a chunk of it. Chunks have `usage` only with include_usage."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: TokenUsage | None = None
     warnings: Warnings = None
-    obfuscation: Annotated[str | None, Field(exclude_if=is_absent, description="padding, with include_obfuscation")] = None
+    obfuscation: Obfuscation = None

@@ -33,18 +33,15 @@ def check_types(items: list[Any], expected: type, place: str = "") -> None:
             raise ValueError(f"item {i}{place} is {wrong}, expected {right}")
 
 
+TOKENS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}}
+SOME_TOKENS_SCHEMA = {**TOKENS_SCHEMA, "minItems": 1}
 PROMPT_SCHEMA = {
     "description": "Text, token ids, or a list of either.",
     "anyOf": [
         {"type": "string"},
         {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": MAX_PROMPTS},
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-        {
-            "type": "array",
-            "items": {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1},
-            "minItems": 1,
-            "maxItems": MAX_PROMPTS,
-        },
+        SOME_TOKENS_SCHEMA,
+        {"type": "array", "items": SOME_TOKENS_SCHEMA, "minItems": 1, "maxItems": MAX_PROMPTS},
         {"type": "null"},
     ],
 }
@@ -90,9 +87,7 @@ def check_text(value: Any) -> Any:
 
 
 TextOrTokens = Annotated[
-    str | list[int],
-    PlainValidator(check_text),
-    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "integer", "minimum": 0}}]}),
+    str | list[int], PlainValidator(check_text), WithJsonSchema({"anyOf": [{"type": "string"}, TOKENS_SCHEMA]})
 ]
 STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
@@ -119,13 +114,7 @@ StopField = Annotated[
     tuple[str, ...],
     PlainValidator(check_stop),
     WithJsonSchema(
-        {
-            "anyOf": [
-                STOP_SCHEMA,
-                {"type": "array", "items": STOP_SCHEMA, "maxItems": MAX_STOPS},
-                {"type": "null"},
-            ]
-        }
+        {"anyOf": [STOP_SCHEMA, {"type": "array", "items": STOP_SCHEMA, "maxItems": MAX_STOPS}, {"type": "null"}]}
     ),
 ]
 

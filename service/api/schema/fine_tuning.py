@@ -18,16 +18,10 @@ def or_auto(kind: str, **bounds: float) -> WithJsonSchema:
 class JobHyperparameters(Body):
     """ "auto" and null leave a choice to the server."""
 
-    n_epochs: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=100)] | None, AUTO, or_auto("integer", minimum=1, maximum=100)
-    ] = None
-    batch_size: Annotated[
-        Annotated[StrictInt, Field(ge=1, le=256)] | None, AUTO, or_auto("integer", minimum=1, maximum=256)
-    ] = None
+    n_epochs: Annotated[StrictInt | None, Field(ge=1, le=100), AUTO, or_auto("integer", minimum=1, maximum=100)] = None
+    batch_size: Annotated[StrictInt | None, Field(ge=1, le=256), AUTO, or_auto("integer", minimum=1, maximum=256)] = None
     learning_rate_multiplier: Annotated[
-        Annotated[float, Field(ge=1e-6, le=1000, strict=True)] | None,
-        AUTO,
-        or_auto("number", minimum=1e-6, maximum=1000),
+        float | None, Field(ge=1e-6, le=1000, strict=True), AUTO, or_auto("number", minimum=1e-6, maximum=1000)
     ] = None
     rank: StrictInt = Field(
         8, ge=0, le=64, description="of the adapter's matrices; 0 would be all weights, which is refused"

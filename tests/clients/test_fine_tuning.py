@@ -7,7 +7,7 @@ from pathlib import Path
 import openai
 import pytest
 
-from tests.clients.test_openai import sdk
+from tests.clients.sdk import sdk
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
 from tests.serving import banded_serve

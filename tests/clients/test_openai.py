@@ -16,6 +16,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 
+from tests.clients.sdk import sdk
 from tests.conformance import contract
 from tests.service.api.helpers import serving
 from tests.service.engine.fakes import FakeEngine
@@ -28,10 +29,6 @@ LONG = 2000  # tokens, more than a test waits for
 OF_THE_SDK = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
 # Random weights may end a text at any token.
 UNENDED: dict[str, Any] = {"ignore_eos": True}
-
-
-def sdk(url: str, key: str = "none", **options: Any) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, **options)
 
 
 @pytest.fixture(scope="module")

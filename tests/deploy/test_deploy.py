@@ -10,28 +10,18 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import yaml
 from pydantic import ValidationError
 
 from service.cli import parser
 from service.commands.options import settings_from
 from service.engine.metrics import Metrics
 from service.settings import Settings
-
-ROOT = Path(__file__).parents[2]
-DEPLOY = ROOT / "deploy"
-DASHBOARD = json.loads((DEPLOY / "grafana/dashboards/banded.json").read_text())
+from tests.deploy.deployed import DASHBOARD, DEPLOY, ROOT, Query, dashboard_queries, read_yaml
 
 Series = Mapping[str, frozenset[str]]
-
-
-def read_yaml(path: str) -> Any:
-    return yaml.safe_load((DEPLOY / path).read_text())
-
 
 GROUPING = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\(([^)]*)\)")
 # A name and what follows it: a selector, or the parenthesis that makes it a function.
@@ -39,17 +29,6 @@ NAME = re.compile(r"(?<![\w.:])([a-zA-Z_:][\w:]*)\s*(\{[^}]*\}|\()?")
 OPERATORS = {"and", "or", "unless", "bool", "offset"}
 # Prometheus adds these to what it scrapes.
 TARGET_LABELS = {"job", "instance"}
-
-
-class Query(NamedTuple):
-    """An expression, and the text that shows labels of its result."""
-
-    expression: str
-    shown: str
-
-
-def dashboard_queries() -> list[Query]:
-    return [Query(target["expr"], target["legendFormat"]) for panel in DASHBOARD["panels"] for target in panel["targets"]]
 
 
 def alert_queries() -> list[Query]:

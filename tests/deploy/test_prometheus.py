@@ -16,7 +16,7 @@ import yaml
 
 from service.api.metrics_alias import VLLM
 from tests.conformance import contract
-from tests.deploy.test_deploy import DEPLOY, ROOT, Query, dashboard_queries, read_yaml
+from tests.deploy.deployed import DEPLOY, ROOT, Query, dashboard_queries, read_yaml
 from tests.model.checkpoint.checkpoints import tiny
 from tests.service.api.helpers import serving
 from tests.service.helpers import run

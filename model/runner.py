@@ -1,7 +1,9 @@
-"""Owns what lives on the device: weights, KV pools, one row of state per slot. StepInput in, Sampled out.
+"""Owns what lives on the device: weights, KV pools, the state of each batch row. StepInput in, Sampled out.
 
-Steps that only decode are padded to a bucket, and on CUDA each bucket is one captured graph over buffers of fixed address
-and size. Everything else is the same code on every device.
+Steps that only decode are padded to a bucket. On CUDA each bucket is one captured graph over buffers of fixed address and
+size. Everything else is the same code on every device.
+
+Shapes: N tokens in a step, B sampled tokens, R rows of logits, K likeliest tokens, C the width, V the vocabulary.
 """
 
 import gc
@@ -22,16 +24,16 @@ from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, RESCORED, KVPool, PagedGPT
 from model.lora import Adapters
-from model.step import DecodeRow, NewPages, PageCopy, Sampled, SampleRow, SlotStart, StepInput, TokenLogprobs
+from model.step import DecodeToken, NewPages, PageCopy, RowStart, Sample, Sampled, StepInput, TokenLogprobs
 
-# Rows of logits that exist at a time: those of one token take as much memory as a thousand hidden states.
+# Rows of logits that exist at a time: one row takes as much memory as a hundred hidden states.
 LOGIT_ROWS = 256
-# Stands for a token that is still on the device.
+# Stands for a token that only the device knows yet.
 UNKNOWN = -1
 
 
 class FoundLogprobs(NamedTuple):
-    """Of R rows of logits: the logprob of a token each, and the K likeliest tokens, likeliest first."""
+    """For each row of logits: the logprob of one token, and the K likeliest tokens, likeliest first."""
 
     chosen: Tensor  # (R,)
     top_ids: Tensor  # (R, K)
@@ -42,8 +44,10 @@ class PendingStep:
     """A launched step; `result` waits for its tokens."""
 
     def __init__(self, step: StepInput, tokens: Tensor, found: list[FoundLogprobs]):
-        """Starts the copies to the host: of `tokens` (B,), which later steps may overwrite, and of `found`, the rows of the
-        samples that want logprobs before those of the scores."""
+        """Start to copy `tokens` (B,), which later steps may overwrite, and `found` to the host.
+
+        `found` holds the samples that want logprobs first, then the prompt's logprobs.
+        """
         self._step = step
         self._tokens = start_copy(tokens)
         self._found = [FoundLogprobs(*map(start_copy, each)) for each in found]
@@ -60,25 +64,26 @@ class PendingStep:
             chosen, ids, values = next(rows)
             return TokenLogprobs(chosen, list(zip(ids[:num_top], values[:num_top], strict=True)))
 
-        sampled = [None if row.top_logprobs is None else logprobs(row.top_logprobs) for row in self._step.samples]
-        scores = [[logprobs(score.top_logprobs) for _ in score.targets] for score in self._step.scores]
-        return Sampled(self._tokens.tolist(), sampled, scores)
+        step = self._step
+        sampled = [None if sample.top_logprobs is None else logprobs(sample.top_logprobs) for sample in step.samples]
+        prompt = [[logprobs(wanted.top_logprobs) for _ in wanted.targets] for wanted in step.prompt_logprobs]
+        return Sampled(self._tokens.tolist(), sampled, prompt)
 
 
 def start_copy(tensor: Tensor) -> Tensor:
-    """A copy on the host that is complete once the device has come so far."""
+    """A copy on the host, complete once the device has reached this point of its queue."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and logits (R, count) of the highest of logits (R, V); equal ones in the order of their ids, as argmax has it.
+    """Ids and logits (R, count) of the highest of logits (R, V). Equal logits are ordered by id, as in argmax.
 
-    The first is argmax's, whatever the ties. That the others are the lowest ids holds for up to RESCORED equal logits at
-    the end of the list; topk leaves open which of them it finds.
+    The first id is argmax's, whatever the ties. topk leaves open which of several equal logits it returns, so ties that
+    reach past the end of the list are resolved to the lowest ids only among RESCORED more.
     """
     values, ids = logits.topk(min(count + RESCORED, logits.shape[1]))
-    # Where argmax's is not among them, they all equal it, and it may stand for any.
+    # If argmax's id is missing, all these logits equal its logit, so that it may replace any of them.
     best = logits.argmax(-1)
     ids[:, -1] = torch.where((ids == best[:, None]).any(1), ids[:, -1], best)
     ids, order = ids.sort()
@@ -86,27 +91,27 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order)[:, :count], values[:, :count]
 
 
-def decode_rows(rows: Sequence[DecodeRow]) -> list[tuple[int, int, int]]:
-    """Slot, position and token of each; the token is UNKNOWN where it is the slot's last one."""
-    return [(slot, position, UNKNOWN if token is None else token) for slot, position, token in rows]
+def decode_columns(decodes: Sequence[DecodeToken]) -> list[tuple[int, int, int]]:
+    """Row, position and token of each; UNKNOWN where the token is the row's last sampled one."""
+    return [(row, position, UNKNOWN if token is None else token) for row, position, token in decodes]
 
 
-def decode_buckets(num_slots: int) -> list[int]:
-    """Batch sizes that decode steps are padded to, up to `num_slots`: at most a quarter of a batch is padding."""
+def decode_buckets(num_rows: int) -> list[int]:
+    """Batch sizes that decode steps are padded to, up to `num_rows`: at most a quarter of a batch is padding."""
     buckets = [1]
-    while buckets[-1] < num_slots:
-        buckets.append(min(num_slots, buckets[-1] + max(1, buckets[-1] // 4)))
+    while buckets[-1] < num_rows:
+        buckets.append(min(num_rows, buckets[-1] + max(1, buckets[-1] // 4)))
     return buckets
 
 
 class Runner:
-    """Runs steps on one set of weights. It trusts the scheduler: every slot, page id and position is in range.
+    """Runs steps on one set of weights. It trusts the scheduler: every row, page id and position is in range.
 
-    Behind the slots that the scheduler knows stands one more, with a page of its own in every pool: the rows that pad a
-    bucket are sequences of one token in it, so nothing has to treat them apart.
+    Each table has one row more than the scheduler knows, and each pool one page more. Padding consists of one-token
+    sequences in that row and page, so nothing treats it differently.
     """
 
-    def __init__(self, model: GPT, ops: Ops, num_slots: int, num_pages: Mapping[KVGroup, int]):
+    def __init__(self, model: GPT, ops: Ops, num_rows: int, num_pages: Mapping[KVGroup, int]):
         """`num_pages[group]` is the size of each KV group's pools, for every group that the model's layers use.
 
         `ops` must run on the device of the weights.
@@ -117,7 +122,7 @@ class Runner:
         self.ops = ops
         self.device, self.dtype = weight.device, weight.dtype
         shape = (config.n_head, PAGE_SIZE, config.head_dim)
-        # zeros, not empty: a CPU commits the memory page by page as it is first written.
+        # zeros, not empty: on a CPU the kernel then commits the memory page by page, at the first write.
         self.pools = [
             KVPool(*(self._zeros(num_pages[config.group(i)] + 1, *shape, dtype=self.dtype) for _ in "kv"))
             for i in range(config.n_layer)
@@ -129,19 +134,19 @@ class Runner:
             kind: block_layout(pattern, config.n_positions, self.device) if pattern.is_sparse else None
             for kind, pattern in self.patterns.items()
         }
-        self.scratch_slot = num_slots
+        self.scratch_row = num_rows
         # One column more than a context has pages: kernels read one entry ahead.
         width = -(-config.n_positions // PAGE_SIZE) + 1
-        self.page_tables = {group: self._zeros(num_slots + 1, width, dtype=torch.int32) for group in num_pages}
+        self.page_tables = {group: self._zeros(num_rows + 1, width, dtype=torch.int32) for group in num_pages}
         for group, table in self.page_tables.items():
-            table[self.scratch_slot] = num_pages[group]
-        self.last_token = self._zeros(num_slots + 1, dtype=torch.int64)
+            table[self.scratch_row] = num_pages[group]
+        self.last_token = self._zeros(num_rows + 1, dtype=torch.int64)
         self.adapters = Adapters(model, ops)
-        self._adapter_of = [0] * (num_slots + 1)  # of each slot
-        self.sampling = self._sampling_state(num_slots + 1)
-        # A graph is made for one size. On a CPU only a lone row is padded: its products would have other bits.
-        self.buckets = decode_buckets(num_slots) if self.device.type == "cuda" else [2]
-        # What a graph reads and writes, at addresses that never change: the three rows of `_decode`; sampled tokens.
+        self._adapter_of = [0] * (num_rows + 1)  # of each row
+        self.sampling = self._sampling_state(num_rows + 1)
+        # A graph has one size. On a CPU only a lone token is padded: a product of one row has other bits.
+        self.buckets = decode_buckets(num_rows) if self.device.type == "cuda" else [2]
+        # What a graph reads and writes, at fixed addresses: the columns of `_decode`; the sampled tokens.
         self._decode_input = self._zeros(3 * self.buckets[-1], dtype=torch.int64)
         self._decode_output = self._zeros(self.buckets[-1], dtype=torch.int64)
         self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
@@ -149,11 +154,11 @@ class Runner:
     def _zeros(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
-    def _sampling_state(self, num_slots: int) -> SamplingState:
+    def _sampling_state(self, num_rows: int) -> SamplingState:
         vocab_size, padded = self.model.config.vocab_size, self.model.config.padded_vocab_size
-        columns = {name: self._zeros(num_slots, dtype=dtype) for name, dtype in COLUMNS.items()}
+        columns = {name: self._zeros(num_rows, dtype=dtype) for name, dtype in COLUMNS.items()}
         # Rows of the padded vocabulary, so that each is aligned to 16 bytes.
-        tables = {name: self._zeros(num_slots, padded, dtype=dtype)[:, :vocab_size] for name, dtype in TABLES.items()}
+        tables = {name: self._zeros(num_rows, padded, dtype=dtype)[:, :vocab_size] for name, dtype in TABLES.items()}
         return SamplingState(**columns, **tables)
 
     @torch.inference_mode()
@@ -162,20 +167,20 @@ class Runner:
         gc.collect()  # a dead graph freed while another is recorded would end the recording
         pool = None
         for bucket in reversed(self.buckets):  # the largest first: the others share its memory
-            rows = self._decode_input[: 3 * bucket].view(3, bucket)
-            rows.copy_(torch.tensor([self._padding_row]).T)
-            self._decode(rows)  # compiles the kernels, which must not happen while a graph is recorded
+            columns = self._decode_input[: 3 * bucket].view(3, bucket)
+            columns.copy_(torch.tensor([self._padding]).T)
+            self._decode(columns)  # compiles the kernels, which must not happen while a graph is recorded
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=pool):
-                self._decode_output[:bucket], _ = self._decode(rows)
+                self._decode_output[:bucket], _ = self._decode(columns)
             pool = pool or graph.pool()
             self._graphs[bucket] = graph
 
     @torch.inference_mode()
     def launch(self, step: StepInput) -> PendingStep:
-        """Apply the step's slot and page updates, run the model over its tokens, sample and score."""
+        """Apply the step's row and page updates, run the model over its tokens, sample and collect logprobs."""
         if step.starts:
-            self._start_slots(step.starts)
+            self._start_rows(step.starts)
         if step.pages:
             self._add_pages(step.pages)
         pending = self._run_mixed(step) if step.chunks else self._run_decode(step)
@@ -184,41 +189,41 @@ class Runner:
         return pending
 
     def _to_device(self, *columns: Sequence[float], dtype: torch.dtype = torch.int64) -> list[Tensor]:
-        """Lists of numbers as tensors on the device, in one transfer that nobody waits for."""
+        """Lists of numbers as tensors on the device, in one asynchronous transfer."""
         pinned = torch.tensor(list(chain(*columns)), dtype=dtype, pin_memory=self.device.type == "cuda")
         return list(pinned.to(self.device, non_blocking=True).split([len(column) for column in columns]))
 
-    def _start_slots(self, starts: list[SlotStart]) -> None:
+    def _start_rows(self, starts: list[RowStart]) -> None:
         for start in starts:
-            self._adapter_of[start.slot] = start.adapter
+            self._adapter_of[start.row] = start.adapter
         state = self.sampling
-        (slots,) = self._to_device([start.slot for start in starts])
+        (rows,) = self._to_device([start.row for start in starts])
         for dtype in (torch.int64, torch.float32):
             names = [name for name, column in COLUMNS.items() if column.is_floating_point == dtype.is_floating_point]
             values = self._to_device(*([getattr(start.sampling, name) for start in starts] for name in names), dtype=dtype)
             for name, column in zip(names, values, strict=True):
-                getattr(state, name)[slots] = column.to(COLUMNS[name])
+                getattr(state, name)[rows] = column.to(COLUMNS[name])
         for start in starts:
             if not start.sampling.adjusted:
-                continue  # nobody reads its tables
+                continue  # its tables are never read
             for table in (state.bias, state.generated, state.in_prompt):
-                table[start.slot] = 0
+                table[start.row] = 0
             if start.sampling.logit_bias:
                 tokens, bias = zip(*start.sampling.logit_bias, strict=True)
-                state.bias[start.slot, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
-            state.in_prompt[start.slot, self._to_device(start.prompt)[0]] = True
+                state.bias[start.row, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
+            state.in_prompt[start.row, self._to_device(start.prompt)[0]] = True
 
     def _add_pages(self, pages: list[NewPages]) -> None:
         for group, table in self.page_tables.items():
-            rows = [
-                (new.slot, new.first + i, page_id)
+            entries = [
+                (new.row, new.first + i, page_id)
                 for new in pages
                 if new.group == group
                 for i, page_id in enumerate(new.page_ids)
             ]
-            if rows:
-                slots, places, page_ids = self._to_device(*zip(*rows, strict=True))
-                table[slots, places] = page_ids.to(torch.int32)
+            if entries:
+                rows, places, page_ids = self._to_device(*zip(*entries, strict=True))
+                table[rows, places] = page_ids.to(torch.int32)
 
     def _copy_pages(self, copies: list[PageCopy]) -> None:
         for group in self.page_tables:
@@ -231,122 +236,128 @@ class Runner:
                             pages[targets] = pages[sources]
 
     @property
-    def _padding_row(self) -> tuple[int, int, int]:
-        return self.scratch_slot, 0, UNKNOWN
+    def _padding(self) -> tuple[int, int, int]:
+        return self.scratch_row, 0, UNKNOWN
 
     def _run_decode(self, step: StepInput) -> PendingStep:
-        """A step without prompt tokens: padded to a bucket. Graphs know neither logprobs nor bans."""
+        """A step without prompt tokens, padded to a bucket. Graphs support neither logprobs nor bans."""
         count = len(step.decodes)
         place = bisect_left(self.buckets, count)
         bucket = self.buckets[place] if place < len(self.buckets) else count
-        padded = [*decode_rows(step.decodes), *[self._padding_row] * (bucket - count)]
-        rows = torch.tensor(list(zip(*padded, strict=True)), pin_memory=self.device.type == "cuda")
-        plain = all(row.top_logprobs is None and not row.banned for row in step.samples)
-        adapted = self.adapters.ops_for([self._adapter_of[slot] for slot, _, _ in padded])
+        padded = [*decode_columns(step.decodes), *[self._padding] * (bucket - count)]
+        columns = torch.tensor(list(zip(*padded, strict=True)), pin_memory=self.device.type == "cuda")
+        plain = all(sample.top_logprobs is None and not sample.banned for sample in step.samples)
+        adapted = self.adapters.ops_for([self._adapter_of[row] for row, _, _ in padded])
         if plain and adapted is None and bucket in self._graphs:
-            self._decode_input[: 3 * bucket].copy_(rows.flatten(), non_blocking=True)
+            self._decode_input[: 3 * bucket].copy_(columns.flatten(), non_blocking=True)
             self._graphs[bucket].replay()
             return PendingStep(step, self._decode_output[:count], [])
-        tokens, found = self._decode(rows.to(self.device, non_blocking=True), [] if plain else step.samples, adapted)
+        columns = columns.to(self.device, non_blocking=True)
+        tokens, found = self._decode(columns, [] if plain else step.samples, adapted)
         return PendingStep(step, tokens[:count], found)
 
     def _decode(
-        self, rows: Tensor, samples: Sequence[SampleRow] = (), adapted: Ops | None = None
+        self, columns: Tensor, samples: Sequence[Sample] = (), adapted: Ops | None = None
     ) -> tuple[Tensor, list[FoundLogprobs]]:
-        """One token of each of B decode_rows, (3, B). Without `samples`, which are as `_sample` says, and `adapted` ops it
-        is what a graph holds: nothing here may wait for the device."""
-        slots, positions, given = rows.unbind()
+        """Compute and sample one token for each of decode_columns, a tensor (3, B); `samples` as in `_sample`.
+
+        A graph records this call without `samples` and `adapted`, so nothing in it may wait for the device.
+        """
+        rows, positions, given = columns.unbind()  # (B,) each
         plans = {
             kind: StepPlan(
-                self._slot_mapping(kind, slots, positions), self._decode_plan(kind, slots, positions), None, len(slots)
+                self._slot_mapping(kind, rows, positions), self._decode_plan(kind, rows, positions), None, len(rows)
             )
             for kind in self.patterns
         }
-        hidden = self.paged(self._decode_tokens(slots, given), positions, plans, adapted)
-        return self._sample(hidden, slots, positions + 1, samples)
+        hidden = self.paged(self._decode_tokens(rows, given), positions, plans, adapted)  # (B, C)
+        return self._sample(hidden, rows, positions + 1, samples)
 
-    def _decode_tokens(self, slots: Tensor, given: Tensor) -> Tensor:
-        """The tokens of decode rows: those given, or what was sampled last."""
-        return torch.where(given == UNKNOWN, self.last_token[slots], given)
+    def _decode_tokens(self, rows: Tensor, given: Tensor) -> Tensor:
+        """The tokens to compute (B,): `given`, or what was sampled last for the row."""
+        return torch.where(given == UNKNOWN, self.last_token[rows], given)
 
     def _run_mixed(self, step: StepInput) -> PendingStep:
-        """A step with prompt chunks, behind decode rows or alone."""
+        """A step with prompt chunks, with or without decode tokens."""
         count = len(step.decodes)
         prompt = [token for chunk in step.chunks for token in chunk.tokens]
-        slots, positions, given, prompt_tokens, chunk_slots, sampled, sampling_slots = self._to_device(
-            step.token_slots,
+        rows, positions, given, prompt_tokens, chunk_rows, sampled, sampling_rows = self._to_device(
+            step.token_rows,
             step.token_positions,
-            [given for _, _, given in decode_rows(step.decodes)],
+            [given for _, _, given in decode_columns(step.decodes)],
             prompt,
-            [chunk.slot for chunk in step.chunks],
-            [row.token for row in step.samples],
-            [row.slot for row in step.samples],
+            [chunk.row for chunk in step.chunks],
+            [sample.token for sample in step.samples],
+            [sample.row for sample in step.samples],
         )
         starts, lengths = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]
         plans = {}
         for kind, pattern in self.patterns.items():
             table = self.page_tables[self.group_of[kind]]
             plans[kind] = StepPlan(
-                slot_mapping=self._slot_mapping(kind, slots, positions),
-                decode=self._decode_plan(kind, slots[:count], positions[:count]) if count else None,
-                prefill=PrefillPlan(table[chunk_slots], starts, lengths, pattern, self.layouts[kind]),
+                slot_mapping=self._slot_mapping(kind, rows, positions),
+                decode=self._decode_plan(kind, rows[:count], positions[:count]) if count else None,
+                prefill=PrefillPlan(table[chunk_rows], starts, lengths, pattern, self.layouts[kind]),
                 num_decodes=count,
             )
-        tokens = torch.cat((self._decode_tokens(slots[:count], given), prompt_tokens))
-        adapted = self.adapters.ops_for([self._adapter_of[slot] for slot in step.token_slots])
-        hidden = self.paged(tokens, positions, plans, adapted)
-        new_tokens, found = self._sample(hidden[sampled], sampling_slots, positions[sampled] + 1, step.samples)
-        return PendingStep(step, new_tokens, found + self._score(hidden, step))
+        tokens = torch.cat((self._decode_tokens(rows[:count], given), prompt_tokens))  # (N,)
+        adapted = self.adapters.ops_for([self._adapter_of[row] for row in step.token_rows])
+        hidden = self.paged(tokens, positions, plans, adapted)  # (N, C)
+        new_tokens, found = self._sample(hidden[sampled], sampling_rows, positions[sampled] + 1, step.samples)
+        return PendingStep(step, new_tokens, found + self._prompt_logprobs(hidden, step))
 
-    def _slot_mapping(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> Tensor:
-        pages = self.page_tables[self.group_of[kind]][slots, positions // PAGE_SIZE]
+    def _slot_mapping(self, kind: PatternKind, rows: Tensor, positions: Tensor) -> Tensor:
+        """Where the keys of each token are written: page * PAGE_SIZE + offset."""
+        pages = self.page_tables[self.group_of[kind]][rows, positions // PAGE_SIZE]
         return pages.long() * PAGE_SIZE + positions % PAGE_SIZE
 
-    def _decode_plan(self, kind: PatternKind, slots: Tensor, positions: Tensor) -> DecodePlan:
+    def _decode_plan(self, kind: PatternKind, rows: Tensor, positions: Tensor) -> DecodePlan:
         table = self.page_tables[self.group_of[kind]]
-        return DecodePlan(table[slots], positions + 1, self.patterns[kind], self.layouts[kind])
+        return DecodePlan(table[rows], positions + 1, self.patterns[kind], self.layouts[kind])
 
     def _sample(
-        self, hidden: Tensor, slots: Tensor, positions: Tensor, rows: Sequence[SampleRow]
+        self, hidden: Tensor, rows: Tensor, positions: Tensor, samples: Sequence[Sample]
     ) -> tuple[Tensor, list[FoundLogprobs]]:
-        """Sample the tokens at `positions` (B,) of `slots` (B,) from hidden states (B, C), and remember them.
+        """Sample and remember the tokens at `positions` (B,) of batch rows `rows` (B,) from hidden states (B, C).
 
-        `rows` say of the first of them, in order, what is banned and who wants logprobs; these come second.
+        `samples` describes the first of them, in order: what is banned, and which want logprobs. Also returns these
+        logprobs, for at most LOGIT_ROWS rows of logits each.
         """
-        num_top = max((row.top_logprobs or 0 for row in rows), default=0)
+        num_top = max((sample.top_logprobs or 0 for sample in samples), default=0)
         parts, found = [], []
-        for start in range(0, len(slots), LOGIT_ROWS):
+        for start in range(0, len(rows), LOGIT_ROWS):
             part = slice(start, start + LOGIT_ROWS)
-            logits = self.model.logits(hidden[part], self.ops)
-            wanted = [i for i, row in enumerate(rows[part]) if row.top_logprobs is not None]
+            logits = self.model.logits(hidden[part], self.ops)  # (R, V)
+            wanted = [i for i, sample in enumerate(samples[part]) if sample.top_logprobs is not None]
             if wanted:
                 totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
-            banned = [(i, token) for i, row in enumerate(rows[part]) for token in row.banned]
+            banned = [(i, token) for i, sample in enumerate(samples[part]) for token in sample.banned]
             if banned:
                 places, tokens = self._to_device(*zip(*banned, strict=True))
                 logits[places, tokens] = float("-inf")
-            tokens = self.ops.sample(logits, self.sampling, slots[part], positions[part])
+            tokens = self.ops.sample(logits, self.sampling, rows[part], positions[part])
             parts.append(tokens)
             if wanted:
                 chosen = logits.gather(1, tokens[:, None]) - totals
                 (kept,) = self._to_device(wanted)
                 found.append(FoundLogprobs(chosen[kept, 0], top_ids[kept], (top_logits - totals)[kept]))
-            del logits  # or it would live on while the next ones are made
-        tokens = torch.cat(parts) if parts else slots
-        self.last_token[slots] = tokens
-        self.sampling.generated[slots, tokens] += 1
+            del logits  # or it would stay allocated while the next ones are computed
+        tokens = torch.cat(parts) if parts else rows
+        self.last_token[rows] = tokens
+        self.sampling.generated[rows, tokens] += 1
         return tokens, found
 
-    def _score(self, hidden: Tensor, step: StepInput) -> list[FoundLogprobs]:
-        """Logprobs of the targets of step.scores after hidden states (N, C), a slice of rows of logits at a time."""
-        num_top = max((score.top_logprobs for score in step.scores), default=0)
-        after = [score.first + i for score in step.scores for i in range(len(score.targets))]
-        rows, targets = self._to_device(after, [token for score in step.scores for token in score.targets])
+    def _prompt_logprobs(self, hidden: Tensor, step: StepInput) -> list[FoundLogprobs]:
+        """Logprobs of all targets of step.prompt_logprobs from hidden states (N, C), LOGIT_ROWS rows at a time."""
+        wanted = step.prompt_logprobs
+        num_top = max((some.top_logprobs for some in wanted), default=0)
+        after = [some.first + i for some in wanted for i in range(len(some.targets))]
+        rows, targets = self._to_device(after, [token for some in wanted for token in some.targets])
         found = []
         for some_rows, some_targets in zip(rows.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True):
             if not len(some_rows):
-                break  # splitting nothing gives one empty piece
-            logits = self.model.logits(hidden[some_rows], self.ops)
+                break  # splitting an empty tensor gives one empty piece
+            logits = self.model.logits(hidden[some_rows], self.ops)  # (R, V)
             totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
             chosen = logits.gather(1, some_targets[:, None]) - totals
             found.append(FoundLogprobs(chosen[:, 0], top_ids, top_logits - totals))

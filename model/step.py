@@ -1,18 +1,22 @@
-"""The seam between scheduler and runner: plain numbers, no torch."""
+"""The seam between scheduler and runner: plain numbers, no torch.
+
+A running sequence owns a *batch row*: the line of each per-sequence table on the device (last token, page table, sampling
+state) that belongs to it for as long as it runs.
+"""
 
 from typing import NamedTuple
 
 from model.config import KVGroup
 
 
-class SamplingParams(NamedTuple):
-    """How one choice picks its tokens. The generator is keyed by (seed, choice, position), so nothing else matters to it."""
+class Sampling(NamedTuple):
+    """How a sequence picks its tokens. The generator is keyed by (seed, choice, position): nothing else matters to it."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 keeps all
     top_p: float = 1.0
     seed: int = 0  # 64-bit signed
-    choice: int = 0
+    choice: int = 0  # number of the sequence in its request
     min_p: float = 0.0
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
@@ -26,36 +30,36 @@ class SamplingParams(NamedTuple):
         return bool(self.logit_bias) or any(penalties)
 
 
-class SlotStart(NamedTuple):
-    """A sequence takes a slot."""
+class RowStart(NamedTuple):
+    """A sequence takes a batch row."""
 
-    slot: int
-    sampling: SamplingParams
-    prompt: list[int]  # all of it, whatever part the step computes: penalties look at it
-    adapter: int = 0  # which of the runner's adapters computes its tokens; 0: none
+    row: int
+    sampling: Sampling
+    prompt: list[int]  # the whole prompt, whatever part of it the step computes: penalties look at it
+    adapter: int = 0  # number of the adapter that computes its tokens; 0: none
 
 
 class NewPages(NamedTuple):
-    """Pages that join a slot's table: page_ids[i] holds positions (first + i) * 64 and on. Other slots may share them."""
+    """Pages added to a row's page table: page_ids[i] holds positions (first + i) * 64 and on. Rows may share pages."""
 
-    slot: int
+    row: int
     group: KVGroup
     first: int
     page_ids: list[int]
 
 
 class PageCopy(NamedTuple):
-    """What page `source` holds once the step's keys are written is copied to `target`, in every layer of the group."""
+    """After the step has written its keys, page `source` is copied to `target` in every layer of the group."""
 
     group: KVGroup
     source: int
     target: int
 
 
-class DecodeRow(NamedTuple):
-    """The token at `position` is computed: `token`, or what was sampled last for the slot where that is not known yet."""
+class DecodeToken(NamedTuple):
+    """The token at `position` is computed: `token`, or the row's last sampled one where the host does not know it yet."""
 
-    slot: int
+    row: int
     position: int
     token: int | None = None
 
@@ -63,22 +67,24 @@ class DecodeRow(NamedTuple):
 class PromptChunk(NamedTuple):
     """Prompt tokens from position `start` on are computed."""
 
-    slot: int
+    row: int
     start: int
     tokens: list[int]
 
 
-class SampleRow(NamedTuple):
-    """A token is sampled for `slot` from the logits of the step's token number `token`, which may stand in another slot:
-    choices with one prompt share its last row."""
+class Sample(NamedTuple):
+    """Sample a token for `row` from the logits of the step's token number `token`.
 
-    slot: int
+    That token may belong to another row: sequences that fork after the same prompt sample from its last token.
+    """
+
+    row: int
     token: int
-    top_logprobs: int | None = None  # how many of the likeliest tokens to report beside it; None: no logprobs at all
+    top_logprobs: int | None = None  # how many of the likeliest tokens to report with it; None: no logprobs at all
     banned: tuple[int, ...] = ()  # tokens that must not be sampled this time
 
 
-class ScoreRows(NamedTuple):
+class PromptLogprobs(NamedTuple):
     """Log probabilities of given tokens: targets[i] follows the step's token `first + i`."""
 
     first: int
@@ -87,18 +93,18 @@ class ScoreRows(NamedTuple):
 
 
 class StepInput(NamedTuple):
-    """Everything the runner needs for one step, in the order it is applied: first `starts` and `pages`, last `copies`.
+    """All that the runner needs for one step, in the order of application: `starts` and `pages` first, `copies` last.
 
-    The tokens of a step stand in one row: those of `decodes`, then those of each chunk. `samples` begins with one row for
-    each of `decodes`, in order. Several rows of `decodes` may be successive positions of one slot: drafts.
+    The step's tokens form one sequence: those of `decodes`, then those of each chunk. `samples` begins with one entry for
+    each of `decodes`, in order. Several of `decodes` may be successive positions of one row: drafts.
     """
 
-    starts: list[SlotStart]
+    starts: list[RowStart]
     pages: list[NewPages]
-    decodes: list[DecodeRow]
+    decodes: list[DecodeToken]
     chunks: list[PromptChunk]
-    samples: list[SampleRow]
-    scores: list[ScoreRows]
+    samples: list[Sample]
+    prompt_logprobs: list[PromptLogprobs]
     copies: list[PageCopy]
 
     @property
@@ -106,14 +112,14 @@ class StepInput(NamedTuple):
         return len(self.decodes) + sum(len(chunk.tokens) for chunk in self.chunks)
 
     @property
-    def token_slots(self) -> list[int]:
-        """The slot of every token."""
-        return [row.slot for row in self.decodes] + [chunk.slot for chunk in self.chunks for _ in chunk.tokens]
+    def token_rows(self) -> list[int]:
+        """The row of every token."""
+        return [token.row for token in self.decodes] + [chunk.row for chunk in self.chunks for _ in chunk.tokens]
 
     @property
     def token_positions(self) -> list[int]:
         """The position of every token in its sequence."""
-        positions = [row.position for row in self.decodes]
+        positions = [token.position for token in self.decodes]
         for chunk in self.chunks:
             positions += range(chunk.start, chunk.start + len(chunk.tokens))
         return positions
@@ -131,4 +137,4 @@ class Sampled(NamedTuple):
 
     tokens: list[int]  # one for each of StepInput.samples
     logprobs: list[TokenLogprobs | None]  # of these tokens, where asked for
-    scores: list[list[TokenLogprobs]]  # for each of StepInput.scores, one for each of its targets
+    prompt_logprobs: list[list[TokenLogprobs]]  # for each of StepInput.prompt_logprobs, one for each target

@@ -2,6 +2,7 @@
 
 import ipaddress
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,10 +10,8 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from kernels.names import KernelChoice
+from service.engine.options import Device, Dtype, EngineOptions
 from service.engine.scheduler import MIN_CHUNK
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
-Device = Literal["auto", "cpu", "cuda"]
 
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
@@ -67,6 +66,11 @@ class Settings(BaseSettings):
         None, description="vllm: /metrics has vLLM's names too, for its dashboards"
     )
     allow_unauthenticated: bool = Field(False, description="serve a non-loopback address without keys")
+
+    @property
+    def engine(self) -> EngineOptions:
+        """Those that are about the engine."""
+        return EngineOptions(**{field.name: getattr(self, field.name) for field in fields(EngineOptions)})
 
     @field_validator("api_keys", "cors_origins", mode="before")
     @classmethod

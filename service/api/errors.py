@@ -12,10 +12,9 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from service.api.limits import LimitError
-from service.api.schema.base import shown
 from service.api.schema.errors import ErrorResponse
 from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
-from service.engine.prompts import ContextOverflowError, NoInsertionError, PromptError
+from service.engine.request import RequestError, shown
 from service.jobs.store import StoreFullError
 
 log = logging.getLogger("banded.api")
@@ -86,12 +85,8 @@ def api_error(error: Exception) -> APIError:
             return APIError(500, text, code="internal_error")
         case EngineError():
             return APIError(503, text, code="unavailable", headers={"retry-after": "1"})
-        case ContextOverflowError():
-            return invalid(text, error.param, "context_length_exceeded")
-        case NoInsertionError():
-            return invalid(text, error.param, "unsupported_parameter")
-        case PromptError():
-            return invalid(text, error.param)
+        case RequestError():
+            return invalid(text, error.param, error.code)
         case StoreFullError():
             return APIError(413, text, param=error.param, code="storage_full")
         case RequestValidationError():
@@ -126,7 +121,7 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
             return APIError(405, f"{path} does not take {request.method}", code="method_not_allowed", headers=allow).response
         return api_error(error).response
 
-    for kind in (APIError, EngineError, LimitError, PromptError, StoreFullError, RequestValidationError):
+    for kind in (APIError, EngineError, LimitError, RequestError, StoreFullError, RequestValidationError):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
 

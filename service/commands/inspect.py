@@ -21,7 +21,7 @@ def run_doctor(args: argparse.Namespace) -> int:
     from model.doctor import kernel_errors, percent
     from service.engine.loading import load_checkpoint
 
-    checkpoint = load_checkpoint(settings)
+    checkpoint = load_checkpoint(settings.engine)
     measured = kernel_errors(checkpoint.model, checkpoint.ops)
     print(f"{checkpoint.name}, {checkpoint.dtype}: {checkpoint.kernels}, against the reference")
     print(f"logits of the last {measured.num_rows} of {measured.num_tokens} random tokens, ", end="")

@@ -69,7 +69,7 @@ def load_app(settings: Settings) -> "FastAPI":
     metrics = Metrics(name)
     with ExitStack() as opened:
         store = opened.enter_context(closing(Store(settings.data_dir))) if settings.data_dir else None
-        models = load_served(settings, metrics, store.results(name) if store else ())
+        models = load_served(settings.engine, metrics, store.results(name) if store else ())
         jobs = Jobs(store, models, model_directory(settings.model)) if store else None
         app = create_app(models, metrics, settings, jobs)
         opened.pop_all()  # from here on the jobs close the store, when the application ends

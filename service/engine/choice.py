@@ -1,168 +1,204 @@
 """One choice on the client's side: its text and logprobs so far, its clock and its metrics."""
 
 import codecs
-from collections.abc import Sequence as Items
+import math
+from collections import abc
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from model.checkpoint.tokenizer import Tokenizer
 from model.step import TokenLogprobs
 from service.engine.metrics import Metrics
-from service.engine.scheduler import Delta, FinishReason, Sequence
+from service.engine.request import GenerationRequest, Prompt
+from service.engine.sequence import Delta, FinishReason, Start
 from service.engine.text import TextStream
 
 
-class ChoiceRequest(NamedTuple):
-    """A sequence, and what of it the client wants to see."""
-
-    sequence: Sequence
-    stops: tuple[str, ...] = ()
-    include_stop: bool = False  # the stop string, or the token in stop_ids, is part of the text
-    echo: bool = False  # the prompt's text and tokens come first
-    num_implicit: int = 0  # leading prompt tokens that nobody wrote, so that they have no text
-
-
 class ShownToken(NamedTuple):
-    """A token of the text that a client has by now."""
+    """A token of the text that the client has received."""
 
     token: int
-    logprobs: TokenLogprobs | None  # None for the first of a prompt
+    logprobs: TokenLogprobs | None  # None for the first token of a prompt
     offset: int  # characters from the start of the prompt to the character in which the token begins
 
 
 class Output(NamedTuple):
-    """What a choice gained: `text` may be empty while characters or a possible stop string are incomplete."""
+    """What one step added to a choice. `text` may be empty: an incomplete character, or what may become a stop string."""
 
-    choice: int
+    choice: int  # number of the choice in its request
     text: str
-    tokens: list[int]  # sampled by now, shown or not
+    tokens: list[int]  # sampled by the step, visible in the text or not
     finish_reason: FinishReason | None
-    logprobs: Items[TokenLogprobs] = ()  # of `tokens`, where asked for
-    scores: Items[TokenLogprobs] = ()  # of the prompt's next tokens, from the sequence's scored_from on
-    shown: Items[ShownToken] = ()  # where logprobs are asked for: the tokens that `text` makes visible
+    shown: abc.Sequence[ShownToken] = ()  # with logprobs: the tokens that `text` makes visible
 
 
 class Choice:
-    """Turns the deltas of one sequence into outputs. Times are those of the steps, however late a slow client reads."""
+    """Turns the deltas of one sequence into outputs, and adds them up.
+
+    Times are those of the steps, however late a slow client reads.
+    """
 
     def __init__(
         self,
         index: int,
-        request: ChoiceRequest,
-        prompt_scores: list[TokenLogprobs],
+        prompt: Prompt,
+        request: GenerationRequest,
+        prompt_logprobs: list[TokenLogprobs],
         tokenizer: Tokenizer,
-        submitted: float,
         metrics: Metrics,
+        submitted: float,
     ):
-        """`prompt_scores` belongs to all choices of a prompt: the first of them gets the logprobs and adds them to it."""
-        self._index = index
-        self._request = request
-        self._sequence = request.sequence
+        """`prompt_logprobs` is one list for all choices of a prompt: the first choice receives and appends them."""
+        params = request.params
+        self.text = ""
+        self.finish_reason: FinishReason | None = None
+        self.tokens: list[int] = []
+        self.shown: list[ShownToken] = []
+        self.prompt_logprobs = prompt_logprobs
+        self.start: Start | None = None  # None until the engine has begun to compute it
+        self._index, self._prompt, self._params = index, prompt, params
+        self._silent_ids = frozenset() if params.include_stop_str_in_output else request.stop_ids(prompt, tokenizer)
         self._tokenizer = tokenizer
-        self._prompt_scores = prompt_scores
-        before, unfinished = self._text_before()
-        self._text = TextStream(request.stops, include_stop=request.include_stop, start=before)
-        # The text begins afresh behind a prompt that ends inside a character, offsets do not.
+        chars_before, unfinished = self._text_before()
+        stops = (*params.stop, *prompt.stops)
+        self._text = TextStream(stops, include_stop=params.include_stop_str_in_output, start=chars_before)
+        # If the prompt ends inside a character, the text begins afresh but the offsets count on.
         self._places = self._text
         if unfinished:
-            self._places = TextStream((), start=before)
+            self._places = TextStream((), start=chars_before)
             self._places.push(unfinished, searched=False)
+        self._pushed: list[tuple[int, TokenLogprobs | None]] = []  # what `_text` has taken in
         self._num_echoed = 0
-        self._tokens: list[tuple[int, TokenLogprobs | None]] = []  # that `_text` has taken in
         self._num_shown = 0
         self._began = False
-        self._submitted = submitted
+        self._total_logprob = 0.0
         self._metrics = metrics
-        self._num_tokens = 0
+        self._submitted = submitted
         self._first_token: float | None = None
         self._last_token = submitted
 
+    @property
+    def mean_logprob(self) -> float:
+        return self._total_logprob / len(self.tokens) if self.tokens else 0.0
+
+    def begin(self, start: Start) -> None:
+        """The engine computes the first tokens of the sequence."""
+        self.start = start
+        self._metrics.prefix_cache_queries.inc(start.num_looked_up)
+        self._metrics.prefix_cache_hits.inc(start.num_cached)
+
     def advance(self, delta: Delta, now: float) -> Output:
-        """Take in what a step that ended at `now` did. A stop string ends the choice: tokens behind it never were."""
+        """Take in what a step that ended at `now` did. A stop string ends the choice and drops the tokens after it."""
         finish, pieces = delta.finish_reason, []
-        self._prompt_scores.extend(delta.scores)
+        self.prompt_logprobs.extend(delta.prompt_logprobs)
         if not self._began and (delta.tokens or finish):
             self._began = True
-            self._metrics.prefix_cache_queries.inc(self._sequence.num_looked_up)
-            self._metrics.prefix_cache_hits.inc(self._sequence.num_cached)
-            if self._request.echo:
+            if self._params.echo:
                 pieces += self._echo()
-        logprobs: Items[TokenLogprobs | None] = delta.logprobs or [None] * len(delta.tokens)
-        count = 0
+        logprobs: abc.Sequence[TokenLogprobs | None] = delta.logprobs or [None] * len(delta.tokens)
+        tokens: list[int] = []
         for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
-            count += 1
+            tokens.append(token)
             pieces.append(self._push(token, token_logprobs))
             if self._text.stopped:
                 break
-        if count:
-            self._count(count, now)
+        if tokens:
+            self._observe_tokens(len(tokens), now)
         if finish:
             pieces.append(self._text.finish())
         if self._text.stopped:
             finish = "stop"
         if finish:
-            self._end(finish, now)
-        shown = self._shown() if self._sequence.top_logprobs is not None else ()
-        tokens, logprobs = delta.tokens[:count], delta.logprobs[:count]
-        return Output(self._index, "".join(pieces), tokens, finish, logprobs, delta.scores, shown)
+            self._observe_end(finish, now)
+        text, shown = "".join(pieces), self._newly_shown() if self._params.logprobs is not None else ()
+        self.text += text
+        self.shown += shown
+        self.finish_reason = finish
+        return Output(self._index, text, tokens, finish, shown)
 
     def _prompt_bytes(self) -> list[bytes]:
-        """What each prompt token adds to the text. Special ones that the user asked for by id are spelt out."""
-        implicit = self._request.num_implicit
-        tokens = self._sequence.prompt[implicit:]
+        """What each prompt token adds to the text. A special token that the user gave by id is spelled out."""
+        implicit = self._prompt.num_implicit
+        tokens = self._prompt.tokens[implicit:]
         known = (token in self._tokenizer for token in tokens)
         return [b""] * implicit + [self._tokenizer.token_bytes(t) if k else b"" for t, k in zip(tokens, known, strict=True)]
 
     def _text_before(self) -> tuple[int, bytes]:
-        """Characters before the text that the choice begins with, and bytes of a character that the prompt leaves
-        unfinished; for offsets only, which nobody asks for without logprobs."""
-        if self._request.echo or self._sequence.top_logprobs is None:
+        """Characters ahead of the choice's text, and the bytes of a character that the prompt leaves unfinished.
+
+        Only offsets need them, and only logprobs have offsets.
+        """
+        if self._params.echo or self._params.logprobs is None:
             return 0, b""
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return len(decoder.decode(b"".join(self._prompt_bytes()))), decoder.getstate()[0]
 
     def _echo(self) -> list[str]:
-        scores = [None, *self._prompt_scores] if self._prompt_scores else [None] * len(self._sequence.prompt)
-        self._tokens += zip(self._sequence.prompt, scores, strict=True)
-        self._num_echoed = len(self._tokens)
+        tokens = self._prompt.tokens
+        logprobs = [None, *self.prompt_logprobs] if self.prompt_logprobs else [None] * len(tokens)
+        self._pushed += zip(tokens, logprobs, strict=True)
+        self._num_echoed = len(tokens)
         return [self._text.push(data, searched=False) for data in self._prompt_bytes()]
 
     def _push(self, token: int, logprobs: TokenLogprobs | None) -> str:
-        self._tokens.append((token, logprobs))
-        silent = token in self._sequence.stop_ids and not self._request.include_stop
-        data = b"" if silent else self._tokenizer.text_bytes(token)
+        self._pushed.append((token, logprobs))
+        if logprobs is not None:
+            self._total_logprob += logprobs.logprob
+        data = b"" if token in self._silent_ids else self._tokenizer.text_bytes(token)
         if self._places is not self._text:
             self._places.push(data)
-        searched = self._num_tokens >= self._sequence.min_tokens
-        self._num_tokens += 1
+        searched = len(self.tokens) >= self._params.min_tokens
+        self.tokens.append(token)
         return self._text.push(data, searched=searched)
 
-    def _shown(self) -> list[ShownToken]:
-        """Tokens that the client sees since the last call."""
+    def _newly_shown(self) -> abc.Sequence[ShownToken]:
+        """Tokens that have become visible since the last call."""
         shown = max(self._text.shown, self._num_echoed)
         new = slice(self._num_shown, shown)
         self._num_shown = shown
-        offsets = self._places.offsets[len(self._places.offsets) - len(self._tokens) :]
-        pairs = zip(self._tokens[new], offsets[new], strict=True)
+        offsets = self._places.offsets[len(self._places.offsets) - len(self._pushed) :]
+        pairs = zip(self._pushed[new], offsets[new], strict=True)
         return [ShownToken(token, logprobs, offset) for (token, logprobs), offset in pairs]
 
-    def _count(self, num_tokens: int, now: float) -> None:
+    def _observe_tokens(self, num_tokens: int, now: float) -> None:
         metrics = self._metrics
         metrics.generated_tokens.inc(num_tokens)
         if self._first_token is None:
+            assert self.start is not None, "tokens of a sequence that never began"
             self._first_token = now
-            metrics.queue_time.observe(self._sequence.started - self._submitted)
-            metrics.prefill_time.observe(now - self._sequence.started)
+            metrics.queue_time.observe(self.start.admitted - self._submitted)
+            metrics.prefill_time.observe(now - self.start.admitted)
             metrics.time_to_first_token.observe(now - self._submitted)
         else:
             metrics.inter_token_latency.observe(now - self._last_token)
         self._last_token = now
 
-    def _end(self, finish: FinishReason, now: float) -> None:
-        metrics = self._metrics
+    def _observe_end(self, finish: FinishReason, now: float) -> None:
+        metrics, num_tokens = self._metrics, len(self.tokens)
         metrics.outcome(finish).inc()
         metrics.end_to_end_time.observe(now - self._submitted)
-        metrics.request_generated_tokens.observe(self._num_tokens)
+        metrics.request_generated_tokens.observe(num_tokens)
         if self._first_token is not None:
             metrics.decode_time.observe(now - self._first_token)
-            if self._num_tokens > 1:
-                metrics.time_per_output_token.observe((now - self._first_token) / (self._num_tokens - 1))
+            if num_tokens > 1:
+                metrics.time_per_output_token.observe((now - self._first_token) / (num_tokens - 1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a continuation is after a prompt."""
+
+    logprob: float  # natural logarithm, of the whole continuation
+    mean_logprob: float
+    is_greedy: bool  # every token is the likeliest
+    bits_per_byte: float | None  # None if the tokens have no text
+    tokens: list[int]
+
+    @classmethod
+    def of(cls, tokens: list[int], choice: Choice, tokenizer: Tokenizer) -> "Score":
+        """From the choice that has scored a continuation, with request.SCORING."""
+        found = choice.prompt_logprobs
+        logprob = sum(each.logprob for each in found)
+        num_bytes = sum(len(tokenizer.text_bytes(token)) for token in tokens)
+        bits = -logprob / math.log(2) / num_bytes if num_bytes else None
+        return cls(logprob, logprob / len(tokens), all(each.logprob >= each.top[0][1] for each in found), bits, tokens)

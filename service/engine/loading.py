@@ -25,15 +25,16 @@ from model.doctor import kernel_errors
 from model.gpt import GPT
 from model.lora import Adapter, load_adapter
 from model.runner import Runner
-from model.step import SamplingParams
+from model.step import Sampling
 from service.engine.drafting import MAX_DRAFT
 from service.engine.engine import Engine
 from service.engine.metrics import Metrics
-from service.engine.models import Models, ServedModel
-from service.engine.pages import KVCache, page_bytes, pool_sizes, sequence_bytes
+from service.engine.models import ModelEntry, Models
+from service.engine.options import EngineOptions
+from service.engine.pages import PageAllocator, page_bytes, pool_sizes, sequence_bytes
 from service.engine.process import keep_freed_memory, one_torch_thread
-from service.engine.scheduler import AdapterRef, Scheduler, Sequence
-from service.settings import Settings
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import AdapterRef, Sequence
 
 log = logging.getLogger("banded")
 
@@ -121,32 +122,32 @@ def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
     return free - reserve
 
 
-def load_checkpoint(settings: Settings) -> Checkpoint:
+def load_checkpoint(options: EngineOptions) -> Checkpoint:
     """Weights and tokenizer of the model that the settings name.
 
     Raises CheckpointError, TokenizerError or CardError naming what is wrong with the directory, LoadError for device or
     dtype, ValueError where the kernels that are asked for can't run.
     """
-    directory = model_directory(settings.model)
-    device = choose_device(settings.device)
-    dtype = choose_dtype(settings.dtype, device)
-    if settings.dtype == "int8" and (device.type == "cuda" or settings.kernels == "triton"):
+    directory = model_directory(options.model)
+    device = choose_device(options.device)
+    dtype = choose_dtype(options.dtype, device)
+    if options.dtype == "int8" and (device.type == "cuda" or options.kernels == "triton"):
         raise LoadError(
             "dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without BANDED_KERNELS"
         )
-    if settings.dtype == "int8" and not torch.cpu._is_vnni_supported():
+    if options.dtype == "int8" and not torch.cpu._is_vnni_supported():
         # Older instructions add pairs of products in 16 bits, which the largest do not fit.
         raise LoadError("dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype float32")
-    shown = "int8" if settings.dtype == "int8" else str(dtype)[6:]
-    log.info("loading %s from %s as %s on %s", served_name(settings.model), directory, shown, device)
+    shown = "int8" if options.dtype == "int8" else str(dtype)[6:]
+    log.info("loading %s from %s as %s on %s", served_name(options.model), directory, shown, device)
     model = load_model(directory, dtype, device)
-    served_ops = choose_ops(model, settings)
+    served_ops = choose_ops(model, options)
     tokenizer, card = load_tokenizer(directory), load_card(directory)
-    kernels = kernels_in_words(device, settings.kernels, compiled=isinstance(served_ops, cpu_compiled.CompiledOps))
+    kernels = kernels_in_words(device, options.kernels, compiled=isinstance(served_ops, cpu_compiled.CompiledOps))
     fingerprint = weights_fingerprint(model, kernels, shown)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    model.pack(served_ops, quantize=settings.dtype == "int8")
-    name = served_name(settings.model)
+    model.pack(served_ops, quantize=options.dtype == "int8")
+    name = served_name(options.model)
     return Checkpoint(name, model, tokenizer, card, served_ops, kernels, shown, fingerprint, num_parameters)
 
 
@@ -159,13 +160,13 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: b
     return "compiled on CPU" if compiled else "PyTorch on CPU"
 
 
-def choose_ops(model: GPT, settings: Settings) -> Ops:
+def choose_ops(model: GPT, options: EngineOptions) -> Ops:
     """What serves `model`. Raises ValueError where the kernels that the settings name can't run."""
     weight, config = model.wte.weight, model.config
     compiled = None
-    if weight.device.type == "cpu" and settings.kernels == "auto" and settings.compile:
+    if weight.device.type == "cpu" and options.kernels == "auto" and options.compile:
         compiled = cpu_compiled.load(cpu_build.Shape(config.head_dim, weight.dtype))
-    return compiled or dispatch.choose(weight.device, settings.kernels)
+    return compiled or dispatch.choose(weight.device, options.kernels)
 
 
 def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
@@ -180,7 +181,7 @@ def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
     torch.cuda.empty_cache()
 
 
-def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -> tuple[Engine, Runner]:
+def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metrics) -> tuple[Engine, Runner]:
     """An engine, warmed up and not yet started, and what runs its steps.
 
     Raises ValueError when the KV budget can't hold one sequence.
@@ -189,25 +190,26 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
     device, dtype = weight.device, weight.dtype
     sizes = pool_sizes(
         config,
-        kv_bytes=kv_budget(settings.kv_bytes, device),
+        kv_bytes=kv_budget(options.kv_bytes, device),
         item_bytes=dtype.itemsize,
-        max_slots=settings.max_slots,
-        step_tokens=settings.step_tokens,
+        max_rows=options.max_slots,
+        step_tokens=options.step_tokens,
     )
     total = sum(pages * page_bytes(config, kind, dtype.itemsize) for kind, pages in sizes.items())
     log.info(
         "KV cache: %s of %.0f MB; %d sequences run at once, %.1f of them at the full %d tokens",
         " and ".join(f"{pages} {kind} pages" for kind, pages in sizes.items()),
         total / 1e6,
-        settings.max_slots,
-        min(settings.max_slots, total / sequence_bytes(config, config.n_positions, dtype.itemsize)),
+        options.max_slots,
+        min(options.max_slots, total / sequence_bytes(config, config.n_positions, dtype.itemsize)),
         config.n_positions,
     )
-    runner = Runner(checkpoint.model, checkpoint.ops, settings.max_slots, sizes)
-    cache = KVCache(config, sizes, step_tokens=settings.step_tokens)
-    # A CPU has nothing to run beside the host, which can look at each token before it lays out the next step.
-    steps_ahead, max_draft = (1, 0) if device.type == "cuda" else (0, MAX_DRAFT)
-    scheduler = Scheduler(cache, max_slots=settings.max_slots, step_tokens=settings.step_tokens, max_draft=max_draft)
+    runner = Runner(checkpoint.model, checkpoint.ops, options.max_slots, sizes)
+    cache = PageAllocator(config, sizes, step_tokens=options.step_tokens)
+    # On a CPU nothing runs in parallel with the host, which can then use each token before it lays out the next step.
+    overlap = device.type == "cuda"
+    max_draft = 0 if overlap else MAX_DRAFT
+    scheduler = Scheduler(cache, max_rows=options.max_slots, step_tokens=options.step_tokens, max_draft=max_draft)
     warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
     if device.type == "cuda":
         runner.capture()
@@ -216,17 +218,16 @@ def build_engine(checkpoint: Checkpoint, settings: Settings, metrics: Metrics) -
         scheduler,
         checkpoint.tokenizer,
         metrics,
-        max_slots=settings.max_slots,
-        max_queue=settings.max_queue,
-        queue_timeout=settings.queue_timeout,
-        steps_ahead=steps_ahead,
+        max_queue=options.max_queue,
+        queue_timeout=options.queue_timeout,
+        overlap=overlap,
     )
     return engine, runner
 
 
 def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
     """Run a prompt chunk and a decode step, so that the first client doesn't pay for what the first step sets up."""
-    scheduler.submit([Sequence([token], 2, SamplingParams())])
+    scheduler.submit([Sequence([token], 2, Sampling())])
     while step := scheduler.schedule(0.0):
         started = time.perf_counter()
         scheduler.commit(runner.launch(step).result(), time.perf_counter() - started)
@@ -235,25 +236,25 @@ def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
 class EngineAdapters:
     """The adapters beside a served model: numbers them from 1 on, and gives no number twice."""
 
-    def __init__(self, base: ServedModel, model: GPT, runner: Runner, digest: str):
+    def __init__(self, base: ModelEntry, model: GPT, runner: Runner, digest: str):
         """`digest` is weights_digest of the model."""
         self._base, self._model, self._runner, self._digest = base, model, runner, digest
         self._numbers = itertools.count(1)
 
-    async def load(self, name: str, directory: Path) -> ServedModel:
+    async def load(self, name: str, directory: Path) -> ModelEntry:
         adapter = await asyncio.to_thread(self._read, name, directory)
         served = self._with(name, adapter)
         await self._base.engine.between_steps(lambda: self._runner.adapters.put(served.adapter.number, adapter))
         return served
 
-    def load_first(self, name: str, directory: Path) -> ServedModel:
+    def load_first(self, name: str, directory: Path) -> ModelEntry:
         """Before the engine runs. Raises CheckpointError for an adapter that does not fit, LoadError for other weights'."""
         adapter = self._read(name, directory)
         served = self._with(name, adapter)
         self._runner.adapters.put(served.adapter.number, adapter)
         return served
 
-    async def unload(self, served: ServedModel) -> None:
+    async def unload(self, served: ModelEntry) -> None:
         await self._base.engine.retire(served.adapter, lambda: self._runner.adapters.remove(served.adapter.number))
 
     def _read(self, name: str, directory: Path) -> Adapter:
@@ -264,7 +265,7 @@ class EngineAdapters:
             raise LoadError(f"adapter {name}: made for weights {adapter.base}, but those of the model are {self._digest}")
         return adapter
 
-    def _with(self, name: str, adapter: Adapter) -> ServedModel:
+    def _with(self, name: str, adapter: Adapter) -> ModelEntry:
         number, digest = next(self._numbers), adapter.fingerprint
         fingerprint = "fp_" + hashlib.sha256(f"{self._base.fingerprint} {digest}".encode()).hexdigest()[:10]
         ref = AdapterRef(number, digest.encode())
@@ -272,16 +273,16 @@ class EngineAdapters:
         return base._replace(name=name, created=now, fingerprint=fingerprint, adapter=ref, parent=base.name)
 
 
-def load_served(settings: Settings, metrics: Metrics, finished: Iterable[tuple[str, Path]] = ()) -> Models:
+def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tuple[str, Path]] = ()) -> Models:
     """Everything between a model's directory and its engine. `finished` has name and directory of each adapter of a job."""
     started = time.perf_counter()
     keep_freed_memory()
     try:
         with one_torch_thread():
-            checkpoint = load_checkpoint(settings)
-            if settings.doctor:
+            checkpoint = load_checkpoint(options)
+            if options.doctor:
                 check_kernels(checkpoint, metrics)
-            engine, runner = build_engine(checkpoint, settings, metrics)
+            engine, runner = build_engine(checkpoint, options, metrics)
     except torch.OutOfMemoryError as error:
         raise LoadError(f"the GPU is out of memory: {error}") from error
     seconds = time.perf_counter() - started
@@ -289,7 +290,7 @@ def load_served(settings: Settings, metrics: Metrics, finished: Iterable[tuple[s
     config = checkpoint.model.config
     millions = checkpoint.num_parameters / 1e6
     log.info("%s: %.1f M parameters, %d layers, ready in %.1f s", checkpoint.name, millions, config.n_layer, seconds)
-    base = ServedModel(
+    base = ModelEntry(
         checkpoint.name,
         int(time.time()),
         config,
@@ -300,15 +301,15 @@ def load_served(settings: Settings, metrics: Metrics, finished: Iterable[tuple[s
         num_parameters=checkpoint.num_parameters,
         item_bytes=checkpoint.model.wte.weight.element_size(),
     )
-    if len(settings.adapters) > settings.max_adapters:
-        raise LoadError(f"{len(settings.adapters)} adapters are named, but max_adapters is {settings.max_adapters}")
-    digest = weights_digest(model_directory(settings.model)) if settings.adapters or settings.data_dir else ""
+    if len(options.adapters) > options.max_adapters:
+        raise LoadError(f"{len(options.adapters)} adapters are named, but max_adapters is {options.max_adapters}")
+    digest = weights_digest(model_directory(options.model)) if options.adapters or options.data_dir else ""
     loader = EngineAdapters(base, checkpoint.model, runner, digest)
-    adapters = [loader.load_first(name, Path(directory)) for name, directory in settings.adapters.items()]
+    adapters = [loader.load_first(name, Path(directory)) for name, directory in options.adapters.items()]
     for name, directory in finished:
         try:
-            if len(adapters) >= settings.max_adapters:
-                raise LoadError(f"max_adapters is {settings.max_adapters}")
+            if len(adapters) >= options.max_adapters:
+                raise LoadError(f"max_adapters is {options.max_adapters}")
             adapters.append(loader.load_first(name, directory))
         except ValueError as error:  # DELETE /v1/models takes it away
             log.error("%s is not served: %s", name, error)

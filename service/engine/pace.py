@@ -1,37 +1,39 @@
-"""How many prompt tokens may run beside decoding streams: what steps cost is learnt, and they are kept short."""
+"""How many prompt tokens may run in a step with decoding streams. The cost of steps is learnt, and steps are kept short."""
 
 from typing import NamedTuple
 
 from kernels.band import PAGE_SIZE
 
-# Weights of the newest step in what is learnt: of all steps' parts, and of the mean step without prompts. That one is what
-# streams are used to: it has to outlast a few steps that happen to carry long drafts.
+# Weight of the newest step in what is learnt: of the parts of a step's time, and of the mean decode-only step. The mean is
+# what streams are used to. It moves slowly, so that a few steps that happen to carry long drafts hardly change it.
 NEWEST = 0.5
 NEWEST_MEAN = 0.05
-# How much longer than that a step with prompts should take. One step in a hundred takes 1.5 times what was expected of it.
-LONGER = 1.75
+# A step with prompts may take this many decode-only steps. One step in a hundred takes 1.5 times as long as predicted.
+MAX_SLOWDOWN = 1.75
 
 
 class Load(NamedTuple):
     """What a step computes."""
 
-    rows: int  # tokens of sequences that decode, drafts included
-    tokens: int  # of prompts
-    keys: int  # that these see, added up
+    rows: int  # decoded tokens, drafts included
+    tokens: int  # prompt tokens
+    keys: int  # keys that the prompt tokens see, added up
 
     def scaled(self) -> tuple[float, ...]:
-        """One number for each part of a step's time, of the size of one for a step that it dominates."""
+        """One number for each part of a step's time, of the order of 1 for a step that this part dominates."""
         return 1.0, self.rows / 32, self.tokens / 64, self.keys / 65536
 
 
 class Pace:
-    """A step's time is taken for a fixed part, mostly the reading of the weights, and parts that grow with its rows, its
-    prompt tokens and the keys that these see. The factors follow the steps as they come (normalised least mean squares).
+    """Predicts the time of a step as a fixed part plus parts that grow with its rows, prompt tokens and their keys.
+
+    The fixed part is mostly the reading of the weights. The factors follow the measured steps (normalised least mean
+    squares).
     """
 
     def __init__(self) -> None:
         self._seconds = [0.0] * len(Load(0, 0, 0).scaled())
-        self._decoding: float | None = None  # of a step without prompts
+        self._decoding: float | None = None  # of a decode-only step
 
     def observe(self, load: Load, seconds: float) -> None:
         """Learn from a step that took `seconds`."""
@@ -43,21 +45,23 @@ class Pace:
             self._decoding = old + NEWEST_MEAN * (seconds - old)
 
     def row_limit(self, start: int) -> int:
-        """Rows of decoding, drafts included, that leave room for a page of a prompt that goes on at position `start`."""
+        """Decode rows, drafts included, that leave room for a page of a prompt that continues at position `start`."""
         return self._fitting(Load(1, 0, 0), beside=Load(0, PAGE_SIZE, PAGE_SIZE * start))
 
     def chunk_limit(self, num_rows: int, start: int) -> int:
-        """Prompt tokens, from position `start` of a prompt on, that make a step with `num_rows` take LONGER times as long as
-        one without prompts. A page at least, whose queries are cheapest together: in smaller chunks prompts would take more
-        from the streams' throughput than they spare each of their tokens."""
+        """Prompt tokens, from position `start` on, that keep a step with `num_rows` decode rows within MAX_SLOWDOWN.
+
+        At least a page, whose queries are cheapest together. Smaller chunks would cost the streams more throughput than
+        they save them delay.
+        """
         return max(PAGE_SIZE, self._fitting(Load(0, 1, start), beside=Load(num_rows, 0, 0)))
 
     def _fitting(self, unit: Load, beside: Load) -> int:
-        """How often a step beside prompts has room for `unit`; 0 as long as that isn't known."""
+        """How many times a step that also computes `beside` has room for `unit`; 0 until this is known."""
         one = self._expected(unit) - self._expected(Load(0, 0, 0))
         if self._decoding is None or one <= 0:
             return 0
-        return max(0, int((LONGER * self._decoding - self._expected(beside)) / one))
+        return max(0, int((MAX_SLOWDOWN * self._decoding - self._expected(beside)) / one))
 
     def _expected(self, load: Load) -> float:
         return sum(factor * part for factor, part in zip(self._seconds, load.scaled(), strict=True))

@@ -1,18 +1,18 @@
 """Who owns which KV page. Counts only: the keys themselves live in the runner's pools under the same page ids.
 
-A page's life: free -> held by one slot or, where slots share a prompt, by several -> let go by the last of them, behind the
-band (`release_behind`) or with its slot (`free`). Pages that a prompt has filled are cached then instead of free: they can
-be found by what they hold (`prefix`) until room is needed for others; those let go first make it.
+A page is *free*, *held* by the batch rows that read it, or *cached*. Rows that share a prompt hold its pages together. The
+last holder lets a page go when it falls out of the band (`release_passed`) or when its row ends (`free`). If a prompt has
+filled the page, it becomes cached instead of free: `prefix` finds it by its content until its memory is needed. The page
+that was let go first is reused first.
 
-A reservation made at admission promises that `extend` never finds the pool empty. Cached pages are room.
+A reservation made at admission promises that `extend` always finds a page. Cached pages count as available.
 """
 
 import hashlib
 import math
 from array import array
 from collections import deque
-from collections.abc import Iterable, Mapping
-from collections.abc import Sequence as Items
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,12 +26,12 @@ def pages_for(num_tokens: int) -> int:
 
 
 def resting_pages(num_tokens: int, band: int | None) -> int:
-    """Pages that a sequence of `num_tokens` holds between steps, at most: all of them, or what a band can straddle."""
+    """The most pages that a sequence of `num_tokens` holds between steps: all of them, or as many as a band can straddle."""
     return pages_for(num_tokens) if band is None else min(pages_for(num_tokens), pages_for(band) + 1)
 
 
 def chunk_slack(band: int | None, step_tokens: int) -> int:
-    """Pages that the prompt chunks of one step may add to what all sequences hold at rest: see KVCache."""
+    """Pages that one step's prompt chunks may need beyond all reservations: see PageAllocator."""
     return 0 if band is None else pages_for(step_tokens)
 
 
@@ -52,11 +52,11 @@ def groups(config: GPTConfig) -> list[tuple[KVGroup, int | None]]:
     return [(group, config.band if group == "banded" else None) for group in ("dense", "banded") if group in used]
 
 
-def pool_sizes(config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_slots: int, step_tokens: int) -> dict[KVGroup, int]:
-    """Pages of each group's pool: as many full-context sequences as fit `kv_bytes`, at most `max_slots`.
+def pool_sizes(config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_rows: int, step_tokens: int) -> dict[KVGroup, int]:
+    """Pages of each group's pool: room for as many full-context sequences as fit `kv_bytes`, at most `max_rows`.
 
-    Banded pools get the pages that one step's prompt chunks may add on top (see KVCache).
-    Raises ValueError with the numbers when not even one sequence of the whole context fits.
+    Banded pools also get the slack for one step's prompt chunks (see PageAllocator).
+    Raises ValueError with the numbers when not even one full-context sequence fits.
     """
     slack = {group: chunk_slack(band, step_tokens) for group, band in groups(config)}
     slack_bytes = sum(slack[group] * page_bytes(config, group, item_bytes) for group in slack)
@@ -66,40 +66,42 @@ def pool_sizes(config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_slots: 
             f"kv_bytes is {kv_bytes}, but one sequence of {config.n_positions} tokens needs {one} bytes of KV cache "
             f"and a step of {step_tokens} prompt tokens {slack_bytes} more"
         )
-    sequences = min(max_slots, (kv_bytes - slack_bytes) / one)
+    sequences = min(max_rows, (kv_bytes - slack_bytes) / one)
     return {group: int(sequences * resting_pages(config.n_positions, band)) + slack[group] for group, band in groups(config)}
 
 
-# What a full page of a prompt holds: a hash of its tokens and of all before them.
-PageKey = bytes
+# Of a full page of a prompt: a hash of its tokens and of all tokens before them.
+PageHash = bytes
 
 
-def page_keys(prompt: Items[int], adapter: bytes = b"") -> list[PageKey]:
-    """Keys of the full pages of a prompt. Equal keys mean equal tokens from the first on, and the same adapter, whose name
-    `adapter` is, as sure as SHA-256 is."""
-    keys, key = [], adapter
+def page_hashes(prompt: Sequence[int], adapter: bytes = b"") -> list[PageHash]:
+    """Hashes of the full pages of a prompt, computed with the adapter called `adapter`.
+
+    Two equal hashes mean the same adapter and equal tokens from the first on, as far as SHA-256 has no collisions.
+    """
+    hashes, last = [], adapter
     for stop in range(PAGE_SIZE, len(prompt) + 1, PAGE_SIZE):
-        key = hashlib.sha256(key + array("q", prompt[stop - PAGE_SIZE : stop]).tobytes()).digest()
-        keys.append(key)
-    return keys
+        last = hashlib.sha256(last + array("q", prompt[stop - PAGE_SIZE : stop]).tobytes()).digest()
+        hashes.append(last)
+    return hashes
 
 
 @dataclass(eq=False)
 class Reservation:
-    """Pages promised to the slots that share a prompt: the prompt's once, and what each will add. Often to a single slot."""
+    """Pages promised to the rows that share a prompt, often a single row."""
 
-    shared: int
-    own: int
-    slots: set[int]
+    shared: int  # pages of the prompt, counted once
+    own: int  # what each row will add
+    rows: set[int]
 
     @property
     def pages(self) -> int:
-        return self.shared + self.own * len(self.slots)
+        return self.shared + self.own * len(self.rows)
 
 
 @dataclass(eq=False)
 class HeldPages:
-    """A slot's pages of one group: page_ids[i] holds positions (first + i) * 64 and on."""
+    """A row's pages of one group: page_ids[i] holds positions (first + i) * 64 and on."""
 
     reservation: Reservation
     first: int = 0
@@ -111,73 +113,74 @@ class HeldPages:
 
 
 class FilledPage(NamedTuple):
-    """A page that a step fills with tokens of a prompt."""
+    """A page that a step fills with prompt tokens."""
 
     group: KVGroup
     page_id: int
-    key: PageKey
+    content: PageHash
 
 
 class PagePool:
-    """One group's pages: which are free, which are cached, what each slot holds and what has been promised."""
+    """One group's pages: which are free, which are cached, what each row holds and what has been promised."""
 
     def __init__(self, band: int | None, num_pages: int, slack: int):
         self.band = band
         self.num_pages = num_pages
         self.capacity = num_pages - slack  # what reservations may add up to
         self.free = list(range(num_pages - 1, -1, -1))
-        self.cached: dict[int, None] = {}  # nobody holds them; in the order in which they were let go
+        self.cached: dict[int, None] = {}  # held by no row, in the order in which they were let go
         self.held: dict[int, HeldPages] = {}
         self.reserved = 0
         self._holders = [0] * num_pages
-        self._key_of: dict[int, PageKey] = {}  # of pages that hold, or will when a step in flight ends, a piece of a prompt
-        self._found: dict[PageKey, int] = {}  # the published ones
+        # Of pages that hold part of a prompt, or will hold it when a step in flight ends.
+        self._hash_of: dict[int, PageHash] = {}
+        self._published: dict[PageHash, int] = {}
 
-    def reserve(self, slot: int, need: Reservation) -> None:
-        self.held[slot] = HeldPages(need)
+    def reserve(self, row: int, need: Reservation) -> None:
+        self.held[row] = HeldPages(need)
         self.reserved += need.pages
 
-    def join(self, slot: int, leader: int, joint: Reservation) -> None:
-        """Put the reservation of `leader` and those who share it, and `slot`, into `joint`."""
-        self.reserved += joint.pages - self.held[leader].reservation.pages
-        for member in joint.slots - {slot}:
+    def join(self, row: int, parent: int, joint: Reservation) -> None:
+        """Replace the reservation of `parent` and of all rows that share it by `joint`, which includes `row`."""
+        self.reserved += joint.pages - self.held[parent].reservation.pages
+        for member in joint.rows - {row}:
             self.held[member].reservation = joint
-        self.held[slot] = HeldPages(joint)
+        self.held[row] = HeldPages(joint)
 
     def pages_before(self, num_pages: int) -> range:
-        """Of the first pages of a sequence those that a query behind them sees."""
+        """Which of a sequence's first `num_pages` pages the query right after them sees."""
         return range(first_key(num_pages * PAGE_SIZE, self.band) // PAGE_SIZE, num_pages)
 
-    def longest_prefix(self, keys: Items[PageKey]) -> int:
-        """A bound on what `has_prefix` can be true of."""
+    def longest_prefix(self, hashes: Sequence[PageHash]) -> int:
+        """An upper bound on the number of leading pages for which `has_prefix` holds."""
         if self.band is not None:
-            return len(keys)
-        return next((i for i, key in enumerate(keys) if key not in self._found), len(keys))
+            return len(hashes)
+        return next((i for i, each in enumerate(hashes) if each not in self._published), len(hashes))
 
-    def has_prefix(self, keys: Items[PageKey]) -> bool:
-        """Whether a sequence can go on behind pages with these keys, the first ones of its prompt."""
-        return all(keys[i] in self._found for i in self.pages_before(len(keys)))
+    def has_prefix(self, hashes: Sequence[PageHash]) -> bool:
+        """Whether a sequence can continue after cached pages with these hashes, the first ones of its prompt."""
+        return all(hashes[i] in self._published for i in self.pages_before(len(hashes)))
 
-    def hold_prefix(self, slot: int, keys: Items[PageKey]) -> tuple[int, list[int]]:
-        live = self.pages_before(len(keys))
-        return self._hold(slot, live.start, [self._found[keys[i]] for i in live])
+    def hold_prefix(self, row: int, hashes: Sequence[PageHash]) -> tuple[int, list[int]]:
+        live = self.pages_before(len(hashes))
+        return self._hold(row, live.start, [self._published[hashes[i]] for i in live])
 
-    def share(self, slot: int, leader: int, num_pages: int) -> tuple[int, list[int]]:
-        """Have a slot hold the first `num_pages` of another, as far as that has not let them go."""
-        source = self.held[leader]
-        return self._hold(slot, source.first, list(source.page_ids)[: num_pages - source.first])
+    def share(self, row: int, parent: int, num_pages: int) -> tuple[int, list[int]]:
+        """Let `row` hold the first `num_pages` pages of `parent`, as far as the parent still holds them."""
+        source = self.held[parent]
+        return self._hold(row, source.first, list(source.page_ids)[: num_pages - source.first])
 
-    def _hold(self, slot: int, first: int, page_ids: list[int]) -> tuple[int, list[int]]:
+    def _hold(self, row: int, first: int, page_ids: list[int]) -> tuple[int, list[int]]:
         for page in page_ids:
             self.cached.pop(page, None)
             self._holders[page] += 1
-        self.held[slot].first = first
-        self.held[slot].page_ids += page_ids
+        self.held[row].first = first
+        self.held[row].page_ids += page_ids
         return first, page_ids
 
-    def extend(self, slot: int, stop: int) -> tuple[int, list[int]]:
-        """Back the positions before `stop` with pages; the new ones as (index of the first, ids)."""
-        held = self.held[slot]
+    def extend(self, row: int, stop: int) -> tuple[int, list[int]]:
+        """Back the positions before `stop` with pages; returns the new ones as (index of the first, ids)."""
+        held = self.held[row]
         first_new = held.end
         page_ids = [self._take() for _ in range(first_new, pages_for(stop))]
         held.page_ids += page_ids
@@ -189,107 +192,107 @@ class PagePool:
         else:
             page = next(iter(self.cached))
             del self.cached[page]
-            self._forget_key(page)
+            self._forget_hash(page)
         self._holders[page] = 1
         return page
 
-    def release_behind(self, slot: int, next_position: int) -> None:
+    def release_passed(self, row: int, next_position: int) -> None:
         """Let go of the pages that no query from `next_position` on will see."""
-        held = self.held[slot]
+        held = self.held[row]
         live = first_key(next_position, self.band) // PAGE_SIZE
         while held.page_ids and held.first < live:
             self._let_go(held.page_ids.popleft())
             held.first += 1
 
-    def reserved_end(self, slot: int) -> float:
-        """The first position whose page would be one more than a slot holds between steps. A dense pool has none."""
-        return math.inf if self.band is None else (self.held[slot].first + pages_for(self.band) + 1) * PAGE_SIZE
+    def reserved_end(self, row: int) -> float:
+        """The first position that would take one page more than a row holds between steps. A dense pool has none."""
+        return math.inf if self.band is None else (self.held[row].first + pages_for(self.band) + 1) * PAGE_SIZE
 
-    def release(self, slot: int) -> None:
-        held = self.held.pop(slot)
-        # The last page first: a prefix without its end is of use, an end without its prefix is not.
+    def release(self, row: int) -> None:
+        held = self.held.pop(row)
+        # The last page first: it is reused first, and a prefix that lacks its end is still useful.
         for page in reversed(held.page_ids):
             self._let_go(page)
         before = held.reservation.pages
-        held.reservation.slots.remove(slot)
-        if not held.reservation.slots:
+        held.reservation.rows.remove(row)
+        if not held.reservation.rows:
             held.reservation.shared = 0
         self.reserved += held.reservation.pages - before
 
     def _let_go(self, page: int) -> None:
         self._holders[page] -= 1
         if not self._holders[page]:
-            if page in self._key_of:
+            if page in self._hash_of:
                 self.cached[page] = None
             else:
                 self.free.append(page)
 
-    def fill(self, slot: int, pages: range, keys: Items[PageKey]) -> list[tuple[int, PageKey]]:
-        """Note that these pages of a slot hold a prompt once the step that writes them has run."""
-        held = self.held[slot]
-        filled = [(held.page_ids[i - held.first], keys[i]) for i in pages]
-        self._key_of.update(filled)
+    def fill(self, row: int, pages: range, hashes: Sequence[PageHash]) -> list[tuple[int, PageHash]]:
+        """Note that these pages of `row` will hold part of a prompt once the step that writes them has run."""
+        held = self.held[row]
+        filled = [(held.page_ids[i - held.first], hashes[i]) for i in pages]
+        self._hash_of.update(filled)
         return filled
 
-    def publish(self, page: int, key: PageKey) -> None:
-        """The page has been written: it can be found, unless another already holds the same."""
-        if self._key_of.get(page) == key and self._found.setdefault(key, page) != page:
-            self.discard(page, key)
+    def publish(self, page: int, content: PageHash) -> None:
+        """The page has been written: it can be found, unless another page already holds the same."""
+        if self._hash_of.get(page) == content and self._published.setdefault(content, page) != page:
+            self.discard(page, content)
 
-    def discard(self, page: int, key: PageKey) -> None:
-        """The page will never be found: its step has failed."""
-        if self._key_of.get(page) == key:
-            self._forget_key(page)
+    def discard(self, page: int, content: PageHash) -> None:
+        """The page will never be found: the step that was to write it has failed."""
+        if self._hash_of.get(page) == content:
+            self._forget_hash(page)
             if page in self.cached:
                 del self.cached[page]
                 self.free.append(page)
 
-    def _forget_key(self, page: int) -> None:
-        key = self._key_of.pop(page)
-        if self._found.get(key) == page:
-            del self._found[key]
+    def _forget_hash(self, page: int) -> None:
+        content = self._hash_of.pop(page)
+        if self._published.get(content) == page:
+            del self._published[content]
 
-    def faults(self) -> list[str]:
-        found = []
+    def check_integrity(self) -> list[str]:
+        faults = []
         holders = [0] * self.num_pages
         for held in self.held.values():
             for page in held.page_ids:
                 holders[page] += 1
         pages = [*self.free, *self.cached, *(page for page in range(self.num_pages) if holders[page])]
         if sorted(pages) != list(range(self.num_pages)):
-            found.append(f"{len(pages)} pages accounted for, {len(set(pages))} distinct, of {self.num_pages}")
+            faults.append(f"{len(pages)} pages accounted for, {len(set(pages))} distinct, of {self.num_pages}")
         if holders != self._holders:
-            found.append(f"{sum(holders)} pages in the slots' hands, {sum(self._holders)} booked")
-        if not self.cached.keys() <= self._key_of.keys() or not set(self._found.values()) <= self._key_of.keys():
-            found.append("a page is cached without what it holds")
+            faults.append(f"rows hold {sum(holders)} pages, {sum(self._holders)} are booked")
+        if not self.cached.keys() <= self._hash_of.keys() or not set(self._published.values()) <= self._hash_of.keys():
+            faults.append("a page is cached without a hash of its content")
         reservations = {id(held.reservation): held.reservation for held in self.held.values()}.values()
         promised = sum(reservation.pages for reservation in reservations)
         if promised != self.reserved or promised > self.capacity:
-            found.append(f"{promised} pages promised to slots, {self.reserved} booked, of {self.capacity}")
+            faults.append(f"{promised} pages promised to rows, {self.reserved} booked, of {self.capacity}")
         for reservation in reservations:
-            distinct = {page for slot in reservation.slots for page in self.held[slot].page_ids}
+            distinct = {page for row in reservation.rows for page in self.held[row].page_ids}
             if len(distinct) > reservation.pages:
-                slots = ", ".join(map(str, sorted(reservation.slots)))
-                found.append(f"slot {slots} holds {len(distinct)} pages but reserved {reservation.pages}")
-        return found
+                rows = ", ".join(map(str, sorted(reservation.rows)))
+                faults.append(f"rows {rows} hold {len(distinct)} pages but reserved {reservation.pages}")
+        return faults
 
 
-class Usage(NamedTuple):
+class PoolUsage(NamedTuple):
     held: int
     total: int
 
 
-class KVCache:
-    """Page accounting of all groups, keyed by slot.
+class PageAllocator:
+    """Page accounting of all groups, keyed by batch row.
 
-    Reservations: a sequence reserves the most it holds between steps. While a chunk of c prompt tokens runs, a banded
-    layer holds up to ceil(c / 64) pages more; each banded pool keeps back ceil(step_tokens / 64) pages for that. That is
-    enough because chunks are handed out first come, first served: all but the last chunk of a step finish their prompt
-    and all but the first begin one, and a chunk that begins a prompt, or goes on behind cached pages, exceeds its
-    reservation by whole pages of its own.
+    A sequence reserves the most pages that it holds between steps. While a chunk of c prompt tokens runs, a banded layer
+    holds up to ceil(c / 64) pages more, so each banded pool keeps ceil(step_tokens / 64) pages back. That is enough
+    because chunks are handed out first come, first served: all but the last chunk of a step finish their prompt, all but
+    the first begin one, and a chunk that begins a prompt, or continues after cached pages, exceeds its reservation by
+    whole pages of its own.
 
-    Slots that share a prompt reserve its pages once: see `try_join`. Pages shared by chance, found by what they hold, are
-    reserved by everyone who holds them, so that nobody depends on how long another goes on.
+    Rows that share a prompt reserve its pages once: see `try_join`. If rows share pages because their content happens to
+    be equal, each row reserves them, so that none depends on how long another runs.
     """
 
     def __init__(self, config: GPTConfig, num_pages: Mapping[KVGroup, int], *, step_tokens: int):
@@ -304,102 +307,108 @@ class KVCache:
     def capacity_text(self) -> str:
         return " and ".join(f"{pool.capacity} {group} pages" for group, pool in self.pools.items())
 
-    def try_reserve(self, slot: int, num_tokens: int) -> bool:
-        """Promise a slot the pages for `num_tokens` positions in every group, or change nothing."""
-        needs = {group: Reservation(0, resting_pages(num_tokens, pool.band), {slot}) for group, pool in self.pools.items()}
+    def try_reserve(self, row: int, num_tokens: int) -> bool:
+        """Promise a row the pages for `num_tokens` positions in every group, or change nothing."""
+        needs = {group: Reservation(0, resting_pages(num_tokens, pool.band), {row}) for group, pool in self.pools.items()}
         if any(pool.reserved + needs[group].pages > pool.capacity for group, pool in self.pools.items()):
             return False
         for group, pool in self.pools.items():
-            pool.reserve(slot, needs[group])
+            pool.reserve(row, needs[group])
         return True
 
-    def try_join(self, slot: int, leader: int, num_prompt: int, num_tokens: int) -> bool:
-        """Promise a slot the pages it needs beside those of `leader`, whose prompt of `num_prompt` tokens it will `fork` and
-        which writes as many positions; or change nothing.
+    def try_join(self, row: int, parent: int, num_prompt: int, num_tokens: int) -> bool:
+        """Promise `row`, which will `fork` after the prompt of `parent`, the pages that it needs beyond the parent's.
 
-        The full pages of the prompt count once, until the last of those who share it has gone.
+        Both write `num_tokens` positions, of which `num_prompt` are the prompt. The prompt's full pages count once, until
+        the last row that shares them has ended. Changes nothing if it returns False.
         """
         joint = {}
         for group, pool in self.pools.items():
             full = num_prompt // PAGE_SIZE
             shared = min(full, resting_pages(num_prompt, pool.band))
             own = min(pages_for(num_tokens) - full, resting_pages(num_tokens, pool.band))
-            joint[group] = Reservation(shared, own, {slot} | pool.held[leader].reservation.slots)
+            joint[group] = Reservation(shared, own, {row} | pool.held[parent].reservation.rows)
         for group, pool in self.pools.items():
-            if pool.reserved + joint[group].pages - pool.held[leader].reservation.pages > pool.capacity:
+            if pool.reserved + joint[group].pages - pool.held[parent].reservation.pages > pool.capacity:
                 return False
         for group, pool in self.pools.items():
-            pool.join(slot, leader, joint[group])
+            pool.join(row, parent, joint[group])
         return True
 
-    def prefix(self, keys: Items[PageKey]) -> int:
-        """How many of a prompt's first pages, with these keys, a sequence can begin behind: each group has what it sees."""
-        longest = min(pool.longest_prefix(keys) for pool in self.pools.values())
-        return next((n for n in range(longest, 0, -1) if all(pool.has_prefix(keys[:n]) for pool in self.pools.values())), 0)
+    def prefix(self, hashes: Sequence[PageHash]) -> int:
+        """How many of a prompt's first pages a sequence can take from the cache: each group has those that it sees."""
+        longest = min(pool.longest_prefix(hashes) for pool in self.pools.values())
+        return next(
+            (n for n in range(longest, 0, -1) if all(pool.has_prefix(hashes[:n]) for pool in self.pools.values())), 0
+        )
 
-    def start_behind(self, slot: int, keys: Items[PageKey]) -> list[NewPages]:
-        """Have a slot that holds nothing begin behind pages with these keys, which `prefix` has found; those it sees."""
-        return self._added(slot, {group: pool.hold_prefix(slot, keys) for group, pool in self.pools.items()})
+    def start_after(self, row: int, hashes: Sequence[PageHash]) -> list[NewPages]:
+        """Let a row that holds nothing begin after the cached pages with these hashes; returns those that it sees."""
+        return self._added(row, {group: pool.hold_prefix(row, hashes) for group, pool in self.pools.items()})
 
-    def fork(self, slot: int, leader: int, num_prompt: int) -> tuple[list[NewPages], list[PageCopy]]:
-        """Have a slot that holds nothing go on behind the prompt of `leader`: it shares the full pages, and a page that both
-        will write to becomes a copy."""
+    def fork(self, row: int, parent: int, num_prompt: int) -> tuple[list[NewPages], list[PageCopy]]:
+        """Let a row that holds nothing continue after the prompt of `parent`: it shares the prompt's full pages.
+
+        Both rows will write to the prompt's last partial page, so `row` gets a copy of it.
+        """
         full = num_prompt // PAGE_SIZE
-        pages = self._added(slot, {group: pool.share(slot, leader, full) for group, pool in self.pools.items()})
+        pages = self._added(row, {group: pool.share(row, parent, full) for group, pool in self.pools.items()})
         copies = []
-        for new in self.extend(slot, num_prompt):
+        for new in self.extend(row, num_prompt):
             pages.append(new)
-            source = self.pools[new.group].held[leader]
+            source = self.pools[new.group].held[parent]
             copies.append(PageCopy(new.group, source.page_ids[full - source.first], new.page_ids[0]))
         return pages, copies
 
-    def extend(self, slot: int, stop: int) -> list[NewPages]:
-        """Back every position before `stop` with a page in every group; what was added."""
-        return self._added(slot, {group: pool.extend(slot, stop) for group, pool in self.pools.items()})
+    def extend(self, row: int, stop: int) -> list[NewPages]:
+        """Back every position before `stop` with a page in every group; returns the new pages."""
+        return self._added(row, {group: pool.extend(row, stop) for group, pool in self.pools.items()})
 
-    def _added(self, slot: int, added: Mapping[KVGroup, tuple[int, list[int]]]) -> list[NewPages]:
-        return [NewPages(slot, group, first, page_ids) for group, (first, page_ids) in added.items() if page_ids]
+    def _added(self, row: int, added: Mapping[KVGroup, tuple[int, list[int]]]) -> list[NewPages]:
+        return [NewPages(row, group, first, page_ids) for group, (first, page_ids) in added.items() if page_ids]
 
-    def reserved_end(self, slot: int) -> float:
-        """Positions before this can be backed with pages while the slot holds no more of them than between steps."""
-        return min(pool.reserved_end(slot) for pool in self.pools.values())
+    def reserved_end(self, row: int) -> float:
+        """Positions before this fit the pages that the row has reserved."""
+        return min(pool.reserved_end(row) for pool in self.pools.values())
 
-    def fill(self, slot: int, start: int, stop: int, keys: Items[PageKey]) -> list[FilledPage]:
-        """The pages that the prompt tokens [start, stop) of a slot complete. `publish` them when their step has run."""
-        pages = range(start // PAGE_SIZE, min(stop // PAGE_SIZE, len(keys)))
+    def fill(self, row: int, start: int, stop: int, hashes: Sequence[PageHash]) -> list[FilledPage]:
+        """The pages that the prompt tokens [start, stop) of a row complete. `publish` them when their step has run."""
+        pages = range(start // PAGE_SIZE, min(stop // PAGE_SIZE, len(hashes)))
         return [
-            FilledPage(group, page, key) for group, pool in self.pools.items() for page, key in pool.fill(slot, pages, keys)
+            FilledPage(group, page, content)
+            for group, pool in self.pools.items()
+            for page, content in pool.fill(row, pages, hashes)
         ]
 
     def publish(self, filled: Iterable[FilledPage]) -> None:
-        """The steps that fill these pages have run: their content may be shared."""
-        for group, page, key in filled:
-            self.pools[group].publish(page, key)
+        """The steps that fill these pages have run: other sequences may share them."""
+        for group, page, content in filled:
+            self.pools[group].publish(page, content)
 
     def discard(self, filled: Iterable[FilledPage]) -> None:
         """The steps that fill these pages have failed, or wrote them for a sequence that had."""
-        for group, page, key in filled:
-            self.pools[group].discard(page, key)
+        for group, page, content in filled:
+            self.pools[group].discard(page, content)
 
-    def release_behind(self, slot: int, next_position: int) -> None:
+    def release_passed(self, row: int, next_position: int) -> None:
         for pool in self.pools.values():
-            pool.release_behind(slot, next_position)
+            pool.release_passed(row, next_position)
 
-    def free(self, slot: int) -> None:
+    def free(self, row: int) -> None:
         for pool in self.pools.values():
-            pool.release(slot)
+            pool.release(row)
 
-    def held(self, slot: int) -> dict[KVGroup, int]:
-        """Pages a slot holds now."""
-        return {group: len(pool.held[slot].page_ids) for group, pool in self.pools.items()}
+    def held(self, row: int) -> dict[KVGroup, int]:
+        """Pages that a row holds now."""
+        return {group: len(pool.held[row].page_ids) for group, pool in self.pools.items()}
 
-    def usage(self) -> dict[KVGroup, Usage]:
-        """Pages in slots' hands; cached ones count as free."""
+    def usage(self) -> dict[KVGroup, PoolUsage]:
+        """Pages held by rows; cached ones count as free."""
         return {
-            group: Usage(pool.num_pages - len(pool.free) - len(pool.cached), pool.num_pages)
+            group: PoolUsage(pool.num_pages - len(pool.free) - len(pool.cached), pool.num_pages)
             for group, pool in self.pools.items()
         }
 
-    def faults(self) -> list[str]:
+    def check_integrity(self) -> list[str]:
         """What is wrong with the accounts, in words; empty when they balance. Call between steps, all sequences at rest."""
-        return [f"{group}: {fault}" for group, pool in self.pools.items() for fault in pool.faults()]
+        return [f"{group}: {fault}" for group, pool in self.pools.items() for fault in pool.check_integrity()]

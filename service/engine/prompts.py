@@ -14,71 +14,54 @@ from typing import Literal, NamedTuple
 
 from model.checkpoint.prompt_format import Card, Message
 from model.checkpoint.tokenizer import TextPart, Tokenizer
+from service.engine.request import ExampleCounts, Prompt, RequestError, shown
 
 MAX_REASON = 200  # characters of a template's own error that a message repeats
 
 
-class PromptError(ValueError):
-    """A prompt that can't be made of what was sent. The message is for the client; `param` is the field it is about."""
-
-    param: str
-
-
-class ContextOverflowError(PromptError):
-    """More tokens than the model's context holds."""
-
-    param = "prompt"
+def context_error(context: int, asked: str, param: str) -> RequestError:
+    message = f"this model's context is {context} tokens, but the request asks for {asked}"
+    return RequestError(message, param, "context_length_exceeded")
 
 
-class ChatTemplateError(PromptError):
-    """The model's chat template does not take these messages."""
-
-    param = "messages"
-
-
-class NoInsertionError(PromptError):
-    """A suffix for a model whose card declares no format for it."""
-
-    param = "suffix"
+def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str = "prompt") -> None:
+    if prompt_tokens + max_tokens > context:
+        asked = f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)"
+        raise context_error(context, asked, param)
 
 
-class ExampleCounts(NamedTuple):
-    """How many of the few-shot examples are in the prompt, and how many had no room."""
+def check_text_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:
+    """Refuse a text before it is tokenized if even the longest tokens would leave it too long."""
+    least = len(text.encode(errors="replace")) // tokenizer.max_token_bytes
+    if least > context:
+        raise context_error(context, f"a prompt of at least {least} tokens", param)
 
-    examples_used: int
-    examples_dropped: int
 
-
-class Prompt(NamedTuple):
-    """What the model is given, never empty, and what ends its answer beside the user's own stops.
-
-    `num_implicit` leading tokens are none that the user wrote: bos, or the end of text that stands for an empty prompt.
-    `stops` are strings that end the completion, `stop_token_ids` tokens that do.
-    """
-
-    tokens: list[int]
-    num_implicit: int
-    stops: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    few_shot: ExampleCounts | None = None
+def check_token_ids(tokens: Iterable[int], vocab_size: int, param: str) -> None:
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            message = (
+                f"token id {shown(str(token))} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+            )
+            raise RequestError(message, param)
 
 
 class Example(NamedTuple):
-    """One example of what to make of which input."""
+    """A worked example."""
 
     input: str
     output: str
 
 
 class FewShot(NamedTuple):
-    """How a bare query becomes a few-shot prompt. None takes the model card's; an empty instruction is none."""
+    """How a bare query becomes a few-shot prompt. None stands for the model card's text, an empty instruction for none."""
 
     examples: Sequence[Example]
     instruction: str | None = None
     input_prefix: str | None = None
     output_prefix: str | None = None
     separator: str | None = None
-    on_overflow: Literal["drop_oldest", "error"] = "drop_oldest"
+    on_overflow: Literal["drop", "error"] = "drop"  # drop: leave out the oldest examples
 
 
 def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
@@ -87,10 +70,10 @@ def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False)
 
 
 def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
-    """`tokens` with what the model needs before them."""
+    """`tokens` with what the model needs ahead of them."""
     if tokenizer.bos_id is not None:
         return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
-    return Prompt(tokens, num_implicit=0) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)
+    return Prompt(tokens) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)
 
 
 def few_shot_prompt(
@@ -106,9 +89,9 @@ def few_shot_prompt(
     """[instruction + separator] + (input_prefix + input + output_prefix + output + separator) for each example +
     input_prefix + query + output_prefix without its trailing spaces.
 
-    Special tokens in the separator are always special, and the completion ends at it: see `ends_at`. Where prompt and
-    `max_tokens` exceed `context` tokens, the oldest examples are dropped until they don't. ContextOverflowError when that
-    is not wanted, or not enough.
+    Special tokens in the separator are always special, and the completion ends at the separator: see `ends_at`. If prompt
+    and `max_tokens` exceed `context` tokens, the oldest examples are dropped until they fit. Raises RequestError if that is
+    not wanted, or not enough.
     """
     total, room = len(few_shot.examples), context - max_tokens
 
@@ -120,23 +103,24 @@ def few_shot_prompt(
         return start_prompt(tokenizer.encode_parts(parts(dropped)), tokenizer)
 
     def least_tokens(dropped: int) -> int:
-        """What the prompt has at least, known without tokenizing texts of any length."""
+        """A lower bound on the prompt's tokens, known without tokenizing texts of any length."""
         return -(-sum(len(part.text.encode(errors="replace")) for part in parts(dropped)) // tokenizer.max_token_bytes)
 
     def fits(dropped: int) -> bool:
         return least_tokens(dropped) <= room and len(prompt(dropped).tokens) <= room
 
-    most = total if few_shot.on_overflow == "drop_oldest" else 0
-    # By halving, for fewer examples are fewer tokens; where merged white space makes an exception, one too many may go.
+    most = total if few_shot.on_overflow == "drop" else 0
+    # Bisection works because fewer examples mean fewer tokens. Merged white space can make an exception, which may cost one
+    # example too many.
     dropped = 0 if fits(0) else 1 + bisect_left(range(1, most + 1), True, key=fits)
     if dropped > most:
         is_least = least_tokens(most) > room
         count = least_tokens(most) if is_least else len(prompt(most).tokens)
-        raise ContextOverflowError(
-            f"this model's context is {context} tokens, but the request asks for {'at least ' * is_least}"
-            f"{count + max_tokens} tokens ({count} in the prompt with {total - most} of its {total} examples, "
-            f"{max_tokens} for the completion)"
+        asked = (
+            f"{'at least ' * is_least}{count + max_tokens} tokens ({count} in the prompt with {total - most} of its {total} "
+            f"examples, {max_tokens} for the completion)"
         )
+        raise context_error(context, asked, "prompt")
     separator = card.separator if few_shot.separator is None else few_shot.separator
     stops, stop_token_ids = ends_at([separator], tokenizer)
     counts = ExampleCounts(examples_used=total - dropped, examples_dropped=dropped)
@@ -162,8 +146,8 @@ def few_shot_parts(query: str, few_shot: FewShot, card: Card, allow_special: boo
 def ends_at(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """The stop strings and the stop tokens for a completion that ends at any of `texts`; an empty one ends nothing.
 
-    A text with special tokens in it ends the completion at the first of these, for they have no text of their own that
-    could be searched for. What the model writes of the text before that token stays in the completion.
+    Special tokens have no text that could be searched for, so a text that contains some ends the completion at the first
+    of them. Whatever precedes that token stays in the completion.
     """
     stops, stop_token_ids = [], []
     special_ids = frozenset(tokenizer.special_tokens.values())
@@ -179,11 +163,11 @@ def ends_at(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[str, ...]
 def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
     """`messages` laid out by the card's template, which may write bos itself; the completion ends at the card's stops.
 
-    Roles are the API's own words: only contents are kept from becoming special tokens. ChatTemplateError when the template
-    raises, for whatever reason.
+    Only contents are kept from becoming special tokens, since roles are the API's own words. Raises RequestError when the
+    template raises, for whatever reason.
     """
     names = () if allow_special else tuple(tokenizer.special_tokens)
-    # No client can guess it, and no template changes it: private-use characters have no case and are no white space.
+    # No client can guess the mark, and no template changes it: private-use characters have no case and are not white space.
     mark = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))
     marked = [Message(message.role, mark_special(message.content, names, mark)) for message in messages]
     bos_name = "" if tokenizer.bos_id is None else tokenizer.token_name(tokenizer.bos_id)
@@ -193,9 +177,10 @@ def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *
             bos_token=bos_name if card.bos_token is None else card.bos_token,
             eos_token=tokenizer.token_name(tokenizer.eos_id),
         )
-    except Exception as error:  # the template is a program of someone else's
+    except Exception as error:  # the template is someone else's program
         reason = (str(error) or type(error).__name__).replace(mark, "").encode(errors="backslashreplace").decode()
-        raise ChatTemplateError(f"the model's chat template does not take these messages: {reason:.{MAX_REASON}}") from error
+        message = f"the model's chat template does not take these messages: {reason:.{MAX_REASON}}"
+        raise RequestError(message, "messages") from error
     pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
     tokens = tokenizer.encode_parts(TextPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
     if tokens[:1] == [tokenizer.bos_id]:
@@ -205,8 +190,10 @@ def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *
 
 
 def mark_special(text: str, names: Sequence[str], mark: str) -> str:
-    """`text` with `mark` before each character at which one of `names` begins, or goes on or stops at the text's borders:
-    what the template puts beside it may be the rest of the name."""
+    """`text` with `mark` ahead of each character at which one of `names` begins.
+
+    At the text's borders part of a name is enough, since the template may put the rest of the name next to it.
+    """
     if not names:
         return text
     places = {match.start() for match in re.finditer(f"(?={'|'.join(map(re.escape, names))})", text)}
@@ -222,9 +209,10 @@ def mark_special(text: str, names: Sequence[str], mark: str) -> str:
 
 
 def insertion_prompt(prompt: str, suffix: str, card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
-    """The prompt for what stands between `prompt` and `suffix`. NoInsertionError for a model that can't insert."""
+    """The prompt for what stands between `prompt` and `suffix`. Raises RequestError for a model that can't insert."""
     if card.insertion is None:
-        raise NoInsertionError("'suffix' is not supported by this model: its card declares no format for insertions")
+        message = "'suffix' is not supported by this model: its card declares no format for insertions"
+        raise RequestError(message, "suffix", "unsupported_parameter")
     texts = {"prompt": prompt, "suffix": suffix}
     parts = []
     for literal, name, _, _ in string.Formatter().parse(card.insertion):

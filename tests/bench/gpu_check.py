@@ -32,9 +32,10 @@ from model.checkpoint.weights import load_model, save_model
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT
 from model.runner import Runner
-from model.step import SamplingParams
-from service.engine.pages import KVCache, pool_sizes
-from service.engine.scheduler import Scheduler, Sequence
+from model.step import Sampling
+from service.engine.pages import PageAllocator, pool_sizes
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Sequence
 from service.tools.bench import Result, Workload, banded, measure, percentile, running
 from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line
@@ -55,7 +56,7 @@ class Run(NamedTuple):
     models: dict[str, GPTConfig]
     streams: tuple[int, ...]
     tokens: int  # of a prompt, and of a completion
-    slots: int  # sequences in the steps whose CPU time is taken
+    rows: int  # sequences in the steps whose CPU time is taken
 
     @property
     def remark(self) -> str:
@@ -238,7 +239,7 @@ def serve(model: str, setting: Setting) -> Section:
     release(device)
     header = "streams | tokens/s | TTFT p50 ms | ms a token | of the weight roofline | goal"
     met = f"{'met' if cpu_ms <= STEP_CPU_MS else 'missed'} (at most {STEP_CPU_MS} ms)"
-    cpu = f"CPU time of a decode step of {run.slots} sequences, median: {cpu_ms:.3f} ms, {run.label or met}"
+    cpu = f"CPU time of a decode step of {run.rows} sequences, median: {cpu_ms:.3f} ms, {run.label or met}"
     title = f"## {model} with random weights in bf16, {run.tokens} + {run.tokens} tokens, greedy, streaming over HTTP"
     return Section(f"{title}\n\n{table(header, lines)}\n\n{cpu}", [])
 
@@ -280,14 +281,14 @@ def step_cpu_ms(model: GPT, run: Run) -> float:
     On a CPU `launch` computes as well.
     """
     device, config, prompt = model.wte.weight.device, model.config, 16
-    step_tokens = run.slots * prompt
-    sizes = pool_sizes(config, kv_bytes=4 << 30, item_bytes=2, max_slots=run.slots, step_tokens=step_tokens)
-    runner = Runner(model, choose(device, "auto"), run.slots, sizes)
+    step_tokens = run.rows * prompt
+    sizes = pool_sizes(config, kv_bytes=4 << 30, item_bytes=2, max_rows=run.rows, step_tokens=step_tokens)
+    runner = Runner(model, choose(device, "auto"), run.rows, sizes)
     if device.type == "cuda":
         runner.capture()
-    scheduler = Scheduler(KVCache(config, sizes, step_tokens=step_tokens), max_slots=run.slots, step_tokens=step_tokens)
-    for _ in range(run.slots):
-        scheduler.submit([Sequence([0] * prompt, run.tokens, SamplingParams(temperature=0.0))])
+    scheduler = Scheduler(PageAllocator(config, sizes, step_tokens=step_tokens), max_rows=run.rows, step_tokens=step_tokens)
+    for _ in range(run.rows):
+        scheduler.submit([Sequence([0] * prompt, run.tokens, Sampling(temperature=0.0))])
     times = []
     start = time.perf_counter()
     while step := scheduler.schedule(0.0):

@@ -32,9 +32,9 @@ from typing import Any, NamedTuple, get_args
 
 from model.config import GPTConfig
 from service.commands.options import positive
-from service.engine.pages import KVCache, pool_sizes, sequence_bytes
+from service.engine.options import Dtype
+from service.engine.pages import PageAllocator, pool_sizes, sequence_bytes
 from service.engine.process import freeze_loaded_objects
-from service.settings import Dtype
 from service.tools import bench as http
 from service.tools.bench import (
     BenchError,
@@ -323,9 +323,9 @@ def kv_memory(bench: Bench, name: str) -> list[Line]:
 
 def admitted(config: GPTConfig, kv_bytes: int) -> int:
     many, step_tokens = 1 << 14, 512
-    sizes = pool_sizes(config, kv_bytes=kv_bytes, item_bytes=2, max_slots=many, step_tokens=step_tokens)
-    cache = KVCache(config, sizes, step_tokens=step_tokens)
-    return next(slot for slot in range(many) if not cache.try_reserve(slot, config.n_positions))
+    sizes = pool_sizes(config, kv_bytes=kv_bytes, item_bytes=2, max_rows=many, step_tokens=step_tokens)
+    cache = PageAllocator(config, sizes, step_tokens=step_tokens)
+    return next(row for row in range(many) if not cache.try_reserve(row, config.n_positions))
 
 
 def http_cost(bench: Bench, name: str) -> list[Line]:

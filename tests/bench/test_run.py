@@ -106,7 +106,7 @@ def test_the_ceiling_counts_prompts_and_steps() -> None:
 
 def test_the_ceiling_is_made_of_all_products_of_a_step(tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, vocab_size=50257)
-    checkpoint = load_checkpoint(inside.settings(str(directory), "float32"))
+    checkpoint = load_checkpoint(inside.options(str(directory), "float32"))
     calls = inside.products(checkpoint, 5, 2)
     assert len(calls) == 4 * checkpoint.model.config.n_layer + 1  # c_attn, c_proj, c_fc, c_proj of each layer, and the head
     assert [len(call.args[0]) for call in calls] == [5] * (len(calls) - 1) + [2]

@@ -13,8 +13,8 @@ from torch import Tensor
 from model.checkpoint.weights import load_model
 from model.config import KVGroup
 from model.runner import Runner
-from model.step import DecodeRow, NewPages, PromptChunk, Sampled, SampleRow, SamplingParams, ScoreRows, SlotStart, StepInput
-from service.engine.pages import KVCache, pages_for, resting_pages
+from model.step import DecodeToken, NewPages, PromptChunk, PromptLogprobs, RowStart, Sample, Sampled, Sampling, StepInput
+from service.engine.pages import PageAllocator, pages_for, resting_pages
 from tests.kernels.paths import CPU_PATH, ServedPath
 
 STEP_TOKENS = 96
@@ -23,7 +23,7 @@ STEP_TOKENS = 96
 class PagedRun:
     """Drives a runner over given tokens, any mix of chunks and decode rows, and collects every position's logits.
 
-    All pages that no slot holds are NaN before every step, so a single read of a dead key would show. So is all that the
+    All pages that no row holds are NaN before every step, so a single read of a dead key would show. So is all that the
     rows which pad a bucket could leave behind.
     """
 
@@ -48,7 +48,7 @@ class PagedRun:
             group: sum(resting_pages(len(tokens), band) for tokens in sequences) + pages_for(STEP_TOKENS)
             for group, band in bands.items()
         }
-        self.cache = KVCache(config, sizes, step_tokens=STEP_TOKENS)
+        self.cache = PageAllocator(config, sizes, step_tokens=STEP_TOKENS)
         self.runner = Runner(self.model, path.ops, len(sequences), sizes)
         self.is_one_call = self.runner.paged.is_one_call
         self.hidden: list[Tensor] = []
@@ -56,8 +56,8 @@ class PagedRun:
         self.num_top: int | None = None  # when set, logprobs of all tokens are asked for and checked
         self.done = [0] * len(sequences)
         self.logits = [torch.full((len(tokens), config.vocab_size), float("nan")) for tokens in sequences]
-        for slot, tokens in enumerate(sequences):
-            assert self.cache.try_reserve(slot, len(tokens))
+        for row, tokens in enumerate(sequences):
+            assert self.cache.try_reserve(row, len(tokens))
 
     def _recording(self, paged: Callable[..., Tensor]) -> Any:
         def run(*arguments: Any) -> Tensor:
@@ -72,7 +72,7 @@ class PagedRun:
             for pages in pool:
                 pages[free] = float("nan")
                 pages[-1] = float("nan")
-        scratch = self.runner.scratch_slot
+        scratch = self.runner.scratch_row
         self.runner.last_token[scratch] = int(torch.randint(self.model.config.vocab_size, ()))
         sampling = self.runner.sampling
         sampling.adjusted[scratch] = True
@@ -80,30 +80,30 @@ class PagedRun:
         sampling.bias[scratch] = float("nan")
 
     def step(self, decodes: list[int], chunks: list[tuple[int, int]]) -> None:
-        """Decode one token of each slot in `decodes`, and a chunk of the given length of each (slot, length)."""
+        """Decode one token of each row in `decodes`, and a chunk of the given length of each (row, length)."""
         self.poison()
         pages: list[NewPages] = []
-        for slot, length in [(slot, 1) for slot in decodes] + chunks:
-            pages += self.cache.extend(slot, self.done[slot] + length)
+        for row, length in [(row, 1) for row in decodes] + chunks:
+            pages += self.cache.extend(row, self.done[row] + length)
         starts = [
-            SlotStart(slot, SamplingParams(temperature=0.0), self.sequences[slot].tolist())
-            for slot, _ in chunks
-            if self.done[slot] == 0
+            RowStart(row, Sampling(temperature=0.0), self.sequences[row].tolist())
+            for row, _ in chunks
+            if self.done[row] == 0
         ]
-        for slot in decodes:
+        for row in decodes:
             # The runner would feed its own last token; these sequences are given.
-            self.runner.last_token[slot] = self.sequences[slot][self.done[slot]]
-        rows = [DecodeRow(slot, self.done[slot]) for slot in decodes]
+            self.runner.last_token[row] = self.sequences[row][self.done[row]]
+        rows = [DecodeToken(row, self.done[row]) for row in decodes]
         prompt = [
-            PromptChunk(slot, self.done[slot], self.sequences[slot][self.done[slot] :][:length].tolist())
-            for slot, length in chunks
+            PromptChunk(row, self.done[row], self.sequences[row][self.done[row] :][:length].tolist())
+            for row, length in chunks
         ]
         ends = list(accumulate((length for _, length in chunks), initial=len(rows)))
-        samples = [SampleRow(slot, i, self.num_top) for i, slot in enumerate(decodes)]
-        samples += [SampleRow(slot, end - 1, self.num_top) for (slot, _), end in zip(chunks, ends[1:], strict=True)]
+        samples = [Sample(row, i, self.num_top) for i, row in enumerate(decodes)]
+        samples += [Sample(row, end - 1, self.num_top) for (row, _), end in zip(chunks, ends[1:], strict=True)]
         scores = []
         if self.num_top is not None:
-            scores = [ScoreRows(start, c.tokens[1:], self.num_top) for c, start in zip(prompt, ends, strict=False)]
+            scores = [PromptLogprobs(start, c.tokens[1:], self.num_top) for c, start in zip(prompt, ends, strict=False)]
         step = StepInput(starts, pages, rows, prompt, samples, scores, [])
         sampled = self.runner.launch(step).result()
         with torch.inference_mode():
@@ -111,18 +111,18 @@ class PagedRun:
         assert sampled.tokens == logits[[row.token for row in samples]].argmax(-1).tolist()
         if self.num_top is not None:
             self._check_logprobs(step, sampled, logits)
-        for row, (slot, position) in enumerate(zip(step.token_slots, step.token_positions, strict=True)):
-            self.logits[slot][position] = logits[row]
-        for slot, length in [(slot, 1) for slot in decodes] + chunks:
-            self.done[slot] += length
-            self.cache.release_behind(slot, self.done[slot])
-        assert self.cache.faults() == []
+        for i, (row, position) in enumerate(zip(step.token_rows, step.token_positions, strict=True)):
+            self.logits[row][position] = logits[i]
+        for row, length in [(row, 1) for row in decodes] + chunks:
+            self.done[row] += length
+            self.cache.release_passed(row, self.done[row])
+        assert self.cache.check_integrity() == []
 
     def _check_logprobs(self, step: StepInput, sampled: Sampled, logits: Tensor) -> None:
         expected = logits.double().log_softmax(-1)
         found = [(row.token, token) for row, token in zip(step.samples, sampled.tokens, strict=True)]
-        found += [(score.first + i, token) for score in step.scores for i, token in enumerate(score.targets)]
-        every = [*sampled.logprobs, *(each for scores in sampled.scores for each in scores)]
+        found += [(score.first + i, token) for score in step.prompt_logprobs for i, token in enumerate(score.targets)]
+        every = [*sampled.logprobs, *(each for scores in sampled.prompt_logprobs for each in scores)]
         for (index, token), logprobs in zip(found, every, strict=True):
             assert logprobs is not None
             assert abs(logprobs.logprob - expected[index, token].item()) < 1e-5
@@ -136,17 +136,17 @@ class PagedRun:
 
 
 def random_steps(run: PagedRun, rng: random.Random, budgets: tuple[int, ...] = (5, 16, STEP_TOKENS)) -> None:
-    """Ragged steps as the scheduler would make them: any slots decode, prompts in chunks, first come, first served."""
+    """Ragged steps as the scheduler would make them: any rows decode, prompts in chunks, first come, first served."""
     prompts = [rng.randrange(1, len(tokens) + 1) for tokens in run.sequences]
     while any(done < len(tokens) for done, tokens in zip(run.done, run.sequences, strict=True)):
         budget, decodes, chunks = rng.choice(budgets), [], []
-        for slot, tokens in enumerate(run.sequences):
-            if prompts[slot] <= run.done[slot] < len(tokens):
-                decodes.append(slot)
+        for row, tokens in enumerate(run.sequences):
+            if prompts[row] <= run.done[row] < len(tokens):
+                decodes.append(row)
                 budget -= 1
-        for slot in range(len(run.sequences)):
-            length = min(budget, prompts[slot] - run.done[slot])
+        for row in range(len(run.sequences)):
+            length = min(budget, prompts[row] - run.done[row])
             if length > 0:
-                chunks.append((slot, length))
+                chunks.append((row, length))
                 budget -= length
         run.step(decodes, chunks)

@@ -12,15 +12,15 @@ import torch
 from kernels.band import PAGE_SIZE
 from model.runner import decode_buckets, likeliest
 from model.step import (
-    DecodeRow,
+    DecodeToken,
     NewPages,
     PageCopy,
     PromptChunk,
+    PromptLogprobs,
+    RowStart,
+    Sample,
     Sampled,
-    SampleRow,
-    SamplingParams,
-    ScoreRows,
-    SlotStart,
+    Sampling,
     StepInput,
 )
 from tests.kernels.interpreter import exact_bf16
@@ -140,11 +140,11 @@ def test_the_triton_path_gives_the_logits_of_whole_windows(path: ServedPath, ban
         assert (logits - our_logits(directory, tokens[None])[0]).abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize("num_slots", [1, 2, 5, 8, 32, 100, 1024])
-def test_buckets_end_at_the_slots_and_pad_a_quarter_at_most(num_slots: int) -> None:
-    buckets = decode_buckets(num_slots)
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 32, 100, 1024])
+def test_buckets_end_at_the_slots_and_pad_a_quarter_at_most(num_rows: int) -> None:
+    buckets = decode_buckets(num_rows)
     assert buckets == sorted(set(buckets))
-    assert (buckets[0], buckets[-1]) == (1, num_slots)
+    assert (buckets[0], buckets[-1]) == (1, num_rows)
     assert all(b - a - 1 <= max(0, a // 4) for a, b in pairwise(buckets))
     assert len(buckets) <= 32
 
@@ -180,57 +180,57 @@ def test_a_bucket_is_the_smallest_that_holds_the_batch_or_else_its_size(
 
     monkeypatch.setattr(run.runner, "_decode", decode)
     for count in range(1, 8):
-        run.runner.launch(step_of([], [], [DecodeRow(slot, 0) for slot in range(count)], []))
+        run.runner.launch(step_of([], [], [DecodeToken(row, 0) for row in range(count)], []))
     assert seen == [2, 2, 4, 4, 5, 6, 7]
 
 
 def step_of(
-    starts: list[SlotStart],
+    starts: list[RowStart],
     pages: list[NewPages],
-    decodes: list[DecodeRow],
+    decodes: list[DecodeToken],
     chunks: list[PromptChunk],
     **fields: Any,
 ) -> StepInput:
     """A step that samples behind every decode row and every chunk, unless `fields` say otherwise."""
     ends = accumulate((len(chunk.tokens) for chunk in chunks), initial=len(decodes))
-    rows = [SampleRow(row.slot, i) for i, row in enumerate(decodes)]
-    rows += [SampleRow(chunk.slot, end - 1) for chunk, end in zip(chunks, list(ends)[1:], strict=True)]
-    given: dict[str, Any] = {"samples": rows, "scores": [], "copies": []}
+    samples = [Sample(token.row, i) for i, token in enumerate(decodes)]
+    samples += [Sample(chunk.row, end - 1) for chunk, end in zip(chunks, list(ends)[1:], strict=True)]
+    given: dict[str, Any] = {"samples": samples, "prompt_logprobs": [], "copies": []}
     return StepInput(starts, pages, decodes, chunks, **given | fields)
 
 
-def decoded(path: ServedPath, sampling: SamplingParams, directory: Path, *, capture: bool = False) -> list[int]:
+def decoded(path: ServedPath, sampling: Sampling, directory: Path, *, capture: bool = False) -> list[int]:
     """Tokens that a runner samples after a prompt of 20, fed by nothing but its own state."""
     run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)], path=path)
     if capture:
         run.runner.capture()
     pages = run.cache.extend(0, 60)
     prompt = PromptChunk(0, 0, list(range(20)))
-    step = step_of([SlotStart(0, sampling, prompt.tokens)], pages, [], [prompt])
+    step = step_of([RowStart(0, sampling, prompt.tokens)], pages, [], [prompt])
     tokens = run.runner.launch(step).result().tokens
     for position in range(20, 35):
-        tokens += run.runner.launch(step_of([], [], [DecodeRow(0, position)], [])).result().tokens
+        tokens += run.runner.launch(step_of([], [], [DecodeToken(0, position)], [])).result().tokens
     return tokens
 
 
 SAMPLINGS = [
-    SamplingParams(temperature=0.0),
-    SamplingParams(temperature=0.9, top_p=0.9, seed=3),
-    SamplingParams(temperature=0.9, top_k=40, min_p=0.02, seed=4, logit_bias=((7, 5.0), (9, -100.0))),
-    SamplingParams(temperature=0.7, seed=5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.7),
+    Sampling(temperature=0.0),
+    Sampling(temperature=0.9, top_p=0.9, seed=3),
+    Sampling(temperature=0.9, top_k=40, min_p=0.02, seed=4, logit_bias=((7, 5.0), (9, -100.0))),
+    Sampling(temperature=0.7, seed=5, repetition_penalty=1.3, presence_penalty=0.5, frequency_penalty=0.7),
 ]
 
 
 @triton_paths
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_the_triton_path_samples_what_the_cpu_does(path: ServedPath, sampling: SamplingParams, tmp_path: Path) -> None:
+def test_the_triton_path_samples_what_the_cpu_does(path: ServedPath, sampling: Sampling, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, n_layer=1)
     assert decoded(path, sampling, directory) == decoded(CPU_PATH, sampling, directory)
 
 
 def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, n_layer=1)
-    greedy = SamplingParams(temperature=0.0)
+    greedy = Sampling(temperature=0.0)
     plain = decoded(CPU_PATH, greedy, directory)
     assert decoded(CPU_PATH, greedy._replace(logit_bias=((7, 100.0),)), directory) == [7] * 16
     free_of_plain = decoded(CPU_PATH, greedy._replace(logit_bias=tuple((token, -100.0) for token in set(plain))), directory)
@@ -244,14 +244,12 @@ def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_pa
     prompt = [PromptChunk(0, 0, list(range(20)))]
     biased = greedy._replace(logit_bias=((7, 100.0),))
     for sampling, expected in ((biased, 7), (greedy, plain[0]), (greedy._replace(presence_penalty=0.1), plain[0])):
-        step = step_of([SlotStart(0, sampling, prompt[0].tokens)], pages, [], prompt)
+        step = step_of([RowStart(0, sampling, prompt[0].tokens)], pages, [], prompt)
         assert run.runner.launch(step).result().tokens == [expected]
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_what_was_sampled_goes_on_the_same_when_it_is_computed_again_as_a_prompt(
-    sampling: SamplingParams, tmp_path: Path
-) -> None:
+def test_what_was_sampled_goes_on_the_same_when_it_is_computed_again_as_a_prompt(sampling: Sampling, tmp_path: Path) -> None:
     """So a decode row is fed what was sampled last, and each position has its own random numbers, however it is reached."""
     directory = tiny("banded", tmp_path, n_layer=1)
     sampling = sampling._replace(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
@@ -259,16 +257,16 @@ def test_what_was_sampled_goes_on_the_same_when_it_is_computed_again_as_a_prompt
     for length in range(20, len(tokens)):
         run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)])
         prompt, pages = PromptChunk(0, 0, tokens[:length]), run.cache.extend(0, 60)
-        step = step_of([SlotStart(0, sampling, prompt.tokens)], pages, [], [prompt])
+        step = step_of([RowStart(0, sampling, prompt.tokens)], pages, [], [prompt])
         assert run.runner.launch(step).result().tokens == [tokens[length]]
 
 
 def test_penalties_look_at_no_earlier_prompt_of_the_slot(tmp_path: Path) -> None:
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
     pages = run.cache.extend(0, 60)
-    sampling = SamplingParams(temperature=0.0, repetition_penalty=1e6)
+    sampling = Sampling(temperature=0.0, repetition_penalty=1e6)
     for prompt in (range(331), range(20)):
-        start = SlotStart(0, sampling, list(prompt))
+        start = RowStart(0, sampling, list(prompt))
         run.runner.launch(step_of([start], pages, [], [PromptChunk(0, 0, list(range(20)))])).result()
         assert run.runner.sampling.in_prompt[0].nonzero().flatten().tolist() == list(prompt)
 
@@ -283,7 +281,7 @@ def test_a_page_is_copied_in_the_layers_of_its_group_alone(tmp_path: Path) -> No
     for pool in run.runner.pools:
         for each in pool:
             each[target] = -7.0
-    start = SlotStart(0, SamplingParams(), prompt.tokens)
+    start = RowStart(0, Sampling(), prompt.tokens)
     run.runner.launch(step_of([start], pages, [], [prompt], copies=[PageCopy("banded", source, target)])).result()
     for group, pool in zip(groups, run.runner.pools, strict=True):
         for each in pool:
@@ -292,7 +290,7 @@ def test_a_page_is_copied_in_the_layers_of_its_group_alone(tmp_path: Path) -> No
 
 
 def ragged_steps(run: PagedRun) -> list[StepInput]:
-    """Five slots that start and decode in changing company, every row fed by the runner's own state."""
+    """Five rows that start and decode in changing company, every row fed by the runner's own state."""
     lengths, steps = [0] * 5, []
     for live, starting in (
         ([], [0, 1, 2, 3]),
@@ -304,12 +302,12 @@ def ragged_steps(run: PagedRun) -> list[StepInput]:
         ([3, 0, 1, 4], []),
         ([0, 1, 2, 3, 4], []),
     ):
-        chunks = [PromptChunk(slot, 0, list(range(slot, 20 + 3 * slot))) for slot in starting]
-        rows = [DecodeRow(slot, lengths[slot]) for slot in live]
-        for slot, count in [(slot, 1) for slot in live] + [(chunk.slot, len(chunk.tokens)) for chunk in chunks]:
-            lengths[slot] += count
-        pages = [page for chunk in chunks for page in run.cache.extend(chunk.slot, 60)]
-        starts = [SlotStart(chunk.slot, SAMPLINGS[chunk.slot % 4], chunk.tokens) for chunk in chunks]
+        chunks = [PromptChunk(row, 0, list(range(row, 20 + 3 * row))) for row in starting]
+        rows = [DecodeToken(row, lengths[row]) for row in live]
+        for row, count in [(row, 1) for row in live] + [(chunk.row, len(chunk.tokens)) for chunk in chunks]:
+            lengths[row] += count
+        pages = [page for chunk in chunks for page in run.cache.extend(chunk.row, 60)]
+        starts = [RowStart(chunk.row, SAMPLINGS[chunk.row % 4], chunk.tokens) for chunk in chunks]
         steps.append(step_of(starts, pages, rows, chunks))
     return steps
 
@@ -336,7 +334,7 @@ def test_tokens_outlive_the_steps_behind_them(path: ServedPath, capture: bool, t
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_captured_graphs_sample_what_the_same_steps_do_op_by_op(sampling: SamplingParams, tmp_path: Path) -> None:
+def test_captured_graphs_sample_what_the_same_steps_do_op_by_op(sampling: Sampling, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path)
     assert decoded(CUDA, sampling, directory, capture=True) == decoded(CUDA, sampling, directory)
 
@@ -367,9 +365,7 @@ def test_the_triton_path_finds_the_same_logprobs(path: ServedPath, tmp_path: Pat
 def test_equal_logits_are_listed_lowest_id_first(dtype: torch.dtype, tmp_path: Path) -> None:
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)], dtype)
     prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
-    step = step_of(
-        [SlotStart(0, SamplingParams(temperature=0.0), prompt.tokens)], pages, [], [prompt], samples=[SampleRow(0, 19, 5)]
-    )
+    step = step_of([RowStart(0, Sampling(temperature=0.0), prompt.tokens)], pages, [], [prompt], samples=[Sample(0, 19, 5)])
     (likeliest,) = run.runner.launch(step).result().tokens
     twins = sorted({30, likeliest, 300})
     with torch.no_grad():
@@ -398,12 +394,12 @@ def test_what_is_banned_is_not_sampled_and_keeps_its_logprob(tmp_path: Path) -> 
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
     prompt, pages = [PromptChunk(0, 0, list(range(20)))], run.cache.extend(0, 60)
 
-    def sample(banned: tuple[int, ...], decodes: list[DecodeRow], chunks: list[PromptChunk]) -> Sampled:
-        samples = [SampleRow(0, 19 if chunks else 0, 3, banned)]
-        starts = [SlotStart(0, SamplingParams(temperature=0.0), prompt[0].tokens)] if chunks else []
+    def sample(banned: tuple[int, ...], decodes: list[DecodeToken], chunks: list[PromptChunk]) -> Sampled:
+        samples = [Sample(0, 19 if chunks else 0, 3, banned)]
+        starts = [RowStart(0, Sampling(temperature=0.0), prompt[0].tokens)] if chunks else []
         return run.runner.launch(step_of(starts, pages, decodes, chunks, samples=samples)).result()
 
-    for decodes, chunks in (([], prompt), ([DecodeRow(0, 20)], [])):
+    for decodes, chunks in (([], prompt), ([DecodeToken(0, 20)], [])):
         run.runner.last_token[0] = 5
         free = sample((), decodes, chunks)
         run.runner.last_token[0] = 5
@@ -418,17 +414,17 @@ def test_what_is_banned_is_not_sampled_and_keeps_its_logprob(tmp_path: Path) -> 
 def test_a_step_of_prompts_alone_may_sample_nothing_and_score(tmp_path: Path) -> None:
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
     prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
-    start = SlotStart(0, SamplingParams(), prompt.tokens)
+    start = RowStart(0, Sampling(), prompt.tokens)
     assert run.runner.launch(step_of([start], pages, [], [prompt], samples=[])).result() == Sampled([], [], [])
-    scores = [ScoreRows(3, [4, 5], 0), ScoreRows(19, [7], 2)]
-    sampled = run.runner.launch(step_of([start], [], [], [prompt], samples=[], scores=scores)).result()
-    assert [[len(each.top) for each in score] for score in sampled.scores] == [[0, 0], [2]]
+    wanted = [PromptLogprobs(3, [4, 5], 0), PromptLogprobs(19, [7], 2)]
+    sampled = run.runner.launch(step_of([start], [], [], [prompt], samples=[], prompt_logprobs=wanted)).result()
+    assert [[len(each.top) for each in some] for some in sampled.prompt_logprobs] == [[0, 0], [2]]
 
 
 def test_graphs_are_replayed_for_plain_steps_only(tmp_path: Path) -> None:
     run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
     prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
-    run.runner.launch(step_of([SlotStart(0, SamplingParams(), prompt.tokens)], pages, [], [prompt])).result()
+    run.runner.launch(step_of([RowStart(0, Sampling(), prompt.tokens)], pages, [], [prompt])).result()
     replayed = []
 
     class Graph:
@@ -436,36 +432,36 @@ def test_graphs_are_replayed_for_plain_steps_only(tmp_path: Path) -> None:
             replayed.append(1)
 
     run.runner._graphs[run.runner.buckets[0]] = Graph()  # type: ignore[assignment]
-    for row in (SampleRow(0, 0), SampleRow(0, 0, 2), SampleRow(0, 0, None, (5,)), SampleRow(0, 0)):
-        run.runner.launch(step_of([], [], [DecodeRow(0, 20)], [], samples=[row])).result()
+    for row in (Sample(0, 0), Sample(0, 0, 2), Sample(0, 0, None, (5,)), Sample(0, 0)):
+        run.runner.launch(step_of([], [], [DecodeToken(0, 20)], [], samples=[row])).result()
     assert len(replayed) == 2
 
 
 @pytest.mark.parametrize("num_prompt", [1, 63, 64, 150])
 @pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[2], SAMPLINGS[3]])
-def test_a_fork_goes_on_as_if_it_had_prefilled_alone(num_prompt: int, sampling: SamplingParams, tmp_path: Path) -> None:
-    """In another slot, behind full pages that it shares and a copy of the last, with free pages of NaN."""
+def test_a_fork_goes_on_as_if_it_had_prefilled_alone(num_prompt: int, sampling: Sampling, tmp_path: Path) -> None:
+    """In another row, behind full pages that it shares and a copy of the last, with free pages of NaN."""
     directory = tiny("banded", tmp_path, n_layer=2, band=70)
     prompt = list(range(num_prompt))
     choices = [sampling._replace(choice=choice) for choice in range(2)]
 
-    def start(run: PagedRun, slot: int, choice: int) -> list[int]:
-        run.cache.free(slot)
-        assert run.cache.try_reserve(slot, num_prompt + 12)
+    def start(run: PagedRun, row: int, choice: int) -> list[int]:
+        run.cache.free(row)
+        assert run.cache.try_reserve(row, num_prompt + 12)
         run.poison()
-        pages = run.cache.extend(slot, num_prompt)
-        chunk = PromptChunk(slot, 0, prompt)
-        return run.runner.launch(step_of([SlotStart(slot, choices[choice], prompt)], pages, [], [chunk])).result().tokens
+        pages = run.cache.extend(row, num_prompt)
+        chunk = PromptChunk(row, 0, prompt)
+        return run.runner.launch(step_of([RowStart(row, choices[choice], prompt)], pages, [], [chunk])).result().tokens
 
-    def go_on(run: PagedRun, slots: list[int], tokens: list[list[int]]) -> list[list[int]]:
+    def go_on(run: PagedRun, rows: list[int], tokens: list[list[int]]) -> list[list[int]]:
         for position in range(num_prompt, num_prompt + 12):
-            pages = [new for slot in slots for new in run.cache.extend(slot, position + 1)]
+            pages = [new for row in rows for new in run.cache.extend(row, position + 1)]
             run.poison()
-            step = step_of([], pages, [DecodeRow(slot, position) for slot in slots], [])
+            step = step_of([], pages, [DecodeToken(row, position) for row in rows], [])
             for found, token in zip(tokens, run.runner.launch(step).result().tokens, strict=True):
                 found.append(token)
-            for slot in slots:
-                run.cache.release_behind(slot, position + 1)
+            for row in rows:
+                run.cache.release_passed(row, position + 1)
         return tokens
 
     def fresh() -> PagedRun:
@@ -485,8 +481,8 @@ def test_a_fork_goes_on_as_if_it_had_prefilled_alone(num_prompt: int, sampling: 
     shared, copies = run.cache.fork(1, 0, num_prompt)
     assert {copy.group for copy in copies} == ({"dense", "banded"} if num_prompt % PAGE_SIZE else set())
     assert all(isinstance(copy, PageCopy) for copy in copies)
-    starts = [SlotStart(slot, choices[slot], prompt) for slot in range(2)]
-    samples = [SampleRow(slot, num_prompt - 1) for slot in range(2)]
+    starts = [RowStart(row, choices[row], prompt) for row in range(2)]
+    samples = [Sample(row, num_prompt - 1) for row in range(2)]
     chunk = PromptChunk(0, 0, prompt)
     step = step_of(starts, pages + shared, [], [chunk], samples=samples, copies=copies)
     first = run.runner.launch(step).result().tokens

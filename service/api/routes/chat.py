@@ -2,30 +2,17 @@
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from collections.abc import Sequence as Items
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.prompt_format import Message as Turn
 from model.checkpoint.tokenizer import Tokenizer
+from service.api.answers import ChargedRun, TextEvents, answer, chunk_event
 from service.api.errors import invalid
-from service.api.generation import (
-    Generation,
-    TextEvents,
-    answer,
-    beside_the_loop,
-    check_length,
-    check_logprobs,
-    check_sampling,
-    check_text_length,
-    chunk_event,
-    log_user,
-    served_model,
-    warnings_for,
-)
 from service.api.schema.chat import (
     ChatChoice,
     ChatChunk,
@@ -41,9 +28,11 @@ from service.api.schema.chat import (
 )
 from service.api.sse import STREAMED, EventStream
 from service.api.state import state_of
+from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
 from service.engine.choice import ShownToken
-from service.engine.models import ServedModel, choice_requests
-from service.engine.prompts import ChatTemplateError, Prompt, chat_prompt
+from service.engine.models import ModelEntry
+from service.engine.prompts import chat_prompt, check_length, check_text_length
+from service.engine.request import MAX_INT, GenerationRequest, Prompt
 
 router = APIRouter()
 
@@ -51,44 +40,38 @@ router = APIRouter()
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat; with `stream`, as server-sent events."""
-    served = served_model(request, body.model)
+    entry = find_model(request, body.model)
     warnings = warnings_for(body, request)
-    check_sampling(body, served)
-    served.engine.check_size(body.n)
-    prompt = await read_messages(body.messages, served, allow_special=body.allow_special)
-    max_tokens = max_tokens_of(body, len(prompt.tokens), served)
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    params = sampling_params(body, entry, logprobs=logprobs, max_tokens=MAX_INT)
+    entry.engine.check_size(body.n)
+    prompt = await read_messages(body.messages, entry, allow_special=body.allow_special)
+    max_tokens = max_tokens_of(body, len(prompt.tokens), entry)
     if body.logprobs:
         check_logprobs(body.n * max_tokens, "logprobs")
     log_user(body.user, request)
-    top_logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    requests = choice_requests(
-        body, [prompt], served, max_tokens=max_tokens, num_candidates=body.n, top_logprobs=top_logprobs
-    )
-    chat = ChatAnswer(body, served, Generation(requests, body.n, served.engine, request), warnings)
+    params = replace(params, max_tokens=max_tokens)
+    generation = entry.engine.generate(GenerationRequest([prompt], params, entry.adapter))
+    chat = ChatAnswer(body, entry, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, chat.collect())
 
 
-async def read_messages(messages: Items[Message], served: ServedModel, *, allow_special: bool) -> Prompt:
+async def read_messages(messages: Sequence[Message], entry: ModelEntry, *, allow_special: bool) -> Prompt:
     turns = [Turn(message.role, message.text) for message in messages]
     for _, text in turns:
-        check_text_length(text, served, "messages")
+        check_text_length(text, entry.tokenizer, entry.config.n_positions, "messages")
     size = sum(len(text) for _, text in turns)
-    try:
-        return await beside_the_loop(
-            size, lambda: chat_prompt(turns, served.card, served.tokenizer, allow_special=allow_special)
-        )
-    except ChatTemplateError as error:
-        raise invalid(str(error), error.param) from error
+    return await off_the_loop(size, lambda: chat_prompt(turns, entry.card, entry.tokenizer, allow_special=allow_special))
 
 
-def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) -> int:
+def max_tokens_of(body: ChatRequest, prompt_tokens: int, entry: ModelEntry) -> int:
     """What the client asks for, else the card's default as far as the context has room."""
-    context = served.config.n_positions
+    context = entry.config.n_positions
     asked = body.max_completion_tokens or body.max_tokens
     check_length(prompt_tokens, asked or 1, context, "messages")
-    max_tokens = asked or min(served.card.default_max_tokens, context - prompt_tokens)
+    max_tokens = asked or min(entry.card.default_max_tokens, context - prompt_tokens)
     if body.min_tokens > max_tokens:
         raise invalid(f"'min_tokens': is {body.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
     return max_tokens
@@ -97,17 +80,17 @@ def max_tokens_of(body: ChatRequest, prompt_tokens: int, served: ServedModel) ->
 class ChatAnswer:
     """The answer to a request, whole or in chunks."""
 
-    def __init__(self, body: ChatRequest, served: ServedModel, generation: Generation, warnings: list[str] | None):
+    def __init__(self, body: ChatRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
         self._body = body
-        self._served = served
-        self._generation = generation
+        self._entry = entry
+        self._run = run
         self._warnings = warnings
         self._id = f"chatcmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
     async def collect(self) -> ChatResponse:
         """The whole answer."""
-        candidates = await self._generation.finish()
+        candidates = await self._run.finish()
         choices = [
             ChatChoice(
                 index=i,
@@ -120,10 +103,10 @@ class ChatAnswer:
         return ChatResponse(
             id=self._id,
             created=self._created,
-            model=self._served.name,
-            system_fingerprint=self._served.fingerprint,
+            model=self._entry.name,
+            system_fingerprint=self._entry.fingerprint,
             choices=choices,
-            usage=self._generation.usage,
+            usage=self._run.usage,
             warnings=self._warnings,
         )
 
@@ -132,7 +115,7 @@ class ChatAnswer:
         begun: set[int] = set()
         no_logprobs = self._logprobs(())
         text_event = TextEvents("content", lambda choice: self._event(choice, ChatDelta(content=""), logprobs=no_logprobs))
-        async with aclosing(self._generation.outputs()) as outputs:
+        async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
                 if output.choice not in begun:
                     begun.add(output.choice)
@@ -146,7 +129,7 @@ class ChatAnswer:
                     yield self._event(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
         if self._body.include_usage:
             chunk = self._chunk([])
-            chunk.usage = self._generation.usage
+            chunk.usage = self._run.usage
             yield self._framed(chunk)
 
     def _event(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
@@ -158,18 +141,18 @@ class ChatAnswer:
         return ChatChunk(
             id=self._id,
             created=self._created,
-            model=self._served.name,
-            system_fingerprint=self._served.fingerprint,
+            model=self._entry.name,
+            system_fingerprint=self._entry.fingerprint,
             choices=choices,
         )
 
     def _framed(self, chunk: ChatChunk) -> bytes:
         return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
-    def _logprobs(self, shown: Items[ShownToken]) -> ChatLogprobs | None:
+    def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
         if not self._body.logprobs:
             return None
-        tokenizer, content = self._served.tokenizer, []
+        tokenizer, content = self._entry.tokenizer, []
         for token, logprobs, _ in shown:
             assert logprobs is not None, "only the first token of a prompt has none"
             top = [token_bytes(other, logprob, tokenizer) for other, logprob in logprobs.top]

@@ -1,55 +1,40 @@
-"""POST /v1/completions: a request becomes sequences, their outputs become a response or a stream of chunks."""
+"""POST /v1/completions: a body becomes a request of the engine, its outputs become a response or a stream of chunks."""
 
 import secrets
 import time
-from collections.abc import AsyncGenerator
-from collections.abc import Sequence as Items
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.tokenizer import Tokenizer
+from service.api.answers import ChargedRun, TextEvents, answer, chunk_event
 from service.api.errors import invalid
-from service.api.generation import (
-    Candidate,
-    Generation,
-    TextEvents,
-    answer,
-    beside_the_loop,
-    check_length,
-    check_logprobs,
-    check_sampling,
-    check_text_length,
-    check_token_ids,
-    chunk_event,
-    log_user,
-    served_model,
-    warnings_for,
-)
-from service.api.schema.base import FewShotUsage, TokenUsage, shown
+from service.api.schema.base import FewShotUsage, TokenUsage
 from service.api.schema.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
     EngineCompletionRequest,
-    FewShotFields,
 )
 from service.api.sse import STREAMED, EventStream
 from service.api.state import state_of
+from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
 from service.engine.choice import ShownToken
-from service.engine.models import ServedModel, choice_requests
+from service.engine.models import ModelEntry
 from service.engine.prompts import (
-    ContextOverflowError,
     Example,
     FewShot,
-    NoInsertionError,
-    Prompt,
+    check_length,
+    check_text_length,
+    check_token_ids,
     few_shot_prompt,
     insertion_prompt,
     text_prompt,
 )
+from service.engine.request import GenerationRequest, Prompt, shown
 
 router = APIRouter()
 
@@ -69,30 +54,20 @@ async def create_engine_completion(engine: str, body: EngineCompletionRequest, r
 
 
 async def complete(body: EngineCompletionRequest, model: str, request: Request) -> Response:
-    served = served_model(request, model)
+    entry = find_model(request, model)
     warnings = warnings_for(body, request)
-    check_sampling(body, served)
-    prompts = prompts_of(body)
-    served.engine.check_size(len(prompts) * body.num_candidates)
-    size = sum(map(len, prompts)) + sum(len(part) for part in few_shot_texts(body))
-    read = await beside_the_loop(size, lambda: [read_prompt(prompt, body, served) for prompt in prompts])
+    own = {name: getattr(body, name) for name in ("max_tokens", "best_of", "logprobs", "echo")}
+    params = sampling_params(body, entry, **own)
+    texts = prompts_of(body)
+    entry.engine.check_size(len(texts) * params.num_candidates)
+    size = sum(map(len, texts)) + few_shot_size(body)
+    prompts = await off_the_loop(size, lambda: [read_prompt(text, body, entry) for text in texts])
     if body.logprobs is not None:
-        echoed = sum(len(prompt.tokens) for prompt in read) if body.echo else 0
-        check_logprobs(body.num_candidates * (echoed + len(read) * body.max_tokens), "logprobs")
+        echoed = sum(len(prompt.tokens) for prompt in prompts) if body.echo else 0
+        check_logprobs(params.num_candidates * (echoed + len(prompts) * body.max_tokens), "logprobs")
     log_user(body.user, request)
-    ranked = body.num_candidates > body.n
-    requests = choice_requests(
-        body,
-        read,
-        served,
-        max_tokens=body.max_tokens,
-        num_candidates=body.num_candidates,
-        top_logprobs=0 if ranked and body.logprobs is None else body.logprobs,
-        echo=body.echo,
-        echo_logprobs=body.echo and body.logprobs is not None,
-    )
-    generation = Generation(requests, body.num_candidates, served.engine, request)
-    completion = CompletionAnswer(body, served, read, generation, warnings)
+    generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
+    completion = CompletionAnswer(body, entry, prompts, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, completion.collect())
@@ -104,55 +79,47 @@ def prompts_of(body: EngineCompletionRequest) -> list[str | list[int]]:
     return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
-def few_shot_texts(body: EngineCompletionRequest) -> list[str]:
+def few_shot_size(body: EngineCompletionRequest) -> int:
+    """Characters of the few-shot fields."""
     if body.few_shot is None:
-        return []
-    examples = [text for example in body.few_shot.examples for text in (example.input, example.output)]
-    return [body.few_shot.instruction or "", *examples]
+        return 0
+    return len(body.few_shot.instruction or "") + sum(len(each.input) + len(each.output) for each in body.few_shot.examples)
 
 
-def read_prompt(prompt: str | list[int], body: EngineCompletionRequest, served: ServedModel) -> Prompt:
-    """Tokens of a prompt. Raises APIError naming what does not fit the model."""
+def read_prompt(text: str | list[int], body: EngineCompletionRequest, entry: ModelEntry) -> Prompt:
+    """A prompt of the engine. Raises RequestError naming what does not fit the model."""
+    tokenizer, context = entry.tokenizer, entry.config.n_positions
     if body.few_shot is not None:
-        return read_few_shot(str(prompt), body.few_shot, body, served)
-    if not isinstance(prompt, str):
-        check_token_ids(prompt, served.config.vocab_size, "prompt")
-        read = Prompt(prompt, num_implicit=0)
-    elif body.suffix is None:
-        check_text_length(prompt, served, "prompt")
-        read = text_prompt(prompt, served.tokenizer, allow_special=body.allow_special)
-    else:
-        check_text_length(prompt, served, "prompt")
-        check_text_length(body.suffix, served, "suffix")
-        try:
-            read = insertion_prompt(prompt, body.suffix, served.card, served.tokenizer, allow_special=body.allow_special)
-        except NoInsertionError as error:
-            raise invalid(str(error), error.param, "unsupported_parameter") from error
-    check_length(len(read.tokens), body.max_tokens, served.config.n_positions)
-    return read
-
-
-def read_few_shot(query: str, asked: FewShotFields, body: EngineCompletionRequest, served: ServedModel) -> Prompt:
-    few_shot = FewShot(
-        [Example(example.input, example.output) for example in asked.examples],
-        asked.instruction,
-        asked.input_prefix,
-        asked.output_prefix,
-        asked.separator,
-        "error" if asked.on_overflow == "error" else "drop_oldest",
-    )
-    try:
+        given = body.few_shot
+        few_shot = FewShot(
+            [Example(example.input, example.output) for example in given.examples],
+            given.instruction,
+            given.input_prefix,
+            given.output_prefix,
+            given.separator,
+            given.on_overflow,
+        )
         return few_shot_prompt(
-            query,
+            str(text),
             few_shot,
-            served.card,
-            served.tokenizer,
-            context=served.config.n_positions,
+            entry.card,
+            tokenizer,
+            context=context,
             max_tokens=body.max_tokens,
             allow_special=body.allow_special,
         )
-    except ContextOverflowError as error:
-        raise invalid(str(error), error.param, "context_length_exceeded") from error
+    if not isinstance(text, str):
+        check_token_ids(text, entry.config.vocab_size, "prompt")
+        prompt = Prompt(text)
+    elif body.suffix is None:
+        check_text_length(text, tokenizer, context, "prompt")
+        prompt = text_prompt(text, tokenizer, allow_special=body.allow_special)
+    else:
+        check_text_length(text, tokenizer, context, "prompt")
+        check_text_length(body.suffix, tokenizer, context, "suffix")
+        prompt = insertion_prompt(text, body.suffix, entry.card, tokenizer, allow_special=body.allow_special)
+    check_length(len(prompt.tokens), body.max_tokens, context)
+    return prompt
 
 
 class CompletionAnswer:
@@ -161,30 +128,23 @@ class CompletionAnswer:
     def __init__(
         self,
         body: EngineCompletionRequest,
-        served: ServedModel,
-        prompts: Items[Prompt],
-        generation: Generation,
+        entry: ModelEntry,
+        prompts: Sequence[Prompt],
+        run: ChargedRun,
         warnings: list[str] | None,
     ):
         self._body = body
-        self._served = served
+        self._entry = entry
         self._prompts = prompts
-        self._generation = generation
+        self._run = run
         self._warnings = warnings
         self._id = f"cmpl-{secrets.token_hex(12)}"
         self._created = int(time.time())
 
     async def collect(self) -> CompletionResponse:
         """The whole completion."""
-        body = self._body
-        candidates = await self._generation.finish()
-        chosen: list[Candidate] = []
-        for first in range(0, len(candidates), body.num_candidates):
-            ranked = candidates[first : first + body.num_candidates]
-            if body.num_candidates > body.n:
-                ranked = sorted(ranked, key=lambda candidate: candidate.mean_logprob, reverse=True)[: body.n]
-            chosen += ranked
-        choices = await beside_the_loop(
+        chosen = await self._run.finish()
+        choices = await off_the_loop(
             sum(len(each.shown) for each in chosen),
             lambda: [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)],
         )
@@ -198,7 +158,7 @@ class CompletionAnswer:
         text_event = TextEvents(
             "text", lambda choice: self._event(self._response([self._choice(choice, "", (), None)], None))
         )
-        async with aclosing(self._generation.outputs()) as outputs:
+        async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
                 if output.shown or output.finish_reason or (output.text and (warnings or body.include_obfuscation)):
                     choice = self._choice(output.choice, output.text, output.shown, output.finish_reason)
@@ -213,29 +173,29 @@ class CompletionAnswer:
     def _event(self, chunk: CompletionResponse) -> bytes:
         return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
-    def _choice(self, index: int, text: str, tokens: Items[ShownToken], finish_reason: str | None) -> CompletionChoice:
+    def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish_reason: str | None) -> CompletionChoice:
         k = self._body.logprobs
-        logprobs = None if k is None else logprobs_of(tokens, k, self._served.tokenizer)
+        logprobs = None if k is None else logprobs_of(tokens, k, self._entry.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
 
     def _response(self, choices: list[CompletionChoice], usage: TokenUsage | None) -> CompletionResponse:
         return CompletionResponse(
             id=self._id,
             created=self._created,
-            model=self._served.name,
-            system_fingerprint=self._served.fingerprint,
+            model=self._entry.name,
+            system_fingerprint=self._entry.fingerprint,
             choices=choices,
             usage=usage,
         )
 
     def _usage(self) -> TokenUsage:
-        usage = self._generation.usage
+        usage = self._run.usage
         if counts := self._prompts[0].few_shot:
             usage.few_shot = FewShotUsage(**counts._asdict())
         return usage
 
 
-def logprobs_of(tokens: Items[ShownToken], k: int, tokenizer: Tokenizer) -> CompletionLogprobs:
+def logprobs_of(tokens: Sequence[ShownToken], k: int, tokenizer: Tokenizer) -> CompletionLogprobs:
     """The four lists; of the likeliest tokens `k`, and the token itself where it is not one of them."""
     found = CompletionLogprobs(tokens=[], token_logprobs=[], top_logprobs=[], text_offset=[])
     for token, logprobs, offset in tokens:

@@ -6,9 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from service.api.errors import APIError, invalid
-from service.api.generation import served_model, warnings_for
 from service.api.routes.files import find_file, jobs_of, page, store_of, unknown_id
-from service.api.schema.base import shown
 from service.api.schema.fine_tuning import (
     CheckpointList,
     CheckpointObject,
@@ -21,8 +19,10 @@ from service.api.schema.fine_tuning import (
     JobRequest,
 )
 from service.api.state import state_of
-from service.engine.models import Models, ServedModel
+from service.api.validation import find_model, warnings_for
+from service.engine.models import ModelEntry, Models
 from service.engine.pages import sequence_bytes
+from service.engine.request import shown
 from service.jobs.job import UNFINISHED, Hyperparameters, Job
 from service.jobs.store import Store
 
@@ -48,16 +48,16 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     jobs, state = jobs_of(request), state_of(request)
     store = jobs.store
     warnings = warnings_for(body, request)
-    served = served_model(request, body.model)
-    if served.parent is not None:
-        raise invalid(f"model: '{served.name}' is an adapter; fine-tune '{served.parent}'", "model")
+    entry = find_model(request, body.model)
+    if entry.parent is not None:
+        raise invalid(f"model: '{entry.name}' is an adapter; fine-tune '{entry.parent}'", "model")
     find_file(store, body.training_file, "training_file")
     if body.validation_file is not None:
         find_file(store, body.validation_file, "validation_file")
     check_room(store, state.models, state.settings.max_adapters)
     given = body.hyperparameters or JobHyperparameters.model_validate({})
     if given.rank == 0:
-        raise invalid(all_weights(served), "hyperparameters.rank", "second_engine")
+        raise invalid(all_weights(entry), "hyperparameters.rank", "second_engine")
     parameters = Hyperparameters(
         n_epochs=given.n_epochs or EPOCHS,
         batch_size=given.batch_size or BATCH,
@@ -65,16 +65,16 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
         rank=given.rank,
     )
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    job = store.add_job(served.name, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
+    job = store.add_job(entry.name, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
     store.add_event(job.id, f"Created job {job.id}")
     jobs.notice()
     return job_object(job, warnings)
 
 
-def all_weights(served: ServedModel) -> str:
+def all_weights(entry: ModelEntry) -> str:
     """Why a job can't change all weights, with the numbers."""
-    weights = served.num_parameters * served.item_bytes
-    keys = sequence_bytes(served.config, served.config.n_positions, served.item_bytes)
+    weights = entry.num_parameters * entry.item_bytes
+    keys = sequence_bytes(entry.config, entry.config.n_positions, entry.item_bytes)
     return (
         f"rank 0, all weights: the result would need a second engine, {weights:,} bytes of weights and at least {keys:,} of "
         "keys and values, and this server has one; `banded finetune --full` makes a model to serve by itself"
@@ -82,9 +82,9 @@ def all_weights(served: ServedModel) -> str:
 
 
 def check_room(store: Store, models: Models, max_adapters: int) -> None:
-    """Raises APIError if the result could not be served."""
+    """Raises APIError if the result could not be entry."""
     waiting = sum(job.model == models.base.name for job in store.unfinished_jobs())
-    count = sum(served.parent is not None for served in models)
+    count = sum(entry.parent is not None for entry in models)
     if count + waiting >= max_adapters:
         raise invalid(
             f"this server serves {max_adapters} adapters at most (max_adapters): {count} are there and {waiting} in work; "

@@ -3,23 +3,23 @@
 from fastapi import APIRouter, Request
 
 from service.api.errors import invalid
-from service.api.generation import served_model
 from service.api.schema.base import DeletedObject
 from service.api.schema.models import ModelList, ModelObject
 from service.api.state import state_of
-from service.engine.models import ServedModel
+from service.api.validation import find_model
+from service.engine.models import ModelEntry
 
 router = APIRouter()
 
 
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
-    return ModelList(data=[model_object(served) for served in state_of(request).models])
+    return ModelList(data=[model_object(entry) for entry in state_of(request).models])
 
 
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, request: Request) -> ModelObject:
-    return model_object(served_model(request, name))
+    return model_object(find_model(request, name))
 
 
 @router.delete("/v1/models/{name:path}")
@@ -28,13 +28,13 @@ async def delete_model(name: str, request: Request) -> DeletedObject:
     state = state_of(request)
     made = [job for job in state.jobs.store.jobs() if job.fine_tuned_model == name] if state.jobs else []
     if not state.jobs or not made:
-        name = served_model(request, name).name  # a 404 if there is no such model
+        name = find_model(request, name).name  # a 404 if there is no such model
         raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
-    if served := state.models.find(name):  # it is not served if the weights it was made for have been replaced
-        await state.models.remove(served)
+    if entry := state.models.find(name):  # it is not served if the weights it was made for have been replaced
+        await state.models.remove(entry)
     state.jobs.store.forget_result(made[0].id)
     return DeletedObject(id=name, object="model")
 
 
-def model_object(served: ServedModel) -> ModelObject:
-    return ModelObject(id=served.name, created=served.created, root=served.name, parent=served.parent)
+def model_object(entry: ModelEntry) -> ModelObject:
+    return ModelObject(id=entry.name, created=entry.created, root=entry.name, parent=entry.parent)

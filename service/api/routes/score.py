@@ -1,28 +1,16 @@
 """POST /v1/score: how likely given continuations are after a prompt, which is computed once for all of them."""
 
-import math
-
 from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.tokenizer import Tokenizer
-from model.step import SamplingParams, TokenLogprobs
+from service.api.answers import ChargedRun, answer
 from service.api.errors import invalid
-from service.api.generation import (
-    Generation,
-    answer,
-    beside_the_loop,
-    check_length,
-    check_logprobs,
-    check_text_length,
-    check_token_ids,
-    log_user,
-    served_model,
-    warnings_for,
-)
-from service.api.schema.score import Score, ScoreRequest, ScoreResponse
-from service.engine.choice import ChoiceRequest
-from service.engine.models import ServedModel
-from service.engine.scheduler import Family, Sequence
+from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
+from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, warnings_for
+from service.engine.choice import Score
+from service.engine.models import ModelEntry
+from service.engine.prompts import check_length, check_text_length, check_token_ids
+from service.engine.request import SCORING, GenerationRequest, Prompt
 
 router = APIRouter()
 
@@ -30,81 +18,57 @@ router = APIRouter()
 @router.post("/v1/score", response_model=ScoreResponse)
 async def create_score(body: ScoreRequest, request: Request) -> Response:
     """Score continuations, each a text or token ids. A text is tokenized by itself: begin it with its space."""
-    served = served_model(request, body.model)
+    entry = find_model(request, body.model)
     warnings = warnings_for(body, request)
-    served.engine.check_size(len(body.continuations))
+    entry.engine.check_size(len(body.continuations))
     size = len(body.prompt) + sum(map(len, body.continuations))
-    prompt, continuations = await beside_the_loop(size, lambda: read_texts(body, served))
-    check_logprobs(sum(map(len, continuations)), "continuations")
+    prompt, continuations = await off_the_loop(size, lambda: read_texts(body, entry))
+    num_scored = sum(map(len, continuations))
+    check_logprobs(num_scored, "continuations")
     log_user(body.user, request)
-    family = Family(len(prompt), one_prompt=False)
-    sequences = [
-        Sequence(
-            prompt + continuation,
-            0,
-            SamplingParams(),
-            top_logprobs=1,
-            scored_from=len(prompt),
-            family=family,
-            adapter=served.adapter,
-        )
-        for continuation in continuations
-    ]
-    generation = Generation(
-        [ChoiceRequest(sequence) for sequence in sequences],
-        len(sequences),
-        served.engine,
-        request,
-        prompt_tokens=len(prompt) + sum(map(len, continuations)),
-    )
+    prompts = [Prompt(prompt + continuation, logprobs_from=len(prompt)) for continuation in continuations]
+    generation = entry.engine.generate(GenerationRequest(prompts, SCORING, entry.adapter))
+    run = ChargedRun(generation, request, prompt_tokens=len(prompt) + num_scored)
 
     async def scores() -> ScoreResponse:
-        candidates = zip(continuations, await generation.finish(), strict=True)
-        results = [score(tokens, candidate.scores, served.tokenizer) for tokens, candidate in candidates]
+        scored = zip(continuations, await run.finish(), strict=True)
+        results = [result_of(Score.of(tokens, choice, entry.tokenizer), entry.tokenizer) for tokens, choice in scored]
         return ScoreResponse(
-            model=served.name,
-            system_fingerprint=served.fingerprint,
+            model=entry.name,
+            system_fingerprint=entry.fingerprint,
             results=results,
-            usage=generation.usage,
+            usage=run.usage,
             warnings=warnings,
         )
 
     return await answer(request, scores())
 
 
-def read_texts(body: ScoreRequest, served: ServedModel) -> tuple[list[int], list[list[int]]]:
-    """Tokens of the prompt and of each continuation. Raises APIError naming what does not fit the model."""
-    prompt = read_text(body.prompt, body, served, "prompt")
+def read_texts(body: ScoreRequest, entry: ModelEntry) -> tuple[list[int], list[list[int]]]:
+    """Tokens of the prompt and of each continuation. Raises APIError or RequestError naming what does not fit the model."""
+    prompt = read_text(body.prompt, body, entry, "prompt")
     if not prompt:
-        prompt = served.tokenizer.encode_prompt("")
-    elif isinstance(body.prompt, str) and served.tokenizer.bos_id is not None:
-        prompt = [served.tokenizer.bos_id, *prompt]
+        prompt = entry.tokenizer.encode_prompt("")
+    elif isinstance(body.prompt, str) and entry.tokenizer.bos_id is not None:
+        prompt = [entry.tokenizer.bos_id, *prompt]
     continuations = []
     for i, text in enumerate(body.continuations):
-        tokens = read_text(text, body, served, f"continuations.{i}")
+        tokens = read_text(text, body, entry, f"continuations.{i}")
         if not tokens:
             raise invalid(f"'continuations.{i}' is empty, so that there is nothing to score", f"continuations.{i}")
-        check_length(len(prompt), len(tokens), served.config.n_positions, f"continuations.{i}")
+        check_length(len(prompt), len(tokens), entry.config.n_positions, f"continuations.{i}")
         continuations.append(tokens)
     return prompt, continuations
 
 
-def read_text(text: str | list[int], body: ScoreRequest, served: ServedModel, param: str) -> list[int]:
+def read_text(text: str | list[int], body: ScoreRequest, entry: ModelEntry, param: str) -> list[int]:
     if isinstance(text, str):
-        check_text_length(text, served, param)
-        return served.tokenizer.encode(text, allow_special=body.allow_special)
-    check_token_ids(text, served.config.vocab_size, param)
+        check_text_length(text, entry.tokenizer, entry.config.n_positions, param)
+        return entry.tokenizer.encode(text, allow_special=body.allow_special)
+    check_token_ids(text, entry.config.vocab_size, param)
     return text
 
 
-def score(tokens: list[int], found: list[TokenLogprobs], tokenizer: Tokenizer) -> Score:
-    """The sums over a continuation's tokens."""
-    logprob = sum(each.logprob for each in found)
-    num_bytes = sum(len(tokenizer.text_bytes(token)) for token in tokens)
-    return Score(
-        logprob=logprob,
-        mean_logprob=logprob / len(tokens),
-        is_greedy=all(each.logprob >= each.top[0][1] for each in found),
-        bits_per_byte=-logprob / math.log(2) / num_bytes if num_bytes else None,
-        tokens=[tokenizer.token_name(token) for token in tokens],
-    )
+def result_of(score: Score, tokenizer: Tokenizer) -> ScoreResult:
+    names = [tokenizer.token_name(token) for token in score.tokens]
+    return ScoreResult(**vars(score) | {"tokens": names})

@@ -4,9 +4,10 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from service.api.generation import beside_the_loop, check_token_ids, served_model, warnings_for
 from service.api.routes.chat import read_messages
 from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from service.api.validation import find_model, off_the_loop, warnings_for
+from service.engine.prompts import check_token_ids
 
 router = APIRouter()
 
@@ -14,19 +15,19 @@ router = APIRouter()
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     """Token ids of a text, or of a chat laid out by its template. Special-token text becomes the special token."""
-    served = served_model(request, body.model)
+    entry = find_model(request, body.model)
     warnings = warnings_for(body, request)
-    tokenizer = served.tokenizer
+    tokenizer = entry.tokenizer
     if body.messages is not None:
-        tokens = (await read_messages(body.messages, served, allow_special=False)).tokens
+        tokens = (await read_messages(body.messages, entry, allow_special=False)).tokens
     else:
         text = body.prompt or ""
-        tokens = await beside_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
+        tokens = await off_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
         if body.add_special_tokens and tokenizer.bos_id is not None:
             tokens = [tokenizer.bos_id, *tokens]
     return TokenizeResponse(
         count=len(tokens),
-        max_model_len=served.config.n_positions,
+        max_model_len=entry.config.n_positions,
         tokens=tokens,
         token_strs=[tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None,
         warnings=warnings,
@@ -36,25 +37,25 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
-    served = served_model(request, body.model)
+    entry = find_model(request, body.model)
     warnings = warnings_for(body, request)
-    check_token_ids(body.tokens, served.config.vocab_size, "tokens")
+    check_token_ids(body.tokens, entry.config.vocab_size, "tokens")
     # A model may have more ids than its vocabulary has tokens; the extra ids have no text.
-    known = (token for token in body.tokens if token in served.tokenizer)
-    return DetokenizeResponse(prompt=served.tokenizer.decode(known), warnings=warnings)
+    known = (token for token in body.tokens if token in entry.tokenizer)
+    return DetokenizeResponse(prompt=entry.tokenizer.decode(known), warnings=warnings)
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """The fields that a client's tokenizer class reads from tokenizer_config.json."""
-    served = served_model(request, None)
-    tokenizer = served.tokenizer
+    entry = find_model(request, None)
+    tokenizer = entry.tokenizer
     eos, bos = (None if token is None else tokenizer.token_name(token) for token in (tokenizer.eos_id, tokenizer.bos_id))
     return {
         "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": served.config.n_positions,
+        "model_max_length": entry.config.n_positions,
         "add_bos_token": tokenizer.bos_id is not None,
         "bos_token": bos,
         "eos_token": eos,
-        "chat_template": served.card.chat_template,
+        "chat_template": entry.card.chat_template,
     }

@@ -2,6 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
+from annotated_types import Interval
 from pydantic import (
     BaseModel,
     ConfigDict,
@@ -14,15 +15,13 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-MAX_SHOWN = 80  # characters of a client's value that an error message repeats
-# The largest number that a 64-bit integer holds.
-MAX_INT = 2**63 - 1
+from service.engine.request import BOUNDS
 
 
-def shown(text: str) -> str:
-    """`text`, cut so that an error stays small, and without lone surrogates, which no response can hold."""
-    cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
-    return cut.encode(errors="backslashreplace").decode()
+def bounds(name: str) -> Interval:
+    """The engine's bounds of a number, for an annotation."""
+    least, most = BOUNDS[name]
+    return Interval(ge=least, le=most)
 
 
 def is_absent(value: object) -> bool:

@@ -1,11 +1,11 @@
 """Bodies of POST /v1/completions."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import MAX_INT, Body, Generated, Obfuscation, TokenUsage, Warnings
+from service.api.schema.base import Body, Generated, Obfuscation, TokenUsage, Warnings, bounds
 from service.api.schema.fields import PromptField
 from service.api.schema.sampling import SamplingFields
 
@@ -33,8 +33,8 @@ class EngineCompletionRequest(SamplingFields):
 
     model: StrictStr | None = None
     prompt: PromptField = None
-    max_tokens: StrictInt = Field(16, ge=0, le=MAX_INT)
-    best_of: StrictInt | None = Field(None, ge=1, le=20)
+    max_tokens: Annotated[StrictInt, bounds("max_tokens")] = 16
+    best_of: Annotated[StrictInt, bounds("best_of")] | None = None
     logprobs: StrictInt | None = Field(None, ge=0, le=5)
     echo: StrictBool = False
     suffix: StrictStr | None = None

@@ -5,15 +5,14 @@ from typing import Annotated, Any
 from pydantic import Field, PlainValidator
 from pydantic.json_schema import WithJsonSchema
 
-from service.api.schema.base import shown
+from service.engine.request import MAX_BIAS, shown
 
 MAX_PROMPTS = 1024
 MAX_STOPS = 4
-# A stop that names a special token works like a stop token and does not count among the four. See check_sampling.
+# A stop that names a special token is a stop token and does not count among the four: see validation.sampling_params.
 MAX_STOPS_SENT = 64
 # Characters. A longer stop would only cost time, for every choice.
 MAX_STOP_LENGTH = 1024
-MAX_BIAS = 100
 # JSON's names for the types that its parser makes.
 JSON_TYPES = {
     str: "a string",

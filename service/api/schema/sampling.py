@@ -1,14 +1,14 @@
 """The fields that completions and chat have in common."""
 
-from typing import Self
+from typing import Annotated, Self
 
 from pydantic import Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import MAX_INT, Body
+from service.api.schema.base import Body, bounds
 from service.api.schema.fields import LogitBiasField, Number, Penalty, StopField
+from service.engine.request import BOUNDS
 
-MAX_REPETITION_PENALTY = 10
 MAX_STOP_TOKENS = 1024
 
 
@@ -20,19 +20,23 @@ class StreamOptions(Body):
 class SamplingFields(Body):
     """How tokens are sampled and where the text ends."""
 
-    temperature: Number = Field(1.0, ge=0, le=2)
-    top_p: Number = Field(1.0, ge=0, le=1)
-    top_k: StrictInt = Field(0, ge=-1, le=MAX_INT, description="0 and -1 keep every token")
-    min_p: Number = Field(0.0, ge=0, le=1)
+    temperature: Annotated[Number, bounds("temperature")] = 1.0
+    top_p: Annotated[Number, bounds("top_p")] = 1.0
+    top_k: Annotated[StrictInt, bounds("top_k")] = Field(0, description="0 and -1 keep every token")
+    min_p: Annotated[Number, bounds("min_p")] = 0.0
     presence_penalty: Penalty = 0.0
     frequency_penalty: Penalty = 0.0
-    repetition_penalty: Number = Field(1.0, gt=0, le=MAX_REPETITION_PENALTY, description="over prompt and completion")
+    repetition_penalty: Number = Field(
+        1.0, gt=0, le=BOUNDS["repetition_penalty"][1], description="over prompt and completion"
+    )
     logit_bias: LogitBiasField = ()
-    n: StrictInt = Field(1, ge=1, le=128)
-    seed: StrictInt | None = Field(None, ge=-MAX_INT - 1, le=MAX_INT)
+    n: Annotated[StrictInt, bounds("n")] = 1
+    seed: Annotated[StrictInt, bounds("seed")] | None = None
     stop: StopField = ()
     stop_token_ids: list[StrictInt] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
-    min_tokens: StrictInt = Field(0, ge=0, le=MAX_INT, description="no end of text and no stop before so many tokens")
+    min_tokens: Annotated[StrictInt, bounds("min_tokens")] = Field(
+        0, description="no end of text and no stop before so many tokens"
+    )
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
     stream: StrictBool = False

@@ -18,7 +18,7 @@ class ScoreRequest(Body):
     user: StrictStr | None = None
 
 
-class Score(BaseModel):
+class ScoreResult(BaseModel):
     logprob: float = Field(description="natural logarithm, of the whole continuation after the prompt")
     mean_logprob: float
     is_greedy: bool = Field(description="every token is the likeliest")
@@ -30,6 +30,6 @@ class ScoreResponse(BaseModel):
     object: Literal["score"] = "score"
     model: str
     system_fingerprint: str
-    results: list[Score]
+    results: list[ScoreResult]
     usage: TokenUsage
     warnings: Warnings = None

@@ -11,7 +11,7 @@ from fastapi import FastAPI
 
 from model.checkpoint.prompt_format import Card
 from service.api.app import create_app
-from service.engine.models import Models, ServedModel
+from service.engine.models import ModelEntry, Models
 from tests.service.engine.fakes import CONFIG, FakeEngine
 from tests.service.helpers import settings_of
 
@@ -36,7 +36,7 @@ class Api(NamedTuple):
 
 
 def served(fake: FakeEngine, card: Card = NO_CARD) -> Models:
-    return Models([ServedModel("fake", 1700000000, CONFIG, fake.tokenizer, card, "fp_0123456789", fake.engine)])
+    return Models([ModelEntry("fake", 1700000000, CONFIG, fake.tokenizer, card, "fp_0123456789", fake.engine)])
 
 
 @asynccontextmanager

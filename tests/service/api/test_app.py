@@ -13,9 +13,9 @@ from tests.service.helpers import run
 def test_the_lifespan_starts_and_stops_the_engine() -> None:
     async def test() -> None:
         async with serving() as api:
-            assert api.fake.engine._thread.is_alive()
+            assert api.fake.engine._steps.is_alive
             assert (await api.choices(prompt="hi", max_tokens=2))[0]["text"] == " one two"
-        assert not api.fake.engine._thread.is_alive()
+        assert not api.fake.engine._steps.is_alive
 
     run(test)
 

@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from model.checkpoint.prompt_format import Card
-from model.step import SamplingParams
+from model.step import Sampling
 from service.api.schema.chat import ChatRequest
 from tests.conformance import contract
 from tests.service.api.helpers import Api, error_of, events_of, prompts_run, serving
@@ -158,7 +158,7 @@ def test_sampling_fields_are_those_of_completions() -> None:
     fake = FakeEngine()
     choice = answer_to(fake, **SAMPLING).json()["choices"][0]
     assert choice["message"]["content"] == " one two three four"
-    assert fake.runner.steps[0].starts[0].sampling == SamplingParams(
+    assert fake.runner.steps[0].starts[0].sampling == Sampling(
         0.5,
         7,
         0.9,

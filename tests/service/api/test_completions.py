@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from model.step import SamplingParams, StepInput
-from service.api.generation import TextEvents, chunk_event
+from model.step import Sampling, StepInput
+from service.api.answers import TextEvents, chunk_event
 from service.api.schema.completions import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
 from tests.service.api.helpers import Api, events_of, post, prompts_run, serving
@@ -95,22 +95,22 @@ def test_the_largest_n() -> None:
 @pytest.mark.parametrize(
     ("fields", "sampling"),
     [
-        ({"seed": 0}, SamplingParams(1.0, 0, 1.0, 0)),
-        ({"seed": 7, "temperature": 0.5, "top_k": 40, "top_p": 0.9}, SamplingParams(0.5, 40, 0.9, 7)),
-        ({"seed": -(2**63), "temperature": 0, "top_k": -1, "top_p": 0}, SamplingParams(0.0, 0, 0.0, -(2**63))),
-        ({"seed": 2**63 - 1, "temperature": 2, "top_k": 2**63 - 1}, SamplingParams(2.0, 2**63 - 1, 1.0, 2**63 - 1)),
-        ({"seed": 1, "min_p": 0.1, "repetition_penalty": 1.2}, SamplingParams(seed=1, min_p=0.1, repetition_penalty=1.2)),
+        ({"seed": 0}, Sampling(1.0, 0, 1.0, 0)),
+        ({"seed": 7, "temperature": 0.5, "top_k": 40, "top_p": 0.9}, Sampling(0.5, 40, 0.9, 7)),
+        ({"seed": -(2**63), "temperature": 0, "top_k": -1, "top_p": 0}, Sampling(0.0, 0, 0.0, -(2**63))),
+        ({"seed": 2**63 - 1, "temperature": 2, "top_k": 2**63 - 1}, Sampling(2.0, 2**63 - 1, 1.0, 2**63 - 1)),
+        ({"seed": 1, "min_p": 0.1, "repetition_penalty": 1.2}, Sampling(seed=1, min_p=0.1, repetition_penalty=1.2)),
         (
             {"seed": 1, "presence_penalty": -2, "frequency_penalty": 2.0},
-            SamplingParams(seed=1, presence_penalty=-2.0, frequency_penalty=2.0),
+            Sampling(seed=1, presence_penalty=-2.0, frequency_penalty=2.0),
         ),
         (
             {"seed": 1, "logit_bias": {"50256": -100, "7": 0.5}},
-            SamplingParams(seed=1, logit_bias=((50256, -100.0), (7, 0.5))),
+            Sampling(seed=1, logit_bias=((50256, -100.0), (7, 0.5))),
         ),
     ],
 )
-def test_sampling_parameters_reach_the_runner(fields: dict[str, Any], sampling: SamplingParams) -> None:
+def test_sampling_parameters_reach_the_runner(fields: dict[str, Any], sampling: Sampling) -> None:
     fake = FakeEngine()
     assert post({"model": "fake", "prompt": "a", "max_tokens": 1, **fields}, fake).status_code == 200
     assert fake.runner.steps[0].starts[0].sampling == sampling
@@ -149,7 +149,7 @@ def test_where_a_completion_ends(fields: dict[str, Any], text: str, reason: str)
     fake = FakeEngine()
     choice = post({"model": "fake", "prompt": "a", **fields}, fake).json()["choices"][0]
     assert choice == {"text": text, "index": 0, "logprobs": None, "finish_reason": reason}
-    assert fake.scheduler.cache.faults() == []
+    assert fake.scheduler.cache.check_integrity() == []
 
 
 @contract("completions", "ignore_eos", "the end-of-text token ends a choice unless ignored")

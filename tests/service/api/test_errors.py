@@ -229,7 +229,7 @@ def test_best_of_that_can_not_be() -> None:
 
 @contract("completions", "logprobs", "of more tokens than one answer holds: 400")
 def test_too_many_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("service.api.generation.MAX_LOGPROBS", 100)
+    monkeypatch.setattr("service.api.validation.MAX_LOGPROBS", 100)
     body = {"model": "fake", "prompt": [[1] * 20] * 2, "logprobs": 0, "max_tokens": 5}
     assert post(body | {"echo": True}).status_code == 200
     error = error_of(post(body | {"echo": True, "n": 3}), 400)

@@ -187,5 +187,5 @@ def test_echo_with_many_choices() -> None:
     ).json()
     assert len({str(choice["logprobs"]) for choice in answer["choices"]}) == 1
     assert answer["choices"][4]["logprobs"]["token_logprobs"] == [None, -1.0, -1.0, -1.0]
-    assert sum(len(rows.targets) for step in fake.runner.steps for rows in step.scores) == 1
+    assert sum(len(rows.targets) for step in fake.runner.steps for rows in step.prompt_logprobs) == 1
     assert answer["usage"]["prompt_tokens"] == 2

@@ -190,7 +190,7 @@ def test_an_unexpected_fault_inside_a_stream_is_an_error_event(stream: bool, mon
     async def test() -> None:
         async with serving() as api:
             texts = iter([b'"first"', b'"second"'])
-            monkeypatch.setattr("service.api.generation.to_json", lambda text: next(texts))
+            monkeypatch.setattr("service.api.answers.to_json", lambda text: next(texts))
             answer = await api.complete(prompt="a", max_tokens=4, stream=stream)
             assert answer.status_code == 200
             if stream:

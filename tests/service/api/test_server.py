@@ -215,7 +215,7 @@ def test_a_client_that_closes_its_connection_frees_its_slots(caplog: pytest.LogC
                 await running.client.post("/v1/completions", json={"model": "fake", "max_tokens": 250}, timeout=0.1)
             await until(lambda: running.fake.scheduler.idle)
             assert running.fake.metric("requests_total", outcome="abort") == 3
-            assert running.fake.scheduler.cache.faults() == []
+            assert running.fake.scheduler.cache.check_integrity() == []
 
     run(test)
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

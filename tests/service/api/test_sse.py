@@ -107,9 +107,9 @@ async def stepping(**options: Any) -> AsyncIterator[tuple[Api, Steps]]:
 
 async def assert_all_freed(api: Api) -> None:
     await until(lambda: api.fake.scheduler.idle)
-    assert api.fake.scheduler.cache.faults() == []
+    assert api.fake.scheduler.cache.check_integrity() == []
     assert api.fake.metric("kv_pages_held", group="dense") == api.fake.metric("kv_pages_held", group="banded") == 0
-    assert not api.fake.engine._mailboxes
+    assert not api.fake.engine._generations
 
 
 @contract("completions", "stream", "every token is sent when it is there")
@@ -199,7 +199,7 @@ def test_waiting_too_long_is_a_503(stream: bool) -> None:
             first = Connection(api, stream=True, max_tokens=200)
             await until(lambda: bool(api.fake.scheduler.running))
             second = asyncio.create_task(api.complete(prompt="a", stream=stream))
-            await until(lambda: len(api.fake.engine._mailboxes) == 2)
+            await until(lambda: len(api.fake.engine._generations) == 2)
             await asyncio.sleep(0.1)
             steps.allow(2)
             answer = await second
@@ -306,7 +306,7 @@ def test_leaving_in_the_middle_frees_everything_and_disturbs_nobody(stream: bool
         async with stepping() as (api, steps):
             staying = Connection(api, stream=True, max_tokens=6)
             leaving = Connection(api, stream=stream, max_tokens=200, n=2)
-            await until(lambda: len(api.fake.engine._mailboxes) == 3)
+            await until(lambda: len(api.fake.engine._generations) == 3)
             steps.allow(3)
             if stream:
                 assert await leaving.status() == 200
@@ -331,7 +331,7 @@ def test_a_waiting_client_that_leaves_gives_up_its_place() -> None:
             running = Connection(api, stream=True, max_tokens=2)
             await until(lambda: bool(api.fake.scheduler.running))
             waiting = Connection(api, stream=True, max_tokens=2)
-            await until(lambda: len(api.fake.engine._mailboxes) == 2)
+            await until(lambda: len(api.fake.engine._generations) == 2)
             assert (await api.complete(prompt="a")).status_code == 429
             await waiting.leave()
             last = Connection(api, stream=True, max_tokens=2)
@@ -505,7 +505,7 @@ def test_a_waiting_request_is_kept_alive_and_fails_inside_its_stream(monkeypatch
             first = Connection(api, stream=True, max_tokens=200)
             await until(lambda: bool(api.fake.scheduler.running))
             second = asyncio.create_task(api.complete(prompt="a", stream=True))
-            await until(lambda: len(api.fake.engine._mailboxes) == 2)
+            await until(lambda: len(api.fake.engine._generations) == 2)
             await asyncio.sleep(0.3)
             steps.allow(2)
             answer = await second

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from model.checkpoint.tokenizer import Tokenizer, r50k_base
 from model.config import GPTConfig
-from model.step import Sampled, SlotStart, StepInput, TokenLogprobs
+from model.step import RowStart, Sampled, StepInput, TokenLogprobs
 from service.engine.engine import Engine
 from service.engine.metrics import Metrics
-from service.engine.pages import KVCache
+from service.engine.pages import PageAllocator
 from service.engine.scheduler import Scheduler
 
 CONFIG = GPTConfig(
@@ -38,14 +38,14 @@ class FakeRunner:
 
     def __init__(self, script: list[int]):
         self.script = script
-        self.script_of: Callable[[SlotStart], list[int]] = lambda start: self.script
+        self.script_of: Callable[[RowStart], list[int]] = lambda start: self.script
         self.fault: Callable[[StepInput], None] = lambda step: None
         self.late_fault: Callable[[StepInput], None] = lambda step: None
         self.gate = threading.Event()
         self.gate.set()
         self.steps: list[StepInput] = []
         self.calls: list[str] = []
-        self._starts: dict[int, SlotStart] = {}
+        self._starts: dict[int, RowStart] = {}
 
     def launch(self, step: StepInput) -> FakePending:
         assert self.gate.wait(20)
@@ -57,19 +57,19 @@ class FakeRunner:
     def _compute(self, step: StepInput) -> Sampled:
         self.calls.append("result")
         self.late_fault(step)
-        self._starts |= {start.slot: start for start in step.starts}
+        self._starts |= {start.row: start for start in step.starts}
         tokens = []
-        for row in step.samples:
-            start = self._starts[row.slot]
-            script = [token for token in self.script_of(start) if token not in row.banned]
-            place = step.token_positions[row.token] + 1 - len(start.prompt)
+        for sample in step.samples:
+            start = self._starts[sample.row]
+            script = [token for token in self.script_of(start) if token not in sample.banned]
+            place = step.token_positions[sample.token] + 1 - len(start.prompt)
             tokens.append(script[place % len(script)])
         logprobs = [
-            None if row.top_logprobs is None else fake_logprobs(token, row.top_logprobs)
-            for row, token in zip(step.samples, tokens, strict=True)
+            None if sample.top_logprobs is None else fake_logprobs(token, sample.top_logprobs)
+            for sample, token in zip(step.samples, tokens, strict=True)
         ]
-        scores = [[fake_logprobs(token, rows.top_logprobs) for token in rows.targets] for rows in step.scores]
-        return Sampled(tokens, logprobs, scores)
+        prompt = [[fake_logprobs(token, some.top_logprobs) for token in some.targets] for some in step.prompt_logprobs]
+        return Sampled(tokens, logprobs, prompt)
 
 
 def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:
@@ -82,7 +82,7 @@ class FakeEngine:
     """An engine over a FakeRunner, with what tests look at within reach. `text` is what it answers with."""
 
     tokenizer: Tokenizer = r50k_base()
-    steps_ahead = 0  # a test that holds however far the step loop runs ahead sets it to each
+    overlap = False  # tests that hold with and without overlap set it to both
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class FakeEngine:
         self.runner = FakeRunner(self.tokenizer.encode(text, allow_special=True))
         sizes = {"dense": 4 * kv_sequences, "banded": 2 * kv_sequences + 1}
         self.scheduler = Scheduler(
-            KVCache(CONFIG, {"dense": sizes["dense"], "banded": sizes["banded"]}, step_tokens=64),
-            max_slots=max_slots,
+            PageAllocator(CONFIG, {"dense": sizes["dense"], "banded": sizes["banded"]}, step_tokens=64),
+            max_rows=max_slots,
             step_tokens=64,
             max_draft=max_draft,
         )
@@ -108,10 +108,9 @@ class FakeEngine:
             self.scheduler,
             self.tokenizer,
             self.metrics,
-            max_slots=max_slots,
             max_queue=max_queue,
             queue_timeout=queue_timeout,
-            steps_ahead=self.steps_ahead,
+            overlap=self.overlap,
         )
 
     def metric(self, name: str, **labels: str) -> float:

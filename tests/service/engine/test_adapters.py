@@ -226,7 +226,7 @@ def test_adapters_that_can_not_be_served(directory: Path, adapters: dict[str, st
 
     def load(named: dict[str, str], max_adapters: int = 16) -> None:
         settings: dict[str, Any] = {"model": str(directory), "dtype": "float32", "max_adapters": max_adapters}
-        load_served(Settings(**settings | {"adapters": named}), Metrics("tiny"))
+        load_served(Settings(**settings | {"adapters": named}).engine, Metrics("tiny"))
 
     digest = weights_digest(directory)
     with pytest.raises(LoadError, match=f"adapter mine: made for weights another, but those of the model are {digest}"):

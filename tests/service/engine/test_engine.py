@@ -4,14 +4,14 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import replace
 
 import pytest
 
-from model.step import SamplingParams, StepInput
-from service.engine.choice import ChoiceRequest, Output
+from model.step import StepInput
+from service.engine.choice import Output
 from service.engine.engine import DoesNotFitError, Engine, QueueFullError, RetiredError, StepFailedError, UnavailableError
-from service.engine.scheduler import AdapterRef, Sequence
+from service.engine.request import GenerationRequest, Prompt, SamplingParams
+from service.engine.sequence import NO_ADAPTER, AdapterRef, Sequence
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, until
 
@@ -19,14 +19,23 @@ EOS = FakeEngine.tokenizer.eos_id
 
 
 @pytest.fixture(params=[0, 1], autouse=True)
-def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     """How far every FakeEngine of a test runs ahead: what a client sees does not depend on it."""
-    monkeypatch.setattr(FakeEngine, "steps_ahead", request.param)
+    monkeypatch.setattr(FakeEngine, "overlap", request.param)
     return int(request.param)
 
 
-def sequence(max_tokens: int = 4, *, num_prompt: int = 3, ignore_eos: bool = False) -> Sequence:
-    return Sequence([1] * num_prompt, max_tokens, SamplingParams(), frozenset() if ignore_eos else frozenset({EOS}))
+def request(
+    max_tokens: int = 4,
+    *,
+    num_prompts: int = 1,
+    num_prompt: int = 3,
+    adapter: AdapterRef = NO_ADAPTER,
+    ignore_eos: bool = False,
+    stop: tuple[str, ...] = (),
+) -> GenerationRequest:
+    params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, stop=stop)
+    return GenerationRequest([Prompt([1] * num_prompt)] * num_prompts, params, adapter)
 
 
 @asynccontextmanager
@@ -39,9 +48,8 @@ async def running(fake: FakeEngine) -> AsyncIterator[Engine]:
         await fake.engine.stop()
 
 
-async def collect(engine: Engine, sequences: list[Sequence], stops: tuple[str, ...] = ()) -> list[Output]:
-    requests = [ChoiceRequest(sequence, stops) for sequence in sequences]
-    async with aclosing(engine.generate(requests)) as outputs:
+async def collect(engine: Engine, request: GenerationRequest) -> list[Output]:
+    async with aclosing(engine.generate(request).outputs()) as outputs:
         return [output async for output in outputs]
 
 
@@ -52,9 +60,8 @@ def text_of(outputs: list[Output], choice: int = 0) -> str:
 def test_text_length_and_finish_reason() -> None:
     async def test() -> None:
         async with running(FakeEngine()) as engine:
-            outputs = await collect(engine, [sequence(3), sequence(6)])
-            assert text_of(outputs, 0) == " one two three"
-            assert text_of(outputs, 1) == " one two three four one two"
+            outputs = await collect(engine, request(6, num_prompts=2))
+            assert text_of(outputs, 0) == text_of(outputs, 1) == " one two three four one two"
             last = {output.choice: output.finish_reason for output in outputs}
             assert last == {0: "length", 1: "length"}
 
@@ -64,11 +71,11 @@ def test_text_length_and_finish_reason() -> None:
 def test_end_of_text_ends_without_text_unless_ignored() -> None:
     async def test() -> None:
         async with running(FakeEngine(" one<|endoftext|>")) as engine:
-            outputs = await collect(engine, [sequence(9)])
+            outputs = await collect(engine, request(9))
             assert text_of(outputs) == " one"
             assert [output.tokens for output in outputs][-1] == [EOS]
             assert outputs[-1].finish_reason == "stop"
-            ignoring = await collect(engine, [sequence(4, ignore_eos=True)])
+            ignoring = await collect(engine, request(4, ignore_eos=True))
             assert text_of(ignoring) == " one one"
             assert ignoring[-1].finish_reason == "length"
 
@@ -79,13 +86,13 @@ def test_a_stop_string_across_tokens_ends_the_choice_and_frees_its_pages() -> No
     async def test() -> None:
         fake = FakeEngine()
         async with running(fake) as engine:
-            outputs = await collect(engine, [sequence(100), sequence(3)], ("o thr",))
+            outputs = await collect(engine, request(100, num_prompts=2, stop=("o thr",)))
             assert text_of(outputs, 0) == " one tw"
             assert text_of(outputs, 1) == " one tw"
             assert all("thr" not in output.text for output in outputs)
             assert {output.finish_reason for output in outputs} == {None, "stop"}
             await until(lambda: fake.scheduler.idle)
-            assert fake.scheduler.cache.faults() == []
+            assert fake.scheduler.cache.check_integrity() == []
         assert fake.metric("requests_total", outcome="stop") == 2
         assert fake.metric("kv_pages_held", group="dense") == 0
 
@@ -95,7 +102,7 @@ def test_a_stop_string_across_tokens_ends_the_choice_and_frees_its_pages() -> No
 def test_max_tokens_0_ends_at_once() -> None:
     async def test() -> None:
         async with running(FakeEngine()) as engine:
-            assert await collect(engine, [sequence(0)]) == [Output(0, "", [], "length")]
+            assert await collect(engine, request(0)) == [Output(0, "", [], "length")]
 
     run(test)
 
@@ -104,11 +111,11 @@ def test_closing_the_iterator_aborts_running_and_waiting_choices() -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
         async with running(fake) as engine:
-            async with aclosing(engine.generate([ChoiceRequest(sequence(200)), ChoiceRequest(sequence(200))])) as outputs:
+            async with aclosing(engine.generate(request(200, num_prompts=2)).outputs()) as outputs:
                 await anext(outputs)
             await until(lambda: fake.scheduler.idle)
-            assert fake.scheduler.cache.faults() == []
-            assert text_of(await collect(engine, [sequence(2)])) == " one two"
+            assert fake.scheduler.cache.check_integrity() == []
+            assert text_of(await collect(engine, request(2))) == " one two"
         assert fake.metric("requests_total", outcome="abort") == 2
 
     run(test)
@@ -119,14 +126,14 @@ def test_a_full_queue_is_refused_with_a_time_to_retry() -> None:
         fake = FakeEngine(max_slots=2, max_queue=1)
         async with running(fake) as engine:
             fake.runner.gate.clear()
-            others = asyncio.create_task(collect(engine, [sequence() for _ in range(3)]))  # noqa: RUF006 - awaited below
+            others = asyncio.create_task(collect(engine, request(num_prompts=3)))
             await until(lambda: len(fake.scheduler.running) == 2)
             with pytest.raises(QueueFullError, match=r"1 choices are waiting, the limit is 1; try again in \d+ s") as error:
-                await collect(engine, [sequence()])
+                await collect(engine, request())
             assert error.value.retry_after >= 1
             fake.runner.gate.set()
             assert len(await others) == 12
-            assert text_of(await collect(engine, [sequence(1)])) == " one"
+            assert text_of(await collect(engine, request(1))) == " one"
         assert fake.metric("requests_total", outcome="rejected") == 1
 
     run(test)
@@ -136,13 +143,13 @@ def test_what_never_fits_is_refused_at_once() -> None:
     async def test() -> None:
         async with running(FakeEngine(max_slots=2, max_queue=1, kv_sequences=1)) as engine:
             with pytest.raises(DoesNotFitError, match="asks for 4 choices; this server holds at most 3"):
-                await collect(engine, [sequence() for _ in range(4)])
+                await collect(engine, request(num_prompts=4))
         async with running(FakeEngine(kv_sequences=1)) as engine:
             with pytest.raises(
                 DoesNotFitError,
                 match="prompt of 200 tokens with max_tokens 100 needs more KV cache than this server's 4 dense",
             ):
-                await collect(engine, [sequence(100, num_prompt=200)])
+                await collect(engine, request(100, num_prompt=200))
 
     run(test)
 
@@ -152,10 +159,10 @@ def test_waiting_too_long_ends_in_unavailable() -> None:
         fake = FakeEngine(max_slots=1, queue_timeout=0.1)
         slow_down(fake, 0.01)
         async with running(fake) as engine:
-            first = asyncio.create_task(collect(engine, [sequence(60)]))
+            first = asyncio.create_task(collect(engine, request(60)))
             await until(lambda: bool(fake.scheduler.running))
             with pytest.raises(UnavailableError, match=r"waited more than 0\.1 s for a slot"):
-                await collect(engine, [sequence()])
+                await collect(engine, request())
             assert len(await first) == 60
 
     run(test)
@@ -166,14 +173,14 @@ def test_a_request_that_never_got_a_slot_does_not_lengthen_the_time_to_retry() -
         fake = FakeEngine(max_slots=1, max_queue=1, queue_timeout=0.05)
         slow_down(fake, 0.01)
         async with running(fake) as engine:
-            busy = asyncio.create_task(collect(engine, [sequence(100)]))
+            busy = asyncio.create_task(collect(engine, request(100)))
             await until(lambda: bool(fake.scheduler.running))
             with pytest.raises(UnavailableError):
-                await collect(engine, [sequence()])
-            late = asyncio.create_task(collect(engine, [sequence()]))
+                await collect(engine, request())
+            late = asyncio.create_task(collect(engine, request()))
             await asyncio.sleep(0)
             with pytest.raises(QueueFullError) as refused:
-                await collect(engine, [sequence()])
+                await collect(engine, request())
             assert refused.value.retry_after <= 3
             await asyncio.gather(busy, late, return_exceptions=True)
 
@@ -192,12 +199,12 @@ def fail_once(fake: FakeEngine) -> None:
     fake.runner.fault = fault
 
 
-def test_a_step_is_launched_before_the_tokens_of_the_one_before_it_are_read(steps_ahead: int) -> None:
+def test_a_step_is_launched_before_the_tokens_of_the_one_before_it_are_read(overlap: int) -> None:
     async def test() -> None:
         fake = FakeEngine()
         async with running(fake) as engine:
-            assert text_of(await collect(engine, [sequence(4)])) == " one two three four"
-        if steps_ahead:
+            assert text_of(await collect(engine, request(4))) == " one two three four"
+        if overlap:
             assert fake.runner.calls == ["launch", *["launch", "result"] * 3, "result"]
         else:
             assert fake.runner.calls == ["launch", "result"] * 4
@@ -205,26 +212,26 @@ def test_a_step_is_launched_before_the_tokens_of_the_one_before_it_are_read(step
     run(test)
 
 
-def test_the_end_of_text_in_a_step_drops_the_one_after_it(steps_ahead: int) -> None:
+def test_the_end_of_text_in_a_step_drops_the_one_after_it(overlap: int) -> None:
     async def test() -> None:
         fake = FakeEngine(" one<|endoftext|>", max_slots=1)
         async with running(fake) as engine:
-            outputs = await collect(engine, [sequence(9), sequence(9)])
+            outputs = await collect(engine, request(9, num_prompts=2))
             assert text_of(outputs, 0) == text_of(outputs, 1) == " one"
-        assert len(fake.runner.steps) == 4 + 2 * steps_ahead, "one for nothing where tokens are read a step later"
+        assert len(fake.runner.steps) == 4 + 2 * overlap, "one for nothing where tokens are read a step later"
         assert fake.metric("generated_tokens_total") == 4
         assert fake.metric("page_accounting_faults_total") == 0
 
     run(test)
 
 
-def test_a_step_time_does_not_count_the_step_before_it(steps_ahead: int) -> None:
+def test_a_step_time_does_not_count_the_step_before_it(overlap: int) -> None:
     async def test() -> None:
         fake = FakeEngine()
         fake.runner.late_fault = lambda step: time.sleep(0.02)
         async with running(fake) as engine:
             started = time.monotonic()
-            await collect(engine, [sequence(10)])
+            await collect(engine, request(10))
             elapsed = time.monotonic() - started
         assert fake.metric("step_time_seconds_count") == 10
         assert 10 * 0.02 <= fake.metric("step_time_seconds_sum") <= elapsed
@@ -243,7 +250,7 @@ def test_a_step_time_does_not_count_what_came_before_its_launch() -> None:
 
         fake.scheduler.submit = slow_submit  # type: ignore[method-assign]
         async with running(fake) as engine:
-            await collect(engine, [sequence(1)])
+            await collect(engine, request(1))
         assert fake.metric("step_time_seconds_sum") < 0.3
 
     run(test)
@@ -261,14 +268,14 @@ def test_a_result_that_raises_fails_its_requests_and_the_step_after_it_is_read()
 
         fake.runner.late_fault = fault
         async with running(fake) as engine:
-            short = asyncio.create_task(collect(engine, [sequence(1)]))
-            doomed = asyncio.create_task(collect(engine, [sequence(9)]))
+            short = asyncio.create_task(collect(engine, request(1)))
+            doomed = asyncio.create_task(collect(engine, request(9)))
             assert text_of(await short) == " one"
             with pytest.raises(StepFailedError, match="the engine failed while it ran this request"):
                 await doomed
             await until(lambda: fake.scheduler.idle)
             assert fake.runner.calls.count("result") == len(fake.runner.steps)
-            assert text_of(await collect(engine, [sequence(2)])) == " one two"
+            assert text_of(await collect(engine, request(2))) == " one two"
         assert fake.metric("requests_total", outcome="error") == 1
         assert fake.metric("page_accounting_faults_total") == 0
         assert fake.metric("step_time_seconds_sum") < 0.3, "the failed step's time is not the next one's"
@@ -286,19 +293,19 @@ def test_a_launch_that_raises_comes_after_the_tokens_of_the_steps_before_it() ->
 
         fake.runner.fault = fault
         async with running(fake) as engine:
-            outputs = engine.generate([ChoiceRequest(sequence(9))])
+            outputs = engine.generate(request(9)).outputs()
             assert text_of([await anext(outputs), await anext(outputs)]) == " one two"
             with pytest.raises(StepFailedError):
                 await anext(outputs)
             await until(lambda: fake.scheduler.idle)
             assert fake.runner.calls.count("result") == 2
             assert len(fake.runner.steps) == 3, "nothing runs on top of a step that did not"
-            assert text_of(await collect(engine, [sequence(2)])) == " one two"
+            assert text_of(await collect(engine, request(2))) == " one two"
 
     run(test)
 
 
-def test_two_failing_results_in_a_row_end_the_engine(steps_ahead: int) -> None:
+def test_two_failing_results_in_a_row_end_the_engine(overlap: int) -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
 
@@ -307,10 +314,14 @@ def test_two_failing_results_in_a_row_end_the_engine(steps_ahead: int) -> None:
 
         fake.runner.late_fault = fault
         async with running(fake) as engine:
-            results = await asyncio.gather(*(collect(engine, [sequence()]) for _ in range(4)), return_exceptions=True)
+            fake.runner.gate.clear()  # until all four wait
+            tasks = [asyncio.create_task(collect(engine, request())) for _ in range(4)]
+            await until(lambda: len(fake.scheduler.waiting) == 3)
+            fake.runner.gate.set()
+            results = await asyncio.gather(*tasks, return_exceptions=True)
             assert [type(result) for result in results] == [StepFailedError] * 4
             await engine.failed()
-        assert len(fake.runner.steps) == 2 + steps_ahead
+        assert len(fake.runner.steps) == 2 + overlap
 
     run(test)
 
@@ -320,7 +331,7 @@ def test_an_engine_that_stops_reads_what_is_in_flight() -> None:
         fake = FakeEngine()
         slow_down(fake, 0.01)
         async with running(fake) as engine:
-            endless = asyncio.create_task(collect(engine, [sequence(200)]))
+            endless = asyncio.create_task(collect(engine, request(200)))
             await until(lambda: len(fake.runner.steps) > 3)
         assert fake.runner.calls.count("result") == fake.runner.calls.count("launch")
         endless.cancel()
@@ -334,15 +345,15 @@ def test_a_step_that_raises_fails_its_requests_and_no_others(caplog: pytest.LogC
         fake = FakeEngine(max_slots=1)
         async with running(fake) as engine:
             fail_once(fake)
-            doomed = asyncio.create_task(collect(engine, [sequence()]))
+            doomed = asyncio.create_task(collect(engine, request()))
             await asyncio.sleep(0)
-            waiting = asyncio.create_task(collect(engine, [sequence(2)]))
+            waiting = asyncio.create_task(collect(engine, request(2)))
             with pytest.raises(StepFailedError, match="the engine failed while it ran this request"):
                 await doomed
             assert text_of(await waiting) == " one two"
             assert engine.unready_reason is None
             await until(lambda: fake.scheduler.idle)
-            assert fake.scheduler.cache.faults() == []
+            assert fake.scheduler.cache.check_integrity() == []
         assert fake.metric("requests_total", outcome="error") == 1
 
     run(test)
@@ -358,12 +369,12 @@ def test_two_failing_steps_in_a_row_end_the_engine() -> None:
 
         fake.runner.fault = fault
         async with running(fake) as engine:
-            results = await asyncio.gather(*(collect(engine, [sequence()]) for _ in range(4)), return_exceptions=True)
+            results = await asyncio.gather(*(collect(engine, request()) for _ in range(4)), return_exceptions=True)
             assert [type(result) for result in results] == [StepFailedError] * 4
             await engine.failed()
             assert engine.unready_reason == "the engine has failed"
             with pytest.raises(UnavailableError, match="the engine has failed"):
-                await collect(engine, [sequence()])
+                await collect(engine, request())
 
     run(test)
 
@@ -375,8 +386,8 @@ def test_a_step_that_succeeds_forgives_the_one_that_failed() -> None:
             for _ in range(3):
                 fail_once(fake)
                 with pytest.raises(StepFailedError):
-                    await collect(engine, [sequence()])
-                assert text_of(await collect(engine, [sequence(1)])) == " one"
+                    await collect(engine, request())
+                assert text_of(await collect(engine, request(1))) == " one"
             assert engine.unready_reason is None
 
     run(test)
@@ -387,7 +398,7 @@ def test_a_failed_step_has_its_accounts_checked() -> None:
         fake = FakeEngine(max_slots=1)
         async with running(fake) as engine:
             slow_down(fake, 0.01)
-            busy = asyncio.create_task(collect(engine, [sequence(200)]))
+            busy = asyncio.create_task(collect(engine, request(200)))
             await until(lambda: bool(fake.scheduler.running))
             fake.scheduler.cache.pools["dense"].free.pop(0)
             fail_once(fake)
@@ -404,17 +415,17 @@ def test_only_a_step_that_hangs_makes_a_busy_engine_unready(monkeypatch: pytest.
     async def test() -> None:
         fake = FakeEngine()
         async with running(fake) as engine:
-            await collect(engine, [sequence(1)])
+            await collect(engine, request(1))
             await asyncio.sleep(0.1)
             assert engine.unready_reason is None, "idle"
-            slow_reader = engine.generate([ChoiceRequest(sequence(4))])
+            slow_reader = engine.generate(request(4)).outputs()
             await anext(slow_reader)
             await until(lambda: fake.scheduler.idle)
             await asyncio.sleep(0.1)
             assert engine.unready_reason is None, "a client that does not read is not a step that hangs"
             await slow_reader.aclose()
             fake.runner.gate.clear()
-            hanging = asyncio.create_task(collect(engine, [sequence(1)]))
+            hanging = asyncio.create_task(collect(engine, request(1)))
             await asyncio.sleep(0)
             assert engine.unready_reason is None, "the clock starts with the work, not with the last step before it"
             await until(lambda: engine.unready_reason is not None)
@@ -430,7 +441,7 @@ def test_a_step_that_hangs_does_not_keep_the_engine_from_stopping() -> None:
         fake = FakeEngine()
         async with running(fake) as engine:
             fake.runner.gate.clear()
-            hanging = asyncio.create_task(collect(engine, [sequence(1)]))
+            hanging = asyncio.create_task(collect(engine, request(1)))
             await asyncio.sleep(0.02)
             await engine.drain(0.05)
             with pytest.raises(UnavailableError):
@@ -447,10 +458,10 @@ def test_choices_that_wait_for_pages_count_as_waiting_whatever_slots_are_free() 
         fake = FakeEngine(max_slots=4, max_queue=2, kv_sequences=1)
         async with running(fake) as engine:
             slow_down(fake, 0.01)
-            tasks = [asyncio.create_task(collect(engine, [sequence(100, num_prompt=100)])) for _ in range(3)]
-            await until(lambda: fake.scheduler.blocked and len(fake.scheduler.waiting) == 2)
+            tasks = [asyncio.create_task(collect(engine, request(100, num_prompt=100))) for _ in range(3)]
+            await until(lambda: fake.scheduler.lacks_pages and len(fake.scheduler.waiting) == 2)
             with pytest.raises(QueueFullError, match="2 choices are waiting, the limit is 2"):
-                await collect(engine, [sequence()])
+                await collect(engine, request())
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -463,12 +474,12 @@ def test_drain_lets_requests_finish_and_refuses_new_ones() -> None:
         fake = FakeEngine()
         slow_down(fake, 0.005)
         async with running(fake) as engine:
-            last = asyncio.create_task(collect(engine, [sequence(20)]))
+            last = asyncio.create_task(collect(engine, request(20)))
             await asyncio.sleep(0)
             draining = asyncio.create_task(engine.drain(10))
             await asyncio.sleep(0)
             with pytest.raises(UnavailableError, match="shutting down"):
-                await collect(engine, [sequence()])
+                await collect(engine, request())
             await draining
             assert len(await last) == 20
 
@@ -480,7 +491,7 @@ def test_drain_ends_what_takes_too_long_with_an_error() -> None:
         fake = FakeEngine()
         slow_down(fake, 0.01)
         async with running(fake) as engine:
-            endless = asyncio.create_task(collect(engine, [sequence(200)]))
+            endless = asyncio.create_task(collect(engine, request(200)))
             await asyncio.sleep(0)
             await engine.drain(0.1)
             with pytest.raises(UnavailableError, match="shut down before the request was finished"):
@@ -493,11 +504,11 @@ def test_accounting_faults_are_counted_when_idle() -> None:
     async def test() -> None:
         fake = FakeEngine()
         async with running(fake) as engine:
-            await collect(engine, [sequence(2)])
+            await collect(engine, request(2))
             await until(lambda: fake.scheduler.idle)
             assert fake.metric("page_accounting_faults_total") == 0
             fake.scheduler.cache.pools["dense"].free.pop()
-            await collect(engine, [sequence(2)])
+            await collect(engine, request(2))
             await until(lambda: fake.metric("page_accounting_faults_total") == 1)
 
     run(test)
@@ -507,21 +518,20 @@ def test_a_retired_adapter_is_removed_when_its_choices_have_ended_and_takes_in_n
     async def test() -> None:
         fake = FakeEngine()
         async with running(fake) as engine:
-            mine, other = (replace(sequence(), adapter=AdapterRef(number, b"%d" % number)) for number in (1, 2))
+            mine, other = AdapterRef(1, b"1"), AdapterRef(2, b"2")
             fake.runner.gate.clear()  # steps wait
-            runs = asyncio.create_task(collect(engine, [mine]))
-            await until(lambda: mine.slot >= 0)
+            runs = asyncio.create_task(collect(engine, request(adapter=mine)))
+            await until(lambda: bool(fake.scheduler.running))
             removed = asyncio.Event()
-            retiring = asyncio.create_task(engine.retire(mine.adapter, removed.set))
+            retiring = asyncio.create_task(engine.retire(mine, removed.set))
             await asyncio.sleep(0.2)
-            late = replace(sequence(), adapter=mine.adapter)  # its request found the model before
             with pytest.raises(RetiredError, match="the model has been deleted"):
-                await collect(engine, [late])
+                await collect(engine, request(adapter=mine))  # it found the model before
             assert not removed.is_set()
             fake.runner.gate.set()
             assert text_of(await runs) == " one two three four"
             await retiring
             assert removed.is_set()
-            assert text_of(await collect(engine, [other])) == " one two three four"
+            assert text_of(await collect(engine, request(adapter=other))) == " one two three four"
 
     run(test)

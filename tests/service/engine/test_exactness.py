@@ -29,7 +29,7 @@ BAND = 40
 @asynccontextmanager
 async def client_of(directory: Path, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
     metrics = Metrics("tiny")
-    served = load_served(Settings(model=str(directory), kv_bytes=64 << 20, **settings), metrics)
+    served = load_served(Settings(model=str(directory), kv_bytes=64 << 20, **settings).engine, metrics)
     app = create_app(served, metrics, settings_of())
     async with (
         app.router.lifespan_context(app),
@@ -175,7 +175,7 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
 
     if compiled:  # first, because a clean machine's compiler takes longer than a request may
         settings: dict[str, Any] = {"model": str(directory), "kv_bytes": 64 << 20, "dtype": dtype, "compile": True}
-        load_served(Settings(**settings), Metrics("tiny"))
+        load_served(Settings(**settings).engine, Metrics("tiny"))
     run(test, seconds=180)
 
 
@@ -206,7 +206,7 @@ def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> N
 
     def answers(max_draft: int) -> tuple[list[Any], int]:
         metrics = Metrics("tiny")
-        served = load_served(Settings(model=str(directory), **settings), metrics)
+        served = load_served(Settings(model=str(directory), **settings).engine, metrics)
         served.base.engine._scheduler.max_draft = max_draft
 
         async def test() -> list[Any]:

@@ -2,7 +2,6 @@
 
 import asyncio
 import logging
-from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -11,33 +10,41 @@ import torch
 
 from kernels import torch_ops
 from kernels.names import KernelChoice
-from model.step import SamplingParams
 from service.engine import loading
-from service.engine.choice import ChoiceRequest
 from service.engine.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
 from service.engine.metrics import Metrics
-from service.engine.models import ServedModel
-from service.engine.scheduler import Sequence
+from service.engine.models import ModelEntry
+from service.engine.options import EngineOptions
+from service.engine.request import GenerationRequest, Prompt, SamplingParams
 from service.settings import Settings
 from tests.model.checkpoint.checkpoints import tiny
 
 
-def served(directory: Path, metrics: Metrics | None = None, **settings: Any) -> ServedModel:
-    return load_served(Settings(**{"model": str(directory), "dtype": "float32"} | settings), metrics or Metrics("tiny")).base
+def served(directory: Path, metrics: Metrics | None = None, **settings: Any) -> ModelEntry:
+    options = Settings(**{"model": str(directory), "dtype": "float32"} | settings).engine
+    return load_served(options, metrics or Metrics("tiny")).base
 
 
-async def generate(model: ServedModel, sequences: list[Sequence]) -> list[list[int]]:
-    """The tokens of all sequences, run at once."""
-    tokens: list[list[int]] = [[] for _ in sequences]
+def request(prompt: list[int], max_tokens: int, **params: Any) -> GenerationRequest:
+    return GenerationRequest([Prompt(prompt)], SamplingParams(max_tokens=max_tokens, **{"ignore_eos": True} | params))
+
+
+async def generate(model: ModelEntry, requests: list[GenerationRequest]) -> list[list[int]]:
+    """The tokens of all requests, run at once."""
+
+    async def tokens(request: GenerationRequest) -> list[int]:
+        return [token async for output in model.engine.generate(request).outputs() for token in output.tokens]
+
     model.engine.start()
-    async with (
-        asyncio.timeout(120),
-        aclosing(model.engine.generate([ChoiceRequest(sequence) for sequence in sequences])) as outputs,
-    ):
-        async for output in outputs:
-            tokens[output.choice] += output.tokens
+    async with asyncio.timeout(120):
+        found = await asyncio.gather(*map(tokens, requests))
     await model.engine.stop()
-    return tokens
+    return found
+
+
+def set_overlap(model: ModelEntry, overlap: bool) -> None:
+    """As a GPU is served, or as a CPU is without drafts."""
+    model.engine._steps._num_ahead, model.engine._scheduler.max_draft = int(overlap), 0
 
 
 def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None:
@@ -46,10 +53,9 @@ def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None
     directory = tiny("gpt_neo", tmp_path, vocab_size=50257, window_size=40)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (1, 40, 64, 150, 200, 7)]
-    # Fewer slots than sequences and small steps: queueing, chunks beside decodes and page release all take place.
+    # Fewer rows than sequences and small steps: queueing, chunks next to decodes and page release all take place.
     model = served(directory, max_slots=4, step_tokens=48)
-    sequences = [Sequence(prompt, 30, SamplingParams(temperature=0.0)) for prompt in prompts]
-    ours = asyncio.run(generate(model, sequences))
+    ours = asyncio.run(generate(model, [request(prompt, 30, temperature=0.0) for prompt in prompts]))
     theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
     for prompt, tokens in zip(prompts, ours, strict=True):
         with torch.inference_mode():
@@ -61,20 +67,20 @@ def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None
 def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
 
-    def sequence(seed: int) -> Sequence:
-        return Sequence([seed] * (3 + 25 * seed), 40, SamplingParams(0.9, 0, 0.95, seed))
+    def seeded(seed: int) -> GenerationRequest:
+        return request([seed] * (3 + 25 * seed), 40, temperature=0.9, top_p=0.95, seed=seed)
 
     # Steps so small that prompts are cut wherever there happens to be room.
     model = served(directory, dtype=dtype, max_slots=8, step_tokens=70)
-    together = asyncio.run(generate(model, [sequence(seed) for seed in range(8)]))
+    together = asyncio.run(generate(model, [seeded(seed) for seed in range(8)]))
     assert len({tuple(tokens) for tokens in together}) == 8
     for seed in (3, 5, 7):
-        alone = asyncio.run(generate(served(directory, dtype=dtype, max_slots=8), [sequence(seed)]))
+        alone = asyncio.run(generate(served(directory, dtype=dtype, max_slots=8), [seeded(seed)]))
         assert alone[0] == together[seed]
 
 
-@pytest.mark.parametrize("steps_ahead", [0, 1])
-def test_the_triton_path_generates_what_the_cpu_does(steps_ahead: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_triton_path_generates_what_the_cpu_does(overlap: bool, tmp_path: Path) -> None:
     """The whole engine, with prompts around the borders of bands and pages, in chunks beside decode rows."""
     directory = tiny("banded", tmp_path, n_layer=2, vocab_size=50257, attention=("dense", "banded", "strided"), stride=32)
     generator = torch.Generator().manual_seed(0)
@@ -82,30 +88,29 @@ def test_the_triton_path_generates_what_the_cpu_does(steps_ahead: int, tmp_path:
     tokens = []
     for kernels in ("auto", "triton"):
         model = served(directory, max_slots=3, step_tokens=40, kernels=kernels)
-        model.engine._steps_ahead, model.engine._scheduler.max_draft = steps_ahead, 0
-        sequences = [Sequence(prompt, 5, SamplingParams(temperature=0.0)) for prompt in prompts]
-        tokens.append(asyncio.run(generate(model, sequences)))
+        set_overlap(model, overlap)
+        tokens.append(asyncio.run(generate(model, [request(prompt, 5, temperature=0.0) for prompt in prompts])))
     assert tokens[0] == tokens[1]
 
 
-def test_looking_a_step_ahead_changes_no_token(tmp_path: Path) -> None:
+def test_overlap_changes_no_token(tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
 
-    def run(steps_ahead: int, ends: list[int | None]) -> list[list[int]]:
+    def run(overlap: bool, ends: list[int | None]) -> list[list[int]]:
         model = served(directory, dtype="bfloat16", max_slots=3, step_tokens=40)
-        model.engine._steps_ahead, model.engine._scheduler.max_draft = steps_ahead, 0
-        prompts = [[seed] * (30 * seed + 1) for seed in range(6)]
-        params = [SamplingParams(0.9, seed=seed) for seed in range(6)]
-        stop_ids = [frozenset() if end is None else frozenset({end}) for end in ends]
-        sequences = [Sequence(prompt, 30, p, ids) for prompt, p, ids in zip(prompts, params, stop_ids, strict=True)]
-        return asyncio.run(generate(model, sequences))
+        set_overlap(model, overlap)
+        requests = [
+            request([seed] * (30 * seed + 1), 30, temperature=0.9, seed=seed, stop_token_ids=() if end is None else (end,))
+            for seed, end in enumerate(ends)
+        ]
+        return asyncio.run(generate(model, requests))
 
-    whole = run(0, [None] * 6)
-    assert run(1, [None] * 6) == whole
-    # Some end by their end-of-text token, when the next step has been launched and the slot goes to another at once.
+    whole = run(False, [None] * 6)
+    assert run(True, [None] * 6) == whole
+    # Some end by their end-of-text token, when the next step has been launched and the row goes to another at once.
     ends = [tokens[3 * i] if i % 2 else None for i, tokens in enumerate(whole)]
     ended = [tokens[: tokens.index(end) + 1] if end is not None else tokens for tokens, end in zip(whole, ends, strict=True)]
-    assert run(0, ends) == run(1, ends) == ended
+    assert run(False, ends) == run(True, ends) == ended
 
 
 def test_start_up_tells_what_is_loaded_and_how_much_fits(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -140,7 +145,7 @@ def test_the_doctor_measures_every_kind_before_serving(tmp_path: Path, caplog: p
     errors = logit_errors(metrics)
     assert list(errors) == ["dense", "banded", "pointwise", "all"]
     assert all(0 <= error < 1e-3 for error in errors.values())
-    assert asyncio.run(generate(model, [Sequence([1, 2, 3], 4, SamplingParams())]))[0]
+    assert asyncio.run(generate(model, [request([1, 2, 3], 4)]))[0]
 
 
 def test_the_doctor_refuses_wrong_kernels_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +247,7 @@ def test_kv_pages_get_what_the_weights_leave_of_a_gpu_and_a_fixed_share_of_a_cpu
 
 
 def test_weights_larger_than_the_gpu_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def allocate(settings: Settings) -> None:
+    def allocate(options: EngineOptions) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB.")
 
     monkeypatch.setattr(loading, "load_checkpoint", allocate)

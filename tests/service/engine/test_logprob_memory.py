@@ -1,4 +1,4 @@
-"""Logprobs of whole prompts in every slot of a full batch take the memory of one slice of logits, not of all their rows."""
+"""Logprobs of whole prompts in every row of a full batch take the memory of one slice of logits, not of all their rows."""
 
 import re
 import subprocess
@@ -11,7 +11,7 @@ from model.runner import LOGIT_ROWS
 
 ROOT = Path(__file__).parents[3]
 VOCAB_SIZE = 50257
-SLOTS = 8
+ROWS = 8
 SLICE_BYTES = LOGIT_ROWS * VOCAB_SIZE * 4
 
 # In a process of its own: what the tests before have used and freed would hide a peak.
@@ -22,8 +22,8 @@ from kernels import torch_ops
 from model import runner
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.step import SamplingParams
-from service.engine.pages import KVCache, pool_sizes
+from model.step import Sampling
+from service.engine.pages import PageAllocator, pool_sizes
 from service.engine.scheduler import Scheduler, Sequence
 
 runner.LOGIT_ROWS = int(sys.argv[1])
@@ -33,21 +33,21 @@ config = GPTConfig(
 )
 model = GPT(config)
 model.init_weights(0)
-sizes = pool_sizes(config, kv_bytes=1 << 30, item_bytes=4, max_slots={SLOTS}, step_tokens=4096)
-device = runner.Runner(model, torch_ops, {SLOTS}, sizes)
-scheduler = Scheduler(KVCache(config, sizes, step_tokens=4096), max_slots={SLOTS}, step_tokens=4096)
+sizes = pool_sizes(config, kv_bytes=1 << 30, item_bytes=4, max_rows={ROWS}, step_tokens=4096)
+device = runner.Runner(model, torch_ops, {ROWS}, sizes)
+scheduler = Scheduler(PageAllocator(config, sizes, step_tokens=4096), max_rows={ROWS}, step_tokens=4096)
 
 def run(top_logprobs):
-    prompts = [[slot * 1000 + i % 997 for i in range(2047)] for slot in range({SLOTS})]
-    scored_from = None if top_logprobs is None else 1
+    prompts = [[row * 1000 + i % 997 for i in range(2047)] for row in range({ROWS})]
+    logprobs_from = None if top_logprobs is None else 1
     scheduler.submit(
-        Sequence(prompt, 2, SamplingParams(), top_logprobs=top_logprobs, scored_from=scored_from) for prompt in prompts
+        Sequence(prompt, 2, Sampling(), top_logprobs=top_logprobs, logprobs_from=logprobs_from) for prompt in prompts
     )
     num_scores = 0
     while step := scheduler.schedule(0.0):
         for delta in scheduler.commit(device.launch(step).result(), 0.01):
-            num_scores += len(delta.scores)
-            assert all(len(each.top) == top_logprobs for each in delta.scores)
+            num_scores += len(delta.prompt_logprobs)
+            assert all(len(each.top) == top_logprobs for each in delta.prompt_logprobs)
     return num_scores
 
 def memory(name):
@@ -56,7 +56,7 @@ def memory(name):
 assert run(None) == 0
 Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
 before = memory("VmRSS")
-assert run(5) == {SLOTS} * 2046
+assert run(5) == {ROWS} * 2046
 print("peak", memory("VmHWM") - before)
 """
 

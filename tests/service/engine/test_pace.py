@@ -5,7 +5,7 @@ import random
 import pytest
 
 from kernels.band import PAGE_SIZE
-from service.engine.pace import LONGER, Load, Pace
+from service.engine.pace import MAX_SLOWDOWN, Load, Pace
 
 
 def machine(load: Load) -> float:
@@ -53,7 +53,7 @@ def test_a_step_with_a_chunk_takes_as_much_longer_as_it_should(start: int, noise
     for seed in range(20):
         count = learnt(noise, seed).chunk_limit(24, start)
         ratios.append(machine(Load(24, count, count * start)) / machine(Load(24, 0, 0)))
-    assert 0.85 * LONGER < sorted(ratios)[10] < 1.15 * LONGER
+    assert 0.85 * MAX_SLOWDOWN < sorted(ratios)[10] < 1.15 * MAX_SLOWDOWN
     assert max(ratios) < 3
 
 
@@ -62,7 +62,7 @@ def test_rows_leave_room_for_a_page_of_a_prompt(start: int) -> None:
     num_rows = learnt().row_limit(start)
     assert num_rows > 8
     ratio = machine(Load(num_rows, PAGE_SIZE, PAGE_SIZE * start)) / machine(Load(24, 0, 0))
-    assert ratio == pytest.approx(LONGER, rel=0.15)
+    assert ratio == pytest.approx(MAX_SLOWDOWN, rel=0.15)
 
 
 def test_nothing_but_a_page_and_no_row_fits_where_steps_are_longer_than_they_should_be() -> None:

@@ -3,7 +3,7 @@
 import pytest
 
 from model.config import GPT3_SIZES, GPTConfig
-from service.engine.pages import KVCache, pool_sizes, resting_pages, sequence_bytes
+from service.engine.pages import PageAllocator, pool_sizes, resting_pages, sequence_bytes
 
 SMALL = GPT3_SIZES["gpt3-125m"]
 DENSE = GPTConfig(vocab_size=50257, n_positions=2048, n_embd=768, n_layer=12, n_head=12, n_inner=3072)
@@ -16,12 +16,12 @@ def test_an_alternating_stack_holds_1_73_times_fewer_bytes_at_2048_tokens() -> N
 
 
 def admitted(config: GPTConfig, num_tokens: int, kv_bytes: int) -> int:
-    sizes = pool_sizes(config, kv_bytes=kv_bytes, item_bytes=2, max_slots=10_000, step_tokens=512)
-    cache = KVCache(config, sizes, step_tokens=512)
-    slot = 0
-    while cache.try_reserve(slot, num_tokens):
-        slot += 1
-    return slot
+    sizes = pool_sizes(config, kv_bytes=kv_bytes, item_bytes=2, max_rows=10_000, step_tokens=512)
+    cache = PageAllocator(config, sizes, step_tokens=512)
+    row = 0
+    while cache.try_reserve(row, num_tokens):
+        row += 1
+    return row
 
 
 def test_the_same_memory_admits_1_7_times_the_sequences() -> None:
@@ -30,17 +30,17 @@ def test_the_same_memory_admits_1_7_times_the_sequences() -> None:
 
 
 def test_pool_sizes_stop_at_max_slots_and_stay_inside_the_budget() -> None:
-    plenty = pool_sizes(SMALL, kv_bytes=1 << 40, item_bytes=2, max_slots=3, step_tokens=512)
+    plenty = pool_sizes(SMALL, kv_bytes=1 << 40, item_bytes=2, max_rows=3, step_tokens=512)
     assert plenty == {"dense": 3 * 32, "banded": 3 * 5 + 8}
     budget = 300_000_000
-    sizes = pool_sizes(SMALL, kv_bytes=budget, item_bytes=2, max_slots=1000, step_tokens=512)
+    sizes = pool_sizes(SMALL, kv_bytes=budget, item_bytes=2, max_rows=1000, step_tokens=512)
     used = sum(pages * 2 * 6 * 768 * 64 * 2 for pages in sizes.values())
     assert 0.95 * budget < used <= budget
 
 
 def test_a_budget_below_one_sequence_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="kv_bytes is 1000, but one sequence of 2048 tokens needs 43646976 bytes"):
-        pool_sizes(SMALL, kv_bytes=1000, item_bytes=2, max_slots=4, step_tokens=512)
+        pool_sizes(SMALL, kv_bytes=1000, item_bytes=2, max_rows=4, step_tokens=512)
 
 
 @pytest.mark.parametrize(("num_tokens", "band", "pages"), [(1, None, 1), (65, None, 2), (2048, 256, 5), (100, 256, 2)])
@@ -49,14 +49,14 @@ def test_resting_pages(num_tokens: int, band: int | None, pages: int) -> None:
 
 
 def test_faults_names_a_lost_page_and_a_page_held_twice() -> None:
-    cache = KVCache(SMALL, {"dense": 40, "banded": 20}, step_tokens=512)
+    cache = PageAllocator(SMALL, {"dense": 40, "banded": 20}, step_tokens=512)
     assert cache.try_reserve(0, 200)
     cache.extend(0, 200)
-    assert cache.faults() == []
+    assert cache.check_integrity() == []
     lost = cache.pools["dense"].free.pop()
-    assert cache.faults() == ["dense: 39 pages accounted for, 39 distinct, of 40"]
+    assert cache.check_integrity() == ["dense: 39 pages accounted for, 39 distinct, of 40"]
     cache.pools["dense"].free.append(cache.pools["dense"].held[0].page_ids[0])
-    assert cache.faults() == ["dense: 40 pages accounted for, 39 distinct, of 40"]
+    assert cache.check_integrity() == ["dense: 40 pages accounted for, 39 distinct, of 40"]
     cache.pools["dense"].free[-1] = lost
     cache.pools["banded"].reserved += 1
-    assert cache.faults() == ["banded: 4 pages promised to slots, 5 booked, of 12"]
+    assert cache.check_integrity() == ["banded: 4 pages promised to rows, 5 booked, of 12"]

@@ -10,19 +10,14 @@ from hypothesis import strategies as st
 from model.checkpoint.prompt_format import Card, Message
 from model.checkpoint.tokenizer import END_OF_TEXT, Tokenizer, r50k_base
 from service.engine.prompts import (
-    ChatTemplateError,
-    ContextOverflowError,
     Example,
-    ExampleCounts,
     FewShot,
-    NoInsertionError,
-    Prompt,
-    PromptError,
     chat_prompt,
     few_shot_prompt,
     insertion_prompt,
     text_prompt,
 )
+from service.engine.request import ExampleCounts, Prompt, RequestError
 
 R50K = r50k_base()
 END = R50K.eos_id
@@ -142,7 +137,7 @@ class TestFewShot:
             output_prefix=TEXTS,
             # Every example is some tokens of its own, whatever stands beside it.
             separator=st.sampled_from(["\n###\n", END_OF_TEXT]),
-            on_overflow=st.just("drop_oldest"),
+            on_overflow=st.just("drop"),
         ),
         query=TEXTS,
         tokenizer=TOKENIZERS,
@@ -168,13 +163,13 @@ class TestFewShot:
             assert prompt.tokens == tokens(fitting[0])
             assert prompt.few_shot == ExampleCounts(total - fitting[0], fitting[0])
         else:
-            with pytest.raises(ContextOverflowError):
+            with pytest.raises(RequestError):
                 few_shot(query, shots, **options)
         strict = shots._replace(on_overflow="error")
         if 0 in fitting:
             assert few_shot(query, strict, **options) == prompt
         else:
-            with pytest.raises(ContextOverflowError):
+            with pytest.raises(RequestError):
                 few_shot(query, strict, **options)
 
     @pytest.mark.parametrize(
@@ -187,7 +182,7 @@ class TestFewShot:
                 "(21 in the prompt with 3 of its 3 examples, 4 for the completion)",
             ),
             (
-                "drop_oldest",
+                "drop",
                 18,
                 "this model's context is 20 tokens, but the request asks for 21 tokens "
                 "(3 in the prompt with 0 of its 3 examples, 18 for the completion)",
@@ -196,7 +191,7 @@ class TestFewShot:
     )
     def test_overflow(self, on_overflow: Any, max_tokens: int, message: str) -> None:
         shots = FewShot([Example("a", "b")] * 3, input_prefix="", output_prefix=" =>", on_overflow=on_overflow)
-        with pytest.raises(ContextOverflowError) as refusal:
+        with pytest.raises(RequestError) as refusal:
             few_shot("two words", shots, context=20, max_tokens=max_tokens)
         assert str(refusal.value) == message
         assert refusal.value.param == "prompt"
@@ -209,7 +204,7 @@ class TestFewShot:
         assert used + dropped == 9
         assert 0 < used < 9
         assert PLAIN.decode(prompt.tokens).startswith(f"{dropped} => {dropped + 1}\n###\n")
-        with pytest.raises(ContextOverflowError):
+        with pytest.raises(RequestError):
             few_shot(
                 "9", shots._replace(examples=shots.examples[dropped - 1 :], on_overflow="error"), context=40, max_tokens=0
             )
@@ -226,9 +221,9 @@ class TestFewShot:
 
         monkeypatch.setattr(Tokenizer, "encode_parts", measure)
         asked = r"asks for at least 15642 tokens \(15626 in the prompt with 3 of its 3 examples, 16 for the completion\)"
-        with pytest.raises(ContextOverflowError, match=asked):
+        with pytest.raises(RequestError, match=asked):
             few_shot("c", shots)
-        prompt = few_shot("c", shots._replace(on_overflow="drop_oldest"))
+        prompt = few_shot("c", shots._replace(on_overflow="drop"))
         assert prompt.few_shot == ExampleCounts(1, 2)
         assert max(sizes) < 100
 
@@ -331,15 +326,13 @@ class TestChat:
         ],
     )
     def test_errors_of_the_template(self, template: str, reason: str) -> None:
-        with pytest.raises(
-            ChatTemplateError, match=f"^the model's chat template does not take these messages: ({reason})$"
-        ) as e:
+        with pytest.raises(RequestError, match=f"^the model's chat template does not take these messages: ({reason})$") as e:
             chat_prompt([Message("user", "<s>\ud800")], Card(chat_template=template), PLAIN)
         assert e.value.param == "messages"
-        assert isinstance(e.value, PromptError)
+        assert (e.value.param, e.value.code) == ("messages", None)
 
     def test_role_that_the_default_template_does_not_know(self) -> None:
-        with pytest.raises(ChatTemplateError, match=r"messages: role 'tool' is not supported$"):
+        with pytest.raises(RequestError, match=r"messages: role 'tool' is not supported$"):
             chat_prompt([Message("tool", "4")], Card(), PLAIN)
 
 
@@ -360,7 +353,7 @@ class TestInsertion:
         )
 
     def test_model_that_can_not_insert(self) -> None:
-        with pytest.raises(NoInsertionError) as refusal:
+        with pytest.raises(RequestError) as refusal:
             insertion_prompt("a", "b", Card(), PLAIN)
         message = "'suffix' is not supported by this model: its card declares no format for insertions"
         assert (str(refusal.value), refusal.value.param) == (message, "suffix")

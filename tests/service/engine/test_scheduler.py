@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
-from model.step import DecodeRow, Sampled, SamplingParams, StepInput, TokenLogprobs
-from service.engine.pages import KVCache, chunk_slack, resting_pages
-from service.engine.scheduler import Delta, Family, Scheduler, Sequence
+from model.step import DecodeToken, Sampled, Sampling, StepInput, TokenLogprobs
+from service.engine.pages import PageAllocator, chunk_slack, resting_pages
+from service.engine.scheduler import Scheduler
+from service.engine.sequence import Delta, PrefixGroup, Sequence, Start
 
 EOS = 7
 STOP = frozenset({EOS})
@@ -32,28 +33,45 @@ def config(band: int | None, n_positions: int = 512) -> GPTConfig:
     )
 
 
+class RecordingScheduler(Scheduler):
+    """Remembers how each sequence began."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.starts: dict[Sequence, Start] = {}
+
+    def schedule(self, now: float) -> StepInput | None:
+        step = super().schedule(now)
+        if step is not None:
+            self.starts |= {delta.sequence: delta.start for delta in self.begun if delta.start}
+        return step
+
+    def num_cached(self, *sequences: Sequence) -> list[int]:
+        return [self.starts[sequence].num_cached for sequence in sequences]
+
+
 def make(
     band: int | None = 100,
     *,
-    max_slots: int = 4,
+    max_rows: int = 4,
     step_tokens: int = 128,
     dense_sequences: int = 3,
     banded_sequences: int = 3,
     n_positions: int = 512,
     max_draft: int = 0,
-) -> Scheduler:
+) -> RecordingScheduler:
     """A scheduler whose pools hold that many full-context sequences each, so that either can be the one that binds."""
     shape = config(band, n_positions)
     sizes = {"dense": dense_sequences * resting_pages(n_positions, None)}
     if band is not None:
         sizes["banded"] = banded_sequences * resting_pages(n_positions, band) + chunk_slack(band, step_tokens)
-    cache = KVCache(shape, cast(dict[KVGroup, int], sizes), step_tokens=step_tokens)
-    return Scheduler(cache, max_slots=max_slots, step_tokens=step_tokens, max_draft=max_draft)
+    cache = PageAllocator(shape, cast(dict[KVGroup, int], sizes), step_tokens=step_tokens)
+    return RecordingScheduler(cache, max_rows=max_rows, step_tokens=step_tokens, max_draft=max_draft)
 
 
 def sequence(num_prompt: int, max_tokens: int, *, deadline: float = float("inf")) -> Sequence:
     """Of which no two have a prompt that begins alike."""
-    return Sequence([next(fresh_tokens), *range(1, num_prompt)], max_tokens, SamplingParams(), STOP, deadline=deadline)
+    return Sequence([next(fresh_tokens), *range(1, num_prompt)], max_tokens, Sampling(), STOP, deadline=deadline)
 
 
 fresh_tokens = itertools.count(100)
@@ -87,39 +105,39 @@ class Device:
         running = self.scheduler.running
         for pages in step.pages:
             for i, page_id in enumerate(pages.page_ids):
-                self.table[pages.group, pages.slot, pages.first + i] = page_id
-        starting = {start.slot for start in step.starts}
+                self.table[pages.group, pages.row, pages.first + i] = page_id
+        starting = {start.row for start in step.starts}
         for chunk in step.chunks:
-            if chunk.slot in starting:
-                self.num_computed[running[chunk.slot]] = chunk.start  # behind what is cached
-        tokens = list(zip(step.token_slots, step.token_positions, strict=True))
+            if chunk.row in starting:
+                self.num_computed[running[chunk.row]] = chunk.start  # behind what is cached
+        tokens = list(zip(step.token_rows, step.token_positions, strict=True))
         right = self.verify(step)
-        for (slot, position), is_right in zip(tokens, right, strict=True):
+        for (row, position), is_right in zip(tokens, right, strict=True):
             if is_right:
-                assert position == self.num_computed[running[slot]], "not the next position"
-                self.num_computed[running[slot]] = position + 1
+                assert position == self.num_computed[running[row]], "not the next position"
+                self.num_computed[running[row]] = position + 1
         for group, pool in self.scheduler.cache.pools.items():
-            for (slot, position), is_right in zip(tokens, right, strict=True):
-                self.content[self.place(group, slot, position)] = key_of(running[slot], position) if is_right else "wrong"
-            for slot, position in itertools.compress(tokens, right):
+            for (row, position), is_right in zip(tokens, right, strict=True):
+                self.content[self.place(group, row, position)] = key_of(running[row], position) if is_right else "wrong"
+            for row, position in itertools.compress(tokens, right):
                 for key in range(first_key(position, pool.band), position + 1):
-                    found = self.content[self.place(group, slot, key)]
-                    assert found == key_of(running[slot], key), f"{group} key {key} is not there"
+                    found = self.content[self.place(group, row, key)]
+                    assert found == key_of(running[row], key), f"{group} key {key} is not there"
         for group, source, target in step.copies:
             for offset in range(PAGE_SIZE):
                 self.content[group, target, offset] = self.content.get((group, source, offset))
-        rows = {slot: Row(running[slot], False, [], [], []) for slot, _ in tokens}
-        for slot in starting - {chunk.slot for chunk in step.chunks}:  # forks
-            sequence = running[slot]
-            rows[slot] = Row(sequence, False, [], [], [])
+        rows = {row: Row(running[row], False, [], [], []) for row, _ in tokens}
+        for row in starting - {chunk.row for chunk in step.chunks}:  # forks
+            sequence = running[row]
+            rows[row] = Row(sequence, False, [], [], [])
             self.num_computed[sequence] = len(sequence.prompt)
         sampled = Sampled([], [], [])
         for sample in step.samples:
-            sequence = running[sample.slot]
-            slot, position = tokens[sample.token]
+            sequence = running[sample.row]
+            row, position = tokens[sample.token]
             count = position + 2 - len(sequence.prompt)
             assert sample.banned == (tuple(sequence.stop_ids) if count <= sequence.min_tokens else ())
-            assert slot == sample.slot or (running[slot].prompt == sequence.prompt and sample.slot in starting)
+            assert row == sample.row or (running[row].prompt == sequence.prompt and sample.row in starting)
             text = self.texts.setdefault(sequence, [])
             if not right[sample.token]:
                 sampled.tokens.append(self.rng.randrange(1, 4))
@@ -130,30 +148,30 @@ class Device:
             assert count <= min(len(text), sequence.max_tokens)
             sampled.tokens.append(text[count - 1])
             sampled.logprobs.append(None if sample.top_logprobs is None else TokenLogprobs(count, []))
-            rows[sample.slot].tokens.append(text[count - 1])
-            rows[sample.slot].logprobs.extend(filter(None, sampled.logprobs[-1:]))
-        for score in step.scores:
-            slot, _ = tokens[score.first]
-            sequence = running[slot]
-            scored = self.num_scored.get(sequence, sequence.scored_from or 0)
+            rows[sample.row].tokens.append(text[count - 1])
+            rows[sample.row].logprobs.extend(filter(None, sampled.logprobs[-1:]))
+        for score in step.prompt_logprobs:
+            row, _ = tokens[score.first]
+            sequence = running[row]
+            scored = self.num_scored.get(sequence, sequence.prompt_logprobs_from or 0)
             for i, target in enumerate(score.targets):
-                assert tokens[score.first + i] == (slot, scored + i - 1)
+                assert tokens[score.first + i] == (row, scored + i - 1)
                 assert sequence.prompt[scored + i] == target
             self.num_scored[sequence] = scored + len(score.targets)
-            sampled.scores.append([TokenLogprobs(scored + i, []) for i in range(len(score.targets))])
-            rows[slot].scores.extend(sampled.scores[-1])
-        ended = [row._replace(past_prompt=not row.sequence.in_prompt) for row in rows.values()]
-        for row in ended:
-            if row.past_prompt and row.sequence.scored_from is not None:
-                assert self.num_scored.get(row.sequence, row.sequence.scored_from) == len(row.sequence.prompt)
-        return ended, sampled
+            sampled.prompt_logprobs.append([TokenLogprobs(scored + i, []) for i in range(len(score.targets))])
+            rows[row].scores.extend(sampled.prompt_logprobs[-1])
+        gains = [gain._replace(past_prompt=not gain.sequence.in_prompt) for gain in rows.values()]
+        for sequence, past_prompt, *_ in gains:
+            if past_prompt and sequence.prompt_logprobs_from is not None:
+                assert self.num_scored.get(sequence, sequence.prompt_logprobs_from) == len(sequence.prompt)
+        return gains, sampled
 
     def verify(self, step: StepInput) -> list[bool]:
         """Of each token of a step whether it is the sequence's own; decides what is sampled in front of drafts."""
         right: list[bool] = []
         for i, row in enumerate(step.decodes):
-            sequence = self.scheduler.running[row.slot]
-            is_draft = i > 0 and step.decodes[i - 1].slot == row.slot
+            sequence = self.scheduler.running[row.row]
+            is_draft = i > 0 and step.decodes[i - 1].row == row.row
             if is_draft and right[-1]:
                 self.texts[sequence].append(self.draw(sequence))
             token = self.texts[sequence][row.position - len(sequence.prompt)] if not is_draft or right[-1] else None
@@ -170,8 +188,8 @@ class Device:
             return text[-3] if text[-3] != EOS else 1
         return self.rng.randrange(1, 4)
 
-    def place(self, group: KVGroup, slot: int, position: int) -> tuple[KVGroup, int, int]:
-        return group, self.table[group, slot, position // PAGE_SIZE], position % PAGE_SIZE
+    def place(self, group: KVGroup, row: int, position: int) -> tuple[KVGroup, int, int]:
+        return group, self.table[group, row, position // PAGE_SIZE], position % PAGE_SIZE
 
 
 def key_of(sequence: Sequence, position: int) -> object:
@@ -215,29 +233,29 @@ def sequences_of(request: Request) -> list[Sequence]:
     if not request.differ:
         own = own[:1] * request.num_choices
     num_common = request.num_common + (0 if request.differ else request.num_own)
-    family = Family(num_common, not request.differ) if request.num_choices > 1 else None
+    group = PrefixGroup(num_common, not request.differ) if request.num_choices > 1 else None
     made = [
         Sequence(
             common + own[i],
             request.max_tokens,
-            SamplingParams(choice=i),
+            Sampling(choice=i),
             STOP,
             min_tokens=request.min_tokens,
             top_logprobs=2 if request.scored else None,
-            family=family,
+            group=group,
         )
         for i in range(request.num_choices)
     ]
     for i, sequence in enumerate(made):
         if request.scored and (i == 0 or request.differ):
-            sequence.scored_from = request.num_common if request.differ else 1
+            sequence.prompt_logprobs_from = request.num_common if request.differ else 1
     return made
 
 
 @given(
     requests=requests,
     band=st.none() | st.integers(1, 300),
-    max_slots=st.integers(1, 5),
+    max_rows=st.integers(1, 5),
     step_tokens=st.integers(21, 400),
     sequences=st.tuples(st.integers(1, 9), st.integers(1, 3)),
     chunk_limit=st.none() | st.integers(16, 400),
@@ -248,7 +266,7 @@ def sequences_of(request: Request) -> list[Sequence]:
 def test_every_sequence_is_computed_once_in_order_and_finishes(
     requests: list[Request],
     band: int | None,
-    max_slots: int,
+    max_rows: int,
     step_tokens: int,
     sequences: tuple[int, int],
     chunk_limit: int | None,
@@ -260,7 +278,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     scheduler = make(
         band,
         max_draft=0 if steps_ahead else max_draft,
-        max_slots=max_slots,
+        max_rows=max_rows,
         step_tokens=step_tokens,
         dense_sequences=sequences[0],
         banded_sequences=sequences[1],
@@ -302,8 +320,8 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             assert in_flight or not scheduler.running
         else:
             assert step.num_tokens <= step_tokens
-            assert {start.slot for start in step.starts} >= {chunk.slot for chunk in step.chunks if chunk.start == 0}
-            began += [scheduler.running[start.slot] for start in step.starts]
+            assert {start.row for start in step.starts} >= {chunk.row for chunk in step.chunks if chunk.start == 0}
+            began += [scheduler.running[start.row] for start in step.starts]
             in_flight.append((step, *device.run(step)))
         abort_one()
         # Now and then everything is read, as when a launch fails.
@@ -314,9 +332,9 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             if rng.random() < 0.02:
                 deltas = scheduler.fail_step()
                 assert by_sequence(deltas) == {row.sequence: Delta(row.sequence, [], "error") for row in rows}
-                failed = {row.sequence.family for row in rows if row.sequence.family}
+                failed = {row.sequence.group for row in rows if row.sequence.group}
                 for other in [*scheduler.running.values(), *scheduler.waiting]:
-                    if other.family in failed:  # a request ends with the first of its choices that fails
+                    if other.group in failed:  # a request ends with the first of its choices that fails
                         scheduler.abort(other)
                         ended[other] = "abort"
             else:
@@ -325,12 +343,12 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
                 assert by_sequence(deltas) == by_sequence(wanted)
             ended |= {delta.sequence: delta.finish_reason for delta in deltas if delta.finish_reason}
             if rng.random() < 0.5:  # not always: a check leaves all sequences at rest, which `schedule` has to do itself
-                assert scheduler.faults() == []
+                assert scheduler.check_integrity() == []
     assert set(ended) == set(submitted)
-    alone = [s for s in submitted if s in set(began) and s.family is None]
-    assert [s for s in began if s.family is None] == alone, "a sequence overtook another"
+    alone = [s for s in submitted if s in set(began) and s.group is None]
+    assert [s for s in began if s.group is None] == alone, "a sequence overtook another"
     assert all(generated[s] == s.num_generated for s in submitted)
-    assert scheduler.faults() == []
+    assert scheduler.check_integrity() == []
     assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
 
 
@@ -345,7 +363,7 @@ def drive(scheduler: Scheduler, token: int = 1, seconds: float = 0.01) -> list[D
 
 
 def answer(step: StepInput, token: int = 1) -> Sampled:
-    return Sampled([token] * len(step.samples), [None] * len(step.samples), [[] for _ in step.scores])
+    return Sampled([token] * len(step.samples), [None] * len(step.samples), [[] for _ in step.prompt_logprobs])
 
 
 def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_runs() -> None:
@@ -414,10 +432,10 @@ def test_as_many_prompts_as_streams_take_the_whole_step() -> None:
 # Drafts
 
 
-def looping(max_tokens: int = 40, max_slots: int = 4, **fields: Any) -> Scheduler:
+def looping(max_tokens: int = 40, max_rows: int = 4, **fields: Any) -> Scheduler:
     """A scheduler that has seen one sequence sample 2, 3, 2, 3, 2, 3, 2."""
-    scheduler = make(64, max_draft=3, max_slots=max_slots, dense_sequences=max_slots, banded_sequences=max_slots)
-    loop = Sequence([9], max_tokens, **{"sampling": SamplingParams()} | fields)
+    scheduler = make(64, max_draft=3, max_rows=max_rows, dense_sequences=max_rows, banded_sequences=max_rows)
+    loop = Sequence([9], max_tokens, **{"sampling": Sampling()} | fields)
     scheduler.submit([loop])
     while loop.num_generated < 7:
         step = scheduler.schedule(0.0)
@@ -431,40 +449,40 @@ def test_a_loop_is_drafted_and_what_comes_true_is_kept() -> None:
     scheduler = looping()
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 7, 2), DecodeRow(0, 8, 3), DecodeRow(0, 9, 2), DecodeRow(0, 10, 3)]
+    assert step.decodes == [DecodeToken(0, 7, 2), DecodeToken(0, 8, 3), DecodeToken(0, 9, 2), DecodeToken(0, 10, 3)]
     (delta,) = scheduler.commit(answers(step, [3, 2, 3, 5]), 0.01)
     assert delta.tokens == [3, 2, 3, 5]
     assert scheduler.drafts == (3, 3)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 11, 5)], "the copy is over"
+    assert step.decodes == [DecodeToken(0, 11, 5)], "the copy is over"
 
 
 def test_a_draft_is_the_shorter_the_more_streams_pay_for_it() -> None:
-    scheduler = looping(max_slots=90)
+    scheduler = looping(max_rows=90)
     scheduler.submit([sequence(1, 9) for _ in range(89)])
     for num_rows in (4, 3):
         step = scheduler.schedule(0.0)
         assert step is not None
-        assert sum(row.slot == 0 for row in step.decodes) == num_rows
-        others = [6 if row.slot else 2 + step.token_positions[row.token] % 2 for row in step.samples]
+        assert sum(row.row == 0 for row in step.decodes) == num_rows
+        others = [6 if row.row else 2 + step.token_positions[row.token] % 2 for row in step.samples]
         scheduler.commit(answers(step, others), 0.01)
 
 
 @pytest.mark.parametrize(("row_limit", "num_decodes"), [(0, 2), (2, 2), (3, 3), (99, 5)])
 def test_drafts_leave_room_for_a_prompt(row_limit: int, num_decodes: int) -> None:
-    scheduler = looping(max_slots=3)
+    scheduler = looping(max_rows=3)
     scheduler.submit([sequence(1, 9)])
     step = scheduler.schedule(0.0)
     assert step is not None
-    others = [6 if row.slot else 2 + step.token_positions[row.token] % 2 for row in step.samples]
+    others = [6 if row.row else 2 + step.token_positions[row.token] % 2 for row in step.samples]
     scheduler.commit(answers(step, others), 0.01)
     scheduler.submit([sequence(100, 9)])
     scheduler._pace.row_limit = lambda start: row_limit  # type: ignore[method-assign]
     step = scheduler.schedule(0.0)
     assert step is not None
     assert len(step.decodes) == num_decodes
-    assert [chunk.slot for chunk in step.chunks] == [2]
+    assert [chunk.row for chunk in step.chunks] == [2]
 
 
 def test_nothing_behind_a_wrong_guess_is_kept() -> None:
@@ -476,8 +494,8 @@ def test_nothing_behind_a_wrong_guess_is_kept() -> None:
     assert scheduler.drafts == (3, 0)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 8, 4)]
-    assert scheduler.faults() == []
+    assert step.decodes == [DecodeToken(0, 8, 4)]
+    assert scheduler.check_integrity() == []
 
 
 def test_a_stop_token_in_a_draft_ends_the_sequence_there() -> None:
@@ -494,16 +512,16 @@ def test_no_draft_goes_beyond_max_tokens() -> None:
     scheduler = looping(max_tokens=9)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 7, 2), DecodeRow(0, 8, 3)]
+    assert step.decodes == [DecodeToken(0, 7, 2), DecodeToken(0, 8, 3)]
     (delta,) = scheduler.commit(answers(step, [3, 2]), 0.01)
     assert (delta.tokens, delta.finish_reason) == ([3, 2], "length")
 
 
 def test_penalties_look_at_what_was_sampled_and_so_forbid_drafts() -> None:
-    scheduler = looping(sampling=SamplingParams(presence_penalty=0.5))
+    scheduler = looping(sampling=Sampling(presence_penalty=0.5))
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeRow(0, 7)]
+    assert step.decodes == [DecodeToken(0, 7)]
 
 
 def answers(step: StepInput, tokens: list[int]) -> Sampled:
@@ -518,7 +536,7 @@ def test_max_tokens_0_computes_the_prompt_and_ends() -> None:
 
 
 def test_expire_ends_only_the_waiting_and_late() -> None:
-    scheduler = make(max_slots=1)
+    scheduler = make(max_rows=1)
     first, late, patient = sequence(5, 5, deadline=1.0), sequence(5, 5, deadline=2.0), sequence(5, 5)
     for each in (first, late, patient):
         scheduler.submit([each])
@@ -529,16 +547,16 @@ def test_expire_ends_only_the_waiting_and_late() -> None:
 
 
 def test_a_failed_step_ends_its_own_sequences_only() -> None:
-    scheduler = make(None, max_slots=3, step_tokens=64)
+    scheduler = make(None, max_rows=3, step_tokens=64)
     scheduler.submit([sequence(64, 5), sequence(30, 5)])
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert [chunk.slot for chunk in step.chunks] == [0]
+    assert [chunk.row for chunk in step.chunks] == [0]
     assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
-    assert scheduler.faults() == []
+    assert scheduler.check_integrity() == []
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert [start.slot for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
+    assert [start.row for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
 
 
 def sampled(tokens: list[int]) -> Sampled:
@@ -552,13 +570,13 @@ def launch(scheduler: Scheduler) -> StepInput:
 
 
 def test_the_token_after_the_end_is_dropped_though_its_slot_has_a_new_sequence() -> None:
-    scheduler = make(max_slots=1)
+    scheduler = make(max_rows=1)
     first, second = sequence(5, 9), sequence(5, 9)
     scheduler.submit([first, second])
     launch(scheduler)
-    assert launch(scheduler).decodes == [DecodeRow(0, 5)], "launched before the token of the first step is known"
+    assert launch(scheduler).decodes == [DecodeToken(0, 5)], "launched before the token of the first step is known"
     assert scheduler.commit(sampled([EOS]), 0.01) == [Delta(first, [EOS], "stop")]
-    assert [start.slot for start in launch(scheduler).starts] == [0]
+    assert [start.row for start in launch(scheduler).starts] == [0]
     assert scheduler.commit(sampled([3]), 0.01) == []
     assert first.num_generated == 1
     assert scheduler.commit(sampled([4]), 0.01) == [Delta(second, [4], None)]
@@ -587,7 +605,7 @@ def test_max_tokens_0_ends_with_the_last_chunk_not_with_one_before_it() -> None:
 
 
 def test_abort_gives_pages_and_slot_back_at_once_and_drops_what_is_in_flight() -> None:
-    scheduler = make(max_slots=1)
+    scheduler = make(max_rows=1)
     aborted, other = sequence(5, 9), sequence(5, 1)
     scheduler.submit([aborted])
     launch(scheduler)
@@ -607,9 +625,9 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     scheduler.submit([failing, joined])
     launch(scheduler)
     scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
-    assert [row.slot for row in launch(scheduler).decodes] == [0]
+    assert [row.row for row in launch(scheduler).decodes] == [0]
     assert scheduler.fail_step() == [Delta(failing, [], "error")]
-    assert scheduler.faults() == [], "though the chunk in flight holds more pages than its sequence reserved"
+    assert scheduler.check_integrity() == [], "though the chunk in flight holds more pages than its sequence reserved"
     assert scheduler.commit(sampled([1, 2]), 0.01) == [Delta(joined, [2], "length")]
     assert scheduler.idle
     scheduler.submit([sequence(5, 9)])
@@ -620,7 +638,7 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
 
 
 def alike(prompt: list[int], max_tokens: int = 5) -> Sequence:
-    return Sequence(list(prompt), max_tokens, SamplingParams(), STOP)
+    return Sequence(list(prompt), max_tokens, Sampling(), STOP)
 
 
 def finish(scheduler: Scheduler) -> list[StepInput]:
@@ -629,7 +647,7 @@ def finish(scheduler: Scheduler) -> list[StepInput]:
         steps.append(step)
         scheduler.commit(answer(step), 0.01)
     assert scheduler.idle
-    assert scheduler.faults() == []
+    assert scheduler.check_integrity() == []
     return steps
 
 
@@ -645,9 +663,10 @@ def test_600_shared_tokens_are_found_though_the_first_ran_past_them_by_more_than
     assert prompt_tokens(finish(scheduler)) == 1000
     scheduler.submit([second])
     steps = finish(scheduler)
-    assert second.num_cached == 576, "9 full pages"
+    assert scheduler.num_cached(second) == [576], "9 full pages"
     assert prompt_tokens(steps) == 700 - 576
-    assert (second.num_looked_up, first.num_cached) == (700, 0)
+    assert scheduler.starts[second].num_looked_up == 700
+    assert scheduler.num_cached(first) == [0]
     given = {(new.group, new.first, len(new.page_ids)) for new in steps[0].pages[:2]}
     assert given == {("dense", 0, 9), ("banded", 5, 4)}, "of the banded ones those that position 576 sees"
 
@@ -658,49 +677,49 @@ def test_at_least_one_token_is_computed_and_all_behind_the_first_scored_one() ->
     scheduler.submit([alike(prompt)])
     finish(scheduler)
     same, scored = alike(prompt), alike(prompt)
-    scored.scored_from = 66
+    scored.prompt_logprobs_from = 66
     whole = alike(prompt)
-    whole.scored_from = 1
+    whole.prompt_logprobs_from = 1
     for each in (same, scored, whole):
         scheduler.submit([each])
         finish(scheduler)
-    assert [each.num_cached for each in (same, scored, whole)] == [64, 64, 0]
+    assert scheduler.num_cached(same, scored, whole) == [64, 64, 0]
 
 
 def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
-    scheduler = make(100, max_slots=4, step_tokens=128, dense_sequences=4, banded_sequences=4)
-    family, prompt = Family(200, True), list(range(200))
-    choices = [Sequence(prompt, 100, SamplingParams(choice=i), STOP, family=family) for i in range(4)]
+    scheduler = make(100, max_rows=4, step_tokens=128, dense_sequences=4, banded_sequences=4)
+    group, prompt = PrefixGroup(200, True), list(range(200))
+    choices = [Sequence(prompt, 100, Sampling(choice=i), STOP, group=group) for i in range(4)]
     scheduler.submit(choices)
     assert launch(scheduler).samples == []
     scheduler.commit(sampled([]), 0.01)
     step = launch(scheduler)
-    assert [(chunk.slot, chunk.start, len(chunk.tokens)) for chunk in step.chunks] == [(0, 128, 72)]
-    assert [(row.slot, row.token) for row in step.samples] == [(0, 71), (1, 71), (2, 71), (3, 71)]
-    assert [start.slot for start in step.starts] == [1, 2, 3]
+    assert [(chunk.row, chunk.start, len(chunk.tokens)) for chunk in step.chunks] == [(0, 128, 72)]
+    assert [(row.row, row.token) for row in step.samples] == [(0, 71), (1, 71), (2, 71), (3, 71)]
+    assert [start.row for start in step.starts] == [1, 2, 3]
     assert len(step.copies) == 6, "the last page of each group, for each fork"
     scheduler.commit(sampled([1, 1, 1, 1]), 0.01)
     assert scheduler.cache.usage()["dense"].held == 3 + 4, "3 full pages once, and one of each choice"
-    assert scheduler.faults() == []
+    assert scheduler.check_integrity() == []
     steps = finish(scheduler)
     assert prompt_tokens(steps) == 0
     assert {len(step.decodes) for step in steps} == {4}
 
 
 def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
-    scheduler = make(100, max_slots=2)
-    family, prompt = Family(200, True), list(range(200))
-    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(5)]
+    scheduler = make(100, max_rows=2)
+    group, prompt = PrefixGroup(200, True), list(range(200))
+    choices = [Sequence(prompt, 9, Sampling(choice=i), STOP, group=group) for i in range(5)]
     scheduler.submit(choices)
-    assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 rounds of slots; the second of each forks"
-    assert [choice.num_cached for choice in choices] == [0, 0, 192, 0, 192]
+    assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 rounds of rows; the second of each forks"
+    assert scheduler.num_cached(*choices) == [0, 0, 192, 0, 192]
 
 
 def test_a_choice_that_comes_while_its_prompt_is_in_flight_waits_for_it() -> None:
-    scheduler = make(100, max_slots=2, step_tokens=512)
+    scheduler = make(100, max_rows=2, step_tokens=512)
     scheduler._pace.chunk_limit = lambda *_: 512  # type: ignore[method-assign]
-    other, family, prompt = sequence(5, 2), Family(200, True), list(range(200))
-    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(2)]
+    other, group, prompt = sequence(5, 2), PrefixGroup(200, True), list(range(200))
+    choices = [Sequence(prompt, 9, Sampling(choice=i), STOP, group=group) for i in range(2)]
     scheduler.submit([other])
     first = launch(scheduler)
     scheduler.submit(choices)
@@ -713,17 +732,17 @@ def test_a_choice_that_comes_while_its_prompt_is_in_flight_waits_for_it() -> Non
 
 
 def test_who_waits_for_pages_blocks_nobody_after_leaving() -> None:
-    scheduler = make(None, max_slots=4, dense_sequences=1)
+    scheduler = make(None, max_rows=4, dense_sequences=1)
     first, second = sequence(300, 100), sequence(300, 100)
     scheduler.submit([first, second])
     launch(scheduler)
-    assert scheduler.blocked
+    assert scheduler.lacks_pages
     scheduler.abort(second)
-    assert not scheduler.blocked
+    assert not scheduler.lacks_pages
 
 
 def test_a_request_of_which_a_choice_runs_does_not_time_out() -> None:
-    scheduler = make(max_slots=1)
+    scheduler = make(max_rows=1)
     together, alone = [sequence(5, 9, deadline=1.0) for _ in range(3)], sequence(5, 9, deadline=1.0)
     scheduler.submit(together)
     scheduler.submit([alone])
@@ -731,48 +750,48 @@ def test_a_request_of_which_a_choice_runs_does_not_time_out() -> None:
     assert scheduler.expire(2.0) == [Delta(alone, [], "timeout")]
 
 
-def test_the_family_goes_on_when_its_first_is_aborted_in_the_prompt() -> None:
+def test_the_group_goes_on_when_its_first_is_aborted_in_the_prompt() -> None:
     scheduler = make(100, step_tokens=128)
-    family, prompt = Family(200, True), list(range(200))
-    choices = [Sequence(prompt, 9, SamplingParams(choice=i), STOP, family=family) for i in range(3)]
+    group, prompt = PrefixGroup(200, True), list(range(200))
+    choices = [Sequence(prompt, 9, Sampling(choice=i), STOP, group=group) for i in range(3)]
     scheduler.submit(choices)
     drive(scheduler)
     scheduler.abort(choices[0])
-    assert scheduler.faults() == []
+    assert scheduler.check_integrity() == []
     steps = finish(scheduler)
     assert [choice.num_generated for choice in choices] == [0, 9, 9]
     assert sum(len(step.starts) for step in steps) == 2
 
 
 def test_forks_reserve_the_prompt_once() -> None:
-    scheduler = make(None, max_slots=8, dense_sequences=1)  # 8 pages
-    family, prompt = Family(320, True), list(range(320))  # 5 full pages
-    choices = [Sequence(prompt, 30, SamplingParams(choice=i), STOP, family=family) for i in range(4)]
+    scheduler = make(None, max_rows=8, dense_sequences=1)  # 8 pages
+    group, prompt = PrefixGroup(320, True), list(range(320))  # 5 full pages
+    choices = [Sequence(prompt, 30, Sampling(choice=i), STOP, group=group) for i in range(4)]
     scheduler.submit(choices)
     scheduler.schedule(0.0)
     assert len(scheduler.running) == 3, "5 pages and one of each"
-    assert scheduler.blocked
+    assert scheduler.lacks_pages
 
 
 def test_continuations_wait_for_what_they_have_in_common() -> None:
     scheduler = make(100, step_tokens=256)
-    family, common = Family(150, False), list(range(150))
+    group, common = PrefixGroup(150, False), list(range(150))
     choices = [
-        Sequence([*common, *own], 0, SamplingParams(), top_logprobs=1, scored_from=150, family=family)
+        Sequence([*common, *own], 0, Sampling(), top_logprobs=1, prompt_logprobs_from=150, group=group)
         for own in ([500], [600, 601], [700, 701, 702])
     ]
     scheduler.submit(choices)
     steps = finish(scheduler)
-    assert [chunk.slot for chunk in steps[0].chunks] == [0]
+    assert [chunk.row for chunk in steps[0].chunks] == [0]
     assert prompt_tokens(steps) == 151 + (152 - 128) + (153 - 128)
-    assert [row.targets for step in steps for row in step.scores] == [[500], [600, 601], [700, 701, 702]]
+    assert [row.targets for step in steps for row in step.prompt_logprobs] == [[500], [600, 601], [700, 701, 702]]
 
 
 def test_a_prompt_that_is_the_beginning_of_another_is_no_fork() -> None:
     scheduler = make(100, step_tokens=256)
-    family, common = Family(100, False), list(range(100))
+    group, common = PrefixGroup(100, False), list(range(100))
     prompts = [common, [*common, *range(300, 350)], common]
-    scheduler.submit([Sequence(prompt, 3, SamplingParams(), family=family) for prompt in prompts])
+    scheduler.submit([Sequence(prompt, 3, Sampling(), group=group) for prompt in prompts])
     steps = finish(scheduler)
     assert prompt_tokens(steps) == 100 + (150 - 64) + (100 - 64)
     assert [step.copies for step in steps if step.copies] == []
@@ -787,17 +806,17 @@ def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
     scheduler.submit([alike(prompt)])
     launch(scheduler)
     assert len(scheduler.fail_step()) == 1
-    assert scheduler.running[1].num_cached == 0
+    assert scheduler.num_cached(scheduler.running[1]) == [0]
     scheduler.commit(sampled([1, 1]), 0.01)
-    assert scheduler.faults() == []
+    assert scheduler.check_integrity() == []
     last = alike(prompt)
     scheduler.submit([last])
     launch(scheduler)
-    assert last.num_cached == 64, "from the second, which did not fail"
+    assert scheduler.num_cached(last) == [64], "from the second, which did not fail"
 
 
 def test_cached_pages_make_room_the_longest_unused_first() -> None:
-    scheduler = make(None, max_slots=1, step_tokens=512, dense_sequences=1)  # 8 pages
+    scheduler = make(None, max_rows=1, step_tokens=512, dense_sequences=1)  # 8 pages
     old, new = list(range(1000, 1128)), list(range(2000, 2128))
     for prompt in (old, new, list(range(3000, 3256))):
         scheduler.submit([alike(prompt)])
@@ -807,9 +826,9 @@ def test_cached_pages_make_room_the_longest_unused_first() -> None:
     for each in again:
         scheduler.submit([each])
         finish(scheduler)
-    assert [each.num_cached for each in again] == [128, 64], "a prefix loses its end before its beginning"
+    assert scheduler.num_cached(*again) == [128, 64], "a prefix loses its end before its beginning"
 
 
 def test_step_tokens_must_let_every_stream_advance() -> None:
     with pytest.raises(ValueError, match=r"step_tokens is 19, at least max_slots \+ 16 = 20 is needed"):
-        make(max_slots=4, step_tokens=19)
+        make(max_rows=4, step_tokens=19)

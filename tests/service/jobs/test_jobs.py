@@ -19,7 +19,7 @@ import service.jobs.runner
 import service.jobs.store
 from service.api.app import create_app
 from service.engine.loading import LoadError
-from service.engine.models import Models, ServedModel
+from service.engine.models import ModelEntry, Models
 from service.jobs.job import Hyperparameters
 from service.jobs.runner import Jobs
 from service.jobs.store import Store, StoreFullError, StoreInUseError
@@ -61,16 +61,16 @@ sys.exit({status})
 
 
 class FakeLoader:
-    def __init__(self, base: ServedModel) -> None:
+    def __init__(self, base: ModelEntry) -> None:
         self.base = base
         self.loaded: list[tuple[str, Path]] = []
         self.unloaded: list[str] = []
 
-    async def load(self, name: str, directory: Path) -> ServedModel:
+    async def load(self, name: str, directory: Path) -> ModelEntry:
         self.loaded.append((name, directory))
         return self.base._replace(name=name, parent=self.base.name)
 
-    async def unload(self, served: ServedModel) -> None:
+    async def unload(self, served: ModelEntry) -> None:
         self.unloaded.append(served.name)
 
 
@@ -339,7 +339,7 @@ def test_a_result_that_can_not_be_served_has_failed(tmp_path: Path, process: Cal
     async def test() -> None:
         async with serving(tmp_path) as api:
 
-            async def load(name: str, directory: Path) -> ServedModel:
+            async def load(name: str, directory: Path) -> ModelEntry:
                 raise LoadError(f"{name} is for other weights")
 
             api.loader.load = load  # type: ignore[method-assign]
@@ -528,7 +528,7 @@ def test_a_job_whose_model_is_being_loaded_is_not_cancelled(tmp_path: Path, proc
             loading, may_load = asyncio.Event(), asyncio.Event()
             load = api.loader.load
 
-            async def slow(name: str, directory: Path) -> ServedModel:
+            async def slow(name: str, directory: Path) -> ModelEntry:
                 loading.set()
                 await may_load.wait()
                 return await load(name, directory)

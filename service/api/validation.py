@@ -1,0 +1,92 @@
+"""Reads a request's body against the model that it names: what the schema alone can't check."""
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from service.api.errors import APIError, invalid
+from service.api.schema.base import Body
+from service.api.schema.fields import MAX_STOPS, too_many_stops
+from service.api.schema.sampling import SamplingFields
+from service.api.state import state_of
+from service.engine.models import ModelEntry
+from service.engine.prompts import check_token_ids
+from service.engine.request import SamplingParams, shown
+
+T = TypeVar("T")
+
+log = logging.getLogger("banded.api")
+
+# Characters and token ids of a request that are read on the event loop. Longer ones are read in a worker thread, so that
+# the event loop keeps running.
+SHORT_PROMPTS = 4096
+# Models that an error names, and unknown fields that a warning names.
+MAX_NAMES = 5
+MAX_WARNINGS = 32
+# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
+MAX_LOGPROBS = 2**17
+# Fields of the body that mean the same to the engine.
+SHARED_FIELDS = [field.name for field in fields(SamplingParams) if field.name in SamplingFields.model_fields]
+
+
+def find_model(request: Request, name: str | None) -> ModelEntry:
+    """The model that a request names, or the first if it names none. Raises APIError 404."""
+    models = state_of(request).models
+    entry = models.find(name)
+    if entry is None:
+        names = [f"'{each.name}'" for each in models]
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        message = f"the model '{shown(name or '')}' does not exist; this server has {', '.join(names[:MAX_NAMES])}{more}"
+        raise APIError(404, message, param="model", code="model_not_found")
+    return entry
+
+
+def warnings_for(body: Body, request: Request) -> list[str] | None:
+    """What the response has to warn of. Raises APIError for a field without a meaning, unless the server is lenient."""
+    unknown = [shown(name) for name in body.unknown_fields]
+    if not unknown:
+        return None
+    if not state_of(request).settings.lenient:
+        raise invalid(f"unknown field '{unknown[0]}'", unknown[0], "unknown_parameter")
+    named = [f"the unknown field '{name}' was ignored" for name in unknown[:MAX_WARNINGS]]
+    more = len(unknown) - len(named)
+    return [*named, f"{more} more unknown fields were ignored"] if more else named
+
+
+def log_user(user: str | None, request: Request) -> None:
+    """Log who sent a request, for whoever investigates abuse. Names are hashed, since they are private."""
+    if user is not None:
+        digest = hashlib.sha256(user.encode(errors="replace")).hexdigest()
+        log.info("request %s is for user %s", request.state.request_id, digest[:16])
+
+
+async def off_the_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, which goes through about `size` characters or tokens: in a worker thread if there are many."""
+    return work() if size <= SHORT_PROMPTS else await asyncio.to_thread(work)
+
+
+def sampling_params(body: SamplingFields, entry: ModelEntry, **own: Any) -> SamplingParams:
+    """What `body` says to the engine; `own` are the fields that completions and chat have apart.
+
+    Raises APIError for too many stop strings and RequestError for token ids that the model doesn't have.
+    """
+    strings = [stop for stop in body.stop if stop not in entry.tokenizer.special_tokens]
+    if len(strings) > MAX_STOPS:
+        raise invalid(f"'stop': {too_many_stops(len(strings))}", "stop")
+    check_token_ids([token for token, _ in body.logit_bias], entry.config.vocab_size, "logit_bias")
+    check_token_ids(body.stop_token_ids, entry.config.vocab_size, "stop_token_ids")
+    shared = {name: getattr(body, name) for name in SHARED_FIELDS}
+    converted = {"logit_bias": dict(body.logit_bias), "stop_token_ids": tuple(body.stop_token_ids)}
+    return SamplingParams(**shared | converted | own)
+
+
+def check_logprobs(count: int, param: str) -> None:
+    """Refuse an answer that would hold the logprobs of more tokens than memory should be spent on."""
+    if count > MAX_LOGPROBS:
+        message = f"the request asks for logprobs of up to {count} tokens, at most {MAX_LOGPROBS} are given in one answer"
+        raise invalid(message, param, "request_too_large")

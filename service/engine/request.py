@@ -1,0 +1,196 @@
+"""What a client of the engine asks for: HTTP routes, `banded complete` and the Python API all make a GenerationRequest."""
+
+import math
+import secrets
+from collections import abc
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import NamedTuple
+
+from model.checkpoint.tokenizer import Tokenizer
+from model.step import Sampling
+from service.engine.sequence import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
+
+# The largest number that a 64-bit integer holds.
+MAX_INT = 2**63 - 1
+MAX_BIAS = 100
+MAX_SHOWN = 80  # characters of a client's own value that an error message repeats
+# Least and greatest value of each number.
+BOUNDS: dict[str, tuple[float, float]] = {
+    "max_tokens": (0, MAX_INT),
+    "n": (1, 128),
+    "best_of": (1, 20),
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "top_k": (-1, MAX_INT),
+    "min_p": (0, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (math.ulp(0.0), 10),  # above 0
+    "min_tokens": (0, MAX_INT),
+    "seed": (-MAX_INT - 1, MAX_INT),
+    "logprobs": (0, 20),
+}
+
+
+def shown(text: str) -> str:
+    """`text`, cut so that an error stays small whatever was sent, and without lone surrogates, which no answer can hold."""
+    cut = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
+    return cut.encode(errors="backslashreplace").decode()
+
+
+class RequestError(ValueError):
+    """A request that the model can't run. The message is for the client; `param` is the field that it is about."""
+
+    def __init__(self, message: str, param: str, code: str | None = None):
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are picked, where a text ends, and what is reported of it. Names and bounds are those of the HTTP API.
+
+    Raises RequestError naming the field for a value out of bounds.
+    """
+
+    max_tokens: int = 16
+    n: int = 1  # choices for each prompt
+    best_of: int | None = None  # generate so many, return the n with the highest mean logprob
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0 and -1 keep all tokens
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: abc.Mapping[int, float] = field(default_factory=dict)  # token id -> what is added to its logit
+    seed: int | None = None  # None: drawn for each request
+    stop: tuple[str, ...] = ()  # texts that end a choice and are not part of it
+    stop_token_ids: tuple[int, ...] = ()
+    min_tokens: int = 0  # neither end of text nor stop within so many tokens
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    logprobs: int | None = None  # how many of the likeliest tokens to report; 0: the chosen token only
+    echo: bool = False  # the text begins with the prompt
+
+    def __post_init__(self) -> None:
+        for name, (least, most) in BOUNDS.items():
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                bounds = f"at least {least}" if most == MAX_INT else f"from {least} to {most}"
+                if name == "repetition_penalty":
+                    bounds = f"above 0 and at most {most}"
+                raise RequestError(f"'{name}' must be {bounds}, got {value}", name)
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise RequestError("'stop' must be a tuple of texts, none of them empty", "stop")
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(f"'best_of' is {self.best_of}, less than n {self.n}", "best_of")
+        if self.min_tokens > self.max_tokens:
+            raise RequestError(f"'min_tokens' is {self.min_tokens}, more than max_tokens {self.max_tokens}", "min_tokens")
+        if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in self.logit_bias.values()):
+            raise RequestError(f"'logit_bias' holds a bias that is not from -{MAX_BIAS} to {MAX_BIAS}", "logit_bias")
+
+    @property
+    def num_candidates(self) -> int:
+        """Choices generated for each prompt."""
+        return self.best_of or self.n
+
+    @property
+    def is_ranked(self) -> bool:
+        return self.num_candidates > self.n
+
+    def sampling(self, seed: int, choice: int) -> Sampling:
+        """Of one choice of a request."""
+        return Sampling(
+            temperature=self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            seed=seed,
+            choice=choice,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            logit_bias=tuple(self.logit_bias.items()),
+        )
+
+
+# Generates nothing; Score.of reads the prompt's logprobs.
+SCORING = SamplingParams(max_tokens=0, logprobs=1)
+
+
+class ExampleCounts(NamedTuple):
+    """How many of the few-shot examples are in the prompt, and how many had no room."""
+
+    examples_used: int
+    examples_dropped: int
+
+
+class Prompt(NamedTuple):
+    """What the model is given, never empty, and what ends its answer in addition to the request's own stops."""
+
+    tokens: list[int]
+    num_implicit: int = 0  # leading tokens that the user did not write: bos, or end of text for an empty prompt
+    stops: tuple[str, ...] = ()  # texts that end the completion
+    stop_token_ids: tuple[int, ...] = ()  # tokens that end it
+    few_shot: ExampleCounts | None = None
+    logprobs_from: int | None = None  # report the logprobs of its tokens from this position on, at least 1
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """Prompts, and how each is to be completed."""
+
+    prompts: abc.Sequence[Prompt]
+    params: SamplingParams
+    adapter: AdapterRef = NO_ADAPTER
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.prompts) * self.params.num_candidates
+
+    def stop_ids(self, prompt: Prompt, tokenizer: Tokenizer) -> frozenset[int]:
+        """Tokens that end a choice. A stop that names a special token is that token: it has no text to be searched for."""
+        special = {token for name, token in tokenizer.special_tokens.items() if name in self.params.stop}
+        eos = () if self.params.ignore_eos else (tokenizer.eos_id,)
+        return frozenset((*self.params.stop_token_ids, *prompt.stop_token_ids, *special, *eos))
+
+    def sequences(self, tokenizer: Tokenizer, deadline: float = math.inf) -> list[list[Sequence]]:
+        """The sequences to run: one list for each prompt, with one sequence for each of its choices."""
+        params, count = self.params, self.params.num_candidates
+        seed = params.seed if params.seed is not None else secrets.randbits(63)
+        explains = params.echo and params.logprobs is not None
+        common = None
+        if count == 1 and len(self.prompts) > 1:
+            common = PrefixGroup(num_common([prompt.tokens for prompt in self.prompts]), forks=False)
+        rows = []
+        for i, prompt in enumerate(self.prompts):
+            group = PrefixGroup(len(prompt.tokens), forks=True) if count > 1 else common
+            stop_ids = self.stop_ids(prompt, tokenizer)
+            rows.append(
+                [
+                    Sequence(
+                        prompt.tokens,
+                        params.max_tokens,
+                        params.sampling(seed, i * count + k),
+                        stop_ids,
+                        min_tokens=params.min_tokens,
+                        top_logprobs=0 if params.is_ranked and params.logprobs is None else params.logprobs,
+                        # The first choice brings the prompt's logprobs, for all of them.
+                        prompt_logprobs_from=1 if explains and k == 0 else prompt.logprobs_from,
+                        group=group,
+                        adapter=self.adapter,
+                        deadline=deadline,
+                    )
+                    for k in range(count)
+                ]
+            )
+        return rows
+
+
+def num_common(prompts: abc.Sequence[list[int]]) -> int:
+    """How many leading tokens are the same in all prompts."""
+    columns = zip(*prompts, strict=False)
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, columns))

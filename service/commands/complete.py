@@ -1,11 +1,9 @@
 """`banded complete`: a completion on the terminal, without a server."""
 
 import argparse
-import asyncio
 import logging
 
 from service.commands.options import Commands, add_model_options, settings_from
-from service.settings import Settings
 
 
 def add_complete(commands: Commands) -> None:
@@ -20,41 +18,19 @@ def add_complete(commands: Commands) -> None:
 
 
 def run_complete(args: argparse.Namespace) -> int:
-    # Nothing listens, so no host is refused; and a server may be using the data directory.
-    settings = settings_from(args, host="127.0.0.1", data_dir=None)
+    from service import LLM, EngineError, SamplingParams
+
+    settings = settings_from(args, host="127.0.0.1", data_dir=None)  # refuses what the environment has wrong
     logging.getLogger().setLevel(logging.WARNING)
-    return asyncio.run(complete_on_terminal(args, settings))
-
-
-async def complete_on_terminal(args: argparse.Namespace, settings: Settings) -> int:
-    from contextlib import aclosing
-
-    from service.api.schema.completions import CompletionRequest
-    from service.engine.engine import EngineError
-    from service.engine.loading import load_served
-    from service.engine.metrics import Metrics
-    from service.engine.models import choice_requests
-    from service.engine.prompts import text_prompt
-
-    # The options have the bounds of the API.
-    given = {name: value for name, value in vars(args).items() if name in CompletionRequest.model_fields}
-    body = CompletionRequest.model_validate(given | {"model": settings.model})
-    served = load_served(settings, Metrics("terminal")).base
-    prompt = text_prompt(args.prompt, served.tokenizer, allow_special=False)
-    num_prompt = len(prompt.tokens)
-    room = served.config.n_positions - num_prompt
-    if body.max_tokens > room:
-        raise ValueError(f"--max-tokens {body.max_tokens}: the prompt's {num_prompt} tokens leave room for {max(room, 0)}")
-    requests = choice_requests(body, [prompt], served, max_tokens=body.max_tokens, num_candidates=1)
-    served.engine.start()
-    print(args.prompt, end="", flush=True)
-    try:
-        async with aclosing(served.engine.generate(requests)) as outputs:
-            async for output in outputs:
-                print(output.text, end="", flush=True)
-    except EngineError as error:
-        raise ValueError(str(error)) from error
-    finally:
-        await served.engine.stop()
+    params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
+    with LLM(**settings.model_dump()) as llm:
+        pieces = llm.stream(args.prompt, params)
+        try:
+            first = next(pieces, "")  # a request that is refused is refused here, ahead of any output
+            print(args.prompt + first, end="", flush=True)
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except EngineError as error:
+            raise ValueError(str(error)) from error
     print()
     return 0

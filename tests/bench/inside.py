@@ -21,18 +21,17 @@ from kernels.band import PAGE_SIZE
 from kernels.ops import Ops
 from model.config import GPTConfig, KVGroup
 from model.runner import PendingStep, Runner
-from model.step import DecodeRow, NewPages, Sampled, SampleRow, SamplingParams, SlotStart, StepInput
-from service.engine.choice import ChoiceRequest
-from service.engine.loading import Checkpoint, choose_ops, load_checkpoint, load_served
-from service.engine.metrics import Metrics
+from model.step import DecodeToken, NewPages, RowStart, Sample, Sampled, Sampling, StepInput
+from service import AsyncLLM, SamplingParams
+from service.engine.loading import Checkpoint, choose_ops, load_checkpoint
+from service.engine.options import EngineOptions
 from service.engine.pages import groups, pages_for
 from service.engine.process import freeze_loaded_objects, keep_freed_memory, one_torch_thread
-from service.engine.scheduler import Sequence
 from service.settings import Settings
 from service.tools.bench import Workload, random_prompts
 from tests.bench.checkpoints import random_model
 
-GREEDY = SamplingParams(temperature=0.0)
+GREEDY = Sampling(temperature=0.0)
 
 
 def median_seconds(work: Callable[[], object], seconds: float) -> float:
@@ -46,9 +45,9 @@ def median_seconds(work: Callable[[], object], seconds: float) -> float:
     return statistics.median(times)
 
 
-def settings(model: str, dtype: str) -> Settings:
+def options(model: str, dtype: str) -> EngineOptions:
     given: dict[str, Any] = {"model": model, "dtype": dtype}
-    return Settings(**given)
+    return Settings(**given).engine
 
 
 def bandwidth(megabytes: int, seconds: float) -> float:
@@ -61,7 +60,7 @@ def limits(model: str, dtype: str, rows: list[int], chunk: int, seconds: float) 
     """Seconds of the matrix products of one step, by the rows that it decodes; "prompt" is a chunk of a prompt alone."""
     keep_freed_memory()
     with one_torch_thread():
-        checkpoint = load_checkpoint(settings(model, dtype))
+        checkpoint = load_checkpoint(options(model, dtype))
     works = {str(count): (count, count) for count in rows} | {"prompt": (chunk, 1)}
     return {name: products_seconds(checkpoint, *work, seconds) for name, work in works.items()}
 
@@ -109,29 +108,23 @@ def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[
 
 def engine(model: str, dtype: str, load: list[Any], seed: str) -> float:
     """Output tokens/s of the engine alone: what a client over HTTP would see if HTTP were free."""
-    return asyncio.run(drive(settings(model, dtype), Workload(*load), seed))
+    return asyncio.run(drive(model, dtype, Workload(*load), seed))
 
 
-async def drive(served_as: Settings, load: Workload, seed: str) -> float:
-    served = load_served(served_as, Metrics("bench")).base
-    freeze_loaded_objects()
-    served.engine.start()
+async def drive(model: str, dtype: str, load: Workload, seed: str) -> float:
+    params = SamplingParams(max_tokens=load.output, temperature=0.0, ignore_eos=True)
     waiting = random_prompts(load, seed)
+    async with AsyncLLM(model, dtype=dtype) as llm:
+        freeze_loaded_objects()
 
-    async def generate(prompt: list[int], output: int) -> None:
-        async for _ in served.engine.generate([ChoiceRequest(Sequence(prompt, output, GREEDY))]):
-            pass
+        async def work() -> None:
+            while waiting:
+                await llm.generate(waiting.pop(), params)
 
-    async def work() -> None:
-        while waiting:
-            await generate(waiting.pop(), load.output)
-
-    await generate([0], 8)
-    started = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(load.streams)))
-    seconds = time.perf_counter() - started
-    await served.engine.stop()
-    return load.requests * load.output / seconds
+        await llm.generate([0], SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True))
+        started = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(load.streams)))
+        return load.requests * load.output / (time.perf_counter() - started)
 
 
 def step_times(sizes: dict[str, Any], band: int, batch: int, contexts: list[int], seconds: float) -> dict[str, list[float]]:
@@ -154,10 +147,10 @@ def run_step(launch: Callable[[StepInput], PendingStep], step: StepInput) -> Sam
 
 @torch.inference_mode()
 def full_runner(config: GPTConfig, batch: int) -> Runner:
-    """Random weights, and slots that hold a whole context each."""
+    """Random weights, and rows that hold a whole context each."""
     with one_torch_thread():
         model = random_model(config).to(torch.bfloat16).requires_grad_(False).eval()
-        ops = choose_ops(model, settings("random", "bfloat16"))
+        ops = choose_ops(model, options("random", "bfloat16"))
         model.pack(ops)
     each = pages_for(config.n_positions)
     sizes: dict[KVGroup, int] = {group: batch * each for group, _ in groups(config)}
@@ -165,18 +158,18 @@ def full_runner(config: GPTConfig, batch: int) -> Runner:
     for pool in runner.pools:
         for pages in pool:
             pages.fill_(0.01)  # memory that was never written is one page of zeros, and stands in the cache
-    starts = [SlotStart(slot, GREEDY, [0]) for slot in range(batch)]
+    starts = [RowStart(row, GREEDY, [0]) for row in range(batch)]
     pages_of = [
-        NewPages(slot, group, 0, list(range(slot * each, (slot + 1) * each))) for slot in range(batch) for group in sizes
+        NewPages(row, group, 0, list(range(row * each, (row + 1) * each))) for row in range(batch) for group in sizes
     ]
     runner.launch(decode(batch, PAGE_SIZE)._replace(starts=starts, pages=pages_of)).result()
     return runner
 
 
 def decode(batch: int, context: int) -> StepInput:
-    """A step in which every slot computes its token at the end of `context`."""
-    rows = [DecodeRow(slot, context - 1) for slot in range(batch)]
-    return StepInput([], [], rows, [], [SampleRow(row.slot, i) for i, row in enumerate(rows)], [], [])
+    """A step in which every row computes its token at the end of `context`."""
+    tokens = [DecodeToken(row, context - 1) for row in range(batch)]
+    return StepInput([], [], tokens, [], [Sample(row, row) for row in range(batch)], [], [])
 
 
 MEASURES: dict[str, Callable[..., object]] = {f.__name__: f for f in (bandwidth, limits, engine, step_times)}

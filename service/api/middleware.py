@@ -105,13 +105,8 @@ class RequireKey(Middleware):
         if scope["path"] not in self._open_paths:
             key = self._key(scope)
             if key is None:
-                error = APIError(
-                    401,
-                    "missing or wrong API key in the Authorization header",
-                    code="invalid_api_key",
-                    headers={"www-authenticate": "Bearer"},
-                )
-                await error.response(scope, receive, send)
+                message, headers = "missing or wrong API key in the Authorization header", {"www-authenticate": "Bearer"}
+                await APIError(401, message, code="invalid_api_key", headers=headers).response(scope, receive, send)
                 return
             scope["state"]["key"] = key
         await self._app(scope, receive, send)

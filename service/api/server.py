@@ -13,7 +13,6 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.startup import Startup
-from service.api.state import AppState
 from service.engine.engine import Engine
 
 
@@ -65,8 +64,7 @@ class Server(uvicorn.Server):
             app = await in_daemon_thread(self._load)
             self.is_loading = False
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
-            state: AppState = app.state.shared
-            self.engine = state.models.base.engine
+            self.engine = app.state.shared.models.base.engine
             self._startup.app = app
             await self.engine.failed()
         except Exception as error:

@@ -26,5 +26,4 @@ class AppState(NamedTuple):
 
 
 def state_of(request: Request) -> AppState:
-    state: AppState = request.app.state.shared
-    return state
+    return request.app.state.shared

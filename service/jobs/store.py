@@ -123,10 +123,15 @@ class Store:
     def add_job(
         self, model: str, suffix: str, seed: int, hyperparameters: Hyperparameters, training: str, validation: str | None
     ) -> Job:
-        """Drops the oldest job without a result to make room. Raises StoreFullError if every job has one."""
+        """Drops the oldest ended job without a result to make room. Raises StoreFullError if there is none."""
         (count,) = self._db.execute("SELECT count(*) FROM jobs").fetchone()
-        if count >= MAX_JOBS and not self._drop_oldest_job():
-            raise StoreFullError(f"{count} jobs are stored, as many as there may be")
+        if count >= MAX_JOBS:
+            query = f"SELECT id FROM jobs WHERE NOT {HAS_NOT_ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid"
+            oldest = self._db.execute(query).fetchone()
+            if oldest is None:
+                raise StoreFullError(f"{count} jobs are stored, as many as there may be")
+            self._db.execute("DELETE FROM events WHERE job = ?", oldest)
+            self._db.execute("DELETE FROM jobs WHERE id = ?", oldest)
         job_id, now = f"ftjob-{secrets.token_hex(12)}", int(time.time())
         job = Job(job_id, "validating_files", model, suffix, seed, hyperparameters, training, validation, now)
         row = job._replace(hyperparameters=json.dumps(hyperparameters))  # type: ignore[arg-type]
@@ -149,15 +154,6 @@ class Store:
     def job(self, job_id: str) -> Job | None:
         row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
         return row and job_of(row)
-
-    def _drop_oldest_job(self) -> bool:
-        """Drop the oldest job that has ended and has no result (any more). Returns whether there was such a job."""
-        query = f"SELECT id FROM jobs WHERE NOT {HAS_NOT_ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid"
-        row = self._db.execute(query).fetchone()
-        if row:
-            self._db.execute("DELETE FROM events WHERE job = ?", row)
-            self._db.execute("DELETE FROM jobs WHERE id = ?", row)
-        return row is not None
 
     def update_job(self, job_id: str, **fields: Any) -> bool:
         """Change columns of a job unless it has ended. Returns whether it was changed."""

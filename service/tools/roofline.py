@@ -134,17 +134,11 @@ def keys_seen(tokens: int, band: int | None) -> int:
     return reach * (reach + 1) // 2 + (tokens - reach) * reach
 
 
-class TrainingCost(NamedTuple):
-    flops: float
-    gpu_years: float
-    dollars: float
-
-
-def training_cost(parameters: int, training: Training) -> TrainingCost:
-    """6 N D: two operations for each weight in the forward pass and four in the backward one, for every token."""
+def training_cost(parameters: int, training: Training) -> tuple[float, float, float]:
+    """FLOPs, GPU-years and dollars. 6 N D: for every token, each weight takes two operations forward and four backward."""
     flops = 6.0 * parameters * training.tokens
     seconds = flops / training.flops
-    return TrainingCost(flops, seconds / SECONDS_PER_YEAR, seconds / 3600 * training.dollars_per_hour)
+    return flops, seconds / SECONDS_PER_YEAR, seconds / 3600 * training.dollars_per_hour
 
 
 def report(name: str, capacity: Capacity, gpu_name: str, prompt: int, training: Training) -> str:
@@ -165,15 +159,15 @@ def report(name: str, capacity: Capacity, gpu_name: str, prompt: int, training: 
     else:
         need = math.ceil((capacity.weights + capacity.sequence) / (gpu.memory * USABLE))
         lines.append(f"too little memory: weights and one sequence need {need} such GPUs")
-    cost = training_cost(capacity.parameters, training)
+    flops, gpu_years, dollars = training_cost(capacity.parameters, training)
     return "\n".join(
         [
             *lines,
             "",
             f"training: 6 x {billions:,.3f} billion parameters x {training.tokens / 1e9:,.0f} billion tokens = "
-            f"{cost.flops:.3g} FLOPs",
+            f"{flops:.3g} FLOPs",
             f"at {training.flops / 1e12:g} TFLOP/s per GPU and {training.dollars_per_hour:.2f} $/h: "
-            f"{cost.gpu_years:,.1f} GPU-years, {cost.dollars / 1e6:,.2f} million $",
+            f"{gpu_years:,.1f} GPU-years, {dollars / 1e6:,.2f} million $",
         ]
     )
 

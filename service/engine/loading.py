@@ -1,4 +1,4 @@
-"""From settings to something that can be served: reads weights and tokenizer, sizes the KV pools, builds the engine."""
+"""From options to models that can be served: reads weights and tokenizer, sizes the KV pools, builds the engine."""
 
 import asyncio
 import hashlib
@@ -44,12 +44,12 @@ MIN_CAPABILITY = (8, 0)
 # Default budget for KV pages on a CPU, and the share of a GPU's memory that is left to activations and captured graphs.
 CPU_KV_BYTES = 2 << 30
 CUDA_RESERVE = 0.1
-# In int8 it is the products; all else is what "auto" takes.
+# int8 is a format of products only: activations, keys and values then have the dtype that "auto" takes.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class LoadError(ValueError):
-    """Settings that can't be served on this machine."""
+    """Options that this machine can't serve."""
 
 
 class Checkpoint(NamedTuple):
@@ -61,7 +61,7 @@ class Checkpoint(NamedTuple):
     card: Card
     ops: Ops
     kernels: str  # what `ops` are, in words
-    dtype: str  # as the settings name it
+    dtype: str  # as the options name it
     fingerprint: str  # changes with the weights, the kernels and the dtype
     num_parameters: int
 
@@ -77,7 +77,7 @@ def served_name(model: str) -> str:
 
 
 def choose_device(device: str) -> torch.device:
-    """auto is the GPU where PyTorch sees one. Raises LoadError where none can be used."""
+    """auto is the GPU if PyTorch sees one. Raises LoadError if the GPU can't be used."""
     available = torch.cuda.is_available()
     if device == "cpu" or (device == "auto" and not available):
         return torch.device("cpu")
@@ -93,8 +93,10 @@ def choose_device(device: str) -> torch.device:
 
 
 def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations, keys and values, and of weights unless they are int8. auto is bfloat16 where the hardware
-    multiplies it natively, float32 elsewhere."""
+    """The dtype of activations, keys and values, and of weights unless they are int8.
+
+    auto is bfloat16 if the hardware multiplies it natively, else float32.
+    """
     if dtype not in ("auto", "int8"):
         return DTYPES[dtype]
     native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
@@ -102,9 +104,9 @@ def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
-    """Bytes for KV pages: what the settings say, or what `device`, which already holds the weights, has to spare.
+    """Bytes for KV pages: `kv_bytes`, or what `device` has to spare now that it holds the weights.
 
-    Raises LoadError with the numbers where a GPU has less.
+    Raises LoadError with the numbers if a GPU has less.
     """
     if device.type == "cpu":
         return CPU_KV_BYTES if kv_bytes is None else kv_bytes
@@ -123,10 +125,10 @@ def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
 
 
 def load_checkpoint(options: EngineOptions) -> Checkpoint:
-    """Weights and tokenizer of the model that the settings name.
+    """Weights and tokenizer of the model that the options name.
 
     Raises CheckpointError, TokenizerError or CardError naming what is wrong with the directory, LoadError for device or
-    dtype, ValueError where the kernels that are asked for can't run.
+    dtype, ValueError if the kernels that the options name can't run.
     """
     directory = model_directory(options.model)
     device = choose_device(options.device)
@@ -136,7 +138,7 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
             "dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without BANDED_KERNELS"
         )
     if options.dtype == "int8" and not torch.cpu._is_vnni_supported():
-        # Older instructions add pairs of products in 16 bits, which the largest do not fit.
+        # Older instructions add pairs of products in 16 bits, which overflow.
         raise LoadError("dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype float32")
     shown = "int8" if options.dtype == "int8" else str(dtype)[6:]
     log.info("loading %s from %s as %s on %s", served_name(options.model), directory, shown, device)
@@ -161,7 +163,7 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: b
 
 
 def choose_ops(model: GPT, options: EngineOptions) -> Ops:
-    """What serves `model`. Raises ValueError where the kernels that the settings name can't run."""
+    """The ops that serve `model`. Raises ValueError if the kernels that the options name can't run."""
     weight, config = model.wte.weight, model.config
     compiled = None
     if weight.device.type == "cpu" and options.kernels == "auto" and options.compile:
@@ -170,19 +172,19 @@ def choose_ops(model: GPT, options: EngineOptions) -> Ops:
 
 
 def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
-    """Measure the kernels and export what they miss the reference by. Raises LoadError where it is above the limit."""
+    """Compare the kernels with the reference and export the difference. Raises LoadError if it is above the limit."""
     measured = kernel_errors(checkpoint.model, checkpoint.ops)
     for kind, error in measured.errors.items():
         metrics.kernel_logit_error(kind).set(error)
     if faults := measured.faults():
         raise LoadError(f"doctor: {'; '.join(faults)}")
     log.info("doctor: %s within the limit", ", ".join(measured.errors))
-    # kv_budget asks what is free on the GPU; torch keeps what was used.
+    # torch keeps freed memory, but kv_budget asks the GPU what is free.
     torch.cuda.empty_cache()
 
 
 def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metrics) -> tuple[Engine, Runner]:
-    """An engine, warmed up and not yet started, and what runs its steps.
+    """An engine, warmed up and not yet started, and its runner.
 
     Raises ValueError when the KV budget can't hold one sequence.
     """
@@ -226,7 +228,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metric
 
 
 def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
-    """Run a prompt chunk and a decode step, so that the first client doesn't pay for what the first step sets up."""
+    """Run a prompt chunk and a decode step: the first step sets things up that no client should wait for."""
     scheduler.submit([Sequence([token], 2, Sampling())])
     while step := scheduler.schedule(0.0):
         started = time.perf_counter()
@@ -234,7 +236,7 @@ def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
 
 
 class EngineAdapters:
-    """The adapters beside a served model: numbers them from 1 on, and gives no number twice."""
+    """The adapters of a served model, numbered from 1. No number is used twice."""
 
     def __init__(self, base: ModelEntry, model: GPT, runner: Runner, digest: str):
         """`digest` is weights_digest of the model."""
@@ -248,7 +250,7 @@ class EngineAdapters:
         return served
 
     def load_first(self, name: str, directory: Path) -> ModelEntry:
-        """Before the engine runs. Raises CheckpointError for an adapter that does not fit, LoadError for other weights'."""
+        """Load before the engine runs. Raises CheckpointError if the adapter does not fit, LoadError if its base differs."""
         adapter = self._read(name, directory)
         served = self._with(name, adapter)
         self._runner.adapters.put(served.adapter.number, adapter)
@@ -274,7 +276,7 @@ class EngineAdapters:
 
 
 def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tuple[str, Path]] = ()) -> Models:
-    """Everything between a model's directory and its engine. `finished` has name and directory of each adapter of a job."""
+    """Load the model, its adapters and those in `finished`, the names and directories of what jobs have made."""
     started = time.perf_counter()
     keep_freed_memory()
     try:

@@ -1,13 +1,13 @@
-"""Every Prometheus object of the server, in a registry of its own."""
+"""All Prometheus metrics of the server, in a registry of their own."""
 
 from importlib.metadata import version
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
 
-# When a series began is of no use to anyone here, and doubles the page.
+# The *_created series are of no use here and double the page.
 disable_created_metrics()
 
-# Fine enough at the low end to tell a 1 ms token from a 2 ms one.
+# The low end tells a 1 ms token from a 2 ms one.
 TOKEN_SECONDS = (0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.008, 0.016, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 5)
 REQUEST_SECONDS = (0.001, 0.002, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
@@ -94,7 +94,7 @@ class Metrics:
         return self._kv_usage.labels(self._model, group)
 
     def kernel_logit_error(self, kind: str) -> Gauge:
-        """Of the rows of model.doctor.KernelErrors; without samples where nothing was measured."""
+        """For a kind of model.doctor.KernelErrors; without samples if nothing was measured."""
         return self._logit_error.labels(self._model, kind)
 
     def outcome(self, outcome: str) -> Counter:

@@ -1,4 +1,4 @@
-"""What this process's runtime libraries have to be told for steps, of serving or of training, to run at full speed."""
+"""Settings of the process's runtime libraries without which steps, of serving or training, run at half speed."""
 
 import ctypes
 import gc
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 import torch
 
-# glibc's names for the parameters of mallopt.
+# Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**31 - 1
@@ -17,8 +17,8 @@ KEEP_BYTES = 2**31 - 1
 def keep_freed_memory() -> None:
     """Have malloc keep what is freed instead of returning it to the kernel.
 
-    A step frees and allocates tensors of the same sizes again and again; by default glibc maps and unmaps those of a few
-    megabytes each time, and their page faults took longer than the arithmetic. Other libraries are left as they are.
+    Every step allocates and frees tensors of the same sizes. By default glibc maps and unmaps those of a few megabytes
+    each time, and the page faults take longer than the arithmetic. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -30,8 +30,8 @@ def keep_freed_memory() -> None:
 def one_torch_thread() -> Iterator[None]:
     """Keep torch from starting worker threads in this thread.
 
-    OpenMP keeps a team of workers for every thread that ever ran something in parallel, and where all teams together
-    outnumber the cores it lets none of them spin while it waits: a step then takes twice as long.
+    OpenMP keeps a team of workers for every thread that ever ran something in parallel. If all teams together outnumber
+    the cores, no worker spins while it waits, and a step takes twice as long.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -42,9 +42,9 @@ def one_torch_thread() -> Iterator[None]:
 
 
 def freeze_loaded_objects() -> None:
-    """Take what exists by now out of the garbage collector's sight: it lasts as long as the process.
+    """Hide the objects that exist now from the garbage collector: they last as long as the process.
 
-    Modules and models are two hundred thousand objects. A full collection walks through them while every thread waits.
+    Modules and models are two hundred thousand objects, and a full collection visits them while every thread waits.
     """
     gc.collect()
     gc.freeze()

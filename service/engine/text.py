@@ -7,13 +7,13 @@ from collections.abc import Sequence
 class TextStream:
     """Turns one choice's tokens into text, piece by piece, and knows where in the text each token begins.
 
-    The pieces together are all tokens' bytes decoded at once, with U+FFFD for what is no UTF-8, up to the first stop
-    string (see StopMatcher), and with it if `include_stop`. A piece may be empty: bytes of an unfinished character, and
-    text that may still become a stop string, wait for what follows. So call `finish` when generation ends otherwise than
-    by a stop string, or the end of the text is lost.
+    Joined, the pieces are the bytes of all tokens decoded at once, up to the first stop string (see StopMatcher), which
+    is included if `include_stop`. Bytes that are not UTF-8 become U+FFFD. A piece may be empty: an unfinished character,
+    or text that may still become a stop string, waits for more. So call `finish` if generation ends without a stop
+    string, or the end of the text is lost.
 
-    `offsets` holds for every token the number of characters before the one in which its first byte lies, counted from
-    `start`; a token without bytes stands before the next character to begin.
+    `offsets` holds a number for every token: how many characters, counted from `start`, precede the character that holds
+    its first byte. A token without bytes has the offset of the next character.
 
     >>> stream = TextStream(["\\n###"])
     >>> [stream.push(token) for token in (b"caf", b"\\xc3", b"\\xa9\\n#", b"##")], stream.stop
@@ -29,7 +29,7 @@ class TextStream:
         self._matcher = StopMatcher(stops)
         self._include_stop = include_stop
         self._finished = False
-        # Places in the text: the end of what is decoded, of what is passed on, and of what no stop string begins in.
+        # Places in the text: the end of the decoded text, of the text passed on, and of the text in which no stop begins.
         self._decoded_end = start
         self._passed_end = start
         self._unsearched_end = start
@@ -45,17 +45,19 @@ class TextStream:
 
     @property
     def shown(self) -> int:
-        """How many of the tokens a client may see: up to the last that begins in the text passed on so far, and all of
-        them once the text has ended without a stop string. It never falls."""
+        """How many of the tokens a client may see: those that begin in the text passed on so far. It never falls.
+
+        Once the text has ended without a stop string, all tokens are visible.
+        """
         if self._finished:
             return len(self.offsets)
         held = (count for count in range(len(self.offsets), 0, -1) if self.offsets[count - 1] < self._passed_end)
         return next(held, 0)
 
     def push(self, data: bytes, *, searched: bool = True) -> str:
-        """The text that a token of these bytes makes certain. Not to be called once `stopped`.
+        """The text that a token of these bytes makes certain. Do not call it once `stopped`.
 
-        No stop string begins in a token that is not `searched`; those come first.
+        No stop string begins in a token that is not `searched`. Such tokens must come first.
         """
         assert searched or self._unsearched_end == self._begun_end(), "unsearched text after searched text"
         if self._is_whole and data.isascii():  # most tokens
@@ -86,8 +88,11 @@ class TextStream:
         return text
 
     def _begun_end(self) -> int:
-        """Where the next character will begin. Bytes of an unfinished one, and of a surrogate, which Python takes for
-        unfinished, become as many characters now as they do in any text in which they stay what they are."""
+        """Where the next character will begin.
+
+        Pending bytes count as the characters that they become if nothing completes them. Python's decoder also holds back
+        the bytes of a surrogate.
+        """
         unfinished, _ = self._decoder.getstate()
         return self._decoded_end + len(unfinished.decode(errors="replace"))
 
@@ -101,10 +106,10 @@ class TextStream:
 
 
 class StopMatcher:
-    """Passes text on up to the first stop string, and holds back any end of it that may be the start of one.
+    """Passes text on up to the first stop string, and holds back an end of the text that may be the start of one.
 
-    The first is the one that completes first, reading character by character; of several that complete with the same
-    character, the longest. Time is linear in the text, and what is held is shorter than the longest stop string.
+    The first stop string is the one that completes first, character by character. If several complete with the same
+    character, it is the longest of them. Time is linear in the text. Less is held back than the longest stop string.
 
     >>> matcher = StopMatcher(["abcd", "bc"])
     >>> matcher.push("xab"), matcher.push("cd"), matcher.found
@@ -119,7 +124,7 @@ class StopMatcher:
         self._held = ""
 
     def push(self, text: str) -> str:
-        """What of the text so far is certain now and was not before."""
+        """The text that has become certain with this call."""
         assert self.found is None, f"text after the stop string {self.found!r}"
         if not self._held and self._first_characters.isdisjoint(text):
             return text
@@ -131,7 +136,7 @@ class StopMatcher:
         return self._release(text, len(self._held) + len(text) - max(progress.matched for progress in self._progress))
 
     def finish(self) -> str:
-        """What is held back, when no more text comes."""
+        """The text that is still held back; call it when no more text comes."""
         return "" if self.found else self._held
 
     def _release(self, text: str, end: int) -> str:
@@ -140,7 +145,7 @@ class StopMatcher:
 
 
 class StopProgress:
-    """How much of one stop string the text ends with: Knuth, Morris and Pratt's automaton."""
+    """How much of one stop string the text ends with (Knuth, Morris and Pratt's automaton)."""
 
     def __init__(self, stop: str):
         self.stop = stop
@@ -151,7 +156,7 @@ class StopProgress:
             self._borders.append(self._matched_after(self._borders[-1], character))
 
     def push(self, character: str) -> bool:
-        """Whether the text now ends with the whole stop string, which must be the last call then."""
+        """Whether the text now ends with the whole stop string. If so, do not call it again."""
         self.matched = self._matched_after(self.matched, character)
         return self.matched == len(self.stop)
 

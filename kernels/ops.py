@@ -72,10 +72,7 @@ class Ops(Protocol):
         """kv_write of the sequences' newest keys, q, k and v (B, H, D), and decode_attention over them and all before."""
 
     def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-        """Attention of prompt chunks, dense or banded, q (N, H, D) chunk after chunk, over their sequences' pages."""
-
-    def block_sparse_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-        """prefill_attention for a pattern that a block layout describes."""
+        """Attention of prompt chunks, q (N, H, D) chunk after chunk, over their sequences' pages: (N, H, D)."""
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
         """A weight (O, C) as `linear` reads it fastest, in int8 if `quantize`. `linear` alone takes it; no gradient."""

@@ -47,10 +47,6 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Prefill
     return torch.cat(rows)
 
 
-def block_sparse_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    return prefill_attention(q, k_pages, v_pages, plan, scale)  # the layout says where keys are, the pattern which are seen
-
-
 def attend(
     q: Tensor, start: int, k_pages: Tensor, v_pages: Tensor, page_ids: Tensor, pattern: Pattern, scale: float
 ) -> Tensor:

@@ -96,9 +96,7 @@ class PagedAttention:
             parts.append(self.ops.decode_step(*rows, pool.k, pool.v, slots[:count], plan.decode, scale))
         if plan.prefill:
             self.ops.kv_write(k[count:], v[count:], pool.k, pool.v, slots[count:])
-            sparse = plan.prefill.pattern.is_sparse
-            attend = self.ops.block_sparse_attention if sparse else self.ops.prefill_attention
-            parts.append(attend(q[count:], pool.k, pool.v, plan.prefill, scale))
+            parts.append(self.ops.prefill_attention(q[count:], pool.k, pool.v, plan.prefill, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

@@ -136,8 +136,6 @@ class CompiledOps:
         )  # fmt: skip
         return out
 
-    block_sparse_attention = prefill_attention  # a tile's pages are any
-
     def add_layernorm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:

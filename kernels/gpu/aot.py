@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from kernels.band import PAGE_SIZE
 from kernels.block_layout import block_layout
-from kernels.gpu import block_sparse_attention, decode_attention, prefill_attention, triton_ops
+from kernels.gpu import attention, triton_ops
 from kernels.gpu.tiles import Capability, padded_head_dim
 from kernels.names import Activation
 from kernels.patterns import Pattern
@@ -50,7 +50,7 @@ IN_INTERPRETER = "TRITON_INTERPRET is set, and nothing compiles in Triton's inte
 
 KERNELS = {
     "prefill": "_prefill_attention",
-    "block_sparse": "_block_sparse_attention",
+    "block_sparse": "_prefill_attention",
     "decode": "_decode_attention",
     "merge_splits": "_merge_splits",
     "kv_write": "_kv_write",
@@ -160,8 +160,7 @@ def launch_with_pages(kernel: str, dtype: torch.dtype, head_dim: int, kind: str)
     layout = cached_layout(pattern, NUM_POSITIONS, q.device) if pattern.is_sparse else None
     table = torch.zeros(2, NUM_POSITIONS // PAGE_SIZE + 1, dtype=torch.int32)
     if kernel in ("prefill", "block_sparse"):
-        attention = triton_ops.block_sparse_attention if pattern.is_sparse else triton_ops.prefill_attention
-        attention(q, pages, pages, PrefillPlan(table, [0, 0], [1, 1], pattern, layout), 1.0)
+        triton_ops.prefill_attention(q, pages, pages, PrefillPlan(table, [0, 0], [1, 1], pattern, layout), 1.0)
     else:
         triton_ops.decode_attention(
             q, pages, pages, DecodePlan(table, torch.ones(2, dtype=torch.int64), pattern, layout), 1.0
@@ -208,8 +207,7 @@ def source_and_options(configuration: Configuration) -> tuple[ASTSource, dict[st
     triton.runtime.driver.set_active(Driver(configuration.capability))
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(triton.knobs.runtime, "jit_cache_hook", compile_nothing))
-        for module in (prefill_attention, block_sparse_attention, decode_attention):
-            stack.enter_context(mock.patch.object(module, "capability_of", return_value=configuration.capability))
+        stack.enter_context(mock.patch.object(attention, "capability_of", return_value=configuration.capability))
         launch(configuration)
     [(function, found)] = [x for x in launched if x[0].__name__ == KERNELS[configuration.kernel]]
     source = ASTSource(function, found["signature"], found["constants"], found["configs"][0])

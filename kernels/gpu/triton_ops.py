@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kernels.gpu.add_layernorm import add_layernorm
 from kernels.gpu.bias_activation import bias_activation
-from kernels.gpu.block_sparse_attention import block_sparse_attention
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.kv_write import kv_write
 from kernels.gpu.prefill_attention import prefill_attention
@@ -19,7 +18,6 @@ from kernels.plan import DecodePlan
 __all__ = [
     "add_layernorm",
     "bias_activation",
-    "block_sparse_attention",
     "decode_attention",
     "decode_step",
     "fuse",

@@ -24,8 +24,7 @@ def attention(pattern: Pattern, dtype: torch.dtype, *, decodes: bool) -> Callabl
         rows = decode_case([1, 63, 64, 65, 257, 700], pattern, dim=64, dtype=dtype)
         return lambda ops: ops.decode_attention(rows.q, rows.cache.k, rows.cache.v, rows.plan, scale)
     chunks = prefill_case([0, 200, 64], [130, 70, 64], pattern, dim=64, dtype=dtype)
-    name = "block_sparse_attention" if pattern.is_sparse else "prefill_attention"
-    return lambda ops: getattr(ops, name)(chunks.q, chunks.cache.k, chunks.cache.v, chunks.plan, scale)
+    return lambda ops: ops.prefill_attention(chunks.q, chunks.cache.k, chunks.cache.v, chunks.plan, scale)
 
 
 def pointwise(dtype: torch.dtype) -> dict[str, Callable[[Ops], Tensor]]:

@@ -23,7 +23,7 @@ OURS, PYTORCH = "Banded", "PyTorch"
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 Unit = Literal["TB/s", "TFLOP/s"]
-AttentionOp = Literal["decode_attention", "prefill_attention", "block_sparse_attention"]
+AttentionOp = Literal["decode_attention", "prefill_attention"]
 Output = Tensor | tuple[Tensor, ...]
 Call = Callable[[], Output]
 
@@ -297,8 +297,8 @@ def cases(shapes: Shapes, ops: Ops, device: torch.device) -> list[partial[Case]]
         ("decode_attention", strided),
         ("prefill_attention", dense),
         ("prefill_attention", banded),
-        ("block_sparse_attention", strided),
-        ("block_sparse_attention", fixed),
+        ("prefill_attention", strided),
+        ("prefill_attention", fixed),
     ]
     samplers = [
         ("greedy", 0.0, 0, 1.0, 0.0, False),

@@ -12,39 +12,35 @@ from unittest import mock
 import torch
 
 from kernels.dispatch import choose
-from kernels.gpu.tiles import TILES, Phase, Tile, capability_of, padded_head_dim
+from kernels.gpu.tiles import TILES, Phase, TileShape, capability_of, padded_head_dim
 from tests.bench import kernels
-from tests.bench.kernels import OURS, AttentionOp, Row, Shapes
+from tests.bench.kernels import OURS, Row, Shapes
 
-PHASES: dict[AttentionOp, Phase] = {
-    "decode_attention": "decode",
-    "prefill_attention": "prefill",
-    "block_sparse_attention": "block_sparse",
-}
 # A row of a block layout is 64 queries, and one query needs no more than a tensor core's 16.
-CANDIDATES: dict[Phase, list[Tile]] = {
-    "decode": [Tile(16, *rest) for rest in product((1, 2, 4), (2, 3, 4, 5))],
-    "prefill": [Tile(*parts) for parts in product((64, 128), (4, 8), (2, 3, 4))],
-    "block_sparse": [Tile(64, *rest) for rest in product((4, 8), (2, 3, 4))],
+CANDIDATES: dict[Phase, list[TileShape]] = {
+    "decode": [TileShape(16, *rest) for rest in product((1, 2, 4), (2, 3, 4, 5))],
+    "prefill": [TileShape(*parts) for parts in product((64, 128), (4, 8), (2, 3, 4))],
+    "block_sparse": [TileShape(64, *rest) for rest in product((4, 8), (2, 3, 4))],
 }
 
 
 class Timed(NamedTuple):
-    tile: Tile
+    tile: TileShape
     row: Row
 
 
-def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[Tile]]) -> Iterator[list[Timed]]:
+def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[TileShape]]) -> Iterator[list[Timed]]:
     """For each kind of attention the candidates, fastest first. Those that fail, or are wrong, are named on stderr."""
     for build in kernels.cases(shapes, choose(device, "triton"), device):
         if build.func is not kernels.attention:
             continue
-        op, _, dim, *_ = build.args
+        op, pattern, dim, *_ = build.args
+        phase: Phase = "decode" if op == "decode_attention" else "block_sparse" if pattern.is_sparse else "prefill"
         case = build()
         ours = case._replace(ways={OURS: case.ways[OURS]})
-        entry = PHASES[op], capability_of(device), padded_head_dim(dim), shapes.dtype.itemsize
+        entry = phase, capability_of(device), padded_head_dim(dim), shapes.dtype.itemsize
         found = []
-        for tile in candidates[PHASES[op]]:
+        for tile in candidates[phase]:
             with mock.patch.dict(TILES, {entry: tile}):
                 found += [Timed(tile, row) for row in kernels.measure(ours, device)]
         for tile, row in found:

@@ -37,8 +37,7 @@ def bf16_is_right() -> Iterator[None]:
 
 
 def prefill(ops: Ops, case: PrefillCase, scale: float = 0.3) -> Tensor:
-    attend = ops.block_sparse_attention if case.plan.layout else ops.prefill_attention
-    return attend(case.q, case.cache.k, case.cache.v, case.plan, scale)
+    return ops.prefill_attention(case.q, case.cache.k, case.cache.v, case.plan, scale)
 
 
 def decode(ops: Ops, case: DecodeCase, scale: float = 0.3) -> Tensor:
@@ -236,7 +235,6 @@ def refused(message: str, op: Callable[..., Tensor], case: DecodeCase | PrefillC
 
 def test_launchers_refuse_what_their_kernels_do_not_expect() -> None:
     chunks, rows = prefill_case([0], [9], DENSE), decode_case([9], DENSE)
-    sparse = prefill_case([0], [9], SPARSE[0])
     for op, case in ((triton_ops.prefill_attention, chunks), (triton_ops.decode_attention, rows)):
         transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
         refused("heads of q must lie side by side, strides are", op, case, q=transposed)
@@ -252,8 +250,11 @@ def test_launchers_refuse_what_their_kernels_do_not_expect() -> None:
     assert strided.page_table.stride(1) == 1 or strided.page_table.shape[0] == 1
     refused(r"\(1,\) lengths for 2 queries", triton_ops.decode_attention, rows, q=rows.q.expand(2, -1, -1))
     refused("q has 9 rows for chunks of", triton_ops.prefill_attention, chunks, plan=prefill_case([0], [8], DENSE).plan)
-    refused("a strided pattern needs block_sparse_attention", triton_ops.prefill_attention, sparse)
-    refused("a dense pattern has no block layout", triton_ops.block_sparse_attention, chunks)
+    unlisted = PrefillPlan(table, [0], [9], SPARSE[0], None)
+    refused("a strided pattern and its layout disagree", triton_ops.prefill_attention, chunks, plan=unlisted)
+    layout = prefill_case([0], [9], SPARSE[0]).plan.layout
+    listed = PrefillPlan(table, [0], [9], DENSE, layout)
+    refused("a dense pattern and its layout disagree", triton_ops.prefill_attention, chunks, plan=listed)
     no_layout = DecodePlan(table, rows.plan.lengths, SPARSE[0], None)
     refused("a strided pattern and its layout disagree", triton_ops.decode_attention, rows, plan=no_layout)
     big = prefill_case([0], [3], DENSE, dim=144)

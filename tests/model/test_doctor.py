@@ -49,7 +49,7 @@ def with_pattern(kind: str, change: int) -> Ops:
 
         return call
 
-    names = ("decode_attention", "prefill_attention", "block_sparse_attention")
+    names = ("decode_attention", "prefill_attention")
     return broken(**{name: altered(getattr(torch_ops, name)) for name in names})
 
 

@@ -197,7 +197,7 @@ prefill = Configuration("prefill", 80, "fp16", 128, "dense")
 shipped = [aot.compile_(c) for c in (prefill, Configuration("decode", 90, "bf16", 80, "banded"))]
 source, options = aot.source_and_options(prefill)
 bare = aot.inspect(prefill, ASTSource(source.fn, source.signature, source.constants, attrs={}), options)
-tuning.TILES["prefill", 80, 128, 2] = tuning.Tile(128, 4, 3)
+tuning.TILES["prefill", 80, 128, 2] = tuning.TileShape(128, 4, 3)
 spilling = aot.compile_(prefill)
 for name, reports in (("shipped", shipped), ("bare", [bare]), ("spilling", [spilling])):
     print(json.dumps([name, [report._asdict() for report in reports], sum(map(aot.problems, reports), [])]))

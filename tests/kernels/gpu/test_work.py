@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from kernels.band import PAGE_SIZE, first_key, pages_spanned
-from kernels.gpu.block_sparse_attention import block_sparse_attention
 from kernels.gpu.decode_attention import decode_attention
 from kernels.gpu.prefill_attention import prefill_attention
 from kernels.gpu.tiles import capability_of, padded_head_dim, tile_of
@@ -110,7 +109,7 @@ def test_sparse_patterns_read_the_listed_blocks(pattern: Pattern) -> None:
     listed = [set(layout.col_idx[pointers[row] : pointers[row + 1]].tolist()) for row in (2, 3, 4)]
     assert sum(map(len, listed)) < 3 + 4 + 5, "the pattern leaves nothing out"
     with Work(k=case.cache.k, v=case.cache.v) as work:
-        block_sparse_attention(case.q, case.cache.k, case.cache.v, case.plan, 0.1)
+        prefill_attention(case.q, case.cache.k, case.cache.v, case.plan, 0.1)
     assert work.loaded["k"] == sum(map(len, listed)) * PAGE_SIZE * DIM * 2
     assert work.pages("k") == set(case.cache.page_table[0, sorted(set.union(*listed))].tolist())
     assert not work.out_of_bounds
@@ -129,11 +128,10 @@ def test_nobody_reads_a_page_that_is_not_the_sequences(pattern: Pattern) -> None
     lengths = [300, 65, 1]
     rows = decode_case(lengths, pattern, heads=1, dtype=torch.float16)
     chunks = prefill_case([250, 0, 64], [50, 65, 3], pattern, heads=1, dtype=torch.float16)
-    attend = block_sparse_attention if pattern.is_sparse else prefill_attention
     with Work(k=rows.cache.k, v=rows.cache.v) as decoding:
         decode_attention(rows.q, rows.cache.k, rows.cache.v, rows.plan, 0.1)
     with Work(k=chunks.cache.k, v=chunks.cache.v) as prefilling:
-        attend(chunks.q, chunks.cache.k, chunks.cache.v, chunks.plan, 0.1)
+        prefill_attention(chunks.q, chunks.cache.k, chunks.cache.v, chunks.plan, 0.1)
     for work, cache, ends in ((decoding, rows.cache, lengths), (prefilling, chunks.cache, [300, 65, 67])):
         dead = int(cache.page_table[0, -1])
         own = {int(cache.page_table[i, page]) for i, end in enumerate(ends) for page in range(-(-end // PAGE_SIZE))} - {dead}

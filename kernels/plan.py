@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -65,10 +64,11 @@ class Tile(NamedTuple):
     """The T queries of a chunk that stand in one page, and what they see: n pages, of which the last is their own."""
 
     rows: slice  # of q
-    page_ids: list[int]  # n, ordered by position; NO_PAGE where nobody of this chunk sees the page
-    hidden: list[tuple[slice, Tensor]]  # ranges of the n * 64 keys, and which of them (T, range) a query does not see
-    hidden_at_edges: Tensor  # (T, 128): the same for the keys of the first and the last page; (T, 64) where n is 1
-    unwritten: int  # keys at the end that nobody has written yet
+    page_ids: list[int]  # n, ordered by position; NO_PAGE where no query of this chunk sees the page
+    hidden: dict[
+        int, Tensor
+    ]  # index among the n pages: keys (T, PAGE_SIZE) that a query does not see. Only where there are some
+    unwritten: int  # keys at the end of the last page that nobody has written yet
 
 
 class TileList(NamedTuple):
@@ -116,9 +116,7 @@ class PrefillPlan:
                 first, last = max(start, tile * PAGE_SIZE), min(stop, (tile + 1) * PAGE_SIZE)
                 rows = slice(begin + first - start, begin + last - start)
                 hidden = hidden_keys(self.pattern, range(first, last), pages)
-                at_edges = torch.cat(list(hidden[[0, -1]] if len(pages) > 1 else hidden), 1)
-                unwritten = (tile + 1) * PAGE_SIZE - last
-                found.append(Tile(rows, page_ids, hidden_ranges(hidden), at_edges, unwritten))
+                found.append(Tile(rows, page_ids, hidden, (tile + 1) * PAGE_SIZE - last))
             begin += length
         return found
 
@@ -129,17 +127,13 @@ class PrefillPlan:
         hidden = [torch.zeros(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool)]  # nothing, so that there is one
         for tile in self.tiles:
             count = tile.rows.stop - tile.rows.start
-            partly = {}
-            for columns, some in tile.hidden:
-                for page, mask in enumerate(some.unflatten(1, (-1, PAGE_SIZE)).unbind(1), columns.start // PAGE_SIZE):
-                    partly[page] = F.pad(mask.T, (0, PAGE_SIZE - count))
             for page, page_id in enumerate(tile.page_ids):
                 if page_id == NO_PAGE:
                     continue
                 page_ids.append(page_id)
-                masks.append(len(hidden) if page in partly else -1)
-                if page in partly:
-                    hidden.append(partly[page])
+                masks.append(len(hidden) if page in tile.hidden else -1)
+                if page in tile.hidden:
+                    hidden.append(F.pad(tile.hidden[page].T, (0, PAGE_SIZE - count)))
             rows.append((tile.rows.start, count, PAGE_SIZE - tile.unwritten))
             offsets.append(len(page_ids))
         ids = torch.tensor(page_ids, dtype=torch.int64)  # none where there are no tiles, and floats if nobody said
@@ -161,18 +155,8 @@ class StepPlan(NamedTuple):
     num_decodes: int  # the first tokens
 
 
-def hidden_keys(pattern: Pattern, positions: range, pages: list[int]) -> Tensor:
-    """(n, T, 64) bool: which keys of each page the queries at T positions do not see."""
+def hidden_keys(pattern: Pattern, positions: range, pages: list[int]) -> dict[int, Tensor]:
+    """Tile.hidden, of the queries at T positions."""
     keys = torch.tensor(pages)[:, None, None] * PAGE_SIZE + torch.arange(PAGE_SIZE)
-    hidden: Tensor = ~pattern.sees(torch.arange(positions.start, positions.stop)[:, None], keys)
-    return hidden
-
-
-def hidden_ranges(hidden: Tensor) -> list[tuple[slice, Tensor]]:
-    """Tile.hidden, by runs of pages of which not all is seen."""
-    ranges, end = [], 0
-    for some, run in groupby(hidden.any(-1).any(-1).tolist()):
-        begin, end = end, end + len(list(run))
-        if some:
-            ranges.append((slice(begin * PAGE_SIZE, end * PAGE_SIZE), torch.cat(list(hidden[begin:end]), 1)))
-    return ranges
+    hidden: Tensor = ~pattern.sees(torch.arange(positions.start, positions.stop)[:, None], keys)  # (n, T, PAGE_SIZE)
+    return {index: hidden[index] for index, some in enumerate(hidden.flatten(1).any(1).tolist()) if some}

@@ -104,9 +104,6 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Prefill
     return out
 
 
-block_sparse_attention = prefill_attention  # a tile's pages are any
-
-
 def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
     """The named pages of (P, H, 64, D) side by side: (H, keys, D). Zeros for NO_PAGE, which only the first ones are."""
     dead = page_ids.count(NO_PAGE)  # the first ones
@@ -129,13 +126,20 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Te
     else:
         edges = k if k.shape[1] <= 2 * PAGE_SIZE else torch.cat((k[:, :PAGE_SIZE], k[:, -PAGE_SIZE:]), 1)
         sample = torch.bmm(q, edges.transpose(1, 2))
-        sample[:, : len(tile.hidden_at_edges)].masked_fill_(tile.hidden_at_edges, float("-inf"))
+        for page, columns in ((0, slice(PAGE_SIZE)), (len(tile.page_ids) - 1, slice(-PAGE_SIZE, None))):
+            hide(sample[:, :, columns], tile, page)
         scores = torch.baddbmm(sample.amax(-1, keepdim=True) * scale, q, keys, beta=-1, alpha=scale)
-    for columns, hidden in tile.hidden:
-        scores[:, : len(hidden), columns].masked_fill_(hidden, float("-inf"))
+    for page in tile.hidden:
+        hide(scores[:, :, page * PAGE_SIZE : (page + 1) * PAGE_SIZE], tile, page)
     if tile.unwritten:  # may hold anything, NaN included, and 0 * NaN is NaN
         v[:, -tile.unwritten :] = 0
     return torch.bmm(scores.softmax(-1), v)
+
+
+def hide(scores: Tensor, tile: Tile, page: int) -> None:
+    """Take keys of a page that a query does not see out of its scores (H, T', PAGE_SIZE)."""
+    if page in tile.hidden:
+        scores[:, : len(tile.hidden[page])].masked_fill_(tile.hidden[page], float("-inf"))
 
 
 def pack(weight: Tensor, *, quantize: bool) -> Weight:

@@ -12,19 +12,13 @@ from torch.utils._pytree import tree_leaves
 from kernels import reference, torch_ops
 from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 from kernels.gpu import triton_ops
-from kernels.ops import Ops
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan, PrefillPlan
+from tests.kernels.cases import BANDS, DENSE, SPARSE, TOLERANCE, alone, assert_close, decode, patterns, prefill
 from tests.kernels.interpreter import exact_bf16
 from tests.kernels.paged import Cache, DecodeCase, PrefillCase, cache_of, decode_case, prefill_case
 from tests.kernels.paths import ServedPath, served_paths
 
-DENSE = Pattern("dense")
-BANDS = [Pattern("banded", band) for band in (1, 63, 64, 65, 100, 256)]
-SPARSE = [Pattern("strided", 64), Pattern("strided", 37), Pattern("fixed", 128, 32), Pattern("fixed", 50, 3)]
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
-
-patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lambda p: f"{p.kind}{p.size or ''}")
 one_of_each = pytest.mark.parametrize("pattern", [DENSE, BANDS[4], SPARSE[0], SPARSE[2]], ids=lambda p: p.kind)
 dtypes = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=lambda d: str(d)[6:])
 
@@ -34,19 +28,6 @@ def bf16_is_right() -> Iterator[None]:
     torch.manual_seed(0)
     with exact_bf16():
         yield
-
-
-def prefill(ops: Ops, case: PrefillCase, scale: float = 0.3) -> Tensor:
-    return ops.prefill_attention(case.q, case.cache.k, case.cache.v, case.plan, scale)
-
-
-def decode(ops: Ops, case: DecodeCase, scale: float = 0.3) -> Tensor:
-    return ops.decode_attention(case.q, case.cache.k, case.cache.v, case.plan, scale)
-
-
-def assert_close(ours: Tensor, expected: Tensor) -> None:
-    tolerance = TOLERANCE[expected.dtype]
-    torch.testing.assert_close(ours, expected, atol=tolerance, rtol=tolerance)
 
 
 @served_paths
@@ -94,12 +75,6 @@ def test_a_score_far_above_the_others_is_not_rounded_to_16_bits(path: ServedPath
     case.cache.k[first, :, 0] = own * 40 / own.float().square().sum(-1, keepdim=True).to(own.dtype)
     case.q[64:] = own
     assert_close(prefill(path.ops, case, 1.0), prefill(reference, case, 1.0))
-
-
-def alone(case: DecodeCase, i: int) -> DecodeCase:
-    row = slice(i, i + 1)
-    plan = DecodePlan(case.plan.page_table[row], case.plan.lengths[row], case.plan.pattern, case.plan.layout)
-    return DecodeCase(case.q[row], case.cache, plan)
 
 
 @served_paths

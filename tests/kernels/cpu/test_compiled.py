@@ -18,12 +18,11 @@ from kernels.cpu.compiled import CompiledOps, load
 from kernels.ops import Ops
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan
+from tests.kernels.cases import DENSE, TOLERANCE, alone, assert_close, decode, patterns
 from tests.kernels.compiled import VARIANTS, compiled_ops
 from tests.kernels.paged import Cache, DecodeCase, decode_case
-from tests.kernels.test_attention import BANDS, DENSE, SPARSE, TOLERANCE, alone, assert_close, decode
 
 NUM_HEADS, DIM = 3, 32
-patterns = pytest.mark.parametrize("pattern", [DENSE, *BANDS, *SPARSE], ids=lambda p: f"{p.kind}{p.size or ''}")
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d)[6:])

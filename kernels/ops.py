@@ -1,7 +1,7 @@
-"""The decoder's ops: one signature each, whoever implements them.
+"""The decoder's ops: one signature each, for every implementation.
 
-kernels.gpu.triton_ops, kernels.torch_ops and kernels.cpu.compiled implement them, and so does kernels.reference, the oracle
-that the others are held to. The model gets one of them as an argument.
+kernels.gpu.triton_ops, kernels.torch_ops and kernels.cpu.compiled serve. kernels.reference is the oracle that tests hold
+them to. The model gets one of the four as an argument.
 """
 
 from abc import ABC, abstractmethod
@@ -56,7 +56,7 @@ class Ops(Protocol):
         """
 
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-        """Attention of one query a sequence, q (B, H, D), over its live pages: (B, H, D)."""
+        """Attention of one query per sequence, q (B, H, D), over its live pages: (B, H, D)."""
 
     def decode_step(
         self,
@@ -69,19 +69,19 @@ class Ops(Protocol):
         plan: DecodePlan,
         scale: float,
     ) -> Tensor:
-        """kv_write of the sequences' newest keys, q, k and v (B, H, D), and decode_attention over them and all before."""
+        """kv_write of each sequence's newest key and value, then decode_attention; q, k and v are (B, H, D)."""
 
     def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
         """Attention of prompt chunks, q (N, H, D) chunk after chunk, over their sequences' pages: (N, H, D)."""
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
-        """A weight (O, C) as `linear` reads it fastest, in int8 if `quantize`. `linear` alone takes it; no gradient."""
+        """A weight (O, C) in the layout that `linear` and `project` read fastest, in int8 if `quantize`. No gradient."""
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
         """activation(x @ weight.T + bias), by the vendor's library: x (..., C), weight (O, C), packed or not, bias (O,)."""
 
     def project(self, x: Tensor, weight: Weight) -> Tensor:
-        """x @ weight.T, in fp32 where the product can be had without a rounding to x's dtype."""
+        """x @ weight.T, in fp32 where the implementation need not round the product to x's dtype."""
 
     def add_layernorm(
         self, x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
@@ -89,10 +89,10 @@ class Ops(Protocol):
         """LayerNorm of x + residual, (N, C) both, and the sum itself. Statistics in fp32."""
 
     def bias_activation(self, x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-        """activation(x + bias) of x (N, C) and bias (C,), where a product is not fused with it. May overwrite x."""
+        """activation(x + bias) of x (N, C) and bias (C,), after a product that did not apply them. May overwrite x."""
 
-    def sample(self, logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
-        """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens."""
+    def sample(self, logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
+        """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens."""
 
     def fuse(self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> AllBlocks | None:
         """All blocks as one call, with the bits of the ops one by one; None where there is no such call.

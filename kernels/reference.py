@@ -1,4 +1,4 @@
-"""The oracle: same names and signatures as the served paths, slow and obvious. Tests hold every path to it."""
+"""The oracle: the ops of kernels.ops.Ops, slow and obvious. Tests hold every implementation to it."""
 
 import math
 from collections.abc import Sequence
@@ -19,8 +19,8 @@ from kernels.sampling_state import SamplingState
 
 def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
     for i, slot in enumerate(slot_mapping.tolist()):
-        k_pages[slot // PAGE_SIZE, :, slot % PAGE_SIZE] = k[i]
-        v_pages[slot // PAGE_SIZE, :, slot % PAGE_SIZE] = v[i]
+        page, offset = divmod(slot, PAGE_SIZE)
+        k_pages[page, :, offset], v_pages[page, :, offset] = k[i], v[i]
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
@@ -50,12 +50,12 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Prefill
 def attend(
     q: Tensor, start: int, k_pages: Tensor, v_pages: Tensor, page_ids: Tensor, pattern: Pattern, scale: float
 ) -> Tensor:
-    """Queries (T, H, D) at start, start + 1, ...: all keys side by side, the predicate as mask, softmax in fp64."""
+    """Queries (T, H, D) at start, start + 1, ...: all keys in one tensor, the predicate as mask, softmax in fp64."""
     positions = torch.arange(start, start + len(q), device=q.device)
     keys = torch.arange(start + len(q), device=q.device)
     seen = pattern.sees(positions[:, None], keys)  # (T, keys)
     k, v = (x[page_ids[keys // PAGE_SIZE].long(), :, keys % PAGE_SIZE].double() for x in (k_pages, v_pages))  # (keys, H, D)
-    # Pages that nobody sees any more may hold anything, and 0 * NaN is NaN.
+    # A page that no query sees any more may hold anything, and 0 * NaN is NaN.
     v = v.masked_fill(~seen.any(0)[:, None, None], 0.0)
     scores = (torch.einsum("thd,khd->htk", q.double(), k) * scale).masked_fill(~seen, float("-inf"))
     return torch.einsum("htk,khd->thd", scores.softmax(-1), v).to(q.dtype)
@@ -67,7 +67,7 @@ def pack(weight: Tensor, *, quantize: bool) -> Weight:
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     if isinstance(weight, Int8Weight):
-        integers, scales = quantize_rows(x)  # the rounding of rows is a definition, and nothing that could be wrong
+        integers, scales = quantize_rows(x)  # how rows are rounded is a definition: there is nothing to check
         rows = (integers.double() - ZERO_POINT) * scales.double()
         channels = weight.integers().double()
         product = rows @ (channels * weight.scales[: len(channels), None]).T
@@ -109,37 +109,38 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> T
     return y.to(x.dtype)
 
 
-def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
-    rows = zip(logits, slots.tolist(), positions.tolist(), strict=True)
-    return torch.tensor([sample_row(row, state, slot, position) for row, slot, position in rows], device=logits.device)
+def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
+    rows = zip(logits, batch_rows.tolist(), positions.tolist(), strict=True)
+    tokens = [sample_row(row_logits, state, batch_row, position) for row_logits, batch_row, position in rows]
+    return torch.tensor(tokens, device=logits.device)
 
 
-def sample_row(logits: Tensor, state: SamplingState, slot: int, position: int) -> int:
-    """The token of one row of logits (V,): the first maximum, or that of logit + noise over the tokens that stay."""
-    if state.adjusted[slot]:
-        logits = adjust(logits, state, slot)
-    if state.temperature[slot] == 0:
+def sample_row(logits: Tensor, state: SamplingState, batch_row: int, position: int) -> int:
+    """The token of one row of logits (V,): their first maximum, or that of logit + noise over the tokens that stay."""
+    if state.adjusted[batch_row]:
+        logits = adjust(logits, state, batch_row)
+    if state.temperature[batch_row] == 0:
         return int(logits.argmax())
-    x = (logits - logits.max()) / state.temperature[slot]
-    stays = truncate(x, int(state.top_k[slot]), float(state.top_p[slot]), float(state.min_p[slot]))
-    key = row_keys(state.seed[slot, None], state.choice[slot, None], torch.tensor([position], device=x.device))
+    x = (logits - logits.max()) / state.temperature[batch_row]
+    stays = truncate(x, int(state.top_k[batch_row]), float(state.top_p[batch_row]), float(state.min_p[batch_row]))
+    key = row_keys(state.seed[batch_row, None], state.choice[batch_row, None], torch.tensor([position], device=x.device))
     noised = x + gumbel(key, torch.arange(len(x), device=x.device))[0]
     return int(noised.masked_fill(~stays, float("-inf")).argmax())
 
 
-def adjust(logits: Tensor, state: SamplingState, slot: int) -> Tensor:
-    """Logits (V,) after the slot's penalties and bias."""
-    generated, penalty = state.generated[slot], state.repetition_penalty[slot]
-    seen = (generated > 0) | state.in_prompt[slot]
+def adjust(logits: Tensor, state: SamplingState, batch_row: int) -> Tensor:
+    """Logits (V,) after the batch row's penalties and bias."""
+    generated, penalty = state.generated[batch_row], state.repetition_penalty[batch_row]
+    seen = (generated > 0) | state.in_prompt[batch_row]
     logits = torch.where(seen & (logits > 0), logits / penalty, torch.where(seen, logits * penalty, logits))
-    logits = logits - state.frequency_penalty[slot] * generated
-    logits = logits - state.presence_penalty[slot] * (generated > 0)
-    return logits + state.bias[slot]
+    logits = logits - state.frequency_penalty[batch_row] * generated
+    logits = logits - state.presence_penalty[batch_row] * (generated > 0)
+    return logits + state.bias[batch_row]
 
 
 def truncate(x: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
-    """Which tokens stay (V,), of logits x / temperature with their maximum at 0. Equal ones stay or go together."""
-    likelier = x > x[:, None]  # (token, the other)
+    """Which tokens stay (V,). x (V,) are logits / temperature with their maximum at 0. Equal logits stay or go together."""
+    likelier = x > x[:, None]  # (token, other token): whether the other is likelier
     weight = x.double().exp()
     stays = weight >= min_p * weight.max()
     if top_k > 0:

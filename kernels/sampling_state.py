@@ -1,4 +1,4 @@
-"""What sampling knows of every slot: one row a slot, on the device, written by the runner."""
+"""What sampling knows of every batch row. It lies on the device, and the runner writes it."""
 
 from typing import NamedTuple
 
@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 class SamplingState(NamedTuple):
-    """Columns (S,) and tables (S, V) of S slots."""
+    """Columns (S,) and tables (S, V) of S batch rows."""
 
     temperature: Tensor  # 0 is greedy
     top_k: Tensor  # 0 keeps all
     top_p: Tensor
-    min_p: Tensor  # 0 keeps all: least probability, as a share of the likeliest token's
-    repetition_penalty: Tensor  # 1 is off: divides positive and multiplies negative logits of tokens seen
-    presence_penalty: Tensor  # taken once from the logit of a generated token
-    frequency_penalty: Tensor  # taken as often as the token was generated
-    adjusted: Tensor  # whether the slot has a penalty or a bias, so that its tables are read at all
+    min_p: Tensor  # least probability, as a share of the likeliest token's; 0 keeps all
+    repetition_penalty: Tensor  # divides positive and multiplies negative logits of tokens seen; 1 is off
+    presence_penalty: Tensor  # subtracted once from the logit of a generated token
+    frequency_penalty: Tensor  # subtracted as often as the token was generated
+    adjusted: Tensor  # whether the row has a penalty or a bias; if not, its tables are not read
     seed: Tensor
     choice: Tensor
     bias: Tensor  # (S, V), added to the logits
@@ -24,7 +24,7 @@ class SamplingState(NamedTuple):
     in_prompt: Tensor  # (S, V): tokens of the prompt
 
 
-# The fields that are columns, each filled from the parameter of a choice that has its name, and those that are tables.
+# The dtypes of the columns, each filled from the sampling parameter of its name, and of the tables.
 COLUMNS = {
     "temperature": torch.float32,
     "top_k": torch.int64,

@@ -11,54 +11,54 @@ from kernels.sampling_state import SamplingState
 SHORTLIST = 1024
 
 
-def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
-    """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens.
+def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
+    """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
 
     Rows never influence each other. A row of NaN or of -inf gets some token of the vocabulary.
     """
-    adjusted = state.adjusted[slots]
+    adjusted = state.adjusted[batch_rows]
     if not adjusted.any():
-        return pick(logits, state, slots, positions)
-    tokens = torch.empty_like(slots)
+        return pick(logits, state, batch_rows, positions)
+    tokens = torch.empty_like(batch_rows)
     rows = torch.nonzero(~adjusted).squeeze(1)
-    tokens[rows] = pick(logits[rows], state, slots[rows], positions[rows])
+    tokens[rows] = pick(logits[rows], state, batch_rows[rows], positions[rows])
     rows = torch.nonzero(adjusted).squeeze(1)
-    tokens[rows] = pick(adjust(logits[rows], state, slots[rows]), state, slots[rows], positions[rows])
+    tokens[rows] = pick(adjust(logits[rows], state, batch_rows[rows]), state, batch_rows[rows], positions[rows])
     return tokens
 
 
-def adjust(logits: Tensor, state: SamplingState, slots: Tensor) -> Tensor:
-    """Logits (B, V) after the penalties and the bias of their slots (B,)."""
-    generated = state.generated[slots]
-    penalty = state.repetition_penalty[slots, None]
+def adjust(logits: Tensor, state: SamplingState, batch_rows: Tensor) -> Tensor:
+    """Logits (B, V) after the penalties and the bias of their batch_rows (B,)."""
+    generated = state.generated[batch_rows]
+    penalty = state.repetition_penalty[batch_rows, None]
     damped = torch.where(logits > 0, logits / penalty, logits * penalty)
-    logits = torch.where((generated > 0) | state.in_prompt[slots], damped, logits)
-    logits = logits - state.frequency_penalty[slots, None] * generated
-    logits = logits - state.presence_penalty[slots, None] * (generated > 0)
-    return logits + state.bias[slots]
+    logits = torch.where((generated > 0) | state.in_prompt[batch_rows], damped, logits)
+    logits = logits - state.frequency_penalty[batch_rows, None] * generated
+    logits = logits - state.presence_penalty[batch_rows, None] * (generated > 0)
+    return logits + state.bias[batch_rows]
 
 
-def pick(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+def pick(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
     """Token ids (B,) for adjusted logits (B, V). A temperature of 0 takes the first maximum."""
     tokens = first_argmax(logits)
-    drawn = torch.nonzero(state.temperature[slots]).squeeze(1)
+    drawn = torch.nonzero(state.temperature[batch_rows]).squeeze(1)
     if len(drawn):
-        tokens[drawn] = draw(logits[drawn], state, slots[drawn], positions[drawn])
+        tokens[drawn] = draw(logits[drawn], state, batch_rows[drawn], positions[drawn])
     return tokens
 
 
-def draw(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
+def draw(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
     """Token ids (B,) drawn from softmax(logits / temperature), truncated by top-k and min-p, then by top-p of what is left.
 
     The draw takes the maximum of logit + Gumbel noise, where each token of a row has noise of its own. Logits that differ
     in their last bits then hardly ever change the token, which an inverted running sum over the vocabulary would do often.
     """
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
-    scaled = (logits - logits.amax(-1, keepdim=True)) / state.temperature[slots, None]
-    keys = row_keys(state.seed[slots], state.choice[slots], positions)
-    top_k, top_p, min_p = state.top_k[slots], state.top_p[slots], state.min_p[slots]
+    scaled = (logits - logits.amax(-1, keepdim=True)) / state.temperature[batch_rows, None]
+    keys = row_keys(state.seed[batch_rows], state.choice[batch_rows], positions)
+    top_k, top_p, min_p = state.top_k[batch_rows], state.top_p[batch_rows], state.min_p[batch_rows]
     truncated = (top_k > 0) | (top_p < 1) | (min_p > 0)
-    tokens = torch.empty_like(slots)
+    tokens = torch.empty_like(batch_rows)
     vocab_size = logits.shape[1]
     whole = torch.nonzero(~truncated).squeeze(1)
     if len(whole):

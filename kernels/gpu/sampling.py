@@ -1,4 +1,4 @@
-"""Penalties, bias, truncation and the draw in one program a row: nothing is sorted, and no row knows of the others."""
+"""Penalties, bias, truncation and the draw: one program per row, no sort, and no row depends on another."""
 
 import torch
 import triton
@@ -7,19 +7,19 @@ from torch import Tensor
 
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
-BLOCK = 4096  # tokens of a tile: 16 bytes a thread; never tuned
+BLOCK = 4096  # tokens of a tile: 16 bytes per thread; never tuned
 NUM_WARPS = 32
 VECTOR = tl.constexpr(4)  # logits in 16 bytes
-INFINITY = tl.constexpr(0x7F800000)  # the bits of fp32's
+INFINITY = tl.constexpr(0x7F800000)  # bits of infinity in fp32
 
 
 @triton.jit
 def _sample(
     logits_ptr,  # (B, V)
     tokens_ptr,  # (B,)
-    slots_ptr,  # (B,)
+    batch_rows_ptr,  # (B,)
     positions_ptr,  # (B,)
-    temperature_ptr,  # (S,), as all up to the choice
+    temperature_ptr,  # (S,), and so on up to choice_ptr
     top_k_ptr,
     top_p_ptr,
     min_p_ptr,
@@ -40,14 +40,14 @@ def _sample(
     ALIGNED: tl.constexpr,  # rows start at 16 bytes and have readable elements up to the next 16
     BLOCK: tl.constexpr,
 ):
-    """One row: its maximum, the distance from it within which tokens stay, and the maximum of these with noise.
+    """One row: its maximum, the distance from it within which tokens stay, and the maximum of logit + noise over these.
 
-    NaN needs no care: it loses every comparison, and no reduction sees one.
+    NaN needs no care, since it loses every comparison before a reduction could see it.
     """
     row = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + row)
-    temperature = tl.load(temperature_ptr + slot)
-    adjusted = tl.load(adjusted_ptr + slot)
+    batch_row = tl.load(batch_rows_ptr + row)
+    temperature = tl.load(temperature_ptr + batch_row)
+    adjusted = tl.load(adjusted_ptr + batch_row)
     source = logits_ptr + row * logits_stride
     scratch = scratch_ptr + row * scratch_stride
     lanes = tl.arange(0, BLOCK)
@@ -58,16 +58,16 @@ def _sample(
         ids = start + lanes
         logits = _load(source, ids, vocab_size, float("-inf"), ALIGNED)
         if adjusted:
-            table = slot * table_stride
+            table = batch_row * table_stride
             generated = _load(generated_ptr + table, ids, vocab_size, 0, ALIGNED)
             seen = (generated > 0) | _load(in_prompt_ptr + table, ids, vocab_size, False, ALIGNED)
-            penalty = tl.load(repetition_penalty_ptr + slot)
+            penalty = tl.load(repetition_penalty_ptr + batch_row)
             damped = tl.where(logits > 0, tl.div_rn(logits, penalty), logits * penalty)
             logits = tl.where(seen, damped, logits)
-            logits -= tl.load(frequency_penalty_ptr + slot) * generated.to(tl.float32)
-            logits -= tl.load(presence_penalty_ptr + slot) * (generated > 0).to(tl.float32)
+            logits -= tl.load(frequency_penalty_ptr + batch_row) * generated.to(tl.float32)
+            logits -= tl.load(presence_penalty_ptr + batch_row) * (generated > 0).to(tl.float32)
             logits += _load(bias_ptr + table, ids, vocab_size, 0.0, ALIGNED)
-            # Written once: the tables are 9 more bytes a token for every pass that reads them again.
+            # Later passes read the adjusted logits: reading the tables again would cost 9 more bytes per token.
             tl.store(scratch + ids, logits)
         best_token = tl.where(logits > best, ids, best_token)
         best = tl.where(logits > best, logits, best)
@@ -79,12 +79,12 @@ def _sample(
     if adjusted:
         tl.debug_barrier()
         source = scratch
-    top_k = tl.load(top_k_ptr + slot)
-    top_p = tl.load(top_p_ptr + slot)
-    min_p = tl.load(min_p_ptr + slot)
+    top_k = tl.load(top_k_ptr + batch_row)
+    top_p = tl.load(top_p_ptr + batch_row)
+    min_p = tl.load(min_p_ptr + batch_row)
     bound = tl.full([], INFINITY, tl.uint32)
     if (top_k > 0) | (top_p < 1) | (min_p > 0):
-        # A search reads the row 16 times, so x is computed once. What follows takes it for logits: (x - 0) / 1.
+        # A search reads the row 16 times, so x is computed once. The draw then takes x for logits: (x - 0) / 1.
         for start in range(0, vocab_size, BLOCK):
             ids = start + lanes
             x = tl.div_rn(_load(source, ids, vocab_size, float("-inf"), ALIGNED) - peak, temperature)
@@ -98,11 +98,11 @@ def _sample(
         if top_p < 1:
             bound = _search(scratch, vocab_size, bound, top_p, True, BLOCK)
 
-    key = _mix(tl.load(seed_ptr + slot).to(tl.uint64, bitcast=True))
-    key = _mix(key ^ tl.load(choice_ptr + slot).to(tl.uint64, bitcast=True))
+    key = _mix(tl.load(seed_ptr + batch_row).to(tl.uint64, bitcast=True))
+    key = _mix(key ^ tl.load(choice_ptr + batch_row).to(tl.uint64, bitcast=True))
     key = _mix(key ^ tl.load(positions_ptr + row).to(tl.uint64, bitcast=True))
     best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_token = tl.zeros([BLOCK], tl.int32) + token  # stays where nothing compares
+    best_token = tl.zeros([BLOCK], tl.int32) + token  # kept if nothing is better
     for start in range(0, vocab_size, BLOCK):
         ids = start + lanes
         x = tl.div_rn(_load(source, ids, vocab_size, float("-inf"), ALIGNED) - peak, temperature)
@@ -116,8 +116,8 @@ def _sample(
 
 @triton.jit
 def _load(row_ptr, ids, vocab_size, other: tl.constexpr, ALIGNED: tl.constexpr):
-    """A tile of a row, `other` beyond the vocabulary."""
-    # Lanes loaded together need one mask: a vocabulary of odd size would otherwise be loaded one by one.
+    """A tile of a row, with `other` past the end of the vocabulary."""
+    # Lanes loaded together need one mask, or a vocabulary of odd size would be loaded one by one.
     mask = ids // VECTOR * VECTOR < vocab_size if ALIGNED else ids < vocab_size
     values = tl.load(row_ptr + ids, mask=mask, other=other)
     return tl.where(ids < vocab_size, values, other)
@@ -125,23 +125,23 @@ def _load(row_ptr, ids, vocab_size, other: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def _first_maximum(best, best_token):
-    """Maximum and lowest token that has it, of what each lane found: one reduction a pass instead of one a tile."""
+    """The maximum over lanes, and the lowest token that has it: one reduction per pass instead of one per tile."""
     peak = tl.max(best, axis=0)
     return peak, tl.min(tl.where(best == peak, best_token, 0x7FFFFFFF), axis=0)
 
 
 @triton.jit
 def _distance(x):
-    """Order-preserving integer of -x for x <= 0: the bits of a positive float. Above INFINITY for NaN."""
+    """For x <= 0 an integer that orders like -x: the bits of a positive float. Above INFINITY for NaN."""
     return tl.abs(x).to(tl.uint32, bitcast=True)
 
 
 @triton.jit
 def _search(x_ptr, vocab_size, bound, limit, MASS: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest distance up to `bound` with less than `limit` nearer to the maximum than it: tokens, or if MASS the share
-    of the weight within `bound`. 0 where there is none.
+    """The largest distance up to `bound` with less than `limit` strictly nearer to the maximum; 0 if there is none.
 
-    Finds 2 bits a pass: fewer bits mean more passes, more bits more sums than passes saved. The order of a sum is fixed.
+    `limit` counts tokens, or if MASS it is a share of the weight within `bound`. Each pass finds 2 bits. The order of every
+    sum is fixed.
     """
     zeros = tl.full([BLOCK], 0.0, tl.float32)
     one = tl.full([], 1, tl.uint32)
@@ -171,7 +171,7 @@ def _gumbel(key, ids):
     """gumbel of kernels/noise.py."""
     numbers = _mix(key ^ (ids + 1).to(tl.uint64)) >> 11
     u = tl.minimum((numbers.to(tl.float32) + 0.5) * 2.0**-53, 1 - 2.0**-24)
-    # log1p(-u) from log alone: the rounding of 1 - u cancels (Kahan's way, as in HP's calculators).
+    # log1p(-u) from log alone, by Kahan's method: the rounding error of 1 - u cancels.
     rest = 1 - u
     lost = rest - 1
     log1p = tl.where(lost == 0, -u, tl.log(rest) * tl.div_rn(-u, tl.where(lost == 0, 1.0, lost)))
@@ -187,41 +187,41 @@ def _mix(x):
     return x ^ (x >> 31)
 
 
-def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tensor) -> Tensor:
-    """Token ids (B,) int64 for logits (B, V) fp32 of the slots (B,); `positions` (B,) are those of the new tokens.
+def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
+    """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
 
-    Rows of logits may lie apart, and so may those of the state's tables, equally far in all three. Loads are 16 bytes wide
-    where both distances are multiples of 16 elements. Rows never influence each other: NaN counts as -inf, a row of nothing
-    else gets token 0, one with +inf the first of these. Launches one kernel and waits for nothing, as CUDA graphs demand.
+    Rows of logits may lie apart. So may rows of the state's tables, equally far in all three. Loads are 16 bytes wide if
+    both distances are multiples of 16 elements. Rows never influence each other. NaN counts as -inf; a row of only these
+    gets token 0, and a row with +inf its first. Launches one kernel and waits for nothing, so a CUDA graph can capture it.
     """
     batch, vocab_size = logits.shape
     assert logits.dtype == torch.float32, f"logits are {logits.dtype}, not float32"
-    for name, column in (("slots", slots), ("positions", positions)):
+    for name, column in (("batch_rows", batch_rows), ("positions", positions)):
         assert column.shape == (batch,), f"{name} has shape {tuple(column.shape)}, not ({batch},)"
         assert column.dtype == torch.int64, f"{name} is {column.dtype}, not int64"
         assert column.is_contiguous(), f"{name} is not contiguous"
     columns = {name: getattr(state, name) for name in COLUMNS}
     tables = {name: getattr(state, name) for name in TABLES}
-    num_slots = len(state.adjusted)
+    num_batch_rows = len(state.adjusted)
     for name, column in columns.items():
-        assert column.shape == (num_slots,), f"{name} has shape {tuple(column.shape)}, not ({num_slots},)"
+        assert column.shape == (num_batch_rows,), f"{name} has shape {tuple(column.shape)}, not ({num_batch_rows},)"
         assert column.dtype == COLUMNS[name], f"{name} is {column.dtype}, not {COLUMNS[name]}"
         assert column.is_contiguous(), f"{name} is not contiguous"
-    shape, stride = (num_slots, vocab_size), state.bias.stride(0)
+    shape, stride = (num_batch_rows, vocab_size), state.bias.stride(0)
     for name, table in tables.items():
         assert table.shape == shape, f"{name} has shape {tuple(table.shape)}, not {shape}"
         assert table.dtype == TABLES[name], f"{name} is {table.dtype}, not {TABLES[name]}"
         assert table.stride(0) == stride, f"rows of {name} lie {table.stride(0)} elements apart, those of bias {stride}"
     for name, tensor in {"logits": logits, **tables}.items():
         assert tensor.stride(1) == 1, f"elements of {name} must lie side by side, strides are {tensor.stride()}"
-    for name, tensor in {"slots": slots, "positions": positions, **columns, **tables}.items():
+    for name, tensor in {"batch_rows": batch_rows, "positions": positions, **columns, **tables}.items():
         assert tensor.device == logits.device, f"{name} is on {tensor.device}, logits on {logits.device}"
-    tokens = torch.empty_like(slots)
+    tokens = torch.empty_like(batch_rows)
     scratch = logits.new_empty(batch, triton.cdiv(vocab_size, BLOCK) * BLOCK)
     _sample[(batch,)](
         logits,
         tokens,
-        slots,
+        batch_rows,
         positions,
         *columns.values(),
         *tables.values(),
@@ -233,13 +233,13 @@ def sample(logits: Tensor, state: SamplingState, slots: Tensor, positions: Tenso
         ALIGNED=all(has_aligned_rows(tensor) for tensor in (logits, *tables.values())),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
-        enable_fp_fusion=False,  # x and the noise as PyTorch rounds them
+        enable_fp_fusion=False,  # so that x and the noise are rounded as in PyTorch
     )
     return tokens
 
 
 def has_aligned_rows(rows: Tensor) -> bool:
-    """Whether rows (R, V) lie a multiple of 16 elements apart, and the last can be read up to a multiple of VECTOR too."""
+    """Whether rows (R, V) lie a multiple of 16 elements apart, and the last can be read up to a multiple of VECTOR."""
     num_rows, width = rows.shape
     end = rows.storage_offset() + (num_rows - 1) * rows.stride(0) + triton.cdiv(width, VECTOR.value) * VECTOR.value
     return rows.stride(0) % 16 == 0 and end * rows.element_size() <= rows.untyped_storage().nbytes()

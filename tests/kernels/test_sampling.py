@@ -31,7 +31,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampling, "BLOCK", 256)
 
 
-def make_state(num_slots: int, vocab_size: int, **given: Any) -> SamplingState:
+def make_state(num_batch_rows: int, vocab_size: int, **given: Any) -> SamplingState:
     """Slots that sample with a temperature of 1 and nothing else. Their tables are poisoned: `adjusted` is off."""
     columns = {
         "temperature": (1.0, torch.float32),
@@ -45,27 +45,27 @@ def make_state(num_slots: int, vocab_size: int, **given: Any) -> SamplingState:
         "seed": (0, torch.int64),
         "choice": (0, torch.int64),
     }
-    state = {name: torch.full((num_slots,), value, dtype=dtype) for name, (value, dtype) in columns.items()}
-    state["bias"] = torch.full((num_slots, vocab_size), NAN)
-    state["generated"] = torch.full((num_slots, vocab_size), 1000, dtype=torch.int32)
-    state["in_prompt"] = torch.ones(num_slots, vocab_size, dtype=torch.bool)
+    state = {name: torch.full((num_batch_rows,), value, dtype=dtype) for name, (value, dtype) in columns.items()}
+    state["bias"] = torch.full((num_batch_rows, vocab_size), NAN)
+    state["generated"] = torch.full((num_batch_rows, vocab_size), 1000, dtype=torch.int32)
+    state["in_prompt"] = torch.ones(num_batch_rows, vocab_size, dtype=torch.bool)
     for name, value in given.items():
         state[name][:] = torch.as_tensor(value, dtype=state[name].dtype)
     return SamplingState(**state)
 
 
-def adjusted_state(num_slots: int, vocab_size: int, **given: Any) -> SamplingState:
+def adjusted_state(num_batch_rows: int, vocab_size: int, **given: Any) -> SamplingState:
     """The same with `adjusted` on, and penalties and tables that do nothing."""
     neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
     tables = {"bias": 0, "generated": 0, "in_prompt": 0}
-    return make_state(num_slots, vocab_size, adjusted=True, **{**neutral, **tables, **given})
+    return make_state(num_batch_rows, vocab_size, adjusted=True, **{**neutral, **tables, **given})
 
 
-def random_state(num_slots: int, vocab_size: int, generator: torch.Generator) -> SamplingState:
+def random_state(num_batch_rows: int, vocab_size: int, generator: torch.Generator) -> SamplingState:
     """Slots with every parameter on or off by chance, alone and together."""
 
     def uniform(low: float, high: float) -> Tensor:
-        return low + (high - low) * torch.rand(num_slots, generator=generator)
+        return low + (high - low) * torch.rand(num_batch_rows, generator=generator)
 
     def sometimes(share: float, value: Tensor, off: float) -> Tensor:
         return torch.where(uniform(0, 1) < share, value, off)
@@ -73,9 +73,9 @@ def random_state(num_slots: int, vocab_size: int, generator: torch.Generator) ->
     def seen(shape: tuple[int, int]) -> Tensor:
         return torch.rand(shape, generator=generator) < 0.1
 
-    shape = (num_slots, vocab_size)
+    shape = (num_batch_rows, vocab_size)
     return make_state(
-        num_slots,
+        num_batch_rows,
         vocab_size,
         temperature=sometimes(0.9, uniform(0.2, 1.7), 0),
         top_k=sometimes(0.4, uniform(1, 1.2 * vocab_size) ** uniform(0.2, 1), 0),
@@ -85,8 +85,8 @@ def random_state(num_slots: int, vocab_size: int, generator: torch.Generator) ->
         presence_penalty=uniform(-1, 1),
         frequency_penalty=uniform(-1, 1),
         adjusted=uniform(0, 1) < 0.5,
-        seed=torch.randint(-(2**63), 2**63 - 1, (num_slots,), generator=generator),
-        choice=torch.randint(0, 8, (num_slots,), generator=generator),
+        seed=torch.randint(-(2**63), 2**63 - 1, (num_batch_rows,), generator=generator),
+        choice=torch.randint(0, 8, (num_batch_rows,), generator=generator),
         bias=torch.randn(shape, generator=generator) * seen(shape),
         generated=torch.randint(1, 5, shape, generator=generator) * seen(shape),
         in_prompt=seen(shape),
@@ -165,22 +165,22 @@ def test_random_rows_get_the_reference_s_tokens(
     state = random_state(count, vocab_size, generator)
     scale = 10 ** (2 * torch.rand(count, 1, generator=generator) - 1)
     logits = torch.randn(count, vocab_size, generator=generator) * scale
-    slots = torch.randperm(count, generator=generator)
+    batch_rows = torch.randperm(count, generator=generator)
     positions = torch.randint(0, 2048, (count,), generator=generator)
-    expected = reference.sample(logits, state, slots, positions)
-    tokens = IMPLEMENTATIONS[name](logits, state, slots, positions)
+    expected = reference.sample(logits, state, batch_rows, positions)
+    tokens = IMPLEMENTATIONS[name](logits, state, batch_rows, positions)
     different = torch.nonzero(tokens != expected).squeeze(1).tolist()
     for i in different:
-        assert is_close_call(logits[i], state, int(slots[i]), int(positions[i])), f"row {i}"
+        assert is_close_call(logits[i], state, int(batch_rows[i]), int(positions[i])), f"row {i}"
     assert len(different) <= count // 50
 
 
-def is_close_call(logits: Tensor, state: SamplingState, slot: int, position: int) -> bool:
+def is_close_call(logits: Tensor, state: SamplingState, batch_row: int, position: int) -> bool:
     """Whether the row's top-p cut, its min-p cut or its best noised logit is decided by less than 1e-5."""
-    if state.adjusted[slot]:
-        logits = reference.adjust(logits, state, slot)
-    x = (logits - logits.max()).double() / state.temperature[slot].double()
-    top_k, top_p, min_p = int(state.top_k[slot]), float(state.top_p[slot]), float(state.min_p[slot])
+    if state.adjusted[batch_row]:
+        logits = reference.adjust(logits, state, batch_row)
+    x = (logits - logits.max()).double() / state.temperature[batch_row].double()
+    top_k, top_p, min_p = int(state.top_k[batch_row]), float(state.top_p[batch_row]), float(state.min_p[batch_row])
     weight = x.exp()
     if top_k > 0:
         weight[(x > x[:, None]).sum(-1) >= top_k] = 0
@@ -190,7 +190,7 @@ def is_close_call(logits: Tensor, state: SamplingState, slot: int, position: int
     heavier = (x > x[:, None]).double() @ weight / weight.sum()
     if top_p < 1 and (heavier - top_p).abs().min() < 1e-5:
         return True
-    key = noise.row_keys(state.seed[slot, None], state.choice[slot, None], torch.tensor([position]))
+    key = noise.row_keys(state.seed[batch_row, None], state.choice[batch_row, None], torch.tensor([position]))
     noised = (x + noise.gumbel(key, torch.arange(len(x)))[0])[(weight > 0) & ((heavier < top_p) | (x == 0))]
     best = noised.max()
     return int((noised > best - 1e-5).sum()) > 1
@@ -208,10 +208,10 @@ def test_the_shortlist_never_changes_the_token(
     tied = (torch.randn(32, 5000, generator=generator) * 2).round()
     logits = torch.cat((flat, peaked, tied))
     state = make_state(1, 5000, top_k=top_k, top_p=top_p, min_p=min_p, seed=9)
-    slots, positions = torch.zeros(96, dtype=torch.int64), torch.arange(96)
-    with_shortlist = cpu_sampling.sample(logits, state, slots, positions)
+    batch_rows, positions = torch.zeros(96, dtype=torch.int64), torch.arange(96)
+    with_shortlist = cpu_sampling.sample(logits, state, batch_rows, positions)
     monkeypatch.setattr(cpu_sampling, "SHORTLIST", 5000)
-    assert torch.equal(with_shortlist, cpu_sampling.sample(logits, state, slots, positions))
+    assert torch.equal(with_shortlist, cpu_sampling.sample(logits, state, batch_rows, positions))
 
 
 def test_the_whole_vocabulary_is_sorted_only_for_rows_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,11 +334,11 @@ def test_top_p_is_a_share_of_what_top_k_and_min_p_leave(sample: Sample) -> None:
 @pytest.mark.parametrize("given", [{"top_k": 4000}, {"top_k": 200}, {"min_p": 1e-45}])
 def test_truncation_that_keeps_all_changes_nothing(sample: Sample, given: dict[str, float]) -> None:
     logits = torch.linspace(-200, 0, 200).flip(0).expand(4, -1).contiguous()
-    slots, positions = torch.zeros(4, dtype=torch.int64), torch.arange(4)
+    batch_rows, positions = torch.zeros(4, dtype=torch.int64), torch.arange(4)
     plain = make_state(1, 200, temperature=50.0, seed=8)
     given = {"temperature": 50.0, "seed": 8, **given}
     assert torch.equal(
-        sample(logits, make_state(1, 200, **given), slots, positions), sample(logits, plain, slots, positions)
+        sample(logits, make_state(1, 200, **given), batch_rows, positions), sample(logits, plain, batch_rows, positions)
     )
 
 
@@ -399,13 +399,13 @@ def test_slots_without_adjustment_read_no_tables() -> None:
 def test_a_row_without_numbers_gets_some_token_and_disturbs_no_other(sample: Sample, given: dict[str, float]) -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(8))
     state = make_state(1, 300, **given)
-    slots, positions = torch.zeros(5, dtype=torch.int64), torch.arange(5)
-    before = sample(logits, state, slots, positions)
+    batch_rows, positions = torch.zeros(5, dtype=torch.int64), torch.arange(5)
+    before = sample(logits, state, batch_rows, positions)
     logits[0] = NAN
     logits[1] = -INF
     logits[2, 100:] = NAN
     logits[3, [7, 9]] = INF
-    after = sample(logits, state, slots, positions)
+    after = sample(logits, state, batch_rows, positions)
     assert ((after >= 0) & (after < 300)).all()
     assert after[4] == before[4]
     if sample is sampling.sample:
@@ -514,9 +514,9 @@ def test_rounding_errors_of_the_logits_hardly_ever_change_the_token() -> None:
     logits = torch.randn(1000, 5000, generator=generator)
     noisy = logits * (1 + 1e-6 * torch.randn(1000, 5000, generator=generator))
     state = make_state(1, 5000, seed=11)
-    slots, positions = torch.zeros(1000, dtype=torch.int64), torch.arange(1000)
-    tokens = cpu_sampling.sample(logits, state, slots, positions)
-    assert (tokens != cpu_sampling.sample(noisy, state, slots, positions)).sum() <= 1
+    batch_rows, positions = torch.zeros(1000, dtype=torch.int64), torch.arange(1000)
+    tokens = cpu_sampling.sample(logits, state, batch_rows, positions)
+    assert (tokens != cpu_sampling.sample(noisy, state, batch_rows, positions)).sum() <= 1
 
 
 # The launcher
@@ -529,8 +529,8 @@ def test_rows_apart_are_read_to_their_end_and_no_further(vocab_size: int, stride
     state = random_state(5, vocab_size, generator)._replace(adjusted=torch.tensor([True, False, True, False, True]))
     logits = torch.randn(5, vocab_size, generator=generator)
     logits[:, -1] += torch.tensor([9.0, 9.0, 0.0, 0.0, 0.0])
-    slots = positions = torch.arange(5)
-    expected = reference.sample(logits, state, slots, positions)
+    batch_rows = positions = torch.arange(5)
+    expected = reference.sample(logits, state, batch_rows, positions)
     assert expected[0] == expected[1] == vocab_size - 1
 
     def apart(rows: Tensor, poison: float) -> Tensor:
@@ -544,7 +544,7 @@ def test_rows_apart_are_read_to_their_end_and_no_further(vocab_size: int, stride
     for poison in (NAN, 1e9):
         rows = apart(logits, poison)
         assert sampling.has_aligned_rows(rows) == aligned
-        assert torch.equal(sampling.sample(rows, state, slots, positions), expected)
+        assert torch.equal(sampling.sample(rows, state, batch_rows, positions), expected)
 
 
 def test_rows_whose_padding_ends_with_the_storage_are_not_read_beyond_it() -> None:
@@ -554,21 +554,21 @@ def test_rows_whose_padding_ends_with_the_storage_are_not_read_beyond_it() -> No
 
 def test_the_launcher_refuses_what_the_kernel_would_misread() -> None:
     state = make_state(4, 64)
-    logits, slots, positions = torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+    logits, batch_rows, positions = torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(AssertionError, match=r"logits are torch\.float64, not float32"):
-        sampling.sample(logits.double(), state, slots, positions)
+        sampling.sample(logits.double(), state, batch_rows, positions)
     with pytest.raises(AssertionError, match=r"elements of logits must lie side by side, strides are \(1, 2\)"):
-        sampling.sample(torch.zeros(64, 2).T, state, slots, positions)
-    with pytest.raises(AssertionError, match=r"slots is torch\.int32, not int64"):
-        sampling.sample(logits, state, slots.int(), positions)
+        sampling.sample(torch.zeros(64, 2).T, state, batch_rows, positions)
+    with pytest.raises(AssertionError, match=r"batch_rows is torch\.int32, not int64"):
+        sampling.sample(logits, state, batch_rows.int(), positions)
     with pytest.raises(AssertionError, match=r"positions has shape \(1,\), not \(2,\)"):
-        sampling.sample(logits, state, slots, positions[:1])
+        sampling.sample(logits, state, batch_rows, positions[:1])
     with pytest.raises(AssertionError, match=r"top_k is torch\.int32, not torch\.int64"):
-        sampling.sample(logits, state._replace(top_k=state.top_k.int()), slots, positions)
+        sampling.sample(logits, state._replace(top_k=state.top_k.int()), batch_rows, positions)
     with pytest.raises(AssertionError, match="seed is not contiguous"):
-        sampling.sample(logits, state._replace(seed=torch.zeros(8, dtype=torch.int64)[::2]), slots, positions)
+        sampling.sample(logits, state._replace(seed=torch.zeros(8, dtype=torch.int64)[::2]), batch_rows, positions)
     with pytest.raises(AssertionError, match=r"bias has shape \(4, 63\), not \(4, 64\)"):
-        sampling.sample(logits, state._replace(bias=torch.zeros(4, 63)), slots, positions)
+        sampling.sample(logits, state._replace(bias=torch.zeros(4, 63)), batch_rows, positions)
     apart = torch.zeros(4, 65, dtype=torch.bool)[:, :64]
     with pytest.raises(AssertionError, match="rows of in_prompt lie 65 elements apart, those of bias 64"):
-        sampling.sample(logits, state._replace(in_prompt=apart), slots, positions)
+        sampling.sample(logits, state._replace(in_prompt=apart), batch_rows, positions)

@@ -1,11 +1,11 @@
-"""Which keys, and so which pages, a query needs. Integers only: the planner that every path and every test shares.
+"""Which keys, and so which pages, a query needs. Integers only; every implementation and every test plans with these.
 
-The mask's truth is one line: query q sees key k when 0 <= q - k, and q - k < band where the layer is banded.
+The truth of the mask is one line: query q sees key k if 0 <= q - k, and in a banded layer also q - k < band.
 """
 
 PAGE_SIZE = 64  # keys in a page, and in a key tile: a tile never straddles pages
-# Pages that one program of Triton's decode attention reads. Splits begin at absolute multiples of it (in a sparse pattern:
-# of the row's list), so that the order in which a sequence's keys are added depends on nothing but its length.
+# Pages that one program of Triton's decode attention reads. Splits begin at absolute multiples of it (with a block layout:
+# at multiples in the row's list), so that the order of a sequence's sums depends on its length alone.
 SPLIT_PAGES = 4
 
 
@@ -20,5 +20,5 @@ def pages_spanned(first: int, stop: int) -> range:
 
 
 def pages_of_tile(tile: int, band: int | None) -> range:
-    """Pages that hold all that the queries of tile `tile`, at the positions of page `tile`, see: at most band / 64 + 2."""
+    """Pages with the keys that the queries at the positions of page `tile` see: at most band / 64 + 2."""
     return range(first_key(tile * PAGE_SIZE, band) // PAGE_SIZE, tile + 1)

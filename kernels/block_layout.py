@@ -11,16 +11,16 @@ from kernels.patterns import Pattern
 
 @dataclass(frozen=True, eq=False)
 class BlockLayout:
-    """Key blocks that each block of 64 queries reads: those of row r are col_idx[row_ptr[r] : row_ptr[r + 1]], ascending.
+    """The key blocks that each block of 64 queries reads: row r reads col_idx[row_ptr[r] : row_ptr[r + 1]], ascending.
 
-    Rows and columns count absolute positions // 64, so a block of keys is a page of a sequence's table. The diagonal block
-    is every row's last. col_idx and partial have one entry of padding, which kernels load ahead and never use.
+    Rows and columns count absolute positions // 64, so a block of keys is a page of a sequence's table. Every row ends with
+    its diagonal block. col_idx and partial have one entry of padding, which kernels load ahead and never use.
     """
 
     row_ptr: Tensor  # (rows + 1,) int32
     col_idx: Tensor  # (blocks + 1,) int32
     partial: Tensor  # (blocks + 1,) int32: 0 where every query of the block sees every key
-    max_blocks: int  # blocks of the longest row
+    max_blocks: int  # in the longest row
 
 
 def block_layout(pattern: Pattern, num_positions: int, device: torch.device) -> BlockLayout:

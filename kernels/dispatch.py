@@ -9,9 +9,9 @@ from kernels.ops import Ops
 
 
 def choose(device: torch.device, choice: KernelChoice) -> Ops:
-    """The implementation that serves `device`. "triton" runs the GPU path on CPU tensors, for tests.
+    """The implementation that serves `device`. "triton" runs the GPU kernels on CPU tensors, for tests.
 
-    Raises ValueError where that is asked for without Triton's interpreter, and where the interpreter would run on a GPU.
+    Raises ValueError if these would run on a CPU without Triton's interpreter, or on a GPU in it.
     """
     if device.type == "cuda" or choice == "triton":
         interpreted = os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,8 +1,8 @@
-"""Names that configurations and settings use for what this folder offers. Imports nothing."""
+"""Names of what this folder offers, for configurations and settings. Imports nothing."""
 
 from typing import Literal
 
 PatternKind = Literal["dense", "banded", "strided", "fixed"]
 Activation = Literal["gelu_new", "gelu", "relu"]
-# auto: Triton on CUDA, PyTorch on CPUs. triton: Triton's interpreter on a CPU, for tests.
+# auto: Triton on CUDA, PyTorch on a CPU. triton: Triton's interpreter on a CPU, for tests.
 KernelChoice = Literal["auto", "triton"]

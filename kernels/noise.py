@@ -1,4 +1,4 @@
-"""Random numbers as hashes of (seed, choice, position, token): the same in any batch, on any device, in any order."""
+"""Random numbers as hashes of (seed, choice, position, token), which are the same in any batch and order, on any device."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ def row_keys(seed: Tensor, choice: Tensor, position: Tensor) -> Tensor:
 
 
 def gumbel(keys: Tensor, ids: Tensor) -> Tensor:
-    """Gumbel noise (B, n) fp32: a function of each row's key (B,) and of the token ids, (n,) or (B, n), alone."""
+    """Gumbel noise (B, n) fp32. It depends only on each row's key (B,) and on the token ids, (n,) or (B, n)."""
     numbers = shift_right(mix(keys[:, None] ^ (ids + 1)), 11)
-    # 53 bits rounded to fp32 are finest near 0, where -log(1 - u) makes the largest noise.
+    # u is finest near 0, where -log(1 - u) makes the largest noise.
     exponential = -torch.log1p(-((numbers.float() + 0.5) * 2.0**-53).clamp_max(1 - 2.0**-24))
     return -exponential.log()
 
@@ -26,5 +26,5 @@ def mix(x: Tensor) -> Tensor:
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64's own copies the sign."""
+    """Logical shift; >> on int64 copies the sign."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)

@@ -11,12 +11,13 @@ from kernels.names import PatternKind
 class Pattern(NamedTuple):
     """An attention pattern. All are causal and let a query see itself.
 
-    - dense: every key before.
-    - banded: the last `size` keys, itself included.
-    - strided: the last `size` keys, and every `size`-th key before (Sparse Transformer, both of its heads in one).
-    - fixed: the keys of its own block of `size`, and the last `summary` keys of every earlier block (likewise).
+    - dense: every earlier key.
+    - banded: the last `size` keys, the query's own included.
+    - strided: the last `size` keys, and every `size`-th key ahead of them.
+    - fixed: the keys of the query's own block of `size`, and the last `summary` keys of every earlier block.
 
-    Source of the last two: Child et al. 2019, "Generating Long Sequences with Sparse Transformers", section 4.3.
+    The last two join both heads of the Sparse Transformer in one: Child et al. 2019, "Generating Long Sequences with Sparse
+    Transformers", section 4.3.
     """
 
     kind: PatternKind = "dense"
@@ -25,12 +26,12 @@ class Pattern(NamedTuple):
 
     @property
     def band(self) -> int | None:
-        """Keys that a query sees at most, where they are consecutive; None where any earlier key may be seen."""
+        """The most keys that a query sees, if they are consecutive; None if it may see any earlier key."""
         return self.size if self.kind == "banded" else None
 
     @property
     def is_sparse(self) -> bool:
-        """Whether the keys are scattered, so that a block layout says where they are."""
+        """Whether the keys are scattered, so that the pattern needs a block layout."""
         return self.kind in ("strided", "fixed")
 
     def sees(self, q: Any, k: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What attention reads in one step: built once per step and attention pattern, shared by all layers that have it."""
+"""What attention reads in one step. A plan is built once per step and attention pattern, for all layers of that pattern."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,35 +12,33 @@ from kernels.band import PAGE_SIZE, first_key, pages_of_tile, pages_spanned
 from kernels.block_layout import BlockLayout
 from kernels.patterns import Pattern
 
-# Stands in Tile.page_ids.
-NO_PAGE = -1
+NO_PAGE = -1  # in Tile.page_ids
 
 
 class PageList(NamedTuple):
-    """The R live pages of a decode step as one flat list: raggedness, paging and the pattern are which pages stand in it."""
+    """The R live pages of a decode step as one flat list: ragged lengths, paging and the pattern decide what it holds."""
 
     page_ids: Tensor  # (R,) int64, ordered by sequence, then by position
-    owners: Tensor  # (R,) int64: which of the B each page belongs to
+    owners: Tensor  # (R,) int64: which of the B sequences each page belongs to
     visible: Tensor  # (R, PAGE_SIZE) bool: keys that the query sees
-    # (B + 1,) int64: where each sequence's pages begin, and the end. Its last page is the only one with unwritten keys.
-    offsets: Tensor
+    offsets: Tensor  # (B + 1,) int64: where each sequence's pages begin, and the end. Only its last has unwritten keys
 
 
 @dataclass(frozen=True, eq=False)
 class DecodePlan:
-    """B sequences with one query each, which stands behind all their keys."""
+    """B sequences with one query each, whose key is the sequence's last."""
 
-    # (B, W + 1) int32: page id of each 64 positions; dead entries are never followed, the last is padding (see
-    # prefill_attention.py).
+    # (B, W + 1) int32: page id of each 64 positions. No kernel follows a dead entry. The last entry is padding, which GPU
+    # kernels load ahead.
     page_table: Tensor
     lengths: Tensor  # (B,) int64, each at least 1: keys so far, the query's own included
     pattern: Pattern
-    layout: BlockLayout | None  # where the pattern is sparse
+    layout: BlockLayout | None  # given exactly where the pattern is sparse
 
     @cached_property
     def page_list(self) -> PageList:
-        """The form that the CPU path works on. Its size depends on the lengths, so making it waits for the device."""
-        own_page = (self.lengths - 1) // PAGE_SIZE  # (B,) that of the query itself
+        """The form that CPU implementations take. Its size depends on the lengths, so building it waits for the device."""
+        own_page = (self.lengths - 1) // PAGE_SIZE  # (B,) the page of the query's own key
         if self.layout is None:
             band = self.pattern.band
             first_page = (self.lengths - band).clamp_min(0) // PAGE_SIZE if band else torch.zeros_like(own_page)
@@ -61,7 +59,7 @@ class DecodePlan:
 
 
 class Tile(NamedTuple):
-    """The T queries of a chunk that stand in one page, and what they see: n pages, of which the last is their own."""
+    """The T queries of a chunk that lie in one page, and the n pages that they see. The last of these is their own page."""
 
     rows: slice  # of q
     page_ids: list[int]  # n, ordered by position; NO_PAGE where no query of this chunk sees the page
@@ -72,12 +70,12 @@ class Tile(NamedTuple):
 
 
 class TileList(NamedTuple):
-    """Tiles as tensors, without the pages that nobody sees."""
+    """Tiles as tensors, for native code; pages that no query of the chunk sees are left out."""
 
     rows: Tensor  # (tiles, 3) int64: first row of q, T, and how many keys of the last page have been written
     offsets: Tensor  # (tiles + 1,) int64: where each tile's pages begin in the next two, and the end
     page_ids: Tensor  # int64
-    masks: Tensor  # int64: which of `hidden` says what is hidden of the page; -1 where nothing is
+    masks: Tensor  # int64: index into `hidden` for each page; -1 where every query sees the whole page
     hidden: Tensor  # (masks, PAGE_SIZE, PAGE_SIZE) bool: keys by queries
 
 
@@ -104,13 +102,13 @@ class PrefillPlan:
 
     @cached_property
     def tiles(self) -> list[Tile]:
-        """The form that the CPU path works on: a query's pages are the same wherever its chunk begins and ends."""
+        """The form that kernels.torch_ops takes. A query's pages are the same wherever its chunk begins and ends."""
         found, begin = [], 0
         for table, start, length in zip(self.page_table.tolist(), self.starts, self.lengths, strict=True):
             stop = start + length
             for tile in pages_spanned(start, stop):
                 pages = self._pages_of_tile(tile)
-                # Pages that only queries before `start` see may have gone back.
+                # Pages that only queries ahead of `start` see may have been freed.
                 seen_from = first_key(start, self.pattern.band) // PAGE_SIZE
                 page_ids = [table[page] if page >= seen_from else NO_PAGE for page in pages]
                 first, last = max(start, tile * PAGE_SIZE), min(stop, (tile + 1) * PAGE_SIZE)
@@ -122,9 +120,9 @@ class PrefillPlan:
 
     @cached_property
     def tile_list(self) -> TileList:
-        """The form that compiled code works on."""
+        """The form that native code takes."""
         rows, offsets, page_ids, masks = [], [0], [], []
-        hidden = [torch.zeros(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool)]  # nothing, so that there is one
+        hidden = [torch.zeros(PAGE_SIZE, PAGE_SIZE, dtype=torch.bool)]  # unused: torch.stack needs at least one
         for tile in self.tiles:
             count = tile.rows.stop - tile.rows.start
             for page, page_id in enumerate(tile.page_ids):
@@ -136,7 +134,7 @@ class PrefillPlan:
                     hidden.append(F.pad(tile.hidden[page].T, (0, PAGE_SIZE - count)))
             rows.append((tile.rows.start, count, PAGE_SIZE - tile.unwritten))
             offsets.append(len(page_ids))
-        ids = torch.tensor(page_ids, dtype=torch.int64)  # none where there are no tiles, and floats if nobody said
+        ids = torch.tensor(page_ids, dtype=torch.int64)  # without a dtype, an empty list would give floats
         return TileList(torch.tensor(rows), torch.tensor(offsets), ids, torch.tensor(masks), torch.stack(hidden))
 
     def _pages_of_tile(self, tile: int) -> list[int]:
@@ -152,7 +150,7 @@ class StepPlan(NamedTuple):
     slot_mapping: Tensor  # (N,) page * PAGE_SIZE + offset of each token's key
     decode: DecodePlan | None
     prefill: PrefillPlan | None
-    num_decodes: int  # the first tokens
+    num_decodes: int  # these tokens come first
 
 
 def hidden_keys(pattern: Pattern, positions: range, pages: list[int]) -> dict[int, Tensor]:

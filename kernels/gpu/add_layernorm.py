@@ -20,14 +20,14 @@ def _add_layernorm(
     eps,
     BLOCK: tl.constexpr,
 ):
-    """One row, held in registers: mean first, then the mean of squared differences, which can't cancel."""
+    """One row, held in registers: the mean first, then the mean of squared differences, which can't cancel."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     mask = i < C
     total = tl.load(x_ptr + row * x_stride + i, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         total += tl.load(residual_ptr + row * residual_stride + i, mask=mask, other=0.0).to(tl.float32)
-        # The statistics are those of the sum that the next layer reads back.
+        # Statistics of the rounded sum: that is what the next layer reads back.
         rounded = total.to(total_ptr.dtype.element_ty)
         tl.store(total_ptr + row * C + i, rounded, mask=mask)
         total = rounded.to(tl.float32)
@@ -44,9 +44,9 @@ def _add_layernorm(
 def add_layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """(LayerNorm(total), total) of total = x + residual, rounded to the dtype; without a residual, total is x itself.
+    """(LayerNorm(total), total), where total is x + residual rounded to the dtype, or x itself without a residual.
 
-    x and residual (N, C) may have their rows apart, weight and bias (C,) may be None; all of one dtype. Statistics in fp32.
+    Rows of x and residual (N, C) may lie apart. weight and bias (C,) may be None. All have one dtype; statistics are fp32.
     Keeps no gradient.
     """
     num_rows, width = x.shape
@@ -85,5 +85,5 @@ def add_layernorm(
 
 
 def num_warps(block: int) -> int:
-    """8 to 32 elements a thread: the row stays in registers; never tuned."""
+    """8 to 32 elements per thread, so that the row stays in registers. Never tuned."""
     return min(max(block // 256, 1), 16)

@@ -1,9 +1,9 @@
-"""Compiles every kernel as it is launched, for GPUs that need not be here, and holds it to what can be seen without running.
+"""Compiles every kernel as it is launched, for GPUs that this machine need not have, and checks the compiled code.
 
     python -m kernels.gpu.aot
 
-Prints a line per configuration and fails where one spills, misses the tensor cores, moves wide tensors in narrow pieces, has
-fewer tiles under way than its pipeline has stages for, or fits an SM fewer times than it did. Says nothing about time.
+Prints a line per configuration. Fails if one spills, misses the tensor cores, moves wide tensors in narrow pieces, has fewer
+tiles in flight than its pipeline has stages for, or fits an SM fewer times than BLOCKS_AT_LEAST. Says nothing about time.
 """
 
 import math
@@ -60,9 +60,8 @@ KERNELS = {
 }
 PIPELINED = ("prefill", "block_sparse", "decode")
 
-# CUDA C++ Programming Guide, "Compute Capabilities": what an SM has, in bytes, and what one block may have of it.
+# Limits of an SM: CUDA C++ Programming Guide, "Compute Capabilities".
 SHARED_BYTES = {80: 164 * 1024, 90: 228 * 1024}
-SHARED_BYTES_OF_BLOCK = {80: 163 * 1024, 90: 227 * 1024}
 RESERVED_BYTES = 1024  # of shared memory, for each block
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
 
@@ -88,18 +87,18 @@ class Report(NamedTuple):
     num_stages: int
     registers: int  # of a thread
     local_bytes: int  # of a thread: stack and local memory
-    spills: int  # instructions that move local memory
+    spills: int  # instructions that access local memory
     shared_bytes: int
     math: str  # HGMMA, HMMA, FMA
-    wide_loads: int  # instructions that load 16 bytes a thread from global memory
-    narrow: tuple[str, ...]  # accesses to wide tensors with fewer
+    wide_loads: int  # instructions that load 16 bytes per thread from global memory
+    narrow: tuple[str, ...]  # accesses to wide tensors that move fewer bytes
     tiles_in_flight: int
     buffers: int  # tiles of K, and as many of V, that shared memory holds
     blocks: int  # that fit an SM
 
 
-# Blocks that fit an SM, of the worst of a kernel's configurations, by head size padded (attention; else 0), then by compute
-# capability and bytes of an element. Literal, so that a change that costs some shows.
+# How many blocks fit an SM in a kernel's worst configuration. By padded head size (0 for kernels without heads), then by
+# compute capability and bytes of an element. Literal, so that a change that costs blocks shows.
 BLOCKS_AT_LEAST = {
     ("prefill", 64): {(80, 2): 1, (80, 4): 2, (90, 2): 3, (90, 4): 2},
     ("prefill", 128): {(80, 2): 1, (80, 4): 1, (90, 2): 2, (90, 4): 1},
@@ -117,7 +116,7 @@ BLOCKS_AT_LEAST = {
 
 
 def configurations() -> list[Configuration]:
-    """All that ship, in the order they are printed."""
+    """All that ship, in the order of the table."""
     found = []
     for capability, dtype in product(CAPABILITIES, DTYPES):
         for size, pattern in product(NUM_HEADS, PATTERNS.values()):
@@ -132,16 +131,15 @@ def configurations() -> list[Configuration]:
 
 
 def launch(configuration: Configuration) -> None:
-    """Call the launcher with tensors laid out as the model's: shapes, strides and alignment decide what Triton compiles."""
+    """Call the launcher with tensors laid out like the model's: their shapes and strides decide what Triton compiles."""
     kernel, _, dtype_name, size, variant = configuration
     dtype = DTYPES[dtype_name]
     if kernel == "add_layernorm":
         x, weight = torch.empty(2, size, dtype=dtype), torch.empty(size, dtype=dtype)
         triton_ops.add_layernorm(x, x, weight, weight, 1e-5)
     elif kernel == "bias_activation":
-        triton_ops.bias_activation(
-            torch.empty(2, size, dtype=dtype), torch.empty(size, dtype=dtype), cast(Activation, variant)
-        )
+        x, bias = torch.empty(2, size, dtype=dtype), torch.empty(size, dtype=dtype)
+        triton_ops.bias_activation(x, bias, cast(Activation, variant))
     elif kernel == "sample":
         launch_sample(size)
     else:
@@ -149,7 +147,7 @@ def launch(configuration: Configuration) -> None:
 
 
 def launch_with_pages(kernel: str, dtype: torch.dtype, head_dim: int, kind: str) -> None:
-    """q, k and v are slices of a fused projection; the table has a page for each 64 positions, and one more."""
+    """q, k and v are slices of a fused projection. The page table has an entry for each 64 positions, and one more."""
     num_heads = NUM_HEADS[head_dim]
     q, k, v = torch.empty(2, 3, num_heads, head_dim, dtype=dtype).unbind(1)
     pages = torch.empty(1, num_heads, PAGE_SIZE, head_dim, dtype=dtype)
@@ -162,9 +160,8 @@ def launch_with_pages(kernel: str, dtype: torch.dtype, head_dim: int, kind: str)
     if kernel in ("prefill", "block_sparse"):
         triton_ops.prefill_attention(q, pages, pages, PrefillPlan(table, [0, 0], [1, 1], pattern, layout), 1.0)
     else:
-        triton_ops.decode_attention(
-            q, pages, pages, DecodePlan(table, torch.ones(2, dtype=torch.int64), pattern, layout), 1.0
-        )
+        lengths = torch.ones(2, dtype=torch.int64)
+        triton_ops.decode_attention(q, pages, pages, DecodePlan(table, lengths, pattern, layout), 1.0)
 
 
 def launch_sample(vocab_size: int) -> None:
@@ -177,7 +174,7 @@ def launch_sample(vocab_size: int) -> None:
 
 
 class Driver:
-    """Stands in for Triton's CUDA driver up to the point where a launch would compile."""
+    """Replaces Triton's CUDA driver up to the point where a launch would compile."""
 
     def __init__(self, capability: Capability) -> None:
         self.target = GPUTarget("cuda", capability, 32)
@@ -195,8 +192,8 @@ class Driver:
 def source_and_options(configuration: Configuration) -> tuple[ASTSource, dict[str, Any]]:
     """What Triton would compile if the launcher ran on such a GPU: types, divisibility, constants and options.
 
-    Taken from Triton's own launch, because a kernel compiled with other attributes is not the one that runs: without the
-    divisibility of pointers and strides it has no 16-byte copies, and no pipeline.
+    They come from Triton's own launch. With other attributes it would compile a kernel that never runs: without the
+    divisibility of pointers and strides, one without 16-byte copies and without a pipeline.
     """
     launched = []
 
@@ -215,17 +212,17 @@ def source_and_options(configuration: Configuration) -> tuple[ASTSource, dict[st
 
 
 def compile_(configuration: Configuration) -> Report:
-    """Compile and inspect. Raises RuntimeError with the configuration's name, also in Triton's interpreter."""
+    """Compile and inspect. Raises RuntimeError with the configuration's name, or if Triton's interpreter is on."""
     if triton.knobs.runtime.interpret:
         raise RuntimeError(IN_INTERPRETER)
     try:
         return inspect(configuration, *source_and_options(configuration))
-    except Exception as error:  # Triton's own don't survive the way back from a worker
+    except Exception as error:  # Triton's exceptions don't survive the way back from a worker
         raise RuntimeError(f"{configuration}: {type(error).__name__}: {error}") from error
 
 
 def inspect(configuration: Configuration, source: ASTSource, options: dict[str, Any]) -> Report:
-    """Compile `source` for the configuration's GPU, and take its assembly apart."""
+    """Compile `source` for the configuration's GPU, and read its assembly."""
     compiled = triton.compile(source, target=GPUTarget("cuda", configuration.capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -262,7 +259,7 @@ def resource_usage(dump: str) -> tuple[int, int]:
 
 
 def opcodes(dump: str) -> Counter[str]:
-    """How often each opcode, with its suffixes, stands in a SASS listing."""
+    """How often a SASS listing has each opcode, with its suffixes."""
     return Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*)", dump, re.MULTILINE))
 
 
@@ -271,9 +268,9 @@ def count(ops: Counter[str], name: str, suffix: str = "") -> int:
 
 
 def tiles_in_flight(ttgir: str) -> tuple[int, int]:
-    """Tiles (K and V) on their way while one is worked on, and the tiles of K that shared memory has room for.
+    """Tiles (K and V) in flight while another is multiplied, and how many tiles of K shared memory has room for.
 
-    The wait in the loop leaves n groups of copies pending, a group each for K and V; then the loop starts the next tile.
+    The wait in the loop leaves n groups of copies pending, one each for K and V. Then the loop starts the next tile.
     """
     _, _, loop = ttgir.partition("scf.for")
     waits = [int(n) for n in re.findall(r"ttg\.async_wait %.*\{num = (\d+)", loop)]
@@ -282,11 +279,11 @@ def tiles_in_flight(ttgir: str) -> tuple[int, int]:
 
 
 def narrow_accesses(ttgir: str, ptx: str) -> tuple[str, ...]:
-    """Places that load or store a tensor of 512 elements or more in pieces below 16 bytes (4 where an element is a byte)."""
+    """Places that access a tensor of 512 elements or more in pieces below 16 bytes (4 for elements of one byte)."""
     found = []
     narrowest = access_bytes(ptx)
     for place, bits in sorted(wide_tensors(ttgir).items()):
-        # A place without an access would be one that this file has failed to find.
+        # A place without an access is one that this file failed to find: report it too.
         num_bytes = narrowest.get(place, 0)
         if num_bytes < (4 if bits <= 8 else 16):
             found.append(f"{place} of {num_bytes} bytes")
@@ -296,7 +293,7 @@ def narrow_accesses(ttgir: str, ptx: str) -> tuple[str, ...]:
 def wide_tensors(ttgir: str) -> dict[str, int]:
     """Places that load, store or copy a tensor of 512 elements or more, and the bits of its elements.
 
-    A place is "file:line:column" and, in an inlined function, " @ " and the place of the call.
+    A place is "file:line:column". In an inlined function " @ " and the place of the call follow.
     """
     definitions = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", ttgir, re.MULTILINE))
 
@@ -325,14 +322,14 @@ def access_bytes(ptx: str) -> dict[str, int]:
 
 
 def blocks_of_sm(capability: Capability, registers: int, shared_bytes: int, num_warps: int) -> int:
-    """Blocks that fit an SM: registers go to warps by 256, in four quarters, and shared memory to blocks by 128 bytes."""
+    """Blocks that fit an SM, which allocates registers by 256 in each of its quarters, and shared memory by 128 bytes."""
     warps = 4 * (REGISTERS // 4 // (triton.cdiv(registers * 32, 256) * 256))
     shared = triton.cdiv(shared_bytes, 128) * 128 + RESERVED_BYTES
     return min(warps // num_warps, SHARED_BYTES[capability] // shared, WARPS // num_warps, BLOCKS)
 
 
 def tensor_cores(configuration: Configuration) -> str | None:
-    """The tensor cores that a kernel must use; wgmma takes 64 queries, a decode step has one. fp32 products use none."""
+    """The tensor cores that a kernel must use. HGMMA takes 64 queries, so decode has HMMA; fp32 products have neither."""
     if configuration.dtype == "fp32" or configuration.kernel not in PIPELINED:
         return None
     return "HGMMA" if configuration.capability == 90 and configuration.kernel != "decode" else "HMMA"
@@ -350,8 +347,8 @@ def problems(report: Report) -> list[str]:
     tiles = report.num_stages - 1
     if c.kernel in PIPELINED and (report.tiles_in_flight != tiles or report.buffers < tiles):
         found.append(f"{report.tiles_in_flight} tiles in flight, in {report.buffers} buffers, not {tiles}")
-    if report.shared_bytes > SHARED_BYTES_OF_BLOCK[c.capability]:
-        found.append(f"needs {report.shared_bytes} bytes of shared memory of {SHARED_BYTES_OF_BLOCK[c.capability]}")
+    if report.shared_bytes > (most := SHARED_BYTES[c.capability] - RESERVED_BYTES):
+        found.append(f"needs {report.shared_bytes} bytes of shared memory of {most}")
     head_dim = padded_head_dim(c.size) if c.variant in PATTERNS else 0
     blocks = BLOCKS_AT_LEAST[c.kernel, head_dim][c.capability, DTYPES[c.dtype].itemsize]
     if report.blocks < blocks:
@@ -360,13 +357,13 @@ def problems(report: Report) -> list[str]:
 
 
 def row(report: Report) -> str:
-    """A report in a line, under the names of its fields; of narrow accesses the number."""
+    """A line of the table. Narrow accesses are counted."""
     values = report._replace(narrow=len(report.narrow))._asdict()  # type: ignore[arg-type]
     return f"{values.pop('configuration')!s:<40}" + "".join(f"  {value:>{len(name)}}" for name, value in values.items())
 
 
 def main() -> None:
-    """Print the table; exit with 1 and the list of problems where there are some."""
+    """Print the table. Exit with 1 and the list of problems if there are any."""
     if triton.knobs.runtime.interpret:
         sys.exit(IN_INTERPRETER)
     found = []

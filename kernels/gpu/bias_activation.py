@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels.names import Activation
 
-BLOCK = 1024  # columns of a program: 16 bytes a thread in 4 warps; never tuned
+BLOCK = 1024  # columns of a program: 16 bytes per thread in 4 warps; never tuned
 NUM_WARPS = 4
 SQRT_8_OVER_PI = tl.constexpr(math.sqrt(8 / math.pi))
 SQRT_HALF = tl.constexpr(math.sqrt(0.5))
@@ -33,21 +33,21 @@ def _bias_activation(
     if bias_ptr is not None:
         x += tl.load(bias_ptr + i, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION == "gelu_new":
-        # (1 + tanh(z / 2)) / 2 is the logistic function of z. Its exponential has an argument <= 0: it can't overflow.
+        # (1 + tanh(z / 2)) / 2 is the logistic function of z. exp of -|z| can't overflow.
         z = SQRT_8_OVER_PI * (x + 0.044715 * x * x * x)
         small = tl.exp(-tl.abs(z))
         y = x * tl.where(z < 0, small, 1.0) / (1.0 + small)
     elif ACTIVATION == "gelu":
         y = 0.5 * x * (1.0 + tl.erf(x * SQRT_HALF))
     else:
-        y = tl.where(x < 0, 0.0, x)  # a NaN stays one: tl.maximum would hide it
+        y = tl.where(x < 0, 0.0, x)  # keeps a NaN, which tl.maximum would hide
     tl.store(x_ptr + row * x_stride + i, y.to(x_ptr.dtype.element_ty), mask=mask)
 
 
 def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> Tensor:
-    """activation(x + bias), in place: x (N, C) may have its rows apart, bias (C,) of the same dtype may be None.
+    """activation(x + bias), in place. Rows of x (N, C) may lie apart; bias (C,) has the same dtype or is None.
 
-    "gelu_new" is the tanh form, "gelu" the one with erf. Computes in fp32 and keeps no gradient.
+    "gelu_new" is the tanh form, "gelu" the erf form. Computes in fp32 and keeps no gradient.
     """
     num_rows, width = x.shape
     assert activation in get_args(Activation), f"unknown activation {activation!r}"

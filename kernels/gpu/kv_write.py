@@ -14,7 +14,7 @@ def _kv_write(
     v_ptr,  # (N, H, D)
     k_pages_ptr,  # (P, H, PAGE, D)
     v_pages_ptr,  # (P, H, PAGE, D)
-    slots_ptr,  # (N,) int64
+    slot_mapping_ptr,  # (N,) int64
     k_stride,
     v_stride,
     H: tl.constexpr,
@@ -24,9 +24,9 @@ def _kv_write(
 ):
     """All heads of one token."""
     token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
+    slot = tl.load(slot_mapping_ptr + token)
     target = slot // PAGE * (H * PAGE * D) + slot % PAGE * D
-    # Inside a page 32 bits are enough. D is a multiple of 16, so that runs of 16 bytes stay in one head.
+    # 32 bits are enough inside a page. D is a multiple of 16, so 16 bytes never straddle two heads.
     i = tl.arange(0, BLOCK)
     inside = i // D * (PAGE * D) + i % D
     mask = i < H * D
@@ -39,8 +39,9 @@ def _kv_write(
 def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
     """Scatter k and v (N, H, D) into contiguous pages (P, H, PAGE_SIZE, D) of the same dtype.
 
-    Rows of k and v may lie apart, as in slices of a fused qkv, the heads of a row not. slot_mapping (N,) int64 is
-    page * PAGE_SIZE + offset of each token, inside the pages, which nothing checks; of tokens that share one, any may win.
+    Rows of k and v may lie apart, as in slices of a fused qkv; the heads of a row may not. slot_mapping (N,) int64 is
+    page * PAGE_SIZE + offset of each token. Nothing checks that it lies inside the pages. If two tokens share a slot, either
+    may win.
     """
     num_tokens, num_heads, head_dim = k.shape
     assert v.shape == k.shape, f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}"
@@ -75,5 +76,5 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
 
 
 def num_warps(block: int) -> int:
-    """16 bytes a thread where a token is small, at most 8 warps; never tuned."""
+    """16 bytes per thread, in at most 8 warps. Never tuned."""
     return min(max(block // 256, 1), 8)

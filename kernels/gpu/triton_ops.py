@@ -1,4 +1,4 @@
-"""The served GPU path: the Triton launchers, one file each. See kernels.ops.Ops."""
+"""The ops on a GPU: Triton launchers, one file each. See kernels.ops.Ops."""
 
 from collections.abc import Sequence
 
@@ -46,7 +46,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
     assert isinstance(weight, Tensor), "int8 products are for CPUs"
     if activation is None:
         return F.linear(x, weight, bias)
-    # The bias is added with the activation, so that the product's output is read and written once more only.
+    # Adding the bias with the activation saves a pass over the product.
     return bias_activation(F.linear(x, weight), bias, activation)
 
 

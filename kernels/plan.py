@@ -63,10 +63,9 @@ class Tile(NamedTuple):
 
     rows: slice  # of q
     page_ids: list[int]  # n, ordered by position; NO_PAGE where no query of this chunk sees the page
-    hidden: dict[
-        int, Tensor
-    ]  # index among the n pages: keys (T, PAGE_SIZE) that a query does not see. Only where there are some
-    unwritten: int  # keys at the end of the last page that nobody has written yet
+    # By index among the n pages: which keys (T, PAGE_SIZE) a query does not see. Only of pages that hide a key.
+    hidden: dict[int, Tensor]
+    unwritten: int  # keys at the end of the last page that have not been written yet
 
 
 class TileList(NamedTuple):

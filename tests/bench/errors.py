@@ -47,7 +47,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[Ops], Tensor]]:
 
 
 def main() -> None:
-    print("max |error| of elements of magnitude 1 to 8, of which rounding to the dtype alone makes up most")
+    print("max |error| of elements of magnitude 1 to 8; most of it comes from rounding to the dtype")
     print(f"{'':<18}" + "".join(f"{str(dtype)[6:] + ', ' + path:>22}" for dtype in DTYPES for path in ("CPU", "Triton")))
     by_dtype = [cases(dtype) for dtype in DTYPES]
     with exact_bf16():

@@ -1,8 +1,8 @@
-"""`make gpu-check`: the tests that need a GPU, every kernel's speed beside PyTorch's, and random models served over HTTP.
+"""`make gpu-check`: the tests that need a GPU, every kernel's speed next to PyTorch's, and random models served over HTTP.
 
-Writes one report, tests/bench/results/gpu-check-<device>.md, and exits with 1 where a test fails, a result is wrong or
-something of ours does not run; a missed goal is no failure. `make gpu-check DRY=1` is the same command at toy size on a CPU,
-with Triton interpreted: it shows that the command works, and measures nothing.
+Writes one report, tests/bench/results/gpu-check-<device>.md. Exits with 1 if a test fails, a result is wrong or something of
+ours does not run; a missed goal is no failure. `make gpu-check DRY=1` is the same command at toy size on a CPU, in Triton's
+interpreter: it shows that the command works, and measures nothing.
 """
 
 import argparse
@@ -47,10 +47,10 @@ NO_GPU = "no CUDA device; `make gpu-check DRY=1` runs the same command at toy si
 
 
 class Run(NamedTuple):
-    """What the command does: REAL and DRY differ in nothing else."""
+    """What the command does. REAL and DRY differ only in this."""
 
     command: str
-    label: str  # beside every figure, in place of how it compares with a goal
+    label: str  # next to every figure, in place of the verdict on its goal
     tests: tuple[str, ...]  # arguments of pytest
     shapes: Shapes
     models: dict[str, GPTConfig]
@@ -71,7 +71,7 @@ DRY = Run("make gpu-check DRY=1", "dry run: not a measurement", DRY_TESTS, kerne
 
 
 class Limits(NamedTuple):
-    """TB/s of a device's memory and its dense bf16 TFLOP/s."""
+    """A device's TB/s of memory and TFLOP/s of dense bf16 products."""
 
     bandwidth: float
     compute: float
@@ -125,7 +125,7 @@ class Setting(NamedTuple):
 
     @property
     def limits(self) -> Limits:
-        """What shares are taken of: the data sheet's limits, or for a device that is not in the table the measured ones."""
+        """The limits for every "of the limit": the data sheet's, or the measured ones if the device is not in the table."""
         return LIMITS.get(self.name, self.measured)
 
 
@@ -150,7 +150,7 @@ def describe(setting: Setting) -> Section:
         f"{run.shapes.matmul}^3{run.remark}",
     }
     lines = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-    work = "Achieved is useful work over the median time: what seen keys take, whatever a kernel reads and multiplies."
+    work = "Achieved is useful work over the median time: only seen keys count, whatever else a kernel reads and multiplies."
     return Section(f"# GPU check: {setting.name}\n\n{lines}\n\n{work}", [])
 
 
@@ -219,11 +219,11 @@ def speedups(rows: list[Row], run: Run) -> str:
             banded = median.get(attention_name(op, Pattern("banded", run.shapes.band), dim))
             if dense and banded:
                 lines.append([f"{op}, D {dim}", f"{dense / banded:.2f} x", run.label or goal.verdict(dense / banded)])
-    return table("banded beside dense | faster | goal", lines)
+    return table("banded next to dense | faster | goal", lines)
 
 
 def serve(model: str, setting: Setting) -> Section:
-    """A random model over HTTP, which takes as long as a trained one, and the CPU time of its decode steps."""
+    """A random model over HTTP (a trained one takes as long), and the CPU time of its decode steps."""
     run, device, config = setting.run, setting.device, setting.run.models[model]
     print(f"serving {model}", file=sys.stderr, flush=True)
     path = setting.scratch / model
@@ -246,7 +246,7 @@ def serve(model: str, setting: Setting) -> Section:
 
 def served_line(asked: Workload, result: Result, config: GPTConfig, setting: Setting) -> list[str]:
     label = setting.run.label
-    seconds = sum(result.gaps) / (asked.requests * (asked.output - 1))  # of a token behind the first
+    seconds = sum(result.gaps) / (asked.requests * (asked.output - 1))  # per token after the first
     first = percentile_ms(result.first_token)
     figures = [f"{result.tokens_per_second:.1f}", f"{first:.1f}", f"{1e3 * seconds:.2f}"]
     if asked.streams > 1:
@@ -261,7 +261,7 @@ def percentile_ms(seconds: list[float]) -> float:
 
 
 def weights_read(config: GPTConfig) -> int:
-    """Parameters that a decode step reads: all but the positions, of which it takes one. The tied head is the whole wte."""
+    """Parameters that a decode step reads: all but the positions, of which it reads one. The tied head reads all of wte."""
     with torch.device("meta"):
         model = GPT(config)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name != "wpe.weight")
@@ -309,7 +309,7 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def release(device: torch.device) -> None:
-    """Give back what nobody holds any more: a server takes what is left of a GPU's memory."""
+    """Free unused memory: a server takes all that is left on a GPU."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -323,7 +323,7 @@ def output_of(*command: str) -> str:
 
 
 def attempt(name: str, section: Callable[[Setting], Section], setting: Setting) -> Section:
-    """A section that does not run is a failure, and the others still are."""
+    """A section that does not run is a failure, and the others still run."""
     try:
         return section(setting)
     except Exception as problem:
@@ -332,7 +332,7 @@ def attempt(name: str, section: Callable[[Setting], Section], setting: Setting) 
 
 
 def check(run: Run, device: torch.device, directory: Path) -> int:
-    """Run everything, write the report into `directory`, print it; the exit status."""
+    """Run everything, write the report into `directory` and print it. Returns the exit status."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU {platform.machine()}"
     with tempfile.TemporaryDirectory() as scratch:
         setting = Setting(run, device, name, Limits(*kernels.measured_limits(run.shapes, device)), Path(scratch))

@@ -1,4 +1,4 @@
-"""Every kernel on one table of cases: held to the reference first, then timed beside what PyTorch has for the same work."""
+"""One table of cases for all kernels: each is held to the reference, then timed next to PyTorch on the same work."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +18,8 @@ from kernels.sampling_state import SamplingState
 from tests.kernels.paged import DecodeCase, PrefillCase, decode_case, prefill_case
 
 OURS, PYTORCH = "Banded", "PyTorch"
-# Largest relative error (L2) of a row of a result: twice what rounding to the dtype makes. Without one page of 64 a row of
-# 2048 keys is wrong by 0.18.
+# Largest relative error (L2) of a row of a result: twice that of rounding to the dtype. A row of 2048 keys that misses one
+# page of 64 is wrong by 0.18.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 Unit = Literal["TB/s", "TFLOP/s"]
@@ -55,7 +55,7 @@ DRY = Shapes(torch.float32, 128, (64, 128), 128, 2, 1, 64, 32, 8, 5, 2, 5000, 1 
 
 
 class Task(NamedTuple):
-    """One op on one input, and the work that it takes at least: bytes moved, or FLOPs."""
+    """One op on one input, and the least work that it takes: bytes moved, or FLOPs."""
 
     name: str
     work: int
@@ -64,7 +64,7 @@ class Task(NamedTuple):
 
 
 class Case(NamedTuple):
-    """A task, its right result, and who does it how. A way prepares its inputs and returns the call that is timed."""
+    """A task, its right result, and the ways to do it. A way prepares its inputs and returns the call that is timed."""
 
     task: Task
     expected: Output
@@ -92,7 +92,7 @@ class WrongResultError(ValueError):
 
 
 def measure(case: Case, device: torch.device) -> Iterator[Row]:
-    """A row for each way. Whatever can't run becomes a line of the report: a failure if it is ours, or if it runs wrong."""
+    """A row for each way. One that can't run gets a line in the report: a failure if it is ours, or its result wrong."""
     for way, prepare in case.ways.items():
         error = float("nan")
         try:
@@ -136,7 +136,7 @@ def quantiles(call: Call, device: torch.device) -> tuple[float, ...]:
 
 
 def measured_limits(shapes: Shapes, device: torch.device) -> tuple[float, float]:
-    """TB/s of a copy and TFLOP/s of a square bf16 product: what a device reaches at best."""
+    """TB/s of a copy and TFLOP/s of a square bf16 product: the best that a device reaches."""
     source = torch.zeros(shapes.copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     a, b = torch.randn(2, shapes.matmul, shapes.matmul, device=device).bfloat16()
@@ -145,13 +145,13 @@ def measured_limits(shapes: Shapes, device: torch.device) -> tuple[float, float]
 
 
 def attention_flops(pattern: Pattern, length: int, head_dim: int) -> int:
-    """FLOPs of one head over a prompt that nobody can do without: q @ k and p @ v for every key that a query sees."""
+    """The least FLOPs of one head over a prompt: q @ k and p @ v for every key that a query sees."""
     positions = torch.arange(length)
     return 4 * head_dim * int(pattern.sees(positions[:, None], positions).sum())
 
 
 def decode_bytes(pattern: Pattern, length: int, row_bytes: int) -> int:
-    """Bytes of one head's query, of its output, and of the keys and values that it sees behind `length` of them."""
+    """Bytes of one head's query and output, and of the keys and values that it sees at the last of `length` positions."""
     return (2 + 2 * int(pattern.sees(length - 1, torch.arange(length)).sum())) * row_bytes
 
 
@@ -160,7 +160,7 @@ def attention_name(op: str, pattern: Pattern, head_dim: int) -> str:
 
 
 def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: Ops, device: torch.device) -> Case:
-    """Sequences of `context` keys, of which the last is a query too, or all are. Results are (B, queries, H, D)."""
+    """Sequences of `context` keys. The last is a query too, or all are. Results are (B, queries, H, D)."""
     heads, length, scale = shapes.width // dim, shapes.context, dim**-0.5
     size = {"heads": heads, "dim": dim, "dtype": shapes.dtype, "max_pages": -(-length // PAGE_SIZE)}
     name, tolerance = attention_name(op, pattern, dim), TOLERANCE[shapes.dtype]
@@ -180,13 +180,13 @@ def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: 
         return lambda: attend(case.q, case.cache.k, case.cache.v, case.plan, scale).view(batch, count, heads, dim)
 
     def contiguous() -> tuple[Tensor, Tensor, Tensor]:
-        """q (B, H, queries, D), k and v (B, H, keys, D): zeros where the cache holds nothing any more."""
+        """q (B, H, queries, D), k and v (B, H, keys, D), with zeros for freed pages."""
         pages = case.cache.page_table[:, :-1].long()
         k, v = (x[pages].transpose(1, 2).flatten(2, 3)[:, :, :length].nan_to_num() for x in (case.cache.k, case.cache.v))
         return case.q.unflatten(0, (batch, count)).transpose(1, 2).contiguous(), k, v
 
     def sdpa() -> Call:
-        """When decoding, over the seen keys alone, gathered beforehand: no mask, and nothing is read in vain."""
+        """When decoding, the seen keys are gathered ahead of the call: it needs no mask and reads nothing in vain."""
         q, k, v = contiguous()
         seen = pattern.sees(torch.arange(length - count, length)[:, None], torch.arange(length)).to(device)
         if count == 1:
@@ -197,7 +197,7 @@ def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: 
 
     def flex() -> Call:
         q, k, v = contiguous()
-        torch.compiler.reset()  # it compiles 8 shapes and no more; what follows runs without a kernel
+        torch.compiler.reset()  # it compiles 8 shapes at most; further ones would run without a kernel
         mask = create_block_mask(
             lambda b, h, q, k: pattern.sees(q + (length - count), k), None, None, count, length, device=device
         )
@@ -245,7 +245,7 @@ def bias_activation(shapes: Shapes, ops: Ops, device: torch.device) -> Case:
     bias = torch.randn(4 * shapes.width, device=device).to(shapes.dtype)
 
     def way(ops: Ops) -> Call:
-        own = x.clone()  # ours works in place: its first call, the one that is checked, sees x
+        own = x.clone()  # ours works in place: only its first call, which is checked, sees x
         return lambda: ops.bias_activation(own, bias, "gelu_new")
 
     name = f"bias_activation gelu_new, {shapes.tokens} x {4 * shapes.width}"
@@ -288,7 +288,7 @@ def sampling(
 
 
 def cases(shapes: Shapes, ops: Ops, device: torch.device) -> list[partial[Case]]:
-    """The table of what is measured. A case is built when it is called: all of them at once would not fit a device."""
+    """The table of what is measured. Each case is built when called: all at once would not fit a device."""
     dense, banded = Pattern("dense"), Pattern("banded", shapes.band)
     strided, fixed = Pattern("strided", shapes.stride), Pattern("fixed", shapes.stride, shapes.summary)
     attentions: list[tuple[AttentionOp, Pattern]] = [

@@ -1,6 +1,6 @@
 """python -m tests.bench.tiles: every candidate tile of the attention kernels, timed on this GPU, best first.
 
-Takes minutes, nearly all of them to compile. What comes out is for kernels/gpu/tiles.py; `make aot` says what fits an SM.
+Takes minutes, nearly all of them to compile. The fastest are for kernels/gpu/tiles.py; `make aot` says what fits an SM.
 """
 
 import sys
@@ -16,7 +16,7 @@ from kernels.gpu.tiles import TILES, Phase, TileShape, capability_of, padded_hea
 from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes
 
-# A row of a block layout is 64 queries, and one query needs no more than a tensor core's 16.
+# A row of a block layout is 64 queries. The one query of a decode step needs only the 16 rows of a tensor core.
 CANDIDATES: dict[Phase, list[TileShape]] = {
     "decode": [TileShape(16, *rest) for rest in product((1, 2, 4), (2, 3, 4, 5))],
     "prefill": [TileShape(*parts) for parts in product((64, 128), (4, 8), (2, 3, 4))],
@@ -30,7 +30,7 @@ class Timed(NamedTuple):
 
 
 def times(shapes: Shapes, device: torch.device, candidates: dict[Phase, list[TileShape]]) -> Iterator[list[Timed]]:
-    """For each kind of attention the candidates, fastest first. Those that fail, or are wrong, are named on stderr."""
+    """The candidates for each kind of attention, fastest first. Those that fail or are wrong are named on stderr."""
     for build in kernels.cases(shapes, choose(device, "triton"), device):
         if build.func is not kernels.attention:
             continue

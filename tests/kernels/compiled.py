@@ -1,4 +1,4 @@
-"""The compiled ops as tests take them: for this machine, without the newest of its instructions, and without most."""
+"""The compiled ops for tests: with all of this machine's instructions, without the newest, and without most of them."""
 
 from collections.abc import Callable
 from functools import cache
@@ -12,7 +12,7 @@ from kernels.cpu import compiled as cpu_compiled
 from kernels.cpu.build import Shape
 from kernels.cpu.compiled import CompiledOps
 
-# What is given to the compiler besides. On a machine without tiles the first two are the same code.
+# Further flags for the compiler. On a machine without AMX tiles the first two give the same code.
 VARIANTS = {
     "compiled": "",
     "compiled without tiles": " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16",
@@ -23,7 +23,7 @@ variants = pytest.mark.parametrize("variant", VARIANTS)
 
 @cache
 def compiled_ops(dim: int, dtype: torch.dtype, variant: str = "compiled") -> CompiledOps:
-    """From the cache that a server would use, so that only the first run on a machine waits for the compiler."""
+    """Taken from the server's own cache, so that only the first run on a machine waits for the compiler."""
     flags = cpu_build.FLAGS
     cpu_build.FLAGS = flags + VARIANTS[variant]
     try:

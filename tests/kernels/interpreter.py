@@ -1,6 +1,6 @@
-"""What Triton's interpreter can tell of a kernel beside its values: bytes, FLOPs, pages, accesses out of bounds.
+"""What Triton's interpreter can tell about a kernel next to its values: bytes, FLOPs, pages, accesses out of bounds.
 
-Needs TRITON_INTERPRET=1 before triton is first imported. Also makes bf16 right, which the interpreter gets wrong.
+Needs TRITON_INTERPRET=1 before triton is first imported. Also corrects bf16, which the interpreter gets wrong.
 """
 
 from collections import Counter
@@ -28,9 +28,9 @@ class DotShape(NamedTuple):
 class Work:
     """Counts what the kernels launched inside it do: `with Work(k=k_pages, v=v_pages) as work: launch(...)`.
 
-    A launch's other tensors are counted under "kernel.argument", as its signature calls them. A lane is out of bounds when
-    its address is no element of any of these tensors: it is counted and masked off, so that it can't crash the test.
-    Every unmasked lane counts, also those that load the same address. Atomics are not counted.
+    A launch's other tensors are counted under "kernel.argument", the name in its signature. A lane is out of bounds if its
+    address belongs to no element of these tensors: it is counted and masked off, so that it can't crash the test. Every
+    unmasked lane counts, even if two load the same address. Atomics are not counted.
     """
 
     def __init__(self, **tensors: Tensor):
@@ -87,7 +87,7 @@ class Work:
         self.patches.close()
 
     def account(self, ptrs: Any, mask: Any, moved: Counter[str], access: str) -> Any:
-        """Attribute the unmasked lanes to tensors; the mask without those that belong to none."""
+        """Attribute the unmasked lanes to tensors. Returns the mask without lanes that belong to none."""
         mask = np.broadcast_to(np.asarray(mask.data, bool), ptrs.data.shape).copy()
         lanes = np.flatnonzero(mask)
         addresses = ptrs.data.ravel()[lanes].astype(np.int64)
@@ -108,7 +108,7 @@ class Work:
 
 
 def elements(tensor: Tensor, addresses: Addresses) -> NDArray[np.bool_]:
-    """Which addresses are elements of a tensor, a strided view included: what lies between its rows is not."""
+    """Which addresses are elements of a tensor. It may be a strided view: the gaps between its rows are not elements."""
     rest = (addresses - tensor.data_ptr()) // tensor.element_size()
     inside = (rest >= 0) & (tensor.numel() > 0)
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True), reverse=True):
@@ -120,9 +120,9 @@ def elements(tensor: Tensor, addresses: Addresses) -> NDArray[np.bool_]:
 
 @contextmanager
 def exact_bf16() -> Iterator[None]:
-    """Make the interpreter round bf16 to nearest even and multiply its values; it truncates, and multiplies bit patterns.
+    """Make the interpreter round to bf16 and multiply bf16 correctly: by itself it truncates, and multiplies bit patterns.
 
-    Arithmetic on bf16 raises TypeError: it would give wrong values in silence here, and the kernels compute in fp32.
+    Other arithmetic on bf16 raises TypeError. It would give wrong values in silence, and the kernels compute in fp32 anyway.
     """
     cast, dot, binary, unary = (
         interpreter_builder.cast_impl,

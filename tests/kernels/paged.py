@@ -1,4 +1,4 @@
-"""Random keys in scattered pages, for every test and benchmark of the attention ops."""
+"""Random keys in scattered pages, for all tests and benchmarks of the attention ops."""
 
 from typing import NamedTuple
 
@@ -32,14 +32,14 @@ def cache_of(
     device: torch.device = CPU,
     max_pages: int = MAX_PAGES,
 ) -> Cache:
-    """Sequences of `lengths` keys of which those before first_keys[i] are dead."""
+    """Sequences of `lengths` keys. Those ahead of first_keys[i] are dead."""
     num_pages = sum(-(-length // PAGE_SIZE) for length in lengths) + 3
     k, v = torch.full((2, num_pages, heads, PAGE_SIZE, dim), float("nan"), dtype=dtype, device=device)
     order = iter(torch.randperm(num_pages).tolist())
     dead = next(order)
     page_table = torch.full((len(lengths), max_pages + 1), dead, dtype=torch.int32)
     for i, (length, first) in enumerate(zip(lengths, first_keys, strict=True)):
-        # A banded layer still holds the whole page in which its first live key stands.
+        # A banded layer still holds the whole page of its first live key.
         for page in range(first // PAGE_SIZE, -(-length // PAGE_SIZE)):
             page_id = next(order)
             page_table[i, page] = page_id
@@ -56,7 +56,7 @@ def layout_of(pattern: Pattern, device: torch.device = CPU, max_pages: int = MAX
 def queries(
     count: int, *, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> Tensor:
-    """(count, H, D) as a slice of a fused projection, the way the model passes it."""
+    """(count, H, D) as a slice of a fused projection, which is what the model passes."""
     return torch.randn(count, 3, heads, dim, device=device).to(dtype)[:, 0]
 
 
@@ -67,7 +67,7 @@ class DecodeCase(NamedTuple):
 
 
 def decode_case(lengths: list[int], pattern: Pattern, *, device: torch.device = CPU, **shape: object) -> DecodeCase:
-    """One query behind each of `lengths` keys; `shape` goes to cache_of."""
+    """One query at the last of `lengths` keys of each sequence. `shape` goes to cache_of."""
     cache = cache_of(lengths, [first_key(n - 1, pattern.band) for n in lengths], device=device, **shape)  # type: ignore[arg-type]
     q = queries(len(lengths), heads=cache.k.shape[1], dim=cache.k.shape[3], dtype=cache.k.dtype, device=device)
     layout = layout_of(pattern, device, cache.page_table.shape[1] - 1)
@@ -83,7 +83,7 @@ class PrefillCase(NamedTuple):
 def prefill_case(
     starts: list[int], counts: list[int], pattern: Pattern, *, device: torch.device = CPU, **shape: object
 ) -> PrefillCase:
-    """Chunks of `counts` queries behind `starts` keys; `shape` goes to cache_of."""
+    """Chunks of `counts` queries after `starts` earlier keys. `shape` goes to cache_of."""
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     cache = cache_of(lengths, [first_key(n, pattern.band) for n in starts], device=device, **shape)  # type: ignore[arg-type]
     q = queries(sum(counts), heads=cache.k.shape[1], dim=cache.k.shape[3], dtype=cache.k.dtype, device=device)

@@ -1,4 +1,4 @@
-"""The paths that serve, as parameters of a test: the CPU's, and Triton's in its interpreter and on a GPU."""
+"""The implementations that serve, as parameters of a test: two on a CPU, and Triton's in its interpreter and on a GPU."""
 
 from typing import NamedTuple, cast
 

@@ -1,4 +1,4 @@
-"""Attention of every path against the reference: values, bits, and that nothing but live keys is read."""
+"""Attention of every implementation against the reference: values, bits, and that only live keys are read."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -33,7 +33,7 @@ def bf16_is_right() -> Iterator[None]:
 @served_paths
 @patterns
 def test_decode_equals_reference(path: ServedPath, pattern: Pattern) -> None:
-    # Around the borders of pages, splits and bands; 2048 is what a split of 8 is for.
+    # Lengths around the borders of pages, splits and bands; 2048 fills 8 splits.
     case = decode_case([1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern, device=path.device)
     assert_close(decode(path.ops, case), decode(reference, case))
 
@@ -69,7 +69,7 @@ def test_scores_far_from_0_do_not_overflow(path: ServedPath) -> None:
 
 @served_paths
 def test_a_score_far_above_the_others_is_not_rounded_to_16_bits(path: ServedPath) -> None:
-    """As of the first token, to which many models look: its score of 40 would be off by 0.1, and so would its weight."""
+    """Many models look at the first token this way. Rounded, its score of 40 and so its weight would be off by 0.1."""
     case = prefill_case([0], [200], DENSE, dim=64, dtype=torch.bfloat16, device=path.device)
     first, own = case.cache.page_table[0, 0].long(), case.q[150].clone()
     case.cache.k[first, :, 0] = own * 40 / own.float().square().sum(-1, keepdim=True).to(own.dtype)
@@ -119,7 +119,7 @@ def test_a_prompt_has_the_same_bits_beside_others(path: ServedPath, pattern: Pat
 @served_paths
 @one_of_each
 def test_the_last_query_of_a_prompt_is_near_the_same_query_decoded(path: ServedPath, pattern: Pattern) -> None:
-    """Two kernels, or two paths through PyTorch: a tolerance, not the same bits."""
+    """Two kernels, or two ways through PyTorch: equal within a tolerance, not in bits."""
     case = prefill_case([0], [150], pattern, dim=64, device=path.device)
     plan = DecodePlan(case.plan.page_table, torch.tensor([150], device=path.device), pattern, case.plan.layout)
     row = decode(path.ops, DecodeCase(case.q[-1:], case.cache, plan))
@@ -127,7 +127,7 @@ def test_the_last_query_of_a_prompt_is_near_the_same_query_decoded(path: ServedP
 
 
 class PagesRead(TorchDispatchMode):
-    """Counts the keys gathered from a cache, and refuses any other op on it: the reads can't go around the count."""
+    """Counts the keys gathered from a cache, and refuses every other op on it, so that no read goes uncounted."""
 
     def __init__(self, cache: Cache):
         super().__init__()
@@ -154,7 +154,7 @@ def test_banded_decode_on_the_cpu_reads_at_most_band_and_a_page(band: int) -> No
         case = decode_case([length], Pattern("banded", band))
         with PagesRead(case.cache) as read:
             decode(torch_ops, case)
-        # Pages are read whole: a band that is no multiple of the page is rounded up to one.
+        # Pages are read whole: the band is rounded up to a multiple of the page.
         assert 0 < read.keys / 2 <= -(-band // PAGE_SIZE) * PAGE_SIZE + PAGE_SIZE
 
 

@@ -1,4 +1,4 @@
-"""Products of packed weights: values against the reference, and bits that do not depend on what stands beside a row."""
+"""Products of packed weights: values against the reference, and bits of a row that do not depend on the other rows."""
 
 import os
 import subprocess
@@ -78,7 +78,7 @@ def test_logits_are_not_rounded_where_the_products_are_our_own(variant: str, row
 
 @variants
 def test_rows_that_end_a_buffer_are_not_read_beyond(variant: str) -> None:
-    """What stands behind the rows is NaN, and a row of an odd length has no product of ours."""
+    """Memory after the rows is NaN, and a row of an odd length has no product of ours."""
     compiled = compiled_ops(32, torch.bfloat16, variant)
     for columns in (96, 80, 33):
         for rows in (1, 5, 16, 17, 40):

@@ -27,7 +27,7 @@ PATTERNS = [
 
 
 def definition(kind: PatternKind, size: int, summary: int, q: int, k: int) -> bool:
-    """Child et al. 2019, section 4.3, with the two heads of a factorised pattern in one; l is `size`, c is `summary`."""
+    """Child et al. 2019, section 4.3, with both heads of a factorised pattern in one. Its l is `size`, its c `summary`."""
     if k > q:
         return False
     if kind == "dense":
@@ -61,7 +61,7 @@ def test_sees_takes_tensors() -> None:
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 @pytest.mark.parametrize("num_positions", [64, 65, 500])
-def test_a_layout_lists_the_blocks_in_which_anything_is_seen(pattern: Pattern, num_positions: int) -> None:
+def test_a_layout_lists_the_blocks_with_a_key_that_is_seen(pattern: Pattern, num_positions: int) -> None:
     layout = block_layout(pattern, num_positions, CPU)
     rows = -(-num_positions // PAGE_SIZE)
     pointers, columns, partial = layout.row_ptr.tolist(), layout.col_idx.tolist(), layout.partial.tolist()
@@ -75,7 +75,7 @@ def test_a_layout_lists_the_blocks_in_which_anything_is_seen(pattern: Pattern, n
             for column in range(rows)
         }
         assert columns[entries] == [column for column in seen if any(seen[column])]
-        assert columns[entries][-1] == row, "the diagonal stands last"
+        assert columns[entries][-1] == row, "the diagonal comes last"
         assert [not flag for flag in partial[entries]] == [all(seen[column]) for column in columns[entries]]
     assert layout.max_blocks == max(b - a for a, b in pairwise(pointers))
 
@@ -87,7 +87,7 @@ def num_blocks(pattern: Pattern, num_positions: int) -> int:
 def test_how_many_blocks_2048_tokens_leave() -> None:
     assert num_blocks(Pattern("dense"), 2048) == 32 * 33 // 2 == 528
     assert num_blocks(Pattern("banded", 256), 2048) == 150
-    # Strided by l = 128 leaves every second block of a row: distances 0, 128, 256, ... and the one before the diagonal.
+    # Strided by l = 128 keeps every second block of a row (distances 0, 128, 256, ...) and the one next to the diagonal.
     assert num_blocks(Pattern("strided", 128), 2048) == sum((row // 2 + 1) + min(1, row) for row in range(32))
-    # Fixed with l = 128, c = 32: the second half of every block of 128 holds its summary; row 2 i + 1 sees both of its own.
+    # Fixed with l = 128, c = 32: the second half of every 128 keys holds their summary. Row 2 i + 1 sees both own halves.
     assert num_blocks(Pattern("fixed", 128, 32), 2048) == sum((row // 2) + 1 + row % 2 for row in range(32))

@@ -32,7 +32,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_state(num_batch_rows: int, vocab_size: int, **given: Any) -> SamplingState:
-    """Slots that sample with a temperature of 1 and nothing else. Their tables are poisoned: `adjusted` is off."""
+    """Batch rows that sample at temperature 1 and with nothing else. `adjusted` is off, and their tables are poisoned."""
     columns = {
         "temperature": (1.0, torch.float32),
         "top_k": (0, torch.int64),
@@ -62,7 +62,7 @@ def adjusted_state(num_batch_rows: int, vocab_size: int, **given: Any) -> Sampli
 
 
 def random_state(num_batch_rows: int, vocab_size: int, generator: torch.Generator) -> SamplingState:
-    """Slots with every parameter on or off by chance, alone and together."""
+    """Batch rows in which every parameter is on or off by chance."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(num_batch_rows, generator=generator)
@@ -94,7 +94,7 @@ def random_state(num_batch_rows: int, vocab_size: int, generator: torch.Generato
 
 
 def kept_tokens(sample: Sample, logits: list[float], **given: Any) -> set[int]:
-    """The tokens that truncation leaves of a row: each is drawn at a position where its noise beats all others'."""
+    """The tokens that truncation keeps of a row. Each is drawn at a position where its noise beats that of all others."""
     state = make_state(1, len(logits), temperature=given.pop("temperature", 1.0), seed=5)
     n = 4000
     rows = torch.tensor(logits).expand(n, -1)
@@ -240,7 +240,7 @@ def test_the_whole_vocabulary_is_sorted_only_for_rows_that_need_it(monkeypatch: 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
-def test_a_row_draws_the_same_alone_and_in_any_batch_and_slot(sample: Sample) -> None:
+def test_a_row_draws_the_same_alone_and_in_any_batch_and_batch_row(sample: Sample) -> None:
     generator = torch.Generator().manual_seed(5)
     state = random_state(7, 300, generator)._replace(
         temperature=torch.tensor([0.0, 1.0, 0.7, 2.0, 1.0, 1.0, 0.9]),
@@ -376,13 +376,13 @@ def test_adjusted_logits_worked_out_by_hand(sample: Sample, given: dict[str, flo
     assert sample(logits, state, torch.zeros(2, dtype=torch.int64), torch.arange(2)).tolist() == [2, 0]
 
 
-def test_slots_without_adjustment_read_no_tables() -> None:
+def test_batch_rows_without_adjustment_read_no_tables() -> None:
     logits = torch.randn(3, 301, generator=torch.Generator().manual_seed(7))
     state = make_state(3, 301, temperature=[0, 1, 1], top_k=[0, 0, 9])
     with Work(bias=state.bias, generated=state.generated, in_prompt=state.in_prompt) as work:
         tokens = sampling.sample(logits, state, torch.arange(3), torch.arange(3))
     assert not work.touched["bias"] | work.touched["generated"] | work.touched["in_prompt"]
-    assert not work.out_of_bounds, "the last row ends with the storage, and not with a multiple of 4 tokens"
+    assert not work.out_of_bounds, "the last row ends with the storage, at no multiple of 4 tokens"
     # The poison in them would show in any token.
     neutral = adjusted_state(3, 301, temperature=[0, 1, 1], top_k=[0, 0, 9])
     for sample in IMPLEMENTATIONS.values():

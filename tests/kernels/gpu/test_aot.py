@@ -185,7 +185,7 @@ def test_refuses_to_run_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> N
         aot.compile_(GOOD.configuration)
 
 
-# The tests run in Triton's interpreter, where nothing compiles: so a process of its own.
+# The tests run in Triton's interpreter, where nothing compiles. So this needs a process of its own.
 SCRIPT = """
 import json
 from triton.compiler import ASTSource

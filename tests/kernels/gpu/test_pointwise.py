@@ -62,7 +62,7 @@ def assert_close(ours: Tensor, expected: Tensor) -> None:
 
 
 def sea_of(view: Tensor) -> Tensor:
-    """The whole memory that an island lies in, the island itself blanked."""
+    """The whole memory around an island, with the island itself blanked."""
     sea = torch.as_strided(view, (view.shape[0] + 2, view.stride(0)), (view.stride(0), 1), 0).clone()
     sea[1:-1, 8:-8] = float("nan")
     return sea

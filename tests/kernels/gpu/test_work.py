@@ -1,4 +1,4 @@
-"""How much the Triton kernels of attention do, counted in the interpreter, beside the closed forms."""
+"""How much work the Triton kernels of attention do, counted in the interpreter, against closed forms."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_banded_decode_reads_band_and_a_tile_at_most(band: int, length: int) -> 
         decode_attention(case.q, case.cache.k, case.cache.v, case.plan, 0.1)
     live = pages_spanned(first_key(length - 1, band), length)
     assert work.loaded["k"] == len(live) * PAGE_SIZE * KEY_BYTES
-    # A band of whole pages straddles one more; the last page is the only one read in part, and of v alone.
+    # A band of whole pages straddles one more. Only the last page is read in part, and only its values.
     assert work.loaded["k"] <= (-(-band // PAGE_SIZE) + 1) * PAGE_SIZE * KEY_BYTES
     assert work.loaded["v"] == (length - live[0] * PAGE_SIZE) * KEY_BYTES
     assert not work.out_of_bounds
@@ -123,8 +123,8 @@ def test_sparse_patterns_read_the_listed_blocks(pattern: Pattern) -> None:
 @pytest.mark.parametrize(
     "pattern", [Pattern(), Pattern("banded", 100), Pattern("strided", 64), Pattern("fixed", 128, 8)], ids=lambda p: p.kind
 )
-def test_nobody_reads_a_page_that_is_not_the_sequences(pattern: Pattern) -> None:
-    """Table entries of dead and of unwritten pages name a page of NaN, which is never touched."""
+def test_no_page_of_another_sequence_is_read(pattern: Pattern) -> None:
+    """Table entries of dead and of unwritten pages name a page of NaN, which no kernel touches."""
     lengths = [300, 65, 1]
     rows = decode_case(lengths, pattern, heads=1, dtype=torch.float16)
     chunks = prefill_case([250, 0, 64], [50, 65, 3], pattern, heads=1, dtype=torch.float16)
@@ -144,7 +144,7 @@ def test_nobody_reads_a_page_that_is_not_the_sequences(pattern: Pattern) -> None
 
 
 def test_programs_beyond_a_sequences_end_do_nothing() -> None:
-    """A grid sized for the longest costs the short ones no byte of keys and no product."""
+    """A grid sized for the longest sequence costs a short one no byte of keys and no product."""
     short = decode_case([64], Pattern(), heads=1, dim=DIM, dtype=torch.float16)
     with Work(k=short.cache.k, v=short.cache.v) as work:
         decode_attention(short.q, short.cache.k, short.cache.v, short.plan, 0.1)

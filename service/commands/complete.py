@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from itertools import chain
 
 from service.commands.options import Commands, add_model_options, settings_from
 
@@ -27,8 +28,7 @@ def run_complete(args: argparse.Namespace) -> int:
         pieces = llm.stream(args.prompt, params)
         try:
             first = next(pieces, "")  # a request that is refused is refused here, ahead of any output
-            print(args.prompt + first, end="", flush=True)
-            for piece in pieces:
+            for piece in chain((args.prompt, first), pieces):
                 print(piece, end="", flush=True)
         except EngineError as error:
             raise ValueError(str(error)) from error

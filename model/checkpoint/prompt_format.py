@@ -1,4 +1,4 @@
-"""The model card, `banded.json`: how a checkpoint wants few-shot examples, chats and insertions laid out as text."""
+"""`banded.json`, the prompt format: how a checkpoint wants few-shot examples, chats and insertions laid out as text."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from model.checkpoint.tokenizer import TokenizerError
 from model.checkpoint.vocabulary import SETTINGS_FILE, Json, read_json, read_text
 
-CARD_FILE = "banded.json"
+PROMPT_FORMAT_FILE = "banded.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
 
@@ -39,11 +39,11 @@ Assistant: {{ message.content }}
 """
 
 
-class CardError(ValueError):
-    """A model card that can't be used: which file and field, and what is wrong with it."""
+class PromptFormatError(ValueError):
+    """A prompt format that can't be used: which file and field, and what is wrong with it."""
 
 
-class Message(NamedTuple):
+class Turn(NamedTuple):
     """One message of a chat; `role` is "system", "user" and the like."""
 
     role: str
@@ -51,7 +51,7 @@ class Message(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Card:
+class PromptFormat:
     """How text is laid out for one checkpoint. The defaults suit a model trained on plain text alone.
 
     `insertion` is what the model is given where it shall write what stands between a prompt and a suffix, for example
@@ -60,7 +60,7 @@ class Card:
     field of banded.json but what tokenizer_config.json calls so, since templates may write it even where plain prompts
     don't start with it.
 
-    Raises CardError naming the field that can't be used.
+    Raises PromptFormatError naming the field that can't be used.
     """
 
     separator: str = "\n###\n"
@@ -86,9 +86,9 @@ class Card:
             compiled(self.chat_template)
         except Exception as error:  # Python's compiler has limits of its own, beside Jinja's errors
             place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise CardError(f"chat_template does not compile: {place}{error!s:.200}") from None
+            raise PromptFormatError(f"chat_template does not compile: {place}{error!s:.200}") from None
 
-    def render_chat(self, messages: Sequence[Message], *, bos_token: str, eos_token: str) -> str:
+    def render_chat(self, messages: Sequence[Turn], *, bos_token: str, eos_token: str) -> str:
         """The text of a chat up to where the next answer begins. Raises whatever the template raises."""
         return compiled(self.chat_template).render(
             messages=[message._asdict() for message in messages],
@@ -105,7 +105,7 @@ def check_field(name: str, value: object, expected: str, is_right: bool) -> None
     if not is_right:
         shown = json.dumps(value)
         cut = shown if len(shown) <= MAX_SHOWN else shown[:MAX_SHOWN] + "..."
-        raise CardError(f"{name} must be {expected}, got {cut}")
+        raise PromptFormatError(f"{name} must be {expected}, got {cut}")
 
 
 def is_insertion(template: object) -> bool:
@@ -118,25 +118,29 @@ def is_insertion(template: object) -> bool:
     return fields == Counter([("prompt", "", None), ("suffix", "", None)])
 
 
-def load_card(directory: Path) -> Card:
-    """The card of a checkpoint directory, with defaults for what banded.json, or its absence, leaves open.
+def load_prompt_format(directory: Path) -> PromptFormat:
+    """The prompt format of a checkpoint directory, with defaults for what banded.json, or its absence, leaves open.
 
     The chat template is banded.json's, or else chat_template.jinja, or else tokenizer_config.json's; the default stop is
-    the default template's only. CardError naming file and field when something can't be used.
+    the default template's only. PromptFormatError naming file and field when something can't be used.
     """
     template = directory / TEMPLATE_FILE
     try:
         published = read_text(template) if template.exists() else None
-        return build_card(optional_json(directory / CARD_FILE), optional_json(directory / SETTINGS_FILE), published)
-    except (CardError, TokenizerError) as error:
-        raise CardError(f"{directory}: {error}") from None
+        return build_prompt_format(
+            optional_json(directory / PROMPT_FORMAT_FILE), optional_json(directory / SETTINGS_FILE), published
+        )
+    except (PromptFormatError, TokenizerError) as error:
+        raise PromptFormatError(f"{directory}: {error}") from None
 
 
-def build_card(fields: Json, settings: Json, published: str | None) -> Card:
-    known = {field.name for field in dataclasses.fields(Card)} - {"bos_token"}
+def build_prompt_format(fields: Json, settings: Json, published: str | None) -> PromptFormat:
+    known = {field.name for field in dataclasses.fields(PromptFormat)} - {"bos_token"}
     for name in fields:
         if name not in known:
-            raise CardError(f"{CARD_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {', '.join(sorted(known))}")
+            raise PromptFormatError(
+                f"{PROMPT_FORMAT_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {', '.join(sorted(known))}"
+            )
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
     source = TEMPLATE_FILE if published is not None else f"{SETTINGS_FILE}: chat_template"
@@ -145,15 +149,15 @@ def build_card(fields: Json, settings: Json, published: str | None) -> Card:
     if "chat_template" in fields or published is not None:
         fields.setdefault("stop", ())
     try:
-        card = Card(**fields, bos_token=token_name(settings.get("bos_token")))
-    except CardError as error:
-        raise CardError(f"{CARD_FILE}: {error}") from None
+        prompt_format = PromptFormat(**fields, bos_token=token_name(settings.get("bos_token")))
+    except PromptFormatError as error:
+        raise PromptFormatError(f"{PROMPT_FORMAT_FILE}: {error}") from None
     if "chat_template" in fields or published is None:
-        return card
+        return prompt_format
     try:
-        return dataclasses.replace(card, chat_template=published)
-    except CardError as error:
-        raise CardError(f"{source}{str(error).removeprefix('chat_template')}") from None
+        return dataclasses.replace(prompt_format, chat_template=published)
+    except PromptFormatError as error:
+        raise PromptFormatError(f"{source}{str(error).removeprefix('chat_template')}") from None
 
 
 def optional_json(path: Path) -> Json:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kernels.names import Activation, PatternKind
-from model.checkpoint.prompt_format import CARD_FILE, TEMPLATE_FILE
+from model.checkpoint.prompt_format import PROMPT_FORMAT_FILE, TEMPLATE_FILE
 from model.checkpoint.vocabulary import ADDED_FILE, MERGES_FILE, PIPELINE_FILE, SETTINGS_FILE, SPECIAL_MAP_FILE, VOCAB_FILE
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -39,7 +39,7 @@ TEXT_FILES = (
     ADDED_FILE,
     VOCAB_FILE,
     MERGES_FILE,
-    CARD_FILE,
+    PROMPT_FORMAT_FILE,
     TEMPLATE_FILE,
 )
 TEXT_FIELDS = ("bos_token_id", "eos_token_id")
@@ -630,7 +630,7 @@ def assemble(
 def save_model(directory: Path, model: GPT, dtype: torch.dtype, *, origin: Path | None = None) -> None:
     """Write config.json and model.safetensors, each replaced atomically, weights in `dtype`.
 
-    `origin` is the checkpoint that the model began as: its tokenizer, card and chat template come along.
+    `origin` is the checkpoint that the model began as: its tokenizer, prompt format and chat template come along.
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = {"model_type": "banded", **dataclasses.asdict(model.config)}

@@ -17,7 +17,7 @@ from kernels.cpu import compiled as cpu_compiled
 from kernels.names import KernelChoice
 from kernels.ops import Ops
 from model.checkpoint.fingerprint import weights_fingerprint
-from model.checkpoint.prompt_format import Card, load_card
+from model.checkpoint.prompt_format import PromptFormat, load_prompt_format
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.vocabulary import load_tokenizer
 from model.checkpoint.weights import load_model, weights_digest
@@ -58,7 +58,7 @@ class Checkpoint(NamedTuple):
     name: str
     model: GPT  # its weights packed for the ops that serve it
     tokenizer: Tokenizer
-    card: Card
+    prompt_format: PromptFormat
     ops: Ops
     kernels: str  # what `ops` are, in words
     dtype: str  # as the options name it
@@ -127,8 +127,8 @@ def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
 def load_checkpoint(options: EngineOptions) -> Checkpoint:
     """Weights and tokenizer of the model that the options name.
 
-    Raises CheckpointError, TokenizerError or CardError naming what is wrong with the directory, LoadError for device or
-    dtype, ValueError if the kernels that the options name can't run.
+    Raises CheckpointError naming what is wrong with the directory, LoadError for device or dtype, ValueError if the kernels
+    that the options name can't run.
     """
     directory = model_directory(options.model)
     device = choose_device(options.device)
@@ -144,13 +144,13 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     log.info("loading %s from %s as %s on %s", served_name(options.model), directory, shown, device)
     model = load_model(directory, dtype, device)
     served_ops = choose_ops(model, options)
-    tokenizer, card = load_tokenizer(directory), load_card(directory)
+    tokenizer, prompt_format = load_tokenizer(directory), load_prompt_format(directory)
     kernels = kernels_in_words(device, options.kernels, compiled=isinstance(served_ops, cpu_compiled.CompiledOps))
     fingerprint = weights_fingerprint(model, kernels, shown)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     model.pack(served_ops, quantize=options.dtype == "int8")
     name = served_name(options.model)
-    return Checkpoint(name, model, tokenizer, card, served_ops, kernels, shown, fingerprint, num_parameters)
+    return Checkpoint(name, model, tokenizer, prompt_format, served_ops, kernels, shown, fingerprint, num_parameters)
 
 
 def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: bool = False) -> str:
@@ -297,7 +297,7 @@ def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tup
         int(time.time()),
         config,
         checkpoint.tokenizer,
-        checkpoint.card,
+        checkpoint.prompt_format,
         checkpoint.fingerprint,
         engine,
         num_parameters=checkpoint.num_parameters,

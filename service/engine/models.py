@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from model.checkpoint.prompt_format import Card
+from model.checkpoint.prompt_format import PromptFormat
 from model.checkpoint.tokenizer import Tokenizer
 from model.config import GPTConfig
 from service.engine.engine import Engine
@@ -18,7 +18,7 @@ class ModelEntry(NamedTuple):
     created: int  # Unix time at which serving began
     config: GPTConfig
     tokenizer: Tokenizer
-    card: Card
+    prompt_format: PromptFormat
     fingerprint: str  # changes with the weights, the kernels and the dtype
     engine: Engine
     adapter: AdapterRef = NO_ADAPTER

@@ -1,6 +1,6 @@
 """From what a request says to the tokens that the engine runs: plain text, few-shot examples, chats and insertions.
 
-A user's text never becomes a special token unless `allow_special`; what the model's card says always may.
+A user's text never becomes a special token unless `allow_special`; what the model's prompt format says always may.
 """
 
 import re
@@ -12,7 +12,7 @@ from functools import cache
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
-from model.checkpoint.prompt_format import Card, Message
+from model.checkpoint.prompt_format import PromptFormat, Turn
 from model.checkpoint.tokenizer import TextPart, Tokenizer
 from service.engine.request import ExampleCounts, Prompt, RequestError, shown
 
@@ -54,7 +54,7 @@ class Example(NamedTuple):
 
 
 class FewShot(NamedTuple):
-    """How a bare query becomes a few-shot prompt. None stands for the model card's text, an empty instruction for none."""
+    """Turns a query into a few-shot prompt. None stands for the prompt format's text, an empty instruction for no text."""
 
     examples: Sequence[Example]
     instruction: str | None = None
@@ -79,7 +79,7 @@ def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
 def few_shot_prompt(
     query: str,
     few_shot: FewShot,
-    card: Card,
+    prompt_format: PromptFormat,
     tokenizer: Tokenizer,
     *,
     context: int,
@@ -96,7 +96,7 @@ def few_shot_prompt(
     total, room = len(few_shot.examples), context - max_tokens
 
     def parts(dropped: int) -> list[TextPart]:
-        return few_shot_parts(query, few_shot._replace(examples=few_shot.examples[dropped:]), card, allow_special)
+        return few_shot_parts(query, few_shot._replace(examples=few_shot.examples[dropped:]), prompt_format, allow_special)
 
     @cache
     def prompt(dropped: int) -> Prompt:
@@ -121,22 +121,22 @@ def few_shot_prompt(
             f"examples, {max_tokens} for the completion)"
         )
         raise context_error(context, asked, "prompt")
-    separator = card.separator if few_shot.separator is None else few_shot.separator
+    separator = prompt_format.separator if few_shot.separator is None else few_shot.separator
     stops, stop_token_ids = ends_at([separator], tokenizer)
     counts = ExampleCounts(examples_used=total - dropped, examples_dropped=dropped)
     return prompt(dropped)._replace(stops=stops, stop_token_ids=stop_token_ids, few_shot=counts)
 
 
-def few_shot_parts(query: str, few_shot: FewShot, card: Card, allow_special: bool) -> list[TextPart]:
+def few_shot_parts(query: str, few_shot: FewShot, prompt_format: PromptFormat, allow_special: bool) -> list[TextPart]:
     def own(text: str) -> TextPart:
         return TextPart(text, allow_special)
 
-    def own_or_card(text: str | None, default: str) -> TextPart:
+    def own_or_default(text: str | None, default: str) -> TextPart:
         return TextPart(default, True) if text is None else own(text)
 
-    input_prefix = own_or_card(few_shot.input_prefix, card.input_prefix)
-    output_prefix = own_or_card(few_shot.output_prefix, card.output_prefix)
-    separator = TextPart(card.separator if few_shot.separator is None else few_shot.separator, True)
+    input_prefix = own_or_default(few_shot.input_prefix, prompt_format.input_prefix)
+    output_prefix = own_or_default(few_shot.output_prefix, prompt_format.output_prefix)
+    separator = TextPart(prompt_format.separator if few_shot.separator is None else few_shot.separator, True)
     parts = [own(few_shot.instruction), separator] if few_shot.instruction else []
     for example in few_shot.examples:
         parts += [input_prefix, own(example.input), output_prefix, own(example.output), separator]
@@ -160,8 +160,10 @@ def ends_at(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[str, ...]
     return tuple(stops), tuple(stop_token_ids)
 
 
-def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
-    """`messages` laid out by the card's template, which may write bos itself; the completion ends at the card's stops.
+def chat_prompt(
+    messages: Sequence[Turn], prompt_format: PromptFormat, tokenizer: Tokenizer, *, allow_special: bool = False
+) -> Prompt:
+    """`messages` laid out by the model's template, which may write bos itself; the completion ends at its stops.
 
     Only contents are kept from becoming special tokens, since roles are the API's own words. Raises RequestError when the
     template raises, for whatever reason.
@@ -169,12 +171,12 @@ def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *
     names = () if allow_special else tuple(tokenizer.special_tokens)
     # No client can guess the mark, and no template changes it: private-use characters have no case and are not white space.
     mark = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))
-    marked = [Message(message.role, mark_special(message.content, names, mark)) for message in messages]
+    marked = [Turn(message.role, mark_special(message.content, names, mark)) for message in messages]
     bos_name = "" if tokenizer.bos_id is None else tokenizer.token_name(tokenizer.bos_id)
     try:
-        text = card.render_chat(
+        text = prompt_format.render_chat(
             marked,
-            bos_token=bos_name if card.bos_token is None else card.bos_token,
+            bos_token=bos_name if prompt_format.bos_token is None else prompt_format.bos_token,
             eos_token=tokenizer.token_name(tokenizer.eos_id),
         )
     except Exception as error:  # the template is someone else's program
@@ -185,7 +187,7 @@ def chat_prompt(messages: Sequence[Message], card: Card, tokenizer: Tokenizer, *
     tokens = tokenizer.encode_parts(TextPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
-    stops, stop_token_ids = ends_at(card.stop, tokenizer)
+    stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)
     return start_prompt(tokens, tokenizer)._replace(stops=stops, stop_token_ids=stop_token_ids)
 
 
@@ -208,14 +210,16 @@ def mark_special(text: str, names: Sequence[str], mark: str) -> str:
     return mark.join(text[left:right] for left, right in pairwise([0, *sorted(places), len(text)]))
 
 
-def insertion_prompt(prompt: str, suffix: str, card: Card, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
+def insertion_prompt(
+    prompt: str, suffix: str, prompt_format: PromptFormat, tokenizer: Tokenizer, *, allow_special: bool = False
+) -> Prompt:
     """The prompt for what stands between `prompt` and `suffix`. Raises RequestError for a model that can't insert."""
-    if card.insertion is None:
+    if prompt_format.insertion is None:
         message = "'suffix' is not supported by this model: its card declares no format for insertions"
         raise RequestError(message, "suffix", "unsupported_parameter")
     texts = {"prompt": prompt, "suffix": suffix}
     parts = []
-    for literal, name, _, _ in string.Formatter().parse(card.insertion):
+    for literal, name, _, _ in string.Formatter().parse(prompt_format.insertion):
         parts.append(TextPart(literal, True))
         if name is not None:
             parts.append(TextPart(texts[name], allow_special))

@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
-from model.checkpoint.prompt_format import Card
+from model.checkpoint.prompt_format import PromptFormat
 from service.engine.prompts import Example, FewShot, few_shot_parts
 from service.tools.bench import authorization, message
 
@@ -22,7 +22,7 @@ from service.tools.bench import authorization, message
 IN_FLIGHT = 8
 TIMEOUT = 600.0
 # Lays out examples as a prompt.
-LAYOUT = Card()
+LAYOUT = PromptFormat()
 
 
 class EvaluationError(ValueError):

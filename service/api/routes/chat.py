@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: messages laid out by the model card's template, answered as chat front ends expect."""
+"""POST /v1/chat/completions: messages laid out by the model's template, answered as chat front ends expect."""
 
 import secrets
 import time
@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 
-from model.checkpoint.prompt_format import Message as Turn
+from model.checkpoint.prompt_format import Turn
 from model.checkpoint.tokenizer import Tokenizer
 from service.api.answers import ChargedRun, TextEvents, answer, chunk_event
 from service.api.errors import invalid
@@ -63,15 +63,17 @@ async def read_messages(messages: Sequence[Message], entry: ModelEntry, *, allow
     for _, text in turns:
         check_text_length(text, entry.tokenizer, entry.config.n_positions, "messages")
     size = sum(len(text) for _, text in turns)
-    return await off_the_loop(size, lambda: chat_prompt(turns, entry.card, entry.tokenizer, allow_special=allow_special))
+    return await off_the_loop(
+        size, lambda: chat_prompt(turns, entry.prompt_format, entry.tokenizer, allow_special=allow_special)
+    )
 
 
 def max_tokens_of(body: ChatRequest, prompt_tokens: int, entry: ModelEntry) -> int:
-    """What the client asks for, else the card's default as far as the context has room."""
+    """What the client asks for, else the prompt format's default as far as the context has room."""
     context = entry.config.n_positions
     asked = body.max_completion_tokens or body.max_tokens
     check_length(prompt_tokens, asked or 1, context, "messages")
-    max_tokens = asked or min(entry.card.default_max_tokens, context - prompt_tokens)
+    max_tokens = asked or min(entry.prompt_format.default_max_tokens, context - prompt_tokens)
     if body.min_tokens > max_tokens:
         raise invalid(f"'min_tokens': is {body.min_tokens}, more than max_tokens {max_tokens}", "min_tokens")
     return max_tokens

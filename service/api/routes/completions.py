@@ -102,7 +102,7 @@ def read_prompt(text: str | list[int], body: EngineCompletionRequest, entry: Mod
         return few_shot_prompt(
             str(text),
             few_shot,
-            entry.card,
+            entry.prompt_format,
             tokenizer,
             context=context,
             max_tokens=body.max_tokens,
@@ -117,7 +117,7 @@ def read_prompt(text: str | list[int], body: EngineCompletionRequest, entry: Mod
     else:
         check_text_length(text, tokenizer, context, "prompt")
         check_text_length(body.suffix, tokenizer, context, "suffix")
-        prompt = insertion_prompt(text, body.suffix, entry.card, tokenizer, allow_special=body.allow_special)
+        prompt = insertion_prompt(text, body.suffix, entry.prompt_format, tokenizer, allow_special=body.allow_special)
     check_length(len(prompt.tokens), body.max_tokens, context)
     return prompt
 

@@ -57,5 +57,5 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
         "add_bos_token": tokenizer.bos_id is not None,
         "bos_token": bos,
         "eos_token": eos,
-        "chat_template": entry.card.chat_template,
+        "chat_template": entry.prompt_format.chat_template,
     }

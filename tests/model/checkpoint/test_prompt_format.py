@@ -1,4 +1,4 @@
-"""Cards are read from a checkpoint's files or refused by file and field; templates render as in transformers."""
+"""Prompt formats are read from a checkpoint's files or refused by file and field; templates render as in transformers."""
 
 import json
 from pathlib import Path
@@ -8,13 +8,13 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from model.checkpoint.prompt_format import CHAT_TEMPLATE, Card, CardError, Message, load_card
+from model.checkpoint.prompt_format import CHAT_TEMPLATE, PromptFormat, PromptFormatError, Turn, load_prompt_format
 
 CHAT = [
-    Message("user", "Hi <there> & 'you'"),
-    Message("assistant", " Yes?\n"),
-    Message("system", "Be brief."),
-    Message("user", "Bye"),
+    Turn("user", "Hi <there> & 'you'"),
+    Turn("assistant", " Yes?\n"),
+    Turn("system", "Be brief."),
+    Turn("user", "Bye"),
 ]
 
 
@@ -22,18 +22,18 @@ def write(directory: Path, name: str, content: Any) -> None:
     (directory / name).write_text(json.dumps(content), encoding="utf-8")
 
 
-def rendered(card: Card, messages: list[Message]) -> str:
-    return card.render_chat(messages, bos_token="<s>", eos_token="</s>")
+def rendered(prompt_format: PromptFormat, messages: list[Turn]) -> str:
+    return prompt_format.render_chat(messages, bos_token="<s>", eos_token="</s>")
 
 
 class TestLoading:
     def test_defaults(self, tmp_path: Path) -> None:
-        card = load_card(tmp_path)
-        assert card == Card()
-        assert (card.separator, card.input_prefix, card.output_prefix) == ("\n###\n", "", " => ")
-        assert (card.chat_template, card.stop, card.default_max_tokens) == (CHAT_TEMPLATE, ("\nUser:",), 256)
-        assert card.insertion is None
-        assert card.bos_token is None
+        found = load_prompt_format(tmp_path)
+        assert found == PromptFormat()
+        assert (found.separator, found.input_prefix, found.output_prefix) == ("\n###\n", "", " => ")
+        assert (found.chat_template, found.stop, found.default_max_tokens) == (CHAT_TEMPLATE, ("\nUser:",), 256)
+        assert found.insertion is None
+        assert found.bos_token is None
 
     def test_every_field(self, tmp_path: Path) -> None:
         fields: dict[str, Any] = {
@@ -46,27 +46,27 @@ class TestLoading:
             "insertion": "{suffix}{{}}<mid>{prompt}",
         }
         write(tmp_path, "banded.json", fields)
-        assert load_card(tmp_path) == Card(**fields | {"stop": ("\n\n", "<end>")})
+        assert load_prompt_format(tmp_path) == PromptFormat(**fields | {"stop": ("\n\n", "<end>")})
 
     def test_some_fields(self, tmp_path: Path) -> None:
         write(tmp_path, "banded.json", {"default_max_tokens": 7, "insertion": None})
-        assert load_card(tmp_path) == Card(default_max_tokens=7)
+        assert load_prompt_format(tmp_path) == PromptFormat(default_max_tokens=7)
 
     def test_template_of_the_tokenizer(self, tmp_path: Path) -> None:
-        """It is second to the card's own, and neither has the default template's stop."""
+        """It is second to banded.json's, and neither has the default template's stop."""
         write(tmp_path, "tokenizer_config.json", {"chat_template": "theirs", "bos_token": "<s>"})
-        assert load_card(tmp_path) == Card(chat_template="theirs", stop=(), bos_token="<s>")
+        assert load_prompt_format(tmp_path) == PromptFormat(chat_template="theirs", stop=(), bos_token="<s>")
         write(tmp_path, "banded.json", {"stop": ["<end>"]})
-        assert load_card(tmp_path) == Card(chat_template="theirs", stop=("<end>",), bos_token="<s>")
+        assert load_prompt_format(tmp_path) == PromptFormat(chat_template="theirs", stop=("<end>",), bos_token="<s>")
         write(tmp_path, "banded.json", {"chat_template": "ours"})
-        assert load_card(tmp_path) == Card(chat_template="ours", stop=(), bos_token="<s>")
+        assert load_prompt_format(tmp_path) == PromptFormat(chat_template="ours", stop=(), bos_token="<s>")
 
     def test_tokenizer_without_a_single_template(self, tmp_path: Path) -> None:
         named = [{"name": "default", "template": "theirs"}]
         write(tmp_path, "tokenizer_config.json", {"chat_template": named, "bos_token": {"content": "<s>"}})
-        assert load_card(tmp_path) == Card(bos_token="<s>")
+        assert load_prompt_format(tmp_path) == PromptFormat(bos_token="<s>")
         write(tmp_path, "tokenizer_config.json", {"chat_template": None, "bos_token": None})
-        assert load_card(tmp_path) == Card()
+        assert load_prompt_format(tmp_path) == PromptFormat()
 
 
 BRACES = r"insertion must be a string that holds \{prompt\} and \{suffix\} once each, other braces doubled, got "
@@ -105,48 +105,49 @@ BRACES = r"insertion must be a string that holds \{prompt\} and \{suffix\} once 
 )
 def test_unusable_fields_are_named(tmp_path: Path, fields: Any, message: str) -> None:
     write(tmp_path, "banded.json", fields)
-    with pytest.raises(CardError, match=message) as refusal:
-        load_card(tmp_path)
+    with pytest.raises(PromptFormatError, match=message) as refusal:
+        load_prompt_format(tmp_path)
     assert str(refusal.value).startswith(f"{tmp_path}: banded.json")
     assert len(str(refusal.value)) < len(str(tmp_path)) + 300
 
 
 def test_template_of_the_tokenizer_that_does_not_compile(tmp_path: Path) -> None:
     write(tmp_path, "tokenizer_config.json", {"chat_template": "\n{% else %}"})
-    with pytest.raises(CardError, match=r"tokenizer_config\.json: chat_template does not compile: line 2: .* 'else'"):
-        load_card(tmp_path)
+    message = r"tokenizer_config\.json: chat_template does not compile: line 2: .* 'else'"
+    with pytest.raises(PromptFormatError, match=message):
+        load_prompt_format(tmp_path)
 
 
 def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
     """As transformers 5 writes it; it counts more than tokenizer_config.json's and less than banded.json's."""
     (tmp_path / "chat_template.jinja").write_text("file")
     write(tmp_path, "tokenizer_config.json", {"chat_template": "settings"})
-    assert load_card(tmp_path) == Card(chat_template="file", stop=())
+    assert load_prompt_format(tmp_path) == PromptFormat(chat_template="file", stop=())
     write(tmp_path, "banded.json", {"chat_template": "ours"})
-    assert load_card(tmp_path) == Card(chat_template="ours", stop=())
+    assert load_prompt_format(tmp_path) == PromptFormat(chat_template="ours", stop=())
     write(tmp_path, "banded.json", {})
     (tmp_path / "chat_template.jinja").write_text("{% else %}")
-    with pytest.raises(CardError, match=r": chat_template\.jinja does not compile: line 1: .* 'else'"):
-        load_card(tmp_path)
+    with pytest.raises(PromptFormatError, match=r": chat_template\.jinja does not compile: line 1: .* 'else'"):
+        load_prompt_format(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["banded.json", "tokenizer_config.json"])
 def test_invalid_json_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("{")
-    with pytest.raises(CardError, match=f"{name} is not valid JSON"):
-        load_card(tmp_path)
+    with pytest.raises(PromptFormatError, match=f"{name} is not valid JSON"):
+        load_prompt_format(tmp_path)
 
 
 class TestDefaultTemplate:
     def test_instructions_are_a_paragraph_before_the_turns(self) -> None:
         text = "Be brief.\n\nUser: Hi <there> & 'you'\nAssistant:  Yes?\n\nUser: Bye\nAssistant:"
-        assert rendered(Card(), CHAT) == text
-        assert rendered(Card(), [Message("developer", "a"), Message("system", "b")]) == "a\n\nb\n\nAssistant:"
-        assert rendered(Card(), []) == "Assistant:"
+        assert rendered(PromptFormat(), CHAT) == text
+        assert rendered(PromptFormat(), [Turn("developer", "a"), Turn("system", "b")]) == "a\n\nb\n\nAssistant:"
+        assert rendered(PromptFormat(), []) == "Assistant:"
 
     def test_other_roles_are_refused(self) -> None:
         with pytest.raises(jinja2.TemplateError, match="role 'tool' is not supported"):
-            rendered(Card(), [Message("tool", "4")])
+            rendered(PromptFormat(), [Turn("tool", "4")])
 
 
 CHATML = """{{ bos_token }}
@@ -178,7 +179,7 @@ def test_templates_render_as_in_transformers(template: str) -> None:
     texts, _ = render_jinja_template(
         conversations=[chat], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
     )
-    assert rendered(Card(chat_template=template), CHAT) == texts[0]
+    assert rendered(PromptFormat(chat_template=template), CHAT) == texts[0]
 
 
 @pytest.mark.parametrize(
@@ -192,4 +193,4 @@ def test_templates_render_as_in_transformers(template: str) -> None:
 )
 def test_templates_that_raise(template: str, message: str) -> None:
     with pytest.raises(jinja2.TemplateError, match=message):
-        rendered(Card(chat_template=template), CHAT)
+        rendered(PromptFormat(chat_template=template), CHAT)

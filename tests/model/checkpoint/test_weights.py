@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels import torch_ops
-from model.checkpoint.prompt_format import load_card
+from model.checkpoint.prompt_format import load_prompt_format
 from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.vocabulary import load_tokenizer
 from model.checkpoint.weights import BANDED_FIELDS, CheckpointError, load_model, read_config, save_model
@@ -306,7 +306,7 @@ def test_a_model_keeps_the_tokenizer_and_the_card_of_its_origin(tmp_path: Path) 
     ours, theirs = load_tokenizer(tmp_path / "saved"), load_tokenizer(origin)
     assert ours.encode_prompt("ab") == theirs.encode_prompt("ab") == [256, 97, 98]
     assert ours.fingerprint() == theirs.fingerprint() != r50k_base().fingerprint()
-    assert load_card(tmp_path / "saved").separator == " ; "
+    assert load_prompt_format(tmp_path / "saved").separator == " ; "
     assert load(tmp_path / "saved").config == load(origin).config
 
 

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import httpx
 from fastapi import FastAPI
 
-from model.checkpoint.prompt_format import Card
+from model.checkpoint.prompt_format import PromptFormat
 from service.api.app import create_app
 from service.engine.models import ModelEntry, Models
 from tests.service.engine.fakes import CONFIG, FakeEngine
 from tests.service.helpers import settings_of
 
-NO_CARD = Card()
+DEFAULT_FORMAT = PromptFormat()
 
 
 class Api(NamedTuple):
@@ -35,14 +35,16 @@ class Api(NamedTuple):
         return choices
 
 
-def served(fake: FakeEngine, card: Card = NO_CARD) -> Models:
-    return Models([ModelEntry("fake", 1700000000, CONFIG, fake.tokenizer, card, "fp_0123456789", fake.engine)])
+def served(fake: FakeEngine, prompt_format: PromptFormat = DEFAULT_FORMAT) -> Models:
+    return Models([ModelEntry("fake", 1700000000, CONFIG, fake.tokenizer, prompt_format, "fp_0123456789", fake.engine)])
 
 
 @asynccontextmanager
-async def serving(fake: FakeEngine | None = None, card: Card = NO_CARD, **settings: Any) -> AsyncIterator[Api]:
+async def serving(
+    fake: FakeEngine | None = None, prompt_format: PromptFormat = DEFAULT_FORMAT, **settings: Any
+) -> AsyncIterator[Api]:
     fake = fake or FakeEngine()
-    app = create_app(served(fake, card), fake.metrics, settings_of(**settings))
+    app = create_app(served(fake, prompt_format), fake.metrics, settings_of(**settings))
     async with app.router.lifespan_context(app):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             yield Api(app, fake, client)

@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.checkpoint.prompt_format import Card
+from model.checkpoint.prompt_format import PromptFormat
 from model.step import Sampling
 from service.api.schema.chat import ChatRequest
 from tests.conformance import contract
@@ -96,7 +96,7 @@ def test_the_templates_stop_ends_the_answer() -> None:
 @contract("chat", "max_tokens", "without it the card's default, as far as the context has room")
 def test_the_default_of_max_tokens() -> None:
     assert answer_to().json()["usage"]["completion_tokens"] == 256 - len(TOKENIZER.encode("User: Hello\nAssistant:"))
-    assert Card().default_max_tokens == 256
+    assert PromptFormat().default_max_tokens == 256
     long = [{"role": "user", "content": " a" * 300}]
     error = error_of(answer_to(messages=long), 400)
     assert error["code"] == "context_length_exceeded"

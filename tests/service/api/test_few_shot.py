@@ -5,7 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
-from model.checkpoint.prompt_format import Card
+from model.checkpoint.prompt_format import PromptFormat
 from tests.conformance import contract
 from tests.service.api.helpers import error_of, post, prompts_run, serving
 from tests.service.engine.fakes import FakeEngine
@@ -107,7 +107,7 @@ def test_suffix_without_an_insertion_format() -> None:
 def test_suffix_with_an_insertion_format() -> None:
     async def test() -> None:
         fake = FakeEngine()
-        async with serving(fake, Card(insertion="<|endoftext|>{suffix}<|endoftext|>{prompt}")) as api:
+        async with serving(fake, PromptFormat(insertion="<|endoftext|>{suffix}<|endoftext|>{prompt}")) as api:
             answer = await api.complete(prompt="<|endoftext|>", suffix=" b", max_tokens=1)
             assert answer.status_code == 200, answer.text
             eos, spelt = TOKENIZER.eos_id, TOKENIZER.encode("<|endoftext|>")

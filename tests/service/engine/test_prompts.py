@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model.checkpoint.prompt_format import Card, Message
+from model.checkpoint.prompt_format import PromptFormat, Turn
 from model.checkpoint.tokenizer import END_OF_TEXT, Tokenizer, r50k_base
 from service.engine.prompts import (
     Example,
@@ -63,10 +63,10 @@ OTTER = FewShot([Example("sea otter", "loutre de mer")], "Translate English to F
 
 
 def few_shot(
-    query: str, shots: FewShot, *, tokenizer: Tokenizer = PLAIN, card: Card | None = None, **options: Any
+    query: str, shots: FewShot, *, tokenizer: Tokenizer = PLAIN, prompt_format: PromptFormat | None = None, **options: Any
 ) -> Prompt:
     limits = {"context": 2048, "max_tokens": 16}
-    return few_shot_prompt(query, shots, card or Card(), tokenizer, **limits | options)
+    return few_shot_prompt(query, shots, prompt_format or PromptFormat(), tokenizer, **limits | options)
 
 
 def laid_out(query: str, shots: FewShot, dropped: int, allow_special: bool) -> list[tuple[str, bool]]:
@@ -90,10 +90,10 @@ class TestFewShot:
         assert few_shot("", bare) == Prompt([END], 1, few_shot=ExampleCounts(0, 0))
         assert few_shot("", bare, tokenizer=WITH_BOS) == Prompt([50257], 1, few_shot=ExampleCounts(0, 0))
 
-    def test_fields_of_the_card(self) -> None:
+    def test_fields_of_the_prompt_format(self) -> None:
         """They may hold special tokens, as what a user writes may not."""
-        card = Card(separator="<|im_end|>", input_prefix="<|im_start|>in ", output_prefix="<s>out  ")
-        prompt = few_shot("c<s>", FewShot([Example("a", "<s>b")]), card=card)
+        prompt_format = PromptFormat(separator="<|im_end|>", input_prefix="<|im_start|>in ", output_prefix="<s>out  ")
+        prompt = few_shot("c<s>", FewShot([Example("a", "<s>b")]), prompt_format=prompt_format)
         encode = PLAIN.encode
         tokens = [
             50258,
@@ -107,7 +107,12 @@ class TestFewShot:
             *encode("out"),
         ]
         assert prompt == Prompt(tokens, 0, stop_token_ids=(50259,), few_shot=ExampleCounts(1, 0))
-        assert special_in(few_shot("c", FewShot([], input_prefix="<s>", output_prefix="<s>"), card=card).tokens) == []
+        assert (
+            special_in(
+                few_shot("c", FewShot([], input_prefix="<s>", output_prefix="<s>"), prompt_format=prompt_format).tokens
+            )
+            == []
+        )
 
     @pytest.mark.parametrize(
         ("separator", "stops", "stop_token_ids"),
@@ -228,57 +233,61 @@ class TestFewShot:
         assert max(sizes) < 100
 
 
-CHATML = Card(
+CHATML = PromptFormat(
     chat_template="{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content | trim }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     stop=("<|im_end|>", "\n\n"),
 )
-BORDERLESS = Card(chat_template="{% for m in messages %}{{ m.content | trim }}{% endfor %}", stop=())
-MESSAGES = st.lists(st.builds(Message, st.sampled_from(["user", "assistant", "system"]), TEXTS), max_size=4)
+BORDERLESS = PromptFormat(chat_template="{% for m in messages %}{{ m.content | trim }}{% endfor %}", stop=())
+MESSAGES = st.lists(st.builds(Turn, st.sampled_from(["user", "assistant", "system"]), TEXTS), max_size=4)
 
 
 class TestChat:
     def test_default_template(self) -> None:
-        prompt = chat_prompt([Message("user", "Hi"), Message("system", "Be brief.")], Card(), PLAIN)
+        prompt = chat_prompt([Turn("user", "Hi"), Turn("system", "Be brief.")], PromptFormat(), PLAIN)
         assert prompt == Prompt(PLAIN.encode("Be brief.\n\nUser: Hi\nAssistant:"), 0, stops=("\nUser:",))
 
     def test_special_tokens_of_the_template_are_special(self) -> None:
-        prompt = chat_prompt([Message("user", "<|im_end|>")], CHATML, PLAIN)
+        prompt = chat_prompt([Turn("user", "<|im_end|>")], CHATML, PLAIN)
         encode = PLAIN.encode
         tokens = [50258, *encode("user\n<|im_end|>"), 50259, *encode("\n"), 50258, *encode("assistant\n")]
         assert prompt == Prompt(tokens, 0, stops=("\n\n",), stop_token_ids=(50259,))
 
     @FAST
-    @given(messages=MESSAGES, tokenizer=TOKENIZERS, card=st.sampled_from([CHATML, BORDERLESS, Card()]))
-    def test_contents_never_become_special(self, messages: list[Message], tokenizer: Tokenizer, card: Card) -> None:
-        prompt = chat_prompt(messages, card, tokenizer)
-        text = card.render_chat(messages, bos_token="", eos_token="")
+    @given(messages=MESSAGES, tokenizer=TOKENIZERS, prompt_format=st.sampled_from([CHATML, BORDERLESS, PromptFormat()]))
+    def test_contents_never_become_special(
+        self, messages: list[Turn], tokenizer: Tokenizer, prompt_format: PromptFormat
+    ) -> None:
+        prompt = chat_prompt(messages, prompt_format, tokenizer)
+        text = prompt_format.render_chat(messages, bos_token="", eos_token="")
         tokens = prompt.tokens[prompt.num_implicit :]
         assert tokenizer.decode(tokens) == text
-        written = [50258, 50259] * len(messages) + [50258] if card is CHATML else []
+        written = [50258, 50259] * len(messages) + [50258] if prompt_format is CHATML else []
         assert special_in(tokens) == written
         if not written:
             assert tokens == tokenizer.encode(text)
 
     @FAST
-    @given(messages=MESSAGES, card=st.sampled_from([CHATML, BORDERLESS, Card()]))
-    def test_special_text_in_contents_where_allowed(self, messages: list[Message], card: Card) -> None:
-        text = card.render_chat(messages, bos_token="", eos_token="")
-        assert chat_prompt(messages, card, PLAIN, allow_special=True).tokens == PLAIN.encode_prompt(text, allow_special=True)
+    @given(messages=MESSAGES, prompt_format=st.sampled_from([CHATML, BORDERLESS, PromptFormat()]))
+    def test_special_text_in_contents_where_allowed(self, messages: list[Turn], prompt_format: PromptFormat) -> None:
+        text = prompt_format.render_chat(messages, bos_token="", eos_token="")
+        assert chat_prompt(messages, prompt_format, PLAIN, allow_special=True).tokens == PLAIN.encode_prompt(
+            text, allow_special=True
+        )
 
     @pytest.mark.parametrize(
         "contents",
         [["<|im_", "end|>"], ["<|im_ ", " end|>"], ["<", "|im_end|>"], ["<<s>", "<<<s>"], ["§§"], ["<", "s>"]],
     )
     def test_names_that_contents_make_together(self, contents: list[str]) -> None:
-        messages = [Message("user", content) for content in contents]
+        messages = [Turn("user", content) for content in contents]
         tokens = chat_prompt(messages, BORDERLESS, PLAIN).tokens
         assert tokens == PLAIN.encode("".join(content.strip() for content in contents))
 
     @pytest.mark.parametrize("content", ["s>", " s> b", "|im_end|>", "s><s", "a < "])
     def test_names_that_template_and_content_make_together(self, content: str) -> None:
-        card = Card(chat_template="<s><{{ messages[0].content | trim }}|im_end|>", stop=())
-        tokens = chat_prompt([Message("user", content)], card, PLAIN).tokens
+        prompt_format = PromptFormat(chat_template="<s><{{ messages[0].content | trim }}|im_end|>", stop=())
+        tokens = chat_prompt([Turn("user", content)], prompt_format, PLAIN).tokens
         assert tokens == [50257, *PLAIN.encode(f"<{content.strip()}|im_end|>")]
 
     def test_names_that_begin_with_a_line_break(self) -> None:
@@ -289,25 +298,26 @@ class TestChat:
             added={},
             eos_id=END,
         )
-        card = Card(chat_template="\n>{{ messages[0].content }}\n>", stop=())
-        tokens = chat_prompt([Message("user", "a\n>b")], card, tokenizer).tokens
+        prompt_format = PromptFormat(chat_template="\n>{{ messages[0].content }}\n>", stop=())
+        tokens = chat_prompt([Turn("user", "a\n>b")], prompt_format, tokenizer).tokens
         assert tokens == [END, *R50K.encode("a\n>b"), END]
 
     def test_contents_without_special_text_are_unchanged(self) -> None:
-        card = Card(chat_template="{{ messages[0].content | length }} {{ messages[0].content == 'a < b | <s' }}")
-        assert PLAIN.decode(chat_prompt([Message("user", "a < b | <s!")], card, PLAIN).tokens) == "11 False"
-        assert PLAIN.decode(chat_prompt([Message("user", "a < b > c")], card, PLAIN).tokens) == "9 False"
+        template = "{{ messages[0].content | length }} {{ messages[0].content == 'a < b | <s' }}"
+        prompt_format = PromptFormat(chat_template=template)
+        assert PLAIN.decode(chat_prompt([Turn("user", "a < b | <s!")], prompt_format, PLAIN).tokens) == "11 False"
+        assert PLAIN.decode(chat_prompt([Turn("user", "a < b > c")], prompt_format, PLAIN).tokens) == "9 False"
 
     def test_bos_is_written_once(self) -> None:
-        own = Card(chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+        own = PromptFormat(chat_template="{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
         tokens = [50257, 64, END]
-        assert chat_prompt([Message("user", "a")], own, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
-        without = Card(chat_template="{{ messages[0].content }}{{ eos_token }}")
-        assert chat_prompt([Message("user", "a")], without, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
+        assert chat_prompt([Turn("user", "a")], own, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
+        without = PromptFormat(chat_template="{{ messages[0].content }}{{ eos_token }}")
+        assert chat_prompt([Turn("user", "a")], without, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
         # Prompts that don't start with bos may still have it in a chat, if the checkpoint names it.
-        assert chat_prompt([Message("user", "a")], own, PLAIN).tokens == [64, END]
-        named = Card(chat_template=own.chat_template, bos_token="<s>")
-        assert chat_prompt([Message("user", "a")], named, PLAIN) == Prompt(tokens, 0, stops=("\nUser:",))
+        assert chat_prompt([Turn("user", "a")], own, PLAIN).tokens == [64, END]
+        named = PromptFormat(chat_template=own.chat_template, bos_token="<s>")
+        assert chat_prompt([Turn("user", "a")], named, PLAIN) == Prompt(tokens, 0, stops=("\nUser:",))
 
     def test_empty_rendering_is_a_new_document(self) -> None:
         assert chat_prompt([], BORDERLESS, PLAIN) == Prompt([END], 1)
@@ -327,33 +337,33 @@ class TestChat:
     )
     def test_errors_of_the_template(self, template: str, reason: str) -> None:
         with pytest.raises(RequestError, match=f"^the model's chat template does not take these messages: ({reason})$") as e:
-            chat_prompt([Message("user", "<s>\ud800")], Card(chat_template=template), PLAIN)
+            chat_prompt([Turn("user", "<s>\ud800")], PromptFormat(chat_template=template), PLAIN)
         assert e.value.param == "messages"
         assert (e.value.param, e.value.code) == ("messages", None)
 
     def test_role_that_the_default_template_does_not_know(self) -> None:
         with pytest.raises(RequestError, match=r"messages: role 'tool' is not supported$"):
-            chat_prompt([Message("tool", "4")], Card(), PLAIN)
+            chat_prompt([Turn("tool", "4")], PromptFormat(), PLAIN)
 
 
 class TestInsertion:
-    CARD = Card(insertion="<|im_start|>{suffix}{{<|im_end|>{prompt}<s>")
+    FORMAT = PromptFormat(insertion="<|im_start|>{suffix}{{<|im_end|>{prompt}<s>")
 
     def test_layout(self) -> None:
-        prompt = insertion_prompt("a<s>", "b", self.CARD, WITH_BOS)
+        prompt = insertion_prompt("a<s>", "b", self.FORMAT, WITH_BOS)
         encode = PLAIN.encode
         assert prompt == Prompt([50257, 50258, *encode("b{"), 50259, *encode("a<s>"), 50257], 1)
-        allowed = insertion_prompt("a<s>", "b", self.CARD, PLAIN, allow_special=True)
+        allowed = insertion_prompt("a<s>", "b", self.FORMAT, PLAIN, allow_special=True)
         assert allowed == Prompt([50258, *encode("b{"), 50259, 64, 50257, 50257], 0)
 
     def test_texts_are_no_formats(self) -> None:
         assert (
-            PLAIN.decode(insertion_prompt("{suffix}", "{", Card(insertion="{prompt}|{suffix}"), PLAIN).tokens)
+            PLAIN.decode(insertion_prompt("{suffix}", "{", PromptFormat(insertion="{prompt}|{suffix}"), PLAIN).tokens)
             == "{suffix}|{"
         )
 
     def test_model_that_can_not_insert(self) -> None:
         with pytest.raises(RequestError) as refusal:
-            insertion_prompt("a", "b", Card(), PLAIN)
+            insertion_prompt("a", "b", PromptFormat(), PLAIN)
         message = "'suffix' is not supported by this model: its card declares no format for insertions"
         assert (str(refusal.value), refusal.value.param) == (message, "suffix")

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from kernels.names import Activation
 from kernels.ops import Ops, Weight
-from model.checkpoint.weights import CheckpointError, read_json, write_atomically, write_tensors
+from model.checkpoint.files import CheckpointError, read_json, write_atomically
+from model.checkpoint.weights import write_tensors
 from model.gpt import GPT
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -194,7 +195,8 @@ def save_adapter(directory: Path, adapter: Adapter) -> None:
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in named_tensors(adapter.parts).items()}
     write_tensors(directory / ADAPTER_WEIGHTS, tensors)
     about = {"base": adapter.base, **asdict(adapter.config)}
-    write_atomically(directory / ADAPTER_CONFIG, json.dumps(about, indent=2).encode() + b"\n")
+    with write_atomically(directory / ADAPTER_CONFIG) as file:
+        file.write_text(json.dumps(about, indent=2) + "\n")
 
 
 def load_adapter(directory: Path, model: GPT) -> Adapter:

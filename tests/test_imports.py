@@ -149,6 +149,8 @@ NUMBERS_ONLY = [
     "service.tools.bench",
     "service.api.server",
     "service.cli",
+    "model.checkpoint.architectures",
+    "model.checkpoint.files",
     "model.checkpoint.tokenizer",
     "model.checkpoint.vocabulary",
     "model.step",

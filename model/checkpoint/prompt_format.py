@@ -1,4 +1,4 @@
-"""`banded.json`, the prompt format: how a checkpoint wants few-shot examples, chats and insertions laid out as text."""
+"""How a checkpoint lays out few-shot examples, chats and insertions as text: its banded.json and its chat template."""
 
 import dataclasses
 import json
@@ -13,14 +13,14 @@ from typing import Any, NamedTuple, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.checkpoint.tokenizer import TokenizerError
-from model.checkpoint.vocabulary import SETTINGS_FILE, Json, read_json, read_text
+from model.checkpoint.files import CheckpointError, Json, optional_json, read_text
+from model.checkpoint.vocabulary import SETTINGS_FILE
 
 PROMPT_FORMAT_FILE = "banded.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
 
-# Instructions come first, wherever in the chat they stand.
+# Instructions come first, wherever the chat has them.
 CHAT_TEMPLATE = """\
 {% for message in messages if message.role in ("system", "developer") %}
 {{ message.content }}
@@ -39,12 +39,12 @@ Assistant: {{ message.content }}
 """
 
 
-class PromptFormatError(ValueError):
+class PromptFormatError(CheckpointError):
     """A prompt format that can't be used: which file and field, and what is wrong with it."""
 
 
 class Turn(NamedTuple):
-    """One message of a chat; `role` is "system", "user" and the like."""
+    """One message of a chat. `role` is "system", "user" and the like."""
 
     role: str
     content: str
@@ -54,11 +54,10 @@ class Turn(NamedTuple):
 class PromptFormat:
     """How text is laid out for one checkpoint. The defaults suit a model trained on plain text alone.
 
-    `insertion` is what the model is given where it shall write what stands between a prompt and a suffix, for example
-    "<pre>{prompt}<suf>{suffix}<mid>", with other braces doubled; None where it can't. `chat_template` is a Jinja template
-    as Hugging Face's checkpoints have them, `stop` the strings that end an answer laid out by it. `bos_token` is no
-    field of banded.json but what tokenizer_config.json calls so, since templates may write it even where plain prompts
-    don't start with it.
+    `insertion` asks the model for the text between a prompt and a suffix: "<pre>{prompt}<suf>{suffix}<mid>" for example,
+    with other braces doubled. None for a model that can't insert. `chat_template` is a Jinja template as in Hugging Face's
+    checkpoints, and `stop` the strings that end its answers. `bos_token` comes from tokenizer_config.json, not from
+    banded.json: templates may write it even if plain prompts don't start with it.
 
     Raises PromptFormatError naming the field that can't be used.
     """
@@ -84,7 +83,7 @@ class PromptFormat:
             check_field("insertion", self.insertion, expected, is_insertion(self.insertion))
         try:
             compiled(self.chat_template)
-        except Exception as error:  # Python's compiler has limits of its own, beside Jinja's errors
+        except Exception as error:  # Jinja's own errors, and the limits of Python's compiler
             place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise PromptFormatError(f"chat_template does not compile: {place}{error!s:.200}") from None
 
@@ -95,7 +94,7 @@ class PromptFormat:
             add_generation_prompt=True,
             bos_token=bos_token,
             eos_token=eos_token,
-            # Published templates ask whether these are none, which what is missing is not.
+            # Published templates ask whether these are none. If they were missing, they would not be.
             tools=None,
             documents=None,
         )
@@ -113,24 +112,23 @@ def is_insertion(template: object) -> bool:
         return False
     try:
         fields = Counter(field[1:] for field in string.Formatter().parse(template) if field[1] is not None)
-    except ValueError:  # a brace without its other half
+    except ValueError:  # an unpaired brace
         return False
     return fields == Counter([("prompt", "", None), ("suffix", "", None)])
 
 
 def load_prompt_format(directory: Path) -> PromptFormat:
-    """The prompt format of a checkpoint directory, with defaults for what banded.json, or its absence, leaves open.
+    """The prompt format of a checkpoint directory, with defaults for whatever banded.json leaves open, or for all of it.
 
-    The chat template is banded.json's, or else chat_template.jinja, or else tokenizer_config.json's; the default stop is
-    the default template's only. PromptFormatError naming file and field when something can't be used.
+    The chat template is that of banded.json, or else chat_template.jinja, or else tokenizer_config.json's. The default stop
+    belongs to the default template. Raises CheckpointError naming file and field that can't be used.
     """
     template = directory / TEMPLATE_FILE
+    published = read_text(template) if template.exists() else None
+    fields, settings = (optional_json(directory / name) or {} for name in (PROMPT_FORMAT_FILE, SETTINGS_FILE))
     try:
-        published = read_text(template) if template.exists() else None
-        return build_prompt_format(
-            optional_json(directory / PROMPT_FORMAT_FILE), optional_json(directory / SETTINGS_FILE), published
-        )
-    except (PromptFormatError, TokenizerError) as error:
+        return build_prompt_format(fields, settings, published)
+    except PromptFormatError as error:
         raise PromptFormatError(f"{directory}: {error}") from None
 
 
@@ -138,9 +136,8 @@ def build_prompt_format(fields: Json, settings: Json, published: str | None) -> 
     known = {field.name for field in dataclasses.fields(PromptFormat)} - {"bos_token"}
     for name in fields:
         if name not in known:
-            raise PromptFormatError(
-                f"{PROMPT_FORMAT_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {', '.join(sorted(known))}"
-            )
+            expected = ", ".join(sorted(known))
+            raise PromptFormatError(f"{PROMPT_FORMAT_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {expected}")
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
     source = TEMPLATE_FILE if published is not None else f"{SETTINGS_FILE}: chat_template"
@@ -160,12 +157,8 @@ def build_prompt_format(fields: Json, settings: Json, published: str | None) -> 
         raise PromptFormatError(f"{source}{str(error).removeprefix('chat_template')}") from None
 
 
-def optional_json(path: Path) -> Json:
-    return read_json(path) if path.exists() else {}
-
-
 def token_name(token: Any) -> str | None:
-    """The text of a token as tokenizer_config.json writes it, a string or an object."""
+    """The text of a token, which is a string or an object in tokenizer_config.json."""
     text = token.get("content") if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
@@ -175,15 +168,15 @@ def raise_exception(message: str) -> NoReturn:
 
 
 def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Jinja's own filter escapes for HTML."""
+    """Like transformers. Jinja's own filter escapes for HTML."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
 
 
 @cache
 def compiled(template: str) -> jinja2.Template:
-    """`template` in the environment that templates published for transformers are written for.
+    """`template` in the environment that transformers gives published templates.
 
-    They are programs of others, so they run in a sandbox.
+    A template is somebody else's program, so it runs in a sandbox.
     """
     extensions = ["jinja2.ext.loopcontrols"]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import tiktoken
 
+from model.checkpoint.files import CheckpointError
+
 R50K_FILE = Path(__file__).parents[1] / "data" / "r50k_base.tiktoken"
 R50K_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 R50K_VOCAB_SIZE = 50257
@@ -17,19 +19,19 @@ END_OF_TEXT = "<|endoftext|>"
 # How GPT-2 cuts text into words before merging bytes inside each.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
-# How a token is named that has no other name; so no other name may begin like that.
+# How a token is named that has no other name. So no other name may begin like this.
 NUMBERED = "token_id:"
 
-# A run of white space (Unicode's, which lacks four separators that Python's \s has) with a word behind it.
+# A run of white space that a word follows. Unicode's white space lacks four separators that Python's \s has.
 LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{100000,}+(?!\Z)")
 
 
-class TokenizerError(ValueError):
+class TokenizerError(CheckpointError):
     """A vocabulary that can't be used: which file, and what is wrong with it."""
 
 
-class TextPart(NamedTuple):
-    """A piece of a text, and whether special-token text in it stands for the token."""
+class PromptPart(NamedTuple):
+    """Part of a text, and whether a special token's name in it stands for the token."""
 
     text: str
     allow_special: bool
@@ -56,20 +58,20 @@ class Tokenizer:
         eos_id: int,
         bos_id: int | None = None,
     ):
-        """`tokens` holds the bytes of every id; `merge_order` the ids that bytes merge into, first merge first.
+        """`tokens` holds the bytes of every id, `merge_order` the ids that bytes merge into, first merge first.
 
-        `special` tokens are recognised in text only where the caller allows it, `added` ones always. `eos_id` ends a
-        document; `bos_id` starts every prompt, and is None where the checkpoint asks for nothing there.
+        `special` tokens are recognised in text only if the caller allows it, `added` ones always. `eos_id` ends a
+        document. `bos_id` starts every prompt; None if the checkpoint starts them with nothing.
         """
         self.special_tokens = dict(special)
         self.eos_id = eos_id
         self.bos_id = bos_id
         self.max_id = max(*tokens, *special.values(), *added.values())
-        # No text is fewer tokens than its bytes divided by this.
+        # A text of N bytes has at least N / max_token_bytes tokens.
         self.max_token_bytes = max(map(len, tokens.values()))
         self._tokens = dict(tokens)
         self._special_ids = frozenset(special.values())
-        # OPT numbers its tokens by frequency: what merges first has not the lowest id.
+        # OPT numbers its tokens by frequency, so the first merge does not have the lowest id.
         self._id_of_rank = None if list(merge_order) == list(range(len(merge_order))) else list(merge_order)
         ranks = {tokens[token_id]: rank for rank, token_id in enumerate(merge_order)}
         self._bpe = tiktoken.Encoding("banded", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
@@ -82,7 +84,7 @@ class Tokenizer:
         return token_id in self._tokens
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """Token ids of `text`, without bos. Text that spells a special token stays text unless `allow_special`.
+        """Token ids of `text`, without bos. The name of a special token stays text unless `allow_special`.
 
         A lone surrogate, which is no character, is encoded as U+FFFD.
 
@@ -92,9 +94,9 @@ class Tokenizer:
         return self.encode_parts([(text, allow_special)])
 
     def encode_parts(self, parts: Iterable[tuple[str, bool]]) -> list[int]:
-        """Token ids of one text that is given as `TextPart`s, in order.
+        """Token ids of one text, given as `PromptPart`s in order.
 
-        Only special tokens inside parts that allow them cut the text: everything else merges across the borders of parts.
+        Only special tokens inside parts that allow them cut the text. All other text merges across the borders of parts.
 
         >>> r50k_base().encode_parts([("Once up", False), ("on a time", False), ("<|endoftext|>", True)])
         [7454, 2402, 257, 640, 50256]
@@ -112,9 +114,9 @@ class Tokenizer:
         return tokens + self._encode_unsplit("".join(plain))
 
     def encode_prompt(self, text: str, *, allow_special: bool = False) -> list[int]:
-        """What the model is given for `text`: bos where the checkpoint asks for it, then `encode`; never empty.
+        """The prompt that the model gets for `text`: bos if the checkpoint has one, then `encode`. Never empty.
 
-        The empty text without bos is the end of a document, after which a new one starts.
+        The empty text without bos becomes eos: the end of a document, after which a new one starts.
 
         >>> r50k_base().encode_prompt("")
         [50256]
@@ -136,7 +138,7 @@ class Tokenizer:
         return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
 
     def fingerprint(self) -> str:
-        """The same for tokenizers that encode every text alike, in hexadecimal."""
+        """A hash in hexadecimal, equal for tokenizers that encode every text alike."""
         merges = self._id_of_rank or self._bpe.n_vocab
         special, added = sorted(self.special_tokens.items()), sorted(self._added.items())
         told = (sorted(self._tokens.items()), merges, special, added, self.bos_id, self.eos_id)
@@ -145,19 +147,19 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of one token.
 
-        KeyError for an id that stands for nothing: OPT's model has 50272 rows, its vocabulary 50265 tokens.
+        KeyError for an unused id: OPT's model has 50272 rows, its vocabulary 50265 tokens.
         """
         return self._tokens[token_id]
 
     def text_bytes(self, token_id: int) -> bytes:
-        """What a token adds to a text that people read: its bytes, nothing for special tokens and unused ids."""
+        """What a token adds to a text that people read: its bytes, or nothing for special tokens and unused ids."""
         return b"" if token_id in self._special_ids else self._tokens.get(token_id, b"")
 
     def token_name(self, token_id: int) -> str:
-        """What stands for one token where tokens are listed: no two ids have the same name.
+        """The name of a token in lists of tokens. No two ids have the same name.
 
-        It is the token's text; its bytes where they are not whole characters; and `token_id:` with the number where
-        neither exists or another token has that name. Special tokens and lower ids choose first.
+        It is the token's text, or its bytes if they are not whole characters, or `token_id:` with the number if neither
+        exists or another token has that name. Special tokens and lower ids choose first.
 
         >>> [r50k_base().token_name(token) for token in (7454, 447, 50256, 50257)]
         ['Once', 'bytes:\\xe2\\x80', '<|endoftext|>', 'token_id:50257']
@@ -165,7 +167,7 @@ class Tokenizer:
         return self._names.get(token_id, f"{NUMBERED}{token_id}")
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """Text of whole `tokens`; bytes that are no UTF-8 become U+FFFD."""
+        """Text of whole `tokens`. Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(map(self.token_bytes, tokens)).decode(errors="replace")
 
 
@@ -188,20 +190,20 @@ def spelled(token: bytes) -> str:
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """A pattern whose `split` cuts text at the leftmost longest of `words`, keeping them."""
+    """A pattern whose `split` cuts text at the leftmost longest of `words` and keeps them."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
 def alternate(pieces: list[str]) -> Iterator[tuple[bool, str]]:
-    """What re.split returns, as (is_separator, piece), without the empty ones."""
+    """The pieces of re.split that are not empty, as (is_separator, piece)."""
     return ((bool(place % 2), piece) for place, piece in enumerate(pieces) if piece)
 
 
 def cut_long_space(text: str) -> Iterator[str]:
-    """`text` cut where GPT2_PATTERN cuts a run of white space anyway: before the last one, which belongs to the word.
+    """`text` cut where GPT2_PATTERN cuts long white space anyway: ahead of its last character, which joins the next word.
 
-    tiktoken's regex engine backtracks over the run to get there and panics when it is 999,999 long.
+    tiktoken's regex engine backtracks over the run to get there, and panics if the run is 999,999 long.
     """
     start = 0
     for run in LONG_SPACE.finditer(text):
@@ -211,9 +213,9 @@ def cut_long_space(text: str) -> Iterator[str]:
 
 
 def r50k_base(eos_id: int | None = None) -> Tokenizer:
-    """GPT-2's and GPT-3's tokenizer from the vendored ranks; `eos_id` is <|endoftext|> unless a model has another.
+    """GPT-2's and GPT-3's tokenizer from the vendored ranks. `eos_id` is <|endoftext|> unless a model has another.
 
-    TokenizerError when the file is not the published one.
+    Raises TokenizerError if the file is not the published one.
     """
     data = R50K_FILE.read_bytes()
     digest = hashlib.sha256(data).hexdigest()

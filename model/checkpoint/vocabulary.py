@@ -1,6 +1,5 @@
-"""The tokenizer that a checkpoint directory brings along: read, checked, and made into tiktoken's ranks."""
+"""Read and check the tokenizer of a checkpoint directory, and turn it into tiktoken's ranks."""
 
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,38 +8,37 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.files import CONFIG_FILE, Json, optional_json, read_json, read_text
 from model.checkpoint.tokenizer import R50K_VOCAB_SIZE, Tokenizer, TokenizerError, r50k_base
 
-CONFIG_FILE = "config.json"
 PIPELINE_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 SPECIAL_MAP_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
+VOCABULARY_FILES = (PIPELINE_FILE, SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE, VOCAB_FILE, MERGES_FILE)
 
 # Classes that add nothing to GPT-2's way of encoding; the last two mean "as tokenizer.json says".
 TOKENIZER_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ROLE_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
-Json = dict[str, Any]
-
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory: the ids that transformers gives, or a TokenizerError saying why not.
+    """The tokenizer of a checkpoint directory. It gives the ids that transformers gives.
 
-    The vocabulary is tokenizer.json, or vocab.json with merges.txt where that is missing. A directory with neither gets
-    r50k_base if the model is our own, or is a GPT-2 or GPT-Neo of 50257 tokens, for r50k_base is their vocabulary.
+    The vocabulary is tokenizer.json or, without one, vocab.json with merges.txt. A directory with neither gets r50k_base
+    if the model is our own, or a GPT-2 or GPT-Neo of 50257 tokens, whose vocabulary r50k_base is.
 
-    Whatever would encode text in another way than GPT-2's (a normalizer, another pre-tokenizer, a prefix space, a byte
-    without a token) is refused by name.
+    Raises CheckpointError naming what can't be read, or what encodes text in another way than GPT-2's: a normalizer,
+    another pre-tokenizer, a prefix space, a byte without a token.
 
     >>> load_tokenizer(Path("opt-125m")).encode_prompt("Hello")
     [2, 31414]
     """
     try:
-        files = read_files(directory)
+        files = CheckpointFiles.read(directory)
         vocabulary = read_vocabulary(directory, files)
         return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(files.config)
     except TokenizerError as error:
@@ -49,7 +47,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
 
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The JSON files that describe a checkpoint's tokenizer; those that only add to others are empty where missing."""
+    """The JSON files that describe a checkpoint's tokenizer. Those that only add to others are empty when missing."""
 
     config: Json
     pipeline: Json | None
@@ -57,15 +55,20 @@ class CheckpointFiles:
     special_map: Json
     added: Json
 
+    @staticmethod
+    def read(directory: Path) -> "CheckpointFiles":
+        extras = (optional_json(directory / name) or {} for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE))
+        return CheckpointFiles(read_json(directory / CONFIG_FILE), optional_json(directory / PIPELINE_FILE), *extras)
+
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Pieces in the byte alphabet with their ids, merges in order, and where both were read, for error messages."""
+    """Pieces in the byte alphabet with their ids, and merges in order. Error messages name where both come from."""
 
     ids: Mapping[str, int]
     merges: Sequence[tuple[str, str]]
     ids_from: str
-    # What the place of the first merge is called and numbered, as in "merges.txt line 2".
+    # Error messages write them together: "merges.txt line 2".
     merges_from: str
     first_merge: int
 
@@ -101,37 +104,6 @@ class Vocabulary:
             seen.add((left, right))
 
 
-def read_files(directory: Path) -> CheckpointFiles:
-    def optional(name: str) -> Json | None:
-        return read_json(directory / name) if (directory / name).exists() else None
-
-    return CheckpointFiles(
-        config=read_json(directory / CONFIG_FILE),
-        pipeline=optional(PIPELINE_FILE),
-        settings=optional(SETTINGS_FILE) or {},
-        special_map=optional(SPECIAL_MAP_FILE) or {},
-        added=optional(ADDED_FILE) or {},
-    )
-
-
-def read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise TokenizerError(f"can't read {path.name}: {reason}") from None
-
-
-def read_json(path: Path) -> Json:
-    try:
-        data = json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise TokenizerError(f"{path.name} is not valid JSON: {error}") from None
-    if not isinstance(data, dict):
-        raise TokenizerError(f"{path.name} holds no JSON object")
-    return data
-
-
 def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | None:
     """None when the directory has no vocabulary at all."""
     if files.pipeline is not None:
@@ -146,7 +118,7 @@ def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | Non
 
 
 def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
-    """What tokenizer.json holds, after making sure that it encodes GPT-2's way."""
+    """The vocabulary of tokenizer.json, which must encode text as GPT-2 does."""
     refuse_other_pipelines(pipeline)
     model = pipeline["model"]
     merges = [split_merge(merge, f"{PIPELINE_FILE} merge {n}") for n, merge in enumerate(model["merges"], 1)]
@@ -155,7 +127,7 @@ def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
 
 def refuse_other_pipelines(pipeline: Json) -> None:
     model = pipeline.get("model")
-    # Files from before the field "type" existed leave it out.
+    # Old files lack the field "type".
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
         raise TokenizerError(f"{PIPELINE_FILE}: model {type_of(model)} is not supported, only BPE")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
@@ -192,7 +164,7 @@ def check_id(token: str, token_id: Any, source: str) -> int:
 
 
 def embedded_tokenizer(config: Json) -> Tokenizer:
-    """r50k_base for a directory without a vocabulary, where that can't be the wrong one; eos is what config.json says."""
+    """r50k_base for a directory without a vocabulary, if no other fits the model. config.json says which token is eos."""
     model_type, vocab_size = config.get("model_type"), config.get("vocab_size")
     if model_type == "banded":
         if not isinstance(vocab_size, int) or vocab_size < R50K_VOCAB_SIZE:
@@ -214,7 +186,7 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
     bos_id, eos_id = token_in_role("bos", roles, files.config, ids), token_in_role("eos", roles, files.config, ids)
     if eos_id is None:
         raise TokenizerError(f"neither eos_token in {SETTINGS_FILE} nor eos_token_id in {CONFIG_FILE}")
-    # A role may be played by a word without an id, such as a pad token that the model never learnt: that is no token.
+    # A role's word may have no id, such as a pad token that the model never learnt: it is no token.
     names = flagged.union(roles.values())
     special = {name: token_id for name, token_id in ids.items() if name in names or token_id in (bos_id, eos_id)}
     tokens = {token_id: piece_bytes(piece) for piece, token_id in vocabulary.ids.items()}
@@ -239,7 +211,7 @@ def refuse_other_settings(files: CheckpointFiles) -> None:
 
 
 def refuse_ids_beyond(vocab_size: object, ids: Mapping[str, int]) -> None:
-    """A token without a row in the model's embedding would fail whenever it is used; better once, now."""
+    """A token without a row in the model's embedding would fail at its first use, so it is refused here."""
     last = max(ids, key=ids.__getitem__)
     if isinstance(vocab_size, int) and ids[last] >= vocab_size:
         raise TokenizerError(f"token {last!r} has id {ids[last]}, but {CONFIG_FILE} says vocab_size {vocab_size}")
@@ -248,7 +220,7 @@ def refuse_ids_beyond(vocab_size: object, ids: Mapping[str, int]) -> None:
 def special_roles(files: CheckpointFiles) -> dict[str, str]:
     """Which token plays which role: {"eos_token": "</s>", "additional_special_tokens 0": "<user>"}."""
     sources = {SETTINGS_FILE: files.settings}
-    # As in transformers, what older versions wrote is not read beside its successor.
+    # As in transformers: newer settings replace this older file.
     if "added_tokens_decoder" not in files.settings:
         sources[SPECIAL_MAP_FILE] = files.special_map
     roles: dict[str, str] = {}
@@ -263,7 +235,7 @@ def special_roles(files: CheckpointFiles) -> dict[str, str]:
 
 
 def added_tokens(files: CheckpointFiles, vocabulary: Vocabulary) -> tuple[dict[str, int], set[str]]:
-    """Ids of the tokens that are looked for in text before it is merged, and the names of those flagged as special."""
+    """Ids of the tokens that are found in text before it is merged, and the names of those flagged as special."""
     ids: dict[str, int] = {}
     flagged = set()
     name_of = {token_id: piece for piece, token_id in vocabulary.ids.items()}
@@ -292,7 +264,7 @@ def declared_tokens(files: CheckpointFiles) -> Iterator[tuple[str, Any, Any]]:
 
 
 def token_text(token: Any, source: str) -> str:
-    """The text of a token that is written either as a string or as an object with options."""
+    """The text of a token, which is either a string or an object with options."""
     if isinstance(token, str):
         return token
     if not isinstance(token, dict) or not isinstance(token.get("content"), str):
@@ -304,7 +276,7 @@ def token_text(token: Any, source: str) -> str:
 
 
 def token_in_role(role: str, roles: Mapping[str, str], config: Json, ids: Mapping[str, int]) -> int | None:
-    """The id of bos or eos, by name or else by config.json's number; None where neither is given."""
+    """The id of bos or eos: by name, or else by config.json's number, or else None."""
     name, token_id = roles.get(f"{role}_token"), config.get(f"{role}_token_id")
     if name is not None:
         if name not in ids:
@@ -316,7 +288,7 @@ def token_in_role(role: str, roles: Mapping[str, str], config: Json, ids: Mappin
 
 
 def start_of_prompt(files: CheckpointFiles, bos_id: int | None, ids: Mapping[str, int]) -> int | None:
-    """The id before every prompt. As in transformers, add_bos_token counts only where tokenizer.json doesn't decide."""
+    """The id ahead of every prompt. As in transformers, add_bos_token counts only without a tokenizer.json."""
     if files.pipeline is not None:
         name = start_of_template(files.pipeline.get("post_processor"))
         if name is not None and name not in ids:
@@ -330,7 +302,7 @@ def start_of_prompt(files: CheckpointFiles, bos_id: int | None, ids: Mapping[str
 
 
 def start_of_template(processor: Any) -> str | None:
-    """The token that tokenizer.json's post-processor puts before a text. It may add nothing else."""
+    """The token that tokenizer.json's post-processor puts ahead of a text. It may add nothing else."""
     match processor:
         case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
             return None
@@ -340,7 +312,7 @@ def start_of_template(processor: Any) -> str | None:
 
 
 def byte_alphabet() -> dict[str, int]:
-    """The printable character that stands for each byte in vocab.json, as GPT-2's authors chose them."""
+    """The printable character that stands for each byte in vocab.json, as GPT-2's authors chose it."""
     shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in shown]
     return {chr(byte): byte for byte in shown} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
@@ -350,7 +322,7 @@ BYTE_OF = byte_alphabet()
 
 
 def piece_bytes(piece: str) -> bytes:
-    """The bytes of a vocabulary entry. One outside the byte alphabet was added by hand and stands for itself."""
+    """The bytes of a vocabulary entry. An entry outside the byte alphabet was added by hand and stands for itself."""
     try:
         return bytes([BYTE_OF[character] for character in piece])
     except KeyError:
@@ -360,9 +332,9 @@ def piece_bytes(piece: str) -> bytes:
 def merge_order(vocabulary: Vocabulary) -> list[int]:
     """Ids of the bytes and of the tokens that merges make, first merge first.
 
-    Hugging Face merges the two pieces that a line names; tiktoken any two that spell the token. They agree where the
-    line's two are what the lines before leave of the token, as in every trained vocabulary. Any other line can never
-    fire, and is left out.
+    Hugging Face merges the two pieces that a line names; tiktoken merges any two that spell the token. They agree if
+    the earlier lines split the token into just these two pieces, as in every trained vocabulary. Any other line never
+    fires, and is left out.
     """
     ids = vocabulary.ids
     order = [ids[character] for character in BYTE_OF]

@@ -1,7 +1,6 @@
 """Corpus files to shards of tokens to windows that slide over them."""
 
 import hashlib
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.checkpoint.files import write_atomically
 from model.checkpoint.tokenizer import END_OF_TEXT, Tokenizer
 
 # Tokens on disk, mapped into memory and never read whole.
@@ -64,11 +64,9 @@ def write_shard(text: Path, tokenizer: Tokenizer, directory: Path) -> Path:
     path = directory / f"{text.stem}-{digest.hexdigest()[:16]}.{dtype.name}"
     if not path.exists():
         directory.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # another process may be at the same
-        with temporary.open("wb") as file:
+        with write_atomically(path, shared=True) as temporary, temporary.open("wb") as file:
             for document in documents(text):
                 file.write(np.asarray(tokens_of(document, tokenizer), dtype).tobytes())
-        os.replace(temporary, path)
     return path
 
 

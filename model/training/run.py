@@ -11,7 +11,6 @@ import csv
 import dataclasses
 import fcntl
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,8 +24,10 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
+from model.checkpoint.architectures import WEIGHTS_FILE
+from model.checkpoint.files import write_atomically
 from model.checkpoint.tokenizer import Tokenizer
-from model.checkpoint.weights import INDEX_FILE, WEIGHTS_FILE, save_model
+from model.checkpoint.weights import INDEX_FILE, save_model
 from model.gpt import GPT
 from model.lora import ADAPTER_WEIGHTS
 from model.training.data import Windows, open_shard, write_shard
@@ -210,12 +211,10 @@ class Curve:
         self._rows[-1]["held_out_loss"] = loss
 
     def write(self) -> None:
-        temporary = self._path.with_name(self._path.name + ".tmp")
-        with temporary.open("w", newline="") as file:
+        with write_atomically(self._path) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, COLUMNS)
             writer.writeheader()
             writer.writerows(self._rows)
-        os.replace(temporary, self._path)
 
 
 def draw(curve: Path, picture: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from model.checkpoint.files import write_atomically
 from model.training.trainer import Trainer, TrainingPlan
 
 # What AdamW keeps of every parameter.
@@ -26,11 +26,8 @@ def save_state(path: Path, trainer: Trainer, about: dict[str, Any]) -> None:
     for name, parameter in trainer.parameters.items():
         tensors |= {f"{moment}/{name}": trainer.optimizer.state[parameter][moment] for moment in MOMENTS}
     facts = {"seen": trainer.seen, "updates": trainer.num_updates, "plan": dataclasses.asdict(trainer.plan), "about": about}
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(tensors, temporary, metadata={"training": json.dumps(facts)})
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    with write_atomically(path, durable=True) as file:
+        save_file(tensors, file, metadata={"training": json.dumps(facts)})
 
 
 def load_state(path: Path, trainer: Trainer, about: dict[str, Any]) -> None:

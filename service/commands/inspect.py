@@ -55,7 +55,7 @@ def add_plan(commands: Commands) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from model.checkpoint.weights import read_config
+    from model.checkpoint.architectures import read_config
     from model.config import SIZES
     from service.tools.roofline import GPUS, Capacity, Training, report
 

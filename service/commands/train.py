@@ -127,8 +127,9 @@ def add_finetune(commands: Commands) -> None:
 def run_finetune(args: argparse.Namespace) -> int:
     import torch
 
+    from model.checkpoint.files import write_atomically
     from model.checkpoint.vocabulary import load_tokenizer
-    from model.checkpoint.weights import load_model, weights_digest, write_atomically
+    from model.checkpoint.weights import load_model, weights_digest
     from model.lora import TARGETS, AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
     from service.engine.loading import choose_device, model_directory
@@ -162,7 +163,8 @@ def run_finetune(args: argparse.Namespace) -> int:
             for some, lines in zip(encoded, advices, strict=True)
         ]
         updates = math.ceil(plan.num_tokens / plan.batch)
-        write_atomically(args.report, json.dumps({"files": found, "updates": updates}).encode())
+        with write_atomically(args.report) as file:
+            file.write_text(json.dumps({"files": found, "updates": updates}))
     held_out = encoded[1] if args.valid else []
     if held_out and not args.resume:
         print(f"held-out loss before: {completion_loss(model, held_out):.4f}")

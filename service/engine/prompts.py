@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from model.checkpoint.prompt_format import PromptFormat, Turn
-from model.checkpoint.tokenizer import TextPart, Tokenizer
+from model.checkpoint.tokenizer import PromptPart, Tokenizer
 from service.engine.request import ExampleCounts, Prompt, RequestError, shown
 
 MAX_REASON = 200  # characters of a template's own error that a message repeats
@@ -95,7 +95,7 @@ def few_shot_prompt(
     """
     total, room = len(few_shot.examples), context - max_tokens
 
-    def parts(dropped: int) -> list[TextPart]:
+    def parts(dropped: int) -> list[PromptPart]:
         return few_shot_parts(query, few_shot._replace(examples=few_shot.examples[dropped:]), prompt_format, allow_special)
 
     @cache
@@ -127,16 +127,16 @@ def few_shot_prompt(
     return prompt(dropped)._replace(stops=stops, stop_token_ids=stop_token_ids, few_shot=counts)
 
 
-def few_shot_parts(query: str, few_shot: FewShot, prompt_format: PromptFormat, allow_special: bool) -> list[TextPart]:
-    def own(text: str) -> TextPart:
-        return TextPart(text, allow_special)
+def few_shot_parts(query: str, few_shot: FewShot, prompt_format: PromptFormat, allow_special: bool) -> list[PromptPart]:
+    def own(text: str) -> PromptPart:
+        return PromptPart(text, allow_special)
 
-    def own_or_default(text: str | None, default: str) -> TextPart:
-        return TextPart(default, True) if text is None else own(text)
+    def own_or_default(text: str | None, default: str) -> PromptPart:
+        return PromptPart(default, True) if text is None else own(text)
 
     input_prefix = own_or_default(few_shot.input_prefix, prompt_format.input_prefix)
     output_prefix = own_or_default(few_shot.output_prefix, prompt_format.output_prefix)
-    separator = TextPart(prompt_format.separator if few_shot.separator is None else few_shot.separator, True)
+    separator = PromptPart(prompt_format.separator if few_shot.separator is None else few_shot.separator, True)
     parts = [own(few_shot.instruction), separator] if few_shot.instruction else []
     for example in few_shot.examples:
         parts += [input_prefix, own(example.input), output_prefix, own(example.output), separator]
@@ -184,7 +184,7 @@ def chat_prompt(
         message = f"the model's chat template does not take these messages: {reason:.{MAX_REASON}}"
         raise RequestError(message, "messages") from error
     pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
-    tokens = tokenizer.encode_parts(TextPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
+    tokens = tokenizer.encode_parts(PromptPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
     stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)
@@ -220,7 +220,7 @@ def insertion_prompt(
     texts = {"prompt": prompt, "suffix": suffix}
     parts = []
     for literal, name, _, _ in string.Formatter().parse(prompt_format.insertion):
-        parts.append(TextPart(literal, True))
+        parts.append(PromptPart(literal, True))
         if name is not None:
-            parts.append(TextPart(texts[name], allow_special))
+            parts.append(PromptPart(texts[name], allow_special))
     return start_prompt(tokenizer.encode_parts(parts), tokenizer)

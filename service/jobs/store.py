@@ -3,7 +3,6 @@
 import fcntl
 import json
 import logging
-import os
 import secrets
 import shutil
 import sqlite3
@@ -12,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from model.checkpoint.files import write_atomically
 from service.jobs.job import UNFINISHED, Event, Hyperparameters, Job, Status, StoredFile
 
 log = logging.getLogger("banded.store")
@@ -99,10 +99,8 @@ class Store:
             message = f"files take {total} bytes; {len(content)} more are over the limit of {MAX_TOTAL_BYTES}"
             raise StoreFullError(message, "file")
         file = StoredFile(f"file-{secrets.token_hex(12)}", filename, purpose, len(content), int(time.time()))
-        path = self.path_of(file.id)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with write_atomically(self.path_of(file.id)) as temporary:
+            temporary.write_bytes(content)
         self._db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?)", file)
         return file
 

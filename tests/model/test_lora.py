@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from kernels import torch_ops
-from model.checkpoint.weights import CheckpointError
+from model.checkpoint.files import CheckpointError
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from model.lora import (

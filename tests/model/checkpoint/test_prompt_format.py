@@ -1,6 +1,7 @@
 """Prompt formats are read from a checkpoint's files or refused by file and field; templates render as in transformers."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import jinja2
 import pytest
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from model.checkpoint.files import CheckpointError
 from model.checkpoint.prompt_format import CHAT_TEMPLATE, PromptFormat, PromptFormatError, Turn, load_prompt_format
 
 CHAT = [
@@ -75,7 +77,6 @@ BRACES = r"insertion must be a string that holds \{prompt\} and \{suffix\} once 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ([1], r"banded\.json holds no JSON object"),
         ({"seperator": "\n"}, r"banded\.json: unknown field 'seperator', expected one of chat_template, default_max_tok"),
         ({"bos_token": "<s>"}, r"banded\.json: unknown field 'bos_token'"),
         ({"x" * 1000: 1}, r"banded\.json: unknown field 'x{80}', expected"),
@@ -132,9 +133,13 @@ def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["banded.json", "tokenizer_config.json"])
-def test_invalid_json_is_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("{")
-    with pytest.raises(PromptFormatError, match=f"{name} is not valid JSON"):
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "can't be read as JSON: Expecting property name"), ("[1]", "must hold a JSON object, got list")],
+)
+def test_files_that_hold_no_json_object_are_named(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(CheckpointError, match=f"^{re.escape(str(tmp_path / name))} {message}"):
         load_prompt_format(tmp_path)
 
 

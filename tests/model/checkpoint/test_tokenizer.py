@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import model.checkpoint.tokenizer
-from model.checkpoint.tokenizer import END_OF_TEXT, TextPart, Tokenizer, TokenizerError, r50k_base
+from model.checkpoint.files import CheckpointError
+from model.checkpoint.tokenizer import END_OF_TEXT, PromptPart, Tokenizer, TokenizerError, r50k_base
 from model.checkpoint.vocabulary import BYTE_OF, load_tokenizer
 from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
 
@@ -269,7 +270,10 @@ class TestParts:
 
     def test_examples(self, overlapping: Tokenizer) -> None:
         encode, encode_parts = overlapping.encode, overlapping.encode_parts
-        plain, special = functools.partial(TextPart, allow_special=False), functools.partial(TextPart, allow_special=True)
+        plain, special = (
+            functools.partial(PromptPart, allow_special=False),
+            functools.partial(PromptPart, allow_special=True),
+        )
         assert encode_parts([]) == []
         assert encode_parts([plain("User: "), special("hello")]) == encode("User: hello")
         assert encode_parts([plain("</s>"), special("</s>")]) == [*encode("</s>"), 50262]
@@ -482,7 +486,6 @@ def without(mapping: dict[str, int], key: str) -> dict[str, int]:
 SPECIAL = {"id": 258, "content": "<end>", "special": True}
 
 REFUSED_JSON: list[tuple[str, Any, str]] = [
-    ("config.json", [1], r"config\.json holds no JSON object"),
     ("config.json", {"vocab_size": 258}, r"token '<end>' has id 258, but config\.json says vocab_size 258"),
     ("vocab.json", without(tiny_vocab(), "Ċ"), r"vocab\.json: no token for byte 0x0a \('Ċ'\)"),
     ("vocab.json", without(tiny_vocab(), "abc"), r"merges\.txt line 3: 'abc' is not in vocab\.json"),
@@ -576,7 +579,7 @@ def test_merges_of_unknown_pieces_are_refused(tiny: Path, merges: str, message: 
 @pytest.mark.parametrize("name", ["config.json", "vocab.json", "merges.txt"])
 def test_missing_file_is_named(tiny: Path, name: str) -> None:
     (tiny / name).unlink()
-    with pytest.raises(TokenizerError, match=f"can't read {name}: No such file"):
+    with pytest.raises(CheckpointError, match=f"{name} can't be read( as JSON)?: No such file"):
         load_tokenizer(tiny)
 
 
@@ -584,12 +587,13 @@ def test_missing_file_is_named(tiny: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (b'{"a": ', "is not valid JSON"),
-        (b'{"a": ' + 100_000 * b"[", "is not valid JSON: maximum recursion depth"),
+        (b'{"a": ', "can't be read as JSON: Expecting value"),
+        (b'{"a": ' + 100_000 * b"[", "can't be read as JSON: maximum recursion depth"),
         (b'{"\xff": 1}', "can't decode byte"),
+        (b"[1]", "must hold a JSON object, got list"),
     ],
 )
 def test_invalid_json_is_named(tiny: Path, name: str, data: bytes, message: str) -> None:
     (tiny / name).write_bytes(data)
-    with pytest.raises(TokenizerError, match=f"{name}.*{message}"):
+    with pytest.raises(CheckpointError, match=f"{name}.*{message}"):
         load_tokenizer(tiny)

@@ -12,10 +12,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels import torch_ops
+from model.checkpoint.architectures import BANDED_FIELDS, read_config
+from model.checkpoint.files import CheckpointError
 from model.checkpoint.prompt_format import load_prompt_format
 from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.vocabulary import load_tokenizer
-from model.checkpoint.weights import BANDED_FIELDS, CheckpointError, load_model, read_config, save_model
+from model.checkpoint.weights import load_model, save_model
 from model.config import GPTConfig
 from model.gpt import GPT, WindowAttention
 from tests.model.checkpoint.checkpoints import FIELDS, tiny

@@ -1,0 +1,64 @@
+"""Read the files of a checkpoint or a run, and replace them atomically."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "config.json"
+
+# A JSON object as it was parsed.
+Json = dict[str, Any]
+
+
+class CheckpointError(ValueError):
+    """A file or directory that can't be used: which one, which field, and what is wrong with it."""
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} can't be read: {reason}") from error
+
+
+def read_json(path: Path) -> Json:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(f"{path} can't be read as JSON: {reason}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
+    return value
+
+
+def optional_json(path: Path) -> Json | None:
+    return read_json(path) if path.exists() else None
+
+
+@contextmanager
+def write_atomically(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
+    """Gives a temporary path to write to. The file there replaces `path` when the block ends without an error.
+
+    With `durable` its content is on the disk first. `shared` is for a file that several processes may write at once.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
+    temporary.unlink(missing_ok=True)  # left by a process that was killed
+    temporary.touch()
+    mode = temporary.stat().st_mode
+    yield temporary
+    temporary.chmod(mode)  # safetensors lets only the owner read its files, and another user may serve them
+    if durable:
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def few(names: Sequence[object]) -> str:
+    """The first five names, and how many more there are."""
+    rest = len(names) - 5
+    return ", ".join(map(str, names[:5])) + (f" and {rest} more" if rest > 0 else "")

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import torch_ops
+from model.attention import TrainingAttention
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.weights import save_model
-from model.gpt import GPT, WindowAttention
+from model.gpt import GPT
 from model.lora import AdapterConfig, adapted, new_adapter, save_adapter
 from model.training.data import shuffled
 from model.training.run import follow
@@ -226,7 +227,7 @@ def completion_loss(model: GPT, examples: Sequence[Encoded], ops: Any = torch_op
     by_length = sorted(examples, key=lambda example: len(example.inputs))
     for start in range(0, len(by_length), batch):
         inputs, targets = padded(by_length[start : start + batch], model.head.device)
-        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), WindowAttention(model.config), ops)
+        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), TrainingAttention(model.config), ops)
         counted = targets != IGNORED
         losses = F.cross_entropy(model.logits(hidden[counted], ops), targets[counted], reduction="sum")
         total += losses.item()

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from kernels import torch_ops
 from kernels.ops import Ops
-from model.gpt import GPT, WindowAttention
+from model.attention import TrainingAttention
+from model.gpt import GPT
 from model.training.data import consecutive_windows
 from model.training.loss import linear_cross_entropy
 
@@ -196,7 +197,7 @@ def next_token_loss(
     """
     positions = torch.arange(inputs.shape[1], device=inputs.device)
     with torch.autocast(inputs.device.type, torch.bfloat16):
-        hidden = model(inputs, positions, WindowAttention(model.config), ops)
+        hidden = model(inputs, positions, TrainingAttention(model.config), ops)
         hidden = model.project_out(hidden).to(torch.bfloat16)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     counted = targets != IGNORED
@@ -217,7 +218,9 @@ def mean_loss(model: GPT, tokens: Tensor) -> float:
     total = 0.0
     windows = list(consecutive_windows(tokens.to(model.head.device), model.config.n_positions))
     for inputs, targets in tqdm(windows, desc="held-out", unit="window", leave=False):
-        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), WindowAttention(model.config), torch_ops)
+        hidden = model(
+            inputs, torch.arange(inputs.shape[1], device=inputs.device), TrainingAttention(model.config), torch_ops
+        )
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
             total += F.cross_entropy(model.logits(rows, torch_ops), labels, reduction="sum").item()
     return total / (len(tokens) - 1)

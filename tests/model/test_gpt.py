@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels import torch_ops
+from model.attention import TrainingAttention, banded_window_attention
 from model.config import GPT3_SIZES, GPTConfig
-from model.gpt import GPT, WindowAttention, banded_window_attention
+from model.gpt import GPT
 from tests.model.checkpoint.checkpoints import randomise
 
 SMALL = GPTConfig(
@@ -27,7 +28,7 @@ def some_tokens(*shape: int) -> Tensor:
 
 def logits(model: GPT, tokens: Tensor) -> Tensor:
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config), torch_ops), torch_ops)
+    return model.logits(model(tokens, positions, TrainingAttention(model.config), torch_ops), torch_ops)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:
@@ -85,11 +86,11 @@ def test_banded_window_attention_has_the_gradient_of_the_definition() -> None:
 
 @pytest.mark.parametrize("length", [1, 16, 17, 53])
 @pytest.mark.parametrize("layer", [0, 1], ids=["dense", "banded"])
-def test_window_attention_takes_band_and_scale_from_the_config(layer: int, length: int) -> None:
+def test_training_attention_takes_band_and_scale_from_the_config(layer: int, length: int) -> None:
     config = dataclasses.replace(SMALL, scale_by_inverse_layer=True)
     torch.manual_seed(length)
     q, k, v = torch.randn(3, 2, length, 4, 16)
-    out = WindowAttention(config)(layer, q, k, v)
+    out = TrainingAttention(config)(layer, q, k, v)
     expected = masked_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -136,8 +137,8 @@ def test_positions_may_be_any_shape_and_offset_into_the_table() -> None:
     model = small_model(position_offset=2)
     x, update = model.wte.weight[torch.tensor([[5]])] + model.wpe.weight[torch.tensor([[7 + 2]])], None
     for layer, block in enumerate(model.h):
-        x, update = block(x, update, layer, WindowAttention(model.config), torch_ops)
-    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), WindowAttention(model.config), torch_ops)
+        x, update = block(x, update, layer, TrainingAttention(model.config), torch_ops)
+    hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), TrainingAttention(model.config), torch_ops)
     assert model.ln_f is not None
     assert update is not None
     torch.testing.assert_close(hidden, model.ln_f(x + update))

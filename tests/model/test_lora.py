@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from kernels import torch_ops
+from model.attention import TrainingAttention
 from model.checkpoint.files import CheckpointError
 from model.config import GPTConfig
-from model.gpt import GPT, WindowAttention
+from model.gpt import GPT
 from model.lora import (
     ADAPTER_CONFIG,
     TARGETS,
@@ -55,7 +56,7 @@ def random_adapter(model: GPT, config: AdapterConfig, seed: int = 1) -> Adapter:
 @torch.no_grad()
 def hidden(model: GPT, adapter: Adapter | None) -> torch.Tensor:
     ops = torch_ops if adapter is None else adapted(torch_ops, model, adapter)
-    out: torch.Tensor = model(TOKENS, torch.arange(20), WindowAttention(CONFIG), ops)
+    out: torch.Tensor = model(TOKENS, torch.arange(20), TrainingAttention(CONFIG), ops)
     return out
 
 

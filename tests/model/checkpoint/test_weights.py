@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from kernels import torch_ops
+from model.attention import TrainingAttention
 from model.checkpoint.architectures import BANDED_FIELDS, read_config
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.prompt_format import load_prompt_format
@@ -19,7 +20,7 @@ from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.vocabulary import load_tokenizer
 from model.checkpoint.weights import load_model, save_model
 from model.config import GPTConfig
-from model.gpt import GPT, WindowAttention
+from model.gpt import GPT
 from tests.model.checkpoint.checkpoints import FIELDS, tiny
 from tests.model.checkpoint.vocabularies import spelled, write_vocabulary
 
@@ -39,7 +40,7 @@ def some_tokens(length: int) -> Tensor:
 def our_logits(directory: Path, tokens: Tensor) -> Tensor:
     model = load(directory)
     positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, WindowAttention(model.config), torch_ops), torch_ops)
+    return model.logits(model(tokens, positions, TrainingAttention(model.config), torch_ops), torch_ops)
 
 
 @torch.no_grad()

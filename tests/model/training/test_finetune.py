@@ -10,10 +10,11 @@ import torch
 
 import model.training.finetune
 from kernels import torch_ops
+from model.attention import TrainingAttention
 from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.weights import load_model
 from model.config import GPTConfig
-from model.gpt import GPT, WindowAttention
+from model.gpt import GPT
 from model.lora import AdapterConfig, adapted, load_adapter
 from model.training.finetune import (
     DataError,
@@ -141,7 +142,7 @@ def test_padding_changes_no_loss() -> None:
     inputs, targets = padded(some, torch.device("cpu"))
     with torch.no_grad():
         assert next_token_loss(model, inputs, targets).item() == pytest.approx(one_by_one / count, rel=0.01)
-        hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), torch_ops)
+        hidden = model(inputs, torch.arange(inputs.shape[1]), TrainingAttention(CONFIG), torch_ops)
     assert hidden.isfinite().all()
 
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from kernels import torch_ops
+from model.attention import TrainingAttention
 from model.config import GPTConfig
-from model.gpt import GPT, WindowAttention
+from model.gpt import GPT
 from model.training.data import Windows
 from model.training.trainer import IGNORED, Trainer, TrainingPlan, mean_loss, next_token_loss
 
@@ -73,7 +74,7 @@ def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
 
 
 def float_loss(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    hidden = model(inputs, torch.arange(inputs.shape[1]), WindowAttention(CONFIG), torch_ops)
+    hidden = model(inputs, torch.arange(inputs.shape[1]), TrainingAttention(CONFIG), torch_ops)
     return F.cross_entropy(model.logits(hidden, torch_ops).flatten(0, 1), targets.flatten())
 
 
@@ -98,7 +99,7 @@ def test_micro_batches_count_by_their_targets() -> None:
 def test_a_batch_softmax_is_over_the_targets_there() -> None:
     model = model_of(0)
     inputs, targets = torch.randint(97, (2, 3, 48), generator=torch.Generator().manual_seed(2)) // 4
-    hidden = model(inputs, torch.arange(48), WindowAttention(CONFIG), torch_ops)
+    hidden = model(inputs, torch.arange(48), TrainingAttention(CONFIG), torch_ops)
     logits = model.logits(hidden, torch_ops).flatten(0, 1)
     missing = [token for token in range(97) if token not in targets]
     assert len(missing) > 50
@@ -160,7 +161,7 @@ def test_the_mean_loss_is_over_every_token_but_the_first() -> None:
 
 
 def window_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return WindowAttention(CONFIG)(layer, q[None], k[None], v[None])[0]
+    return TrainingAttention(CONFIG)(layer, q[None], k[None], v[None])[0]
 
 
 def steps(plan: TrainingPlan) -> list[tuple[int, int, float]]:

@@ -27,15 +27,22 @@ class PackedWeight(ABC):
 Weight = Tensor | PackedWeight | Int8Weight
 
 
+class LinearParts(NamedTuple):
+    """The operands of Ops.linear."""
+
+    weight: Weight
+    bias: Tensor | None
+
+
 class BlockParts(NamedTuple):
     """A block of the decoder, its linears packed or not, and its pages of keys and values."""
 
     ln_1: nn.LayerNorm
-    c_attn: nn.Linear
-    c_proj: nn.Linear
+    c_attn: LinearParts
+    c_proj: LinearParts
     ln_2: nn.LayerNorm
-    c_fc: nn.Linear
-    mlp_c_proj: nn.Linear
+    c_fc: LinearParts
+    mlp_c_proj: LinearParts
     k_pages: Tensor
     v_pages: Tensor
     kind: PatternKind

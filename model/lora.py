@@ -1,4 +1,7 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021): what a fine-tune adds to the weights of a model that many share."""
+"""Low-rank adapters (LoRA, Hu et al. 2021): what a fine-tune adds to the weights of a model that many share.
+
+Shapes: N tokens in a step, of which n have the adapter; R the rank, I the inputs of a linear, O its outputs.
+"""
 
 import hashlib
 import json
@@ -17,18 +20,18 @@ from kernels.names import Activation
 from kernels.ops import Ops, Weight
 from model.checkpoint.files import CheckpointError, read_json, write_atomically
 from model.checkpoint.weights import write_tensors
-from model.gpt import GPT
+from model.gpt import GPT, Linear
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
-# Compiled products read so many columns together: ranks are padded with zeros.
+# Ranks are padded with zeros to a multiple of this, because compiled products read so many columns at once.
 RANK_MULTIPLE = 32
-# The linears that can have one; c_proj is attention's and the MLP's.
+# The linears that can have an adapter. Attention and the MLP each have a c_proj.
 TARGETS = ("c_attn", "c_proj", "c_fc")
 
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """x @ W.T becomes x @ W.T + scale * (x @ A.T) @ B.T, with `rank` rows in A. Raises ValueError naming the field."""
+    """x @ W.T becomes x @ W.T + scale * (x @ A.T) @ B.T, A with `rank` rows. Raises ValueError naming a wrong field."""
 
     rank: int
     alpha: float  # scale * rank
@@ -48,141 +51,135 @@ class AdapterConfig:
 
 
 class LowRank(NamedTuple):
-    """What is added to one linear (O, C)."""
+    """The matrices of one linear: tensors, or packed."""
 
-    a: Any  # (rank, C): a tensor, or packed
-    b: Any  # (O, rank)
+    a: Any  # (R, I)
+    b: Any  # (O, R)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """All of them, by the names of the linears."""
+    """An adapter for one set of weights."""
 
     config: AdapterConfig
-    parts: Mapping[str, LowRank]
-    base: str  # weights_digest of the model that it belongs to
+    parts: Mapping[str, LowRank]  # by the name of the linear
+    base: str  # weights_digest of the model
 
     @property
     def fingerprint(self) -> str:
-        """A hash of all its numbers."""
+        """A hash of config and weights."""
         digest = hashlib.sha256(repr(self.config).encode())
         for name, tensor in sorted(named_tensors(self.parts).items()):
             digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """By name; those of an adapter that is trained are parameters."""
+        """What training changes, by name. An adapter from a file has no parameters."""
         tensors = named_tensors(self.parts)
         return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
 
 
-def adaptable(model: GPT, targets: tuple[str, ...]) -> dict[str, nn.Linear]:
+def adaptable(model: GPT, targets: tuple[str, ...]) -> dict[str, Linear]:
     """The linears of `targets`, by name."""
-    linears = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear))
-    return {name: linear for name, linear in linears if name.rsplit(".", 1)[-1] in targets}
+    linears = (module for module in model.modules() if isinstance(module, Linear))
+    return {linear.name: linear for linear in linears if linear.name.rsplit(".", 1)[-1] in targets}
 
 
 def new_adapter(model: GPT, config: AdapterConfig, base: str, seed: int) -> Adapter:
-    """One that changes nothing yet: A is random, B zero. fp32 parameters, on the model's device."""
+    """An adapter that changes nothing yet: A is random, B zero. fp32 parameters, on the model's device."""
     generator = torch.Generator().manual_seed(seed)
     parts = {}
     for name, linear in adaptable(model, config.targets).items():
-        outputs, inputs = linear.out_features, linear.in_features
-        a = torch.empty(config.rank, inputs).normal_(0, inputs**-0.5, generator=generator)
-        b = torch.zeros(outputs, config.rank)
-        parts[name] = LowRank(*(nn.Parameter(tensor.to(linear.weight.device)) for tensor in (a, b)))
+        a = torch.empty(config.rank, linear.inputs).normal_(0, linear.inputs**-0.5, generator=generator)
+        b = torch.zeros(linear.outputs, config.rank)
+        parts[name] = LowRank(*(nn.Parameter(tensor.to(model.head.device)) for tensor in (a, b)))
     return Adapter(config, parts, base)
 
 
 class Group(NamedTuple):
-    """Rows of a step that have an adapter, and which."""
+    """The rows of a step that share an adapter."""
 
     rows: Tensor | None  # (n,) int64; None: all
-    parts: Mapping[int, LowRank]  # by the id of the linear's weight
+    parts: Mapping[str, LowRank]
     scale: float
 
 
-class AdaptedOps:
-    """Ops in which linears have adapters beside them; everything else is that of `ops`.
+class AdaptedLinears:
+    """An `Adapt` of model/gpt.py: linears with the adapters of a step's rows.
 
-    With a lone group they are differentiable if `ops` are. Rows of all adapters and of none share the product with the
-    weight, and a row has the bits that it has alone.
+    All rows share the product with the weight, and a row has the same bits as alone. A single group is differentiable if
+    the ops are.
     """
 
-    def __init__(self, ops: Ops, groups: Sequence[Group]):
-        self._ops, self._groups = ops, groups
+    def __init__(self, groups: Sequence[Group]):
+        self._groups = groups
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._ops, name)
-
-    def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-        """As Ops.linear, x (N, C) where a group is not all of it."""
-        groups = [(rows, parts[id(weight)], scale) for rows, parts, scale in self._groups if id(weight) in parts]
+    def __call__(self, linear: Linear, x: Tensor, ops: Ops, activation: Activation | None) -> Tensor:
+        """As Ops.linear. x is (N, I), or (..., I) if the group has all rows."""
+        name, weight, bias = linear.name, linear.stored, linear.bias
+        groups = [(rows, parts[name], scale) for rows, parts, scale in self._groups if name in parts]
         if not groups:
-            return self._ops.linear(x, weight, bias, activation)
+            return ops.linear(x, weight, bias, activation)
         if groups[0][0] is None:
-            return self._activate(self._ops.linear(x, weight, bias) + self._update(x, *groups[0][1:]), activation)
-        own_rows = [rows for rows, _, _ in groups if rows is not None]  # None is said of a lone group only
+            return activated(ops.linear(x, weight, bias) + low_rank(x, *groups[0][1:], ops), activation, ops)
+        own_rows = [rows for rows, _, _ in groups if rows is not None]  # only a single group has all rows
         adapted = torch.cat(own_rows)
-        out = self._ops.linear(x, weight, bias, activation)
-        # What is to be added comes before the activation, which is part of the product: these rows go through it twice.
-        sums = self._ops.linear(x[adapted], weight, bias) if activation else out[adapted]
+        out = ops.linear(x, weight, bias, activation)  # (N, O)
+        # Adapters add to the sums ahead of the activation, which the product includes: compute these rows again.
+        sums = ops.linear(x[adapted], weight, bias) if activation else out[adapted]
         for own, rows, (_, part, scale) in zip(sums.split(list(map(len, own_rows))), own_rows, groups, strict=True):
-            own += self._update(x[rows], part, scale)
-        out[adapted] = self._activate(sums, activation)
+            own += low_rank(x[rows], part, scale, ops)
+        out[adapted] = activated(sums, activation, ops)
         return out
 
-    def _update(self, x: Tensor, part: LowRank, scale: float) -> Tensor:
-        return scale * self._ops.linear(self._ops.linear(x, part.a, None), part.b, None)
 
-    def _activate(self, x: Tensor, activation: Activation | None) -> Tensor:
-        return x if activation is None else self._ops.bias_activation(x, None, activation)
+def low_rank(x: Tensor, part: LowRank, scale: float, ops: Ops) -> Tensor:
+    """What an adapter adds (..., O) for x (..., I)."""
+    return scale * ops.linear(ops.linear(x, part.a, None), part.b, None)
 
 
-def adapted(ops: Ops, model: GPT, adapter: Adapter) -> AdaptedOps:
-    """Ops that run `model` with an adapter."""
-    linears = adaptable(model, adapter.config.targets)
-    parts = {id(linears[name].weight): part for name, part in adapter.parts.items()}
-    return AdaptedOps(ops, [Group(None, parts, adapter.config.scale)])
+def activated(x: Tensor, activation: Activation | None, ops: Ops) -> Tensor:
+    return x if activation is None else ops.bias_activation(x, None, activation)
+
+
+def adapt_all(adapter: Adapter) -> AdaptedLinears:
+    """Every row has the adapter."""
+    return AdaptedLinears([Group(None, adapter.parts, adapter.config.scale)])
 
 
 class Adapters:
-    """Adapters of one model by number, from 1 on, their matrices packed as the model's are."""
+    """Adapters of one model, numbered from 1. Their matrices are packed as the model's are."""
 
     def __init__(self, model: GPT, ops: Ops):
         self._model, self._ops = model, ops
-        self._groups: dict[int, Group] = {}  # their rows are a step's affair
+        self._groups: dict[int, Group] = {}  # of all rows; each step sets its own
 
     def put(self, number: int, adapter: Adapter) -> None:
-        linears, weight = adaptable(self._model, adapter.config.targets), self._model.head
+        weight = self._model.head
         padding = -adapter.config.rank % RANK_MULTIPLE
 
         def packed(matrix: Tensor, *pad: int) -> Weight:
             padded = F.pad(matrix.detach(), pad).to(device=weight.device, dtype=weight.dtype)
             return self._ops.pack(padded, quantize=False)
 
-        parts = {
-            id(linears[name].weight): LowRank(packed(a, 0, 0, 0, padding), packed(b, 0, padding))
-            for name, (a, b) in adapter.parts.items()
-        }
+        parts = {name: LowRank(packed(a, 0, 0, 0, padding), packed(b, 0, padding)) for name, (a, b) in adapter.parts.items()}
         self._groups[number] = Group(None, parts, adapter.config.scale)
 
     def remove(self, number: int) -> None:
-        """Nothing that runs may have it."""
+        """No running sequence may still use it."""
         del self._groups[number]
 
-    def ops_for(self, numbers: Sequence[int]) -> Ops | None:
-        """Ops for a step whose token i has the adapter numbers[i], or none where that is 0; None where no token has one."""
+    def of_rows(self, numbers: Sequence[int]) -> AdaptedLinears | None:
+        """For a step whose row i has the adapter numbers[i], or none if that is 0. None if no row has an adapter."""
         distinct = set(numbers)
         if distinct <= {0}:
             return None
         if len(distinct) == 1:
-            return AdaptedOps(self._ops, [self._groups[number] for number in distinct])
+            return AdaptedLinears([self._groups[number] for number in distinct])
         column = torch.tensor(numbers, device=self._model.head.device)
-        groups = [
-            self._groups[number]._replace(rows=(column == number).nonzero()[:, 0]) for number in sorted(distinct - {0})
-        ]
-        return AdaptedOps(self._ops, groups)
+        return AdaptedLinears(
+            [self._groups[number]._replace(rows=(column == number).nonzero()[:, 0]) for number in sorted(distinct - {0})]
+        )
 
 
 def named_tensors(parts: Mapping[str, LowRank]) -> dict[str, Tensor]:
@@ -190,7 +187,7 @@ def named_tensors(parts: Mapping[str, LowRank]) -> dict[str, Tensor]:
 
 
 def save_adapter(directory: Path, adapter: Adapter) -> None:
-    """Write it in fp32, each file replaced atomically."""
+    """Write the adapter in fp32, each file atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().float().contiguous() for name, tensor in named_tensors(adapter.parts).items()}
     write_tensors(directory / ADAPTER_WEIGHTS, tensors)
@@ -200,7 +197,7 @@ def save_adapter(directory: Path, adapter: Adapter) -> None:
 
 
 def load_adapter(directory: Path, model: GPT) -> Adapter:
-    """The adapter in a directory, fp32. Raises CheckpointError naming what is wrong or doesn't fit the model."""
+    """The adapter in `directory`, fp32. Raises CheckpointError naming what is wrong or does not fit the model."""
     raw = read_json(directory / ADAPTER_CONFIG)
     try:
         config, base = AdapterConfig(raw["rank"], raw["alpha"], tuple(raw["targets"])), str(raw["base"])
@@ -208,8 +205,7 @@ def load_adapter(directory: Path, model: GPT) -> Adapter:
         raise CheckpointError(f"{directory / ADAPTER_CONFIG}: {error}") from error
     shapes: dict[str, tuple[int, int]] = {}
     for name, linear in adaptable(model, config.targets).items():
-        outputs, inputs = linear.out_features, linear.in_features
-        shapes |= {f"{name}.a": (config.rank, inputs), f"{name}.b": (outputs, config.rank)}
+        shapes |= {f"{name}.a": (config.rank, linear.inputs), f"{name}.b": (linear.outputs, config.rank)}
     path = directory / ADAPTER_WEIGHTS
     try:
         with safe_open(path, framework="pt") as file:

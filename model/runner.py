@@ -22,7 +22,7 @@ from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
-from model.gpt import GPT, RESCORED, KVPool, PagedGPT
+from model.gpt import GPT, RESCORED, Adapt, KVPool, PagedGPT
 from model.lora import Adapters
 from model.step import DecodeToken, NewPages, PageCopy, RowStart, Sample, Sampled, StepInput, TokenLogprobs
 
@@ -247,21 +247,21 @@ class Runner:
         padded = [*decode_columns(step.decodes), *[self._padding] * (bucket - count)]
         columns = torch.tensor(list(zip(*padded, strict=True)), pin_memory=self.device.type == "cuda")
         plain = all(sample.top_logprobs is None and not sample.banned for sample in step.samples)
-        adapted = self.adapters.ops_for([self._adapter_of[row] for row, _, _ in padded])
-        if plain and adapted is None and bucket in self._graphs:
+        adapt = self.adapters.of_rows([self._adapter_of[row] for row, _, _ in padded])
+        if plain and adapt is None and bucket in self._graphs:
             self._decode_input[: 3 * bucket].copy_(columns.flatten(), non_blocking=True)
             self._graphs[bucket].replay()
             return PendingStep(step, self._decode_output[:count], [])
         columns = columns.to(self.device, non_blocking=True)
-        tokens, found = self._decode(columns, [] if plain else step.samples, adapted)
+        tokens, found = self._decode(columns, [] if plain else step.samples, adapt)
         return PendingStep(step, tokens[:count], found)
 
     def _decode(
-        self, columns: Tensor, samples: Sequence[Sample] = (), adapted: Ops | None = None
+        self, columns: Tensor, samples: Sequence[Sample] = (), adapt: Adapt | None = None
     ) -> tuple[Tensor, list[FoundLogprobs]]:
         """Compute and sample one token for each of decode_columns, a tensor (3, B); `samples` as in `_sample`.
 
-        A graph records this call without `samples` and `adapted`, so nothing in it may wait for the device.
+        A graph records this call without `samples` and `adapt`, so nothing in it may wait for the device.
         """
         rows, positions, given = columns.unbind()  # (B,) each
         plans = {
@@ -270,7 +270,7 @@ class Runner:
             )
             for kind in self.patterns
         }
-        hidden = self.paged(self._decode_tokens(rows, given), positions, plans, adapted)  # (B, C)
+        hidden = self.paged(self._decode_tokens(rows, given), positions, plans, adapt)  # (B, C)
         return self._sample(hidden, rows, positions + 1, samples)
 
     def _decode_tokens(self, rows: Tensor, given: Tensor) -> Tensor:
@@ -301,8 +301,8 @@ class Runner:
                 num_decodes=count,
             )
         tokens = torch.cat((self._decode_tokens(rows[:count], given), prompt_tokens))  # (N,)
-        adapted = self.adapters.ops_for([self._adapter_of[row] for row in step.token_rows])
-        hidden = self.paged(tokens, positions, plans, adapted)  # (N, C)
+        adapt = self.adapters.of_rows([self._adapter_of[row] for row in step.token_rows])
+        hidden = self.paged(tokens, positions, plans, adapt)  # (N, C)
         new_tokens, found = self._sample(hidden[sampled], sampling_rows, positions[sampled] + 1, step.samples)
         return PendingStep(step, new_tokens, found + self._prompt_logprobs(hidden, step))
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kernels.cpu.panels import ACTIVATIONS, Bf16Panels, Int8Panels, address
 from kernels.names import Activation, PatternKind
-from kernels.ops import BlockParts, Weight
+from kernels.ops import BlockParts, LinearParts
 from kernels.plan import StepPlan
 
 # Structures of the source, with its names.
@@ -35,8 +35,8 @@ class Product(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Product":
-        weight: Weight = linear.weight
+    def of(cls, linear: LinearParts) -> "Product":
+        weight = linear.weight
         assert isinstance(weight, Bf16Panels | Int8Panels)
         scales, padded = (weight.scales.data_ptr(), weight.padded) if isinstance(weight, Int8Panels) else (None, 0)
         return cls(weight.panels.data_ptr(), len(weight.panels), scales, padded, address(linear.bias), *weight.shape)

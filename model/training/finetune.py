@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,8 @@ from kernels import torch_ops
 from model.attention import TrainingAttention
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.weights import save_model
-from model.gpt import GPT
-from model.lora import AdapterConfig, adapted, new_adapter, save_adapter
+from model.gpt import GPT, Adapt
+from model.lora import AdapterConfig, adapt_all, new_adapter, save_adapter
 from model.training.data import shuffled
 from model.training.run import follow
 from model.training.trainer import IGNORED, Trainer, TrainingPlan, next_token_loss
@@ -187,9 +187,9 @@ def finetune(
     device = model.head.device
     learnt = None if adapter is None else new_adapter(model, adapter, base, plan.seed)
     model.requires_grad_(learnt is None)
-    ops = torch_ops if learnt is None else adapted(torch_ops, model, learnt)
+    adapt = None if learnt is None else adapt_all(learnt)
     parameters = dict(model.named_parameters()) if learnt is None else learnt.parameters()
-    trainer = Trainer(parameters, plan, lambda inputs, targets: next_token_loss(model, inputs, targets, ops))
+    trainer = Trainer(parameters, plan, lambda inputs, targets: next_token_loss(model, inputs, targets, adapt))
 
     def batches(first: int, count: int, _window: int) -> tuple[Tensor, Tensor]:
         places = [divmod(number, len(examples)) for number in range(first, first + count)]
@@ -205,7 +205,7 @@ def finetune(
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
 
     def held_out_loss(whole: bool) -> float:
-        return completion_loss(model, held_out if whole else held_out[:GLANCE], ops)
+        return completion_loss(model, held_out if whole else held_out[:GLANCE], adapt)
 
     return follow(
         directory,
@@ -221,15 +221,16 @@ def finetune(
 
 
 @torch.inference_mode()
-def completion_loss(model: GPT, examples: Sequence[Encoded], ops: Any = torch_ops, batch: int = 8) -> float:
+def completion_loss(model: GPT, examples: Sequence[Encoded], adapt: Adapt | None = None, batch: int = 8) -> float:
     """Mean loss in nats over all tokens of the completions, the eos behind them included, in the dtype of the weights."""
     total, count = 0.0, 0
     by_length = sorted(examples, key=lambda example: len(example.inputs))
     for start in range(0, len(by_length), batch):
         inputs, targets = padded(by_length[start : start + batch], model.head.device)
-        hidden = model(inputs, torch.arange(inputs.shape[1], device=inputs.device), TrainingAttention(model.config), ops)
+        positions = torch.arange(inputs.shape[1], device=inputs.device)
+        hidden = model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
         counted = targets != IGNORED
-        losses = F.cross_entropy(model.logits(hidden[counted], ops), targets[counted], reduction="sum")
+        losses = F.cross_entropy(model.logits(hidden[counted], torch_ops), targets[counted], reduction="sum")
         total += losses.item()
         count += int(counted.sum())
     return total / count

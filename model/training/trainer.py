@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import torch_ops
-from kernels.ops import Ops
 from model.attention import TrainingAttention
-from model.gpt import GPT
+from model.gpt import GPT, Adapt
 from model.training.data import consecutive_windows
 from model.training.loss import linear_cross_entropy
 
@@ -189,7 +188,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 
 
 def next_token_loss(
-    model: GPT, inputs: Tensor, targets: Tensor, ops: Ops = torch_ops, *, batch_softmax: bool = False
+    model: GPT, inputs: Tensor, targets: Tensor, adapt: Adapt | None = None, *, batch_softmax: bool = False
 ) -> Tensor:
     """Mean next-token loss in nats over windows (B, T), matrix work in bf16. Targets that are IGNORED don't count.
 
@@ -197,8 +196,8 @@ def next_token_loss(
     """
     positions = torch.arange(inputs.shape[1], device=inputs.device)
     with torch.autocast(inputs.device.type, torch.bfloat16):
-        hidden = model(inputs, positions, TrainingAttention(model.config), ops)
-        hidden = model.project_out(hidden).to(torch.bfloat16)
+        hidden = model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
+        hidden = model.head_input(hidden, torch_ops).to(torch.bfloat16)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()
     counted = targets != IGNORED
     if not counted.all():

@@ -136,8 +136,8 @@ def test_a_banded_stack_forgets_what_no_layer_can_reach() -> None:
 def test_positions_may_be_any_shape_and_offset_into_the_table() -> None:
     model = small_model(position_offset=2)
     x, update = model.wte.weight[torch.tensor([[5]])] + model.wpe.weight[torch.tensor([[7 + 2]])], None
-    for layer, block in enumerate(model.h):
-        x, update = block(x, update, layer, TrainingAttention(model.config), torch_ops)
+    for block in model.h:
+        x, update = block(x, update, TrainingAttention(model.config), torch_ops)
     hidden = model(torch.tensor([[5]]), torch.tensor([[7]]), TrainingAttention(model.config), torch_ops)
     assert model.ln_f is not None
     assert update is not None

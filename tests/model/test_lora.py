@@ -17,8 +17,8 @@ from model.lora import (
     Adapter,
     AdapterConfig,
     LowRank,
+    adapt_all,
     adaptable,
-    adapted,
     load_adapter,
     new_adapter,
     save_adapter,
@@ -55,8 +55,8 @@ def random_adapter(model: GPT, config: AdapterConfig, seed: int = 1) -> Adapter:
 
 @torch.no_grad()
 def hidden(model: GPT, adapter: Adapter | None) -> torch.Tensor:
-    ops = torch_ops if adapter is None else adapted(torch_ops, model, adapter)
-    out: torch.Tensor = model(TOKENS, torch.arange(20), TrainingAttention(CONFIG), ops)
+    adapt = None if adapter is None else adapt_all(adapter)
+    out: torch.Tensor = model(TOKENS, torch.arange(20), TrainingAttention(CONFIG), torch_ops, adapt)
     return out
 
 

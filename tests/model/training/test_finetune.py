@@ -15,7 +15,7 @@ from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.weights import load_model
 from model.config import GPTConfig
 from model.gpt import GPT
-from model.lora import AdapterConfig, adapted, load_adapter
+from model.lora import AdapterConfig, adapt_all, load_adapter
 from model.training.finetune import (
     DataError,
     Encoded,
@@ -78,8 +78,8 @@ def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | N
         assert completion_loss(load_model(tmp_path, torch.float32), held_out) == pytest.approx(after, rel=0.05)
     else:
         assert all(same), "the model that is shared stays as it is"
-        ops = adapted(torch_ops, model, load_adapter(tmp_path, model))
-        assert completion_loss(model, held_out, ops) == pytest.approx(after, rel=1e-5)
+        adapt = adapt_all(load_adapter(tmp_path, model))
+        assert completion_loss(model, held_out, adapt) == pytest.approx(after, rel=1e-5)
 
 
 def test_it_goes_on_where_it_stopped_and_with_nothing_else(tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ NUMBERS_ONLY = [
     "model.checkpoint.files",
     "model.checkpoint.tokenizer",
     "model.checkpoint.vocabulary",
+    "model.training.plans",
+    "model.training.records",
     "model.step",
     "model.config",
     "kernels.band",

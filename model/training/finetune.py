@@ -1,4 +1,4 @@
-"""Fine-tune a model on prompts and completions: all its weights, or a low-rank adapter beside them."""
+"""Fine-tune a model on prompts and completions: all its weights, or a low-rank adapter for them."""
 
 import dataclasses
 import hashlib
@@ -14,34 +14,34 @@ from torch import Tensor
 
 from kernels import torch_ops
 from model.attention import TrainingAttention
+from model.checkpoint.files import few
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.weights import save_model
 from model.gpt import GPT, Adapt
 from model.lora import AdapterConfig, adapt_all, new_adapter, save_adapter
 from model.training.data import shuffled
+from model.training.plans import FinetuningPlan
 from model.training.run import follow
-from model.training.trainer import IGNORED, Trainer, TrainingPlan, next_token_loss
+from model.training.trainer import IGNORED, Trainer, next_token_loss
 
-# Errors and advice name so many lines.
-FEW_LINES = 5
-# Held-out examples that the curve shows on the way; at the end all of them are read.
+# The curve shows the loss on so many held-out examples during the run, and on all of them at the end.
 GLANCE = 64
-# Tokens, padding included, that are computed at a time: activations of more would need more memory than weights.
+# Tokens computed at a time, with padding. The activations of more would need more memory than the weights.
 MICRO_TOKENS = 4096
 
 
-class Example(NamedTuple):
-    """What is learnt: the tokens of `completion` behind those of `prompt`."""
+class TrainingExample(NamedTuple):
+    """The model learns to write `completion` after `prompt`."""
 
     prompt: str
     completion: str
 
 
 class DataError(ValueError):
-    """A file of examples that can't be learnt from; the message names the lines."""
+    """A file of examples that can't be learnt from. The message names the lines."""
 
 
-def read_examples(path: Path) -> list[Example]:
+def read_examples(path: Path) -> list[TrainingExample]:
     """A JSONL file of {"prompt", "completion"}. Raises DataError naming file and line."""
     examples = []
     try:
@@ -57,7 +57,7 @@ def read_examples(path: Path) -> list[Example]:
             raise DataError(f"{where}: not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.keys() != {"prompt", "completion"}:
             raise DataError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
-        example = Example(**fields)
+        example = TrainingExample(**fields)
         for name, text in example._asdict().items():
             if not isinstance(text, str):
                 raise DataError(f"{where}: {name} must be a text, got {repr(text)[:80]}")
@@ -69,9 +69,12 @@ def read_examples(path: Path) -> list[Example]:
     return examples
 
 
-def advice(examples: Sequence[Example]) -> list[str]:
-    """What would make a better file, with line numbers: one separator at the end of every prompt, that no prompt holds
-    elsewhere; a space before every completion, and one text at the end of all."""
+def advice(examples: Sequence[TrainingExample]) -> list[str]:
+    """How the file could be better, with line numbers.
+
+    Every prompt should end in one separator, which no prompt holds elsewhere. Every completion should begin with a space,
+    and all should end in the same text.
+    """
     found = []
     prompts, completions = [example.prompt for example in examples], [example.completion for example in examples]
     separator, ending = common_suffix(prompts), common_suffix(completions)
@@ -96,10 +99,10 @@ def advice(examples: Sequence[Example]) -> list[str]:
 
 
 def common_suffix(texts: Sequence[str]) -> str:
-    """What all end with; nothing can be said of a single text."""
+    """The longest ending of all texts; none for a single text."""
     if len(texts) < 2:
         return ""
-    backwards = sorted(text[::-1] for text in texts)  # the first and the last share what all share
+    backwards = sorted(text[::-1] for text in texts)  # the first and the last share only what all share
     pairs = takewhile(lambda pair: pair[0] == pair[1], zip(backwards[0], backwards[-1], strict=False))
     return "".join(letter for letter, _ in pairs)[::-1]
 
@@ -110,26 +113,24 @@ def most_common_ending(texts: Sequence[str]) -> str:
 
 
 def lines(flags: Sequence[bool]) -> str:
-    """The numbers of the lines that are flagged."""
+    """The numbers of the flagged lines."""
     numbers = [number for number, flag in enumerate(flags, 1) if flag]
-    rest = len(numbers) - FEW_LINES
-    shown = ", ".join(map(str, numbers[:FEW_LINES])) + (f" and {rest} more" if rest > 0 else "")
-    return f"line{'s' * (len(numbers) != 1)} {shown}"
+    return f"line{'s' * (len(numbers) != 1)} {few(numbers)}"
 
 
 class Encoded(NamedTuple):
-    """An example as it is learnt: inputs and their targets, IGNORED where the prompt follows."""
+    """The tokens of an example, and for each the token that follows it: IGNORED inside the prompt."""
 
     inputs: list[int]
     targets: list[int]
 
 
-def encode(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> list[Encoded]:
+def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: int) -> list[Encoded]:
     """Prompt, completion, eos. Raises DataError naming the lines that don't fit the context."""
     encoded = []
     for prompt, completion in examples:
         before = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
-        before = before or [tokenizer.eos_id]  # what an empty prompt is when it is served
+        before = before or [tokenizer.eos_id]  # as when an empty prompt is served
         tokens = [*before, *tokenizer.encode(completion), tokenizer.eos_id]
         targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
         encoded.append(Encoded(tokens[:-1], targets))
@@ -141,7 +142,7 @@ def encode(examples: Sequence[Example], tokenizer: Tokenizer, context: int) -> l
 
 
 def padded(examples: Sequence[Encoded], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) of examples of up to T tokens. What is behind one is IGNORED, and nothing before sees it."""
+    """Inputs and targets (B, T) of B examples of up to T tokens. Padding is IGNORED, and no token of an example sees it."""
     length = max(len(example.inputs) for example in examples)
     inputs = [example.inputs + [0] * (length - len(example.inputs)) for example in examples]
     targets = [example.targets + [IGNORED] * (length - len(example.targets)) for example in examples]
@@ -150,19 +151,11 @@ def padded(examples: Sequence[Encoded], device: torch.device) -> tuple[Tensor, T
 
 def finetuning_plan(
     examples: Sequence[Encoded], *, epochs: int, batch: int, learning_rate: float, seed: int = 0
-) -> TrainingPlan:
-    """A plan whose windows are examples: everything that it counts in tokens is counted in examples."""
-    total = len(examples) * epochs
-    longest = max(len(example.inputs) for example in examples)
-    return TrainingPlan(
-        num_tokens=total,
-        window=1,
-        batch=min(batch, total),
-        learning_rate=learning_rate,
-        warmup_tokens=total // 10,
-        micro_tokens=max(1, MICRO_TOKENS // longest),
-        weight_decay=0.01,
-        seed=seed,
+) -> FinetuningPlan:
+    total, longest = len(examples) * epochs, max(len(example.inputs) for example in examples)
+    micro_batch = max(1, MICRO_TOKENS // longest)
+    return FinetuningPlan(
+        num_examples=total, batch=min(batch, total), learning_rate=learning_rate, micro_batch=micro_batch, seed=seed
     )
 
 
@@ -170,7 +163,7 @@ def finetune(
     directory: Path,
     model: GPT,
     examples: Sequence[Encoded],
-    plan: TrainingPlan,
+    plan: FinetuningPlan,
     *,
     base: str,
     adapter: AdapterConfig | None,
@@ -179,10 +172,10 @@ def finetune(
     save_every: float = 60,
     origin: Path | None = None,
 ) -> float | None:
-    """Learn the completions of `examples`: an adapter of `model`, fp32, or all its weights where `adapter` is None.
+    """Learn the completions of `examples`: an adapter of `model`, fp32, or all its weights if `adapter` is None.
 
-    `directory` gets the state and the result as model.training.run.follow says; `base` names the model in an adapter's file,
-    and `origin` is where it lies, see `save_model`. The loss on `held_out` at the end.
+    `directory` gets state and result: see model.training.run.follow. `base` is the model's weights_digest, which an adapter
+    keeps. `origin` is the model's directory: see `save_model`. Returns the loss on `held_out` at the end.
     """
     device = model.head.device
     learnt = None if adapter is None else new_adapter(model, adapter, base, plan.seed)
@@ -216,13 +209,12 @@ def finetune(
         held_out_loss=held_out_loss if held_out else None,
         resume=resume,
         save_every=save_every,
-        unit="example",
     )
 
 
 @torch.inference_mode()
 def completion_loss(model: GPT, examples: Sequence[Encoded], adapt: Adapt | None = None, batch: int = 8) -> float:
-    """Mean loss in nats over all tokens of the completions, the eos behind them included, in the dtype of the weights."""
+    """Mean loss in nats over all tokens of the completions and the eos after them, in the dtype of the weights."""
     total, count = 0.0, 0
     by_length = sorted(examples, key=lambda example: len(example.inputs))
     for start in range(0, len(by_length), batch):

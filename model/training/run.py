@@ -1,13 +1,12 @@
 """A training run and its directory:
 
 tokens/                         the corpus as shards of tokens
-state.safetensors               what a run that was stopped goes on from
+state.safetensors               where a stopped run resumes
 loss.csv, loss.png              the loss curve
 lock                            held by the process that writes here
-config.json, model.safetensors  the model so far, in bf16, as it is served
+config.json, model.safetensors  the model so far, in bf16, ready to serve
 """
 
-import csv
 import dataclasses
 import fcntl
 import logging
@@ -25,22 +24,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model.checkpoint.architectures import WEIGHTS_FILE
-from model.checkpoint.files import write_atomically
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.weights import INDEX_FILE, save_model
 from model.gpt import GPT
 from model.lora import ADAPTER_WEIGHTS
 from model.training.data import Windows, open_shard, write_shard
+from model.training.plans import TrainingPlan
+from model.training.records import CURVE_FILE, LossRow, read_curve, write_curve
 from model.training.state import load_state, save_state
-from model.training.trainer import Batches, Trainer, TrainingPlan, Update, mean_loss, next_token_loss
+from model.training.trainer import Batches, Trainer, Update, mean_loss, next_token_loss
 
 log = logging.getLogger("banded.training")
 
-# What a run's result is made of, which may be somebody's only copy.
+# The result of a run. It may be somebody's only copy.
 MODEL_FILES = (WEIGHTS_FILE, INDEX_FILE, ADAPTER_WEIGHTS)
-STATE_FILE, CURVE_FILE, PICTURE_FILE, LOCK_FILE = "state.safetensors", "loss.csv", "loss.png", "lock"
-COLUMNS = ["update", "tokens", "loss", "learning_rate", "gradient_norm", "held_out_loss"]
-# Held-out tokens that the curve shows on the way; at the end all of them are read.
+STATE_FILE, PICTURE_FILE, LOCK_FILE = "state.safetensors", "loss.png", "lock"
+# The curve shows the loss on so many held-out tokens during the run, and on all of them at the end.
 GLANCE = 16384
 
 
@@ -56,23 +55,23 @@ def train(
     save_every: float = 300,
     origin: Path | None = None,
 ) -> float | None:
-    """Train `model`, fp32, on text files in `directory`: see `follow`. The loss on `held_out` at the end.
+    """Train `model`, fp32, on the text files of `corpus`, and return the loss on `held_out` at the end: see `follow`.
 
-    `origin` is the checkpoint that the model began as, see `save_model`.
+    `origin` is the checkpoint that training begins with: see `save_model`.
 
-    In a process group of torch.distributed every rank calls this; the first one writes. Raises ValueError for a corpus that
-    does not fit the plan too.
+    In a process group of torch.distributed every rank calls this, and the first one writes. Raises ValueError as `follow`
+    does, and for a corpus that does not fit the plan.
     """
     if plan.batch_softmax and dist.is_initialized():
         raise ValueError("a softmax over a batch's tokens would depend on how ranks share it: train in one process")
-    check_directory(directory, resume=resume)  # before the corpus is written there
+    check_directory(directory, resume=resume)  # ahead of writing the corpus there
     if is_first_rank():
         for path in corpus:
             write_shard(path, tokenizer, directory / "tokens")
     if dist.is_initialized():
         dist.barrier()
     shards = [write_shard(path, tokenizer, directory / "tokens") for path in corpus]
-    lengths = reversed(plan.windows)  # a corpus shorter than the longest is refused with that one's number
+    lengths = reversed(plan.windows)  # the longest first: its length is named to a corpus that is shorter
     windows = {length: Windows([open_shard(path) for path in shards], length, plan.seed) for length in lengths}
     device = model.head.device
     model.requires_grad_(True)
@@ -109,38 +108,38 @@ def follow(
     held_out_loss: Callable[[bool], float] | None,
     resume: bool,
     save_every: float,
-    unit: str = "tok",
 ) -> float | None:
-    """Follow a trainer's plan in `directory`, which gets its state and the model every `save_every` seconds and at the end.
+    """Follow a trainer's plan. Write state, curve and model to `directory` every `save_every` seconds and at the end.
 
-    `about`, which is JSON, is what must be the same again when the run goes on. `held_out_loss` is that of a few held-out
-    texts, or of all; the curve shows the first on the way and the second at the end, where it is returned. Raises ValueError
-    for a directory that holds a model, or a run when `resume` is false, and where that run was another one;
-    KeyboardInterrupt when it was stopped, its state saved.
+    `about` is JSON that must be the same when the run resumes. `held_out_loss(False)` is the loss on a few held-out texts,
+    which the curve shows during the run; `held_out_loss(True)` is that on all, shown and returned at the end.
+
+    Raises ValueError if the directory holds a model without a run, a run while `resume` is false, or another run. Raises
+    KeyboardInterrupt if it was stopped, with its state saved.
     """
     state = directory / STATE_FILE
     is_first = is_first_rank()
     with one_writer(directory), interruptions() as is_interrupted:
         if dist.is_initialized():
-            dist.barrier()  # until nobody writes there any more
+            dist.barrier()  # until no other run writes there
         check_directory(directory, resume=resume)
         if state.exists():
             load_state(state, trainer, about)
         elif resume:
-            log.info("%s holds no training run yet: one begins", directory)
-        curve = Curve(directory / CURVE_FILE, trainer.num_updates)
+            log.info("%s holds no training run yet: starting one", directory)
+        curve = Curve(directory / CURVE_FILE, trainer.plan.unit, trainer.num_updates)
 
         def save() -> None:
-            curve.write()  # before the state: rows that it doesn't know will come again
+            curve.write()  # ahead of the state, because rows without a state will come again
             save_state(state, trainer, about)
             write_model()
 
-        with progress_bar(trainer, unit, shown=is_first) as show:
+        with progress_bar(trainer, shown=is_first) as show:
             saved = time.monotonic()
             while not (stopped := any_rank(is_interrupted())) and (update := trainer.update(batches)):
                 curve.add(trainer, update)
                 show(update)
-                if is_first and time.monotonic() - saved > save_every and trainer.seen < trainer.plan.num_tokens:
+                if is_first and time.monotonic() - saved > save_every and trainer.seen < trainer.plan.total:
                     if held_out_loss is not None:
                         curve.note_held_out(held_out_loss(False))
                     save()
@@ -152,14 +151,14 @@ def follow(
                 last_loss = held_out_loss(True)
                 curve.note_held_out(last_loss)
                 curve.write()
-            draw(directory / CURVE_FILE, directory / PICTURE_FILE)
+            curve.draw(directory / PICTURE_FILE)
         if stopped or is_interrupted():
             raise KeyboardInterrupt
         return last_loss
 
 
 def check_directory(directory: Path, *, resume: bool) -> None:
-    """Raises ValueError where a run would overwrite another one, or a model that is none's."""
+    """Raises ValueError if a run would overwrite another run, or a model that is no run's."""
     if (directory / STATE_FILE).exists():
         if not resume:
             raise ValueError(f"{directory} holds a training run: go on with it (--resume) or choose another directory")
@@ -168,7 +167,7 @@ def check_directory(directory: Path, *, resume: bool) -> None:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is set on some rank: all must stop at the same update, for each waits for the others' gradients."""
+    """Whether it is set on any rank. All must stop at the same update, because each waits for the others' gradients."""
     if not dist.is_initialized():
         return flag
     votes = torch.tensor(float(flag))
@@ -178,7 +177,7 @@ def any_rank(flag: bool) -> bool:
 
 @contextmanager
 def one_writer(directory: Path) -> Iterator[None]:
-    """Waits until no other run writes to `directory`, such as that of a job whose server was killed."""
+    """Waits until no other run writes to `directory`: a job's run outlives a server that is killed."""
     if not is_first_rank():
         yield
         return
@@ -193,66 +192,56 @@ def one_writer(directory: Path) -> Iterator[None]:
 
 
 class Curve:
-    """The loss curve as a table on disk, a row for every update."""
+    """The loss curve on disk, a row for every update."""
 
-    def __init__(self, path: Path, num_updates: int):
-        """Keeps the rows of the first `num_updates`: those behind a saved state will come again."""
-        self._path = path
-        self._rows: list[dict[str, Any]] = []
-        if num_updates:
-            with path.open(newline="") as file:
-                self._rows = list(csv.DictReader(file))[:num_updates]
+    def __init__(self, path: Path, unit: str, num_updates: int):
+        """Keeps the rows of the first `num_updates`: those after the saved state will come again."""
+        self._path, self._unit = path, unit
+        self._rows = read_curve(path)[:num_updates] if num_updates else []
 
     def add(self, trainer: Trainer, update: Update) -> None:
-        numbers = (trainer.num_updates, trainer.seen, update.loss, update.step.learning_rate, update.gradient_norm)
-        self._rows.append(dict(zip(COLUMNS, numbers, strict=False)))
+        rate = update.step.learning_rate
+        self._rows.append(LossRow(trainer.num_updates, trainer.seen, update.loss, rate, update.gradient_norm))
 
     def note_held_out(self, loss: float) -> None:
-        self._rows[-1]["held_out_loss"] = loss
+        self._rows[-1] = self._rows[-1]._replace(held_out_loss=loss)
 
     def write(self) -> None:
-        with write_atomically(self._path) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(self._rows)
+        write_curve(self._path, self._rows, self._unit)
 
-
-def draw(curve: Path, picture: Path) -> None:
-    """The loss over the tokens seen, smoothed, and held-out losses as points; no picture without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return
-    with curve.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    figure = Figure(figsize=(8, 4.5), layout="tight")
-    axes = figure.add_subplot(xlabel="tokens", ylabel="loss, nats a token")
-    size = max(1, len(rows) // 400)
-    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
-    axes.plot(
-        [float(group[-1]["tokens"]) for group in groups],
-        [sum(float(row["loss"]) for row in group) / len(group) for group in groups],
-        label=f"training, mean of {size} updates",
-    )
-    held_out = [(float(row["tokens"]), float(row["held_out_loss"])) for row in rows if row["held_out_loss"]]
-    if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o", markersize=3, label="held out")
-    axes.legend()
-    figure.savefig(picture)
+    def draw(self, picture: Path) -> None:
+        """The loss over what was seen, smoothed, and held-out losses as points. No picture without matplotlib."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            return
+        figure = Figure(figsize=(8, 4.5), layout="tight")
+        axes = figure.add_subplot(xlabel=f"{self._unit}s", ylabel="loss, nats a token")
+        size = max(1, len(self._rows) // 400)
+        groups = [self._rows[start : start + size] for start in range(0, len(self._rows), size)]
+        axes.plot(
+            [group[-1].seen for group in groups],
+            [sum(row.loss for row in group) / len(group) for group in groups],
+            label=f"training, mean of {size} updates",
+        )
+        held_out = [(row.seen, row.held_out_loss) for row in self._rows if row.held_out_loss is not None]
+        if held_out:
+            axes.plot(*zip(*held_out, strict=True), "o", markersize=3, label="held out")
+        axes.legend()
+        figure.savefig(picture)
 
 
 @contextmanager
-def progress_bar(trainer: Trainer, unit: str, *, shown: bool) -> Iterator[Callable[[Update], None]]:
-    """Tokens seen, or what `unit` says, how many a second, time left and the loss, smoothed."""
+def progress_bar(trainer: Trainer, *, shown: bool) -> Iterator[Callable[[Update], None]]:
+    """Tokens or examples seen, how many a second, the time left and the smoothed loss."""
     average: float | None = None
-    with tqdm(
-        total=trainer.plan.num_tokens, initial=trainer.seen, unit=unit, unit_scale=True, disable=not shown
-    ) as progress:
+    plan = trainer.plan
+    with tqdm(total=plan.total, initial=trainer.seen, unit=plan.unit, unit_scale=True, disable=not shown) as progress:
 
         def show(update: Update) -> None:
             nonlocal average
             average = update.loss if average is None else 0.98 * average + 0.02 * update.loss
-            progress.update(update.step.num_tokens)
+            progress.update(update.step.size)
             progress.set_postfix(loss=f"{average:.3f}", refresh=False)
 
         yield show
@@ -260,7 +249,7 @@ def progress_bar(trainer: Trainer, unit: str, *, shown: bool) -> Iterator[Callab
 
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came: an update is never left half done."""
+    """Gives a function that tells whether SIGINT or SIGTERM came. Updates are never cut short."""
     came = False
 
     def note(*_: Any) -> None:

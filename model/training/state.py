@@ -1,4 +1,4 @@
-"""The state of a training run in one file: on a CPU a run that goes on from it makes the bits of one that never stopped."""
+"""The state of a training run in one file. On a CPU a run that resumes from it has the bits of one that never stopped."""
 
 import dataclasses
 import json
@@ -10,17 +10,16 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from model.checkpoint.files import write_atomically
-from model.training.trainer import Trainer, TrainingPlan
+from model.training.trainer import Trainer
 
 # What AdamW keeps of every parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def save_state(path: Path, trainer: Trainer, about: dict[str, Any]) -> None:
-    """Replace `path` by the state of `trainer`, on the disk before it has its name. `about`: what must be the same again.
+    """Replace `path` with the state of `trainer`. `about` must be the same when the run resumes.
 
-    Parameters and moments are its tensors. Which data come next and in which order follows from the tokens seen so far and
-    the seed, so there is no random state beside them.
+    The tensors are parameters and moments. There is no random state: `seen` and the seed tell which data come next.
     """
     tensors = {f"parameter/{name}": parameter.detach() for name, parameter in trainer.parameters.items()}
     for name, parameter in trainer.parameters.items():
@@ -31,14 +30,13 @@ def save_state(path: Path, trainer: Trainer, about: dict[str, Any]) -> None:
 
 
 def load_state(path: Path, trainer: Trainer, about: dict[str, Any]) -> None:
-    """Bring a new trainer to where the run was. Raises ValueError naming what is not as it was then."""
+    """Bring a new trainer to where the run was. Raises ValueError naming what has changed since."""
     with safe_open(path, framework="pt") as file:
         facts = json.loads(file.metadata()["training"])
-        if difference := trainer.plan.difference(TrainingPlan(**facts["plan"])):
-            raise ValueError(f"{path} is the state of another run: {difference}")
-        for name, value in json.loads(json.dumps(about)).items():
-            if facts["about"].get(name) != value:
-                raise ValueError(f"{path} is the state of another run: {name} {value}, not {facts['about'].get(name)}")
+        then, now = facts["plan"] | facts["about"], json.loads(json.dumps(dataclasses.asdict(trainer.plan) | about))
+        for name, value in now.items():
+            if then.get(name) != value:
+                raise ValueError(f"{path} is the state of another run: {name} {value}, not {then.get(name)}")
         for name, parameter in trainer.parameters.items():
             with torch.no_grad():
                 parameter.copy_(file.get_tensor(f"parameter/{name}"))

@@ -1,7 +1,6 @@
 """`banded train` and `banded finetune`: weights and adapters from text files."""
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -127,11 +126,11 @@ def add_finetune(commands: Commands) -> None:
 def run_finetune(args: argparse.Namespace) -> int:
     import torch
 
-    from model.checkpoint.files import write_atomically
     from model.checkpoint.vocabulary import load_tokenizer
     from model.checkpoint.weights import load_model, weights_digest
     from model.lora import TARGETS, AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
+    from model.training.records import FileReport, Report
     from service.engine.loading import choose_device, model_directory
     from service.engine.process import keep_freed_memory
 
@@ -159,12 +158,10 @@ def run_finetune(args: argparse.Namespace) -> int:
     )
     if args.report:
         found = [
-            {"examples": len(some), "tokens": sum(len(example.inputs) for example in some), "advice": lines}
+            FileReport(len(some), sum(len(example.inputs) for example in some), lines)
             for some, lines in zip(encoded, advices, strict=True)
         ]
-        updates = math.ceil(plan.num_tokens / plan.batch)
-        with write_atomically(args.report) as file:
-            file.write_text(json.dumps({"files": found, "updates": updates}))
+        Report(found, plan.num_updates).write(args.report)
     held_out = encoded[1] if args.valid else []
     if held_out and not args.resume:
         print(f"held-out loss before: {completion_loss(model, held_out):.4f}")

@@ -7,16 +7,14 @@ process outlives its server, the next one waits for it (see model.training.run.f
 
 import asyncio
 import contextlib
-import csv
 import ctypes
-import json
 import logging
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
+from model.training.records import CURVE_FILE, REPORT_FILE, LossRow, Report, read_curve
 from service.engine.models import Models
 from service.jobs.job import UNFINISHED, Job
 from service.jobs.store import Store
@@ -152,7 +150,7 @@ class Jobs:
     def _arguments(self, job: Job) -> list[str]:
         directory, parameters = self.store.run_directory(job.id), job.hyperparameters
         arguments: list[object] = [self.store.path_of(job.training_file), "--resume"]
-        arguments += ["--model", self._directory, "--out", directory, "--report", directory / "report.json"]
+        arguments += ["--model", self._directory, "--out", directory, "--report", directory / REPORT_FILE]
         arguments += ["--epochs", parameters.n_epochs, "--batch", parameters.batch_size]
         arguments += ["--learning-rate", parameters.learning_rate, "--rank", parameters.rank, "--seed", job.seed]
         if job.validation_file:
@@ -166,7 +164,7 @@ class Progress:
     def __init__(self, store: Store, job: Job):
         directory = store.run_directory(job.id)
         self._store, self._job = store, job
-        self._report, self._curve = directory / "report.json", directory / "loss.csv"
+        self._report, self._curve = directory / REPORT_FILE, directory / CURVE_FILE
         self._is_validated = job.status == "running"
         self._read = (0, 0)  # which curve was read last: it is replaced as a whole
         self._last = int(store.last_metrics(job.id).get("step", 0))
@@ -178,23 +176,23 @@ class Progress:
         """
         if not self._is_validated and self._report.exists():
             self._is_validated = True
-            if reason := self._note_report(json.loads(self._report.read_text(encoding="utf-8"))):
+            if reason := self._note_report(Report.read(self._report)):
                 return reason
         if self._curve.exists() and (to_the_end or version_of(self._curve) != self._read):
             self._read = version_of(self._curve)
-            rows = await asyncio.to_thread(read_rows, self._curve, self._last)
+            rows = await asyncio.to_thread(read_curve, self._curve, self._last)
             rows = rows if to_the_end else rows[:-1]
             self._store.add_metrics(self._job.id, [metrics_of(row) for row in rows if is_shown(row)])
-            self._last = max((int(row["update"]) for row in rows), default=self._last)
+            self._last = max((row.update for row in rows), default=self._last)
         return None
 
-    def _note_report(self, report: dict[str, Any]) -> str | None:
-        for file_id, found in zip((self._job.training_file, self._job.validation_file), report["files"], strict=False):
-            for line in found["advice"]:
+    def _note_report(self, report: Report) -> str | None:
+        for file_id, found in zip((self._job.training_file, self._job.validation_file), report.files, strict=False):
+            for line in found.advice:
                 self._store.add_event(self._job.id, f"{file_id}: {line}", level="warn")
-        if report["updates"] > MAX_UPDATES:
-            return f"{report['updates']} updates are more than {MAX_UPDATES}: fewer epochs or larger batches are needed"
-        tokens = report["files"][0]["tokens"] * self._job.hyperparameters.n_epochs
+        if report.updates > MAX_UPDATES:
+            return f"{report.updates} updates are more than {MAX_UPDATES}: fewer epochs or larger batches are needed"
+        tokens = report.files[0].tokens * self._job.hyperparameters.n_epochs
         if self._store.update_job(self._job.id, status="running", trained_tokens=tokens):
             self._store.add_event(self._job.id, "Files validated")
             self._store.add_event(self._job.id, "The job has started")
@@ -206,24 +204,17 @@ def version_of(path: Path) -> tuple[int, int]:
     return status.st_ino, status.st_mtime_ns
 
 
-def read_rows(curve: Path, last: int) -> list[dict[str, str]]:
-    """The rows of a loss curve behind update `last`."""
-    with curve.open(newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["update"]) > last]
-
-
-def is_shown(row: dict[str, str]) -> bool:
+def is_shown(row: LossRow) -> bool:
     """Of the first thousand updates every one has an event, of the first ten thousand every tenth, and so on."""
-    return bool(row["held_out_loss"]) or int(row["update"]) % 10 ** max(0, len(row["update"]) - 3) == 0
+    return row.held_out_loss is not None or row.update % 10 ** max(0, len(str(row.update)) - 3) == 0
 
 
-def metrics_of(row: dict[str, str]) -> tuple[str, dict[str, float]]:
+def metrics_of(row: LossRow) -> tuple[str, dict[str, float]]:
     """An update as a message and as numbers."""
-    step, loss = int(row["update"]), float(row["loss"])
-    message, data = f"Step {step}: training loss {loss:.4f}", {"step": step, "train_loss": loss}
-    if row["held_out_loss"]:
-        data["valid_loss"] = float(row["held_out_loss"])
-        message += f", validation loss {data['valid_loss']:.4f}"
+    message, data = f"Step {row.update}: training loss {row.loss:.4f}", {"step": row.update, "train_loss": row.loss}
+    if row.held_out_loss is not None:
+        data["valid_loss"] = row.held_out_loss
+        message += f", validation loss {row.held_out_loss:.4f}"
     return message, data
 
 

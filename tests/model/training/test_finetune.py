@@ -1,6 +1,5 @@
 """Fine-tuning: what is learnt, what is not, what a file must be."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from model.lora import AdapterConfig, adapt_all, load_adapter
 from model.training.finetune import (
     DataError,
     Encoded,
-    Example,
+    TrainingExample,
     advice,
     completion_loss,
     encode,
@@ -28,6 +27,7 @@ from model.training.finetune import (
     padded,
     read_examples,
 )
+from model.training.records import CURVE_FILE, read_curve
 from model.training.run import Curve
 from model.training.trainer import IGNORED, next_token_loss
 
@@ -43,8 +43,8 @@ CONFIG = GPTConfig(
 )
 COLOURS = ["red", "blue", "green", "white"]
 DOES = ["sings", "sleeps", "eats"]
-EXAMPLES = [Example(f"the {colour} bird {does} =>", f" {colour}") for colour in COLOURS for does in DOES]
-HELD_OUT = [Example(f"the {colour} bird flies =>", f" {colour}") for colour in COLOURS]
+EXAMPLES = [TrainingExample(f"the {colour} bird {does} =>", f" {colour}") for colour in COLOURS for does in DOES]
+HELD_OUT = [TrainingExample(f"the {colour} bird flies =>", f" {colour}") for colour in COLOURS]
 
 
 def make_model() -> GPT:
@@ -55,7 +55,7 @@ def make_model() -> GPT:
     return model
 
 
-def encoded(examples: list[Example]) -> list[Encoded]:
+def encoded(examples: list[TrainingExample]) -> list[Encoded]:
     return encode(examples, r50k_base(), CONFIG.n_positions)
 
 
@@ -68,10 +68,9 @@ def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | N
     after = finetune(tmp_path, model, encoded(EXAMPLES), plan, base="fp", adapter=adapter, held_out=held_out)
     assert after is not None
     assert after < before / 4
-    with (tmp_path / "loss.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    rows = read_curve(tmp_path / CURVE_FILE)
     assert len(rows) == 12 * 80 / 4
-    assert float(rows[-1]["held_out_loss"]) == pytest.approx(after)
+    assert rows[-1].held_out_loss == pytest.approx(after)
     same = [torch.equal(p, weights[name]) for name, p in model.named_parameters()]
     if adapter is None:
         assert not any(same)
@@ -109,10 +108,9 @@ def test_what_is_computed_at_a_time_has_a_limit_and_changes_no_loss(tmp_path: Pa
 
     def curve(name: str) -> list[float]:
         plan = finetuning_plan(some, epochs=2, batch=9, learning_rate=1e-3)
-        sizes.add(plan.micro_tokens)
+        sizes.add(plan.micro_batch)
         finetune(tmp_path / name, make_model(), some, plan, base="fp", adapter=AdapterConfig(2, 4.0))
-        with (tmp_path / name / "loss.csv").open(newline="") as file:
-            return [float(row["loss"]) for row in csv.DictReader(file)]
+        return [row.loss for row in read_curve(tmp_path / name / CURVE_FILE)]
 
     whole = curve("whole")
     monkeypatch.setattr(model.training.finetune, "MICRO_TOKENS", 4 * longest)
@@ -123,17 +121,19 @@ def test_what_is_computed_at_a_time_has_a_limit_and_changes_no_loss(tmp_path: Pa
 
 def test_the_prompt_is_read_and_not_learnt() -> None:
     tokenizer = r50k_base()
-    (example,) = encode([Example("one two =>", " three four")], tokenizer, 32)
+    (example,) = encode([TrainingExample("one two =>", " three four")], tokenizer, 32)
     prompt, completion = tokenizer.encode("one two =>"), tokenizer.encode(" three four")
     assert example.inputs == [*prompt, *completion]
     assert example.targets == [IGNORED] * (len(prompt) - 1) + [*completion, tokenizer.eos_id]
-    (empty,) = encode([Example("", "x")], tokenizer, 32)
+    (empty,) = encode([TrainingExample("", "x")], tokenizer, 32)
     assert empty.inputs == [tokenizer.eos_id, *tokenizer.encode("x")]
 
 
 def test_padding_changes_no_loss() -> None:
     model = make_model()
-    some = encoded([EXAMPLES[0], Example("a much longer prompt than the other ones are =>", " yes and no"), EXAMPLES[5]])
+    some = encoded(
+        [EXAMPLES[0], TrainingExample("a much longer prompt than the other ones are =>", " yes and no"), EXAMPLES[5]]
+    )
     one_by_one = sum(
         completion_loss(model, [example]) * sum(target != IGNORED for target in example.targets) for example in some
     )
@@ -178,7 +178,7 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
     example = {"prompt": "a\u2028b =>", "completion": " c\x85"}
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(example, ensure_ascii=False) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-8")
-    assert read_examples(path) == [Example(**example), Example(**GOOD)]
+    assert read_examples(path) == [TrainingExample(**example), TrainingExample(**GOOD)]
 
 
 def test_files_that_hold_none(tmp_path: Path) -> None:
@@ -190,34 +190,37 @@ def test_files_that_hold_none(tmp_path: Path) -> None:
 
 
 def test_examples_longer_than_the_context_are_named() -> None:
-    long = Example("word " * 40, " end")
+    long = TrainingExample("word " * 40, " end")
     with pytest.raises(DataError, match="the model's context is 32 tokens; longer, up to 42: lines 2, 4"):
         encoded([EXAMPLES[0], long, EXAMPLES[1], long])
 
 
 def test_good_examples_need_no_advice() -> None:
     assert advice(EXAMPLES) == []
-    assert advice([Example("", " a tale\n"), Example("", " another tale\n")]) == []
+    assert advice([TrainingExample("", " a tale\n"), TrainingExample("", " another tale\n")]) == []
 
 
 @pytest.mark.parametrize(
     ("examples", "line"),
     [
         (
-            [*EXAMPLES, Example("no separator", " x")],
+            [*EXAMPLES, TrainingExample("no separator", " x")],
             'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: line 13',
         ),
-        ([Example("a => b =>", " x"), Example("c =>", " y")], "the separator ' =>' is inside the prompt too: line 1"),
         (
-            [*EXAMPLES, Example("a =>", "x"), Example("b =>", "y")],
+            [TrainingExample("a => b =>", " x"), TrainingExample("c =>", " y")],
+            "the separator ' =>' is inside the prompt too: line 1",
+        ),
+        (
+            [*EXAMPLES, TrainingExample("a =>", "x"), TrainingExample("b =>", "y")],
             "begin every completion with a space, as words are tokens with one: lines 13, 14",
         ),
         (
-            [Example("a =>", " one word"), Example("b =>", " two words")],
+            [TrainingExample("a =>", " one word"), TrainingExample("b =>", " two words")],
             'end every completion with the same text, such as "\\n" or " END", to stop at',
         ),
         ([*EXAMPLES, *EXAMPLES[:7]], "leave out what stands there before: lines 13, 14, 15, 16, 17 and 2 more"),
     ],
 )
-def test_advice(examples: list[Example], line: str) -> None:
+def test_advice(examples: list[TrainingExample], line: str) -> None:
     assert line in advice(examples)

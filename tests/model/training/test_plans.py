@@ -13,7 +13,7 @@ def test_every_size_has_a_plan() -> None:
         assert plan.num_tokens == 300_000_000_000
         step = plan.step_at(0)
         assert step is not None
-        assert step.num_tokens == 32768
+        assert step.size == 32768
 
 
 def test_the_largest_is_the_papers() -> None:
@@ -21,7 +21,7 @@ def test_the_largest_is_the_papers() -> None:
     assert (plan.batch, plan.learning_rate, plan.warmup_tokens) == (3_200_000, 0.6e-4, 375_000_000)
     step = plan.step_at(12_000_000_000)
     assert step is not None
-    assert step.num_tokens == pytest.approx(3.2e6, rel=1e-3)
+    assert step.size == pytest.approx(3.2e6, rel=1e-3)
     step = plan.step_at(260_000_000_000)
     assert step is not None
     assert step.learning_rate == pytest.approx(0.6e-5)

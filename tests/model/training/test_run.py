@@ -1,6 +1,5 @@
 """Runs in their directories: killed at any moment they go on to the same bits, and two processes are as good as one."""
 
-import csv
 import os
 import random
 import signal
@@ -17,7 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 
 from model.checkpoint.weights import load_model
-from model.training.run import CURVE_FILE, PICTURE_FILE, STATE_FILE
+from model.training.records import CURVE_FILE, LossRow, read_curve
+from model.training.run import PICTURE_FILE, STATE_FILE
 from tests.model.training.tiny_run import PLAN, run
 
 
@@ -41,25 +41,24 @@ def start(directory: Path, corpus: Path, *options: str, **environment: str) -> s
     return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.DEVNULL)
 
 
-def curve(directory: Path) -> list[dict[str, str]]:
-    with (directory / CURVE_FILE).open(newline="") as file:
-        return list(csv.DictReader(file))
+def curve(directory: Path) -> list[LossRow]:
+    return read_curve(directory / CURVE_FILE)
 
 
 def assert_same(directory: Path, other: Path) -> None:
     first, second = load_file(directory / STATE_FILE), load_file(other / STATE_FILE)
     assert first.keys() == second.keys()
     assert [name for name in first if not torch.equal(first[name], second[name])] == []
-    assert curve(directory) == curve(other)
+    assert (directory / CURVE_FILE).read_bytes() == (other / CURVE_FILE).read_bytes()
     assert (directory / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
 def test_a_run_leaves_a_model_that_has_learnt_a_curve_and_a_picture(uninterrupted: Path) -> None:
     rows = curve(uninterrupted)
-    assert int(rows[-1]["tokens"]) >= PLAN.num_tokens
-    assert [int(row["update"]) for row in rows] == list(range(1, len(rows) + 1))
-    assert float(rows[0]["loss"]) > 10
-    assert float(rows[-1]["loss"]) < 6
+    assert rows[-1].seen >= PLAN.num_tokens
+    assert [row.update for row in rows] == list(range(1, len(rows) + 1))
+    assert rows[0].loss > 10
+    assert rows[-1].loss < 6
     assert load_model(uninterrupted, torch.float32).config.n_embd == 16
     assert (uninterrupted / PICTURE_FILE).read_bytes().startswith(b"\x89PNG")
 
@@ -135,8 +134,8 @@ def test_batches_of_any_size_are_shared_by_ranks(uninterrupted: Path, corpus: Pa
     """One process computes up to four windows at a time, and each of two half of what there is: the sums round otherwise."""
     assert [rank.wait(60) for rank in start_ranks(tmp_path, corpus)] == [0, 0]
     ours, theirs = curve(tmp_path), curve(uninterrupted)
-    assert [row["tokens"] for row in ours] == [row["tokens"] for row in theirs]
-    assert [float(row["loss"]) for row in ours] == pytest.approx([float(row["loss"]) for row in theirs], rel=0.02)
+    assert [row.seen for row in ours] == [row.seen for row in theirs]
+    assert [row.loss for row in ours] == pytest.approx([row.loss for row in theirs], rel=0.02)
 
 
 def test_a_second_process_waits_for_the_first(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:

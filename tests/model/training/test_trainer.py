@@ -14,7 +14,8 @@ from model.attention import TrainingAttention
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.training.data import Windows
-from model.training.trainer import IGNORED, Trainer, TrainingPlan, mean_loss, next_token_loss
+from model.training.plans import TrainingPlan
+from model.training.trainer import IGNORED, Trainer, mean_loss, next_token_loss
 
 CONFIG = GPTConfig(
     vocab_size=97,
@@ -169,7 +170,7 @@ def steps(plan: TrainingPlan) -> list[tuple[int, int, float]]:
     found, seen = [], 0
     while step := plan.step_at(seen):
         found.append((step.window, step.num_windows, step.learning_rate))
-        seen += step.num_tokens
+        seen += step.size
     return found
 
 

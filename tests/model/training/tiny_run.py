@@ -11,8 +11,8 @@ import torch.distributed as dist
 from model.checkpoint.tokenizer import r50k_base
 from model.config import GPTConfig
 from model.gpt import GPT
+from model.training.plans import TrainingPlan
 from model.training.run import train
-from model.training.trainer import TrainingPlan
 
 CONFIG = GPTConfig(
     vocab_size=50257,

@@ -45,9 +45,10 @@ files = [found | {{"advice": [{advice!r}]}}, found]
 report.with_suffix(".tmp").write_text(json.dumps({{"files": files, "updates": {updates}}}))
 report.with_suffix(".tmp").rename(report)
 path = out / "loss.csv"
-rows = list(csv.reader(path.open())) if path.exists() else [["update", "loss", "held_out_loss"]]
+header = ["update", "examples", "loss", "learning_rate", "gradient_norm", "held_out_loss"]
+rows = list(csv.reader(path.open())) if path.exists() else [header]
 for update in range(len(rows), {updates} + 1):
-    rows.append([update, 5 - update, 4.5 if update == {updates} else ""])
+    rows.append([update, 8 * update, 5 - update, 0.001, 1.0, 4.5 if update == {updates} else ""])
     with path.with_suffix(".tmp").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
     path.with_suffix(".tmp").rename(path)

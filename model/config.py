@@ -7,21 +7,22 @@ from typing import Literal, get_args
 from kernels.names import Activation, PatternKind
 from kernels.patterns import Pattern
 
-# Layers of one group keep the same keys, in pools of the same pages: sparse patterns reach back to the first.
+# Layers of one group keep the same keys, in pools of the same pages. Sparse patterns reach back to the first key, so they
+# are dense here.
 KVGroup = Literal["dense", "banded"]
 
-# Rows of the token embedding are padded to a multiple of this so that the output projection is a round matrix.
-# Nobody outside gpt.py sees the padding.
+# The token embedding's rows are padded to a multiple of this, so that the output projection is a round matrix. Only gpt.py
+# sees the padding.
 VOCAB_MULTIPLE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """What the decoder in gpt.py needs to know, and nothing about where the weights came from.
+    """All that the decoder in gpt.py needs to know, whatever checkpoint the weights came from.
 
-    `attention` is repeated over the layers: ("dense", "banded") alternates as GPT-3 does. A banded layer lets position
-    i see the keys j with 0 <= i - j < band, that is `band` keys including itself. "strided" and "fixed" are the patterns of
-    the Sparse Transformer, with its l and c as `stride` and `summary`: see kernels.patterns.Pattern.
+    `attention` is repeated over the layers: ("dense", "banded") alternates as GPT-3 does. In a banded layer position i sees
+    the keys j with 0 <= i - j < band: `band` keys, its own among them. "strided" and "fixed" are the patterns of the Sparse
+    Transformer, with its l and c as `stride` and `summary`: see kernels.patterns.Pattern.
 
     Raises ValueError naming the field when the dimensions contradict each other.
     """
@@ -48,7 +49,7 @@ class GPTConfig:
     # False is the original Transformer's order, normalising after the residual sum (OPT-350m); it has no final norm.
     pre_norm: bool = True
     final_norm: bool = True
-    # Rows of the position table that stand before position 0 (OPT has 2).
+    # Rows of the position table ahead of position 0 (OPT has 2).
     position_offset: int = 0
     # Width of the token embedding where it is projected to n_embd and back (OPT-350m); None means n_embd.
     embedding_width: int | None = None
@@ -92,7 +93,7 @@ class GPTConfig:
         return self.embedding_width or self.n_embd
 
     def kind(self, layer: int) -> PatternKind:
-        """How layer `layer` attends: the one place that knows which."""
+        """How layer `layer` attends."""
         return self.attention[layer % len(self.attention)]
 
     def pattern(self, kind: PatternKind) -> Pattern:
@@ -140,6 +141,6 @@ GPT3_SIZES = {
     "gpt3-175b": gpt3(n_layer=96, n_embd=12288, n_head=96),
 }
 
-# What `banded train` makes by default, and the embedded model is: small enough to ship in the repository in 16 bits.
+# The size of the embedded model, and the default of `banded train`: in 16 bits small enough for the repository.
 DEMO = gpt3(n_layer=4, n_embd=256, n_head=2)
 SIZES = {"demo": DEMO} | GPT3_SIZES

@@ -1,6 +1,8 @@
-"""Are the kernels right on these weights, on this device? One prompt through the active ops and through the reference.
+"""Are the kernels right on these weights, on this device? Runs one prompt by the active ops and by the reference.
 
-What the ops do depends on shapes, dtype and hardware that no test has seen; this runs where the weights are.
+Kernels depend on shapes, dtype and hardware that no test has seen. The doctor runs where the weights are.
+
+Shapes: T tokens of the prompt, C the width, W pages of a sequence.
 """
 
 import math
@@ -21,18 +23,16 @@ from model.gpt import GPT, Attend, KVPool, PagedAttention, PagedGPT
 DECODES = 8  # tokens of the prompt that go through one by one
 ROWS = 64  # positions whose logits are compared
 
-# How far the largest difference may be, as a share of the logits' standard deviation. Right kernels measured on a CPU: up to
-# 0.003% in fp32, 2% in fp16, 16% in bf16 on the demo model, whose weights are trained (3.5% and 32% on a former one of 8
-# layers); 0.001%, 1.1%, 10% on random ones. The demo model with the first page skipped in decoding: 200% in any dtype, of
-# banded layers alone 18%, which bf16 hides. With a band one key short of 256: 0.9%, which fp32 alone tells from rounding.
+# How far the largest difference may be, as a share of the logits' standard deviation: at least three times what right kernels
+# reach on a CPU. model/training/NOTES.md has the measurements, and what faults amount to.
 LIMITS = {torch.float32: 0.001, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
 class KernelErrors(NamedTuple):
-    """max |Δ logit| between active ops and the reference; infinite where the difference is not finite."""
+    """max |Δ logit| between active ops and the reference; infinite if the difference is not finite."""
 
-    # Of each kind of attention in the model, that alone being active, with the writing of its keys; of "pointwise", norms,
-    # activations and products; and of "all". Sampling is not measured.
+    # By what the active ops computed: each kind of attention alone, with the writing of its keys; "pointwise", which is
+    # norms, activations and products; and "all". Sampling is not measured.
     errors: dict[str, float]
     deviation: float  # standard deviation of the reference's logits over the vocabulary, mean over positions
     dtype: torch.dtype
@@ -52,7 +52,7 @@ class KernelErrors(NamedTuple):
         return error / self.deviation if self.deviation else math.inf
 
     def faults(self) -> list[str]:
-        """What is above the limit, in words."""
+        """A sentence for each error above the limit."""
         return [
             f"kernels of kind {kind}: max |Δ logit| {error:.3g} is {percent(self.share(kind))} of the logits' standard "
             f"deviation {self.deviation:.3g}, the limit for {str(self.dtype)[6:]} is {percent(self.limit)}"
@@ -67,9 +67,9 @@ def percent(share: float) -> str:
 
 @torch.inference_mode()
 def kernel_errors(model: GPT, ops: Ops) -> KernelErrors:
-    """Run random tokens through `model` by `ops`, which must serve the device of its weights, and by the reference.
+    """Run random tokens through `model` by `ops`, which must suit the device of its weights, and by the reference.
 
-    Raises ValueError where the reference's own logits are not finite: then there is nothing to compare with.
+    Raises ValueError if the reference's own logits are not finite, because then there is nothing to compare with.
     """
     config, dtype = model.config, model.wte.weight.dtype
     kinds = list(dict.fromkeys(config.kind(layer) for layer in range(config.n_layer)))
@@ -87,19 +87,19 @@ def kernel_errors(model: GPT, ops: Ops) -> KernelErrors:
     runs: dict[str, tuple[dict[PatternKind, Ops], Ops]] = {kind: (none | {kind: ops}, reference) for kind in kinds}
     runs |= {"pointwise": (none, ops), "all": (dict.fromkeys(kinds, ops), ops)}
     errors = {kind: float(logits(*active).sub_(baseline).abs_().max()) for kind, active in runs.items()}
-    # NaN is in no order with a limit, so it would pass.
+    # NaN is never greater than a limit, so it would pass.
     errors = {kind: error if math.isfinite(error) else math.inf for kind, error in errors.items()}
     return KernelErrors(errors, deviation, dtype, len(tokens), len(baseline))
 
 
 def steps_of(n_positions: int, size: int) -> list[range]:
-    """The positions of each step: two chunks, then one at a time. `size` is that of the longest pattern.
+    """The positions of each step: two chunks, then one at a time. `size` is the longest pattern's, in keys.
 
-    Where the context is long enough, the second chunk and the decoding begin where a band of `size` keys has just left a
-    page: there a single key too many is one of a page given back.
+    If the context is long enough, the second chunk and the decoding begin where a band of `size` keys has just left a page.
+    There a single key too many is a key of a page that was given back.
     """
     length = size + 2 * PAGE_SIZE - 1 + DECODES
-    # Whole pages more, as far as they fit, where the pattern is so short that decoding would have no two splits to merge.
+    # If the pattern is too short for decoding to merge two splits, add whole pages, as many as fit.
     wanted, room = SPLIT_PAGES - size // PAGE_SIZE, (n_positions - length) // PAGE_SIZE
     length = min(n_positions, length + max(0, min(wanted, room)) * PAGE_SIZE)
     prompt = max(length - DECODES, 1)
@@ -113,9 +113,9 @@ def steps_of(n_positions: int, size: int) -> list[range]:
 def hidden_states(
     model: GPT, tokens: Tensor, steps: list[range], attention: dict[PatternKind, Ops], pointwise: Ops
 ) -> Tensor:
-    """Hidden states (T, C) of tokens (T,), by the ops of each kind of attention and those of everything else.
+    """Hidden states (T, C) of tokens (T,), by the ops of each kind of attention and by `pointwise` for all else.
 
-    The keys live in pages of shuffled order. What nobody may read is NaN: keys not written yet, pages behind the band.
+    Pages are in shuffled order. Keys that nobody may read are NaN: those not written yet, and pages that left the band.
     """
     config, weight = model.config, model.wte.weight
     device = weight.device
@@ -132,7 +132,7 @@ def hidden_states(
         kind: block_layout(pattern, len(tokens), device) if (pattern := config.pattern(kind)).is_sparse else None
         for kind in attention
     }
-    # By one set of ops, as a server runs them: all blocks in one call, perhaps.
+    # A single set of ops runs as in a server, where all blocks may be one call.
     paged = PagedGPT(model, pointwise, pools) if all(ops is pointwise for ops in attention.values()) else None
     tokens = tokens.to(device)
     hidden = []
@@ -153,7 +153,7 @@ def hidden_states(
 
 
 def step_plan(config: GPTConfig, kind: PatternKind, step: range, table: Tensor, layout: BlockLayout | None) -> StepPlan:
-    """A chunk of the only sequence, or one row that decodes; table (1, W + 1)."""
+    """The plan of one chunk, or of one decode row, of the only sequence; table (1, W + 1)."""
     positions = torch.arange(step.start, step.stop, device=table.device)
     slot_mapping = table[0, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
     pattern = config.pattern(kind)

@@ -1,4 +1,4 @@
-"""A short name for a set of weights and what runs them: answers with the same fingerprint are comparable."""
+"""A short name for a set of weights and what runs them. Answers with the same fingerprint are comparable."""
 
 import hashlib
 
@@ -8,15 +8,15 @@ from torch import Tensor
 from model.gpt import GPT
 
 INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element
-ROWS = 4096  # of a matrix whose sums are made at a time
+ROWS = 4096  # of a matrix, summed at a time
 
 
 @torch.inference_mode()
 def weights_fingerprint(model: GPT, *extra: str) -> str:
     """A hash over the bits of every parameter and `extra`, such as the kernels and the dtype.
 
-    Of each parameter it takes in the sums of the rows and of the columns, read as integers: they change with any single
-    element, and with rows or columns that change places, at the price of reading the weights once.
+    It hashes the sums of each parameter's rows and columns, read as integers. They change if any element changes, or if
+    rows or columns trade places, and they cost a single pass over the weights.
     """
     digest = hashlib.sha256()
     for text in extra:
@@ -29,7 +29,7 @@ def weights_fingerprint(model: GPT, *extra: str) -> str:
 
 
 def bit_sums(parameter: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums of the rows and of the columns of a parameter's bits, int64 both; a vector is one column."""
+    """Sums of the rows and of the columns of a parameter's bits, both int64. A vector is one column."""
     bits = parameter.view(INTEGERS[parameter.element_size()])
     bits = bits.flatten(1) if bits.dim() > 1 else bits[:, None]
     columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)

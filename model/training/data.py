@@ -1,4 +1,4 @@
-"""Corpus files to shards of tokens to windows that slide over them."""
+"""From corpus files to shards of tokens, and from shards to windows of training."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -17,9 +17,9 @@ Shard = NDArray[np.uint16] | NDArray[np.uint32]
 
 
 def documents(path: Path) -> Iterator[str]:
-    """The documents of a text file, which a line `<|endoftext|>` separates.
+    """The documents of a text file. A line `<|endoftext|>` separates them.
 
-    Raises ValueError naming the file that holds no text, or none in UTF-8.
+    Raises ValueError naming a file without text, or one that is not UTF-8.
     """
     count = 0
     lines: list[str] = []
@@ -42,20 +42,20 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def tokens_of(document: str, tokenizer: Tokenizer) -> list[int]:
-    """Every document ends in eos."""
+    """The tokens of a document, and eos."""
     return [*tokenizer.encode(document), tokenizer.eos_id]
 
 
 def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:
-    """All tokens (N,) int32 of text files, for texts that fit into memory. Raises ValueError as `documents` does."""
+    """All tokens (N,) int32 of text files that fit into memory. Raises ValueError as `documents` does."""
     tokens = [token for path in paths for document in documents(path) for token in tokens_of(document, tokenizer)]
     return torch.tensor(tokens, dtype=torch.int32)
 
 
 def write_shard(text: Path, tokenizer: Tokenizer, directory: Path) -> Path:
-    """The file of a text's tokens, in `directory`; it is written when there is none for this content and tokenizer yet.
+    """The file of a text's tokens in `directory`, written unless it is there for this content and tokenizer.
 
-    Its ending is the type of a token. Raises ValueError as `documents` does.
+    Its suffix is the type of a token. Raises ValueError as `documents` does.
     """
     with text.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256")
@@ -86,12 +86,12 @@ def epoch_generator(seed: int, epoch: int) -> torch.Generator:
 class Windows:
     """Windows over shards that are read as one text, numbered without end.
 
-    An epoch goes through the text once. Where its windows begin and in which order they come depends on the seed and the
-    epoch, and on nothing else: after an interruption a run needs to know no more than how far it has come.
+    An epoch goes through the text once. Its offset and the order of its windows depend only on the seed and the epoch, so
+    all that a resumed run needs to know is how far it came.
     """
 
     def __init__(self, shards: Sequence[Shard], length: int, seed: int):
-        """Raises ValueError when the text is shorter than one window and its last target."""
+        """Raises ValueError if the text is shorter than one window and its last target."""
         self.length = length
         self._seed, self._shards = seed, shards
         self._ends = np.cumsum([len(shard) for shard in shards])
@@ -102,7 +102,7 @@ class Windows:
         self._epoch, self._offset, self._order = -1, 0, torch.empty(0, dtype=torch.int64)
 
     def __getitem__(self, index: int) -> Tensor:
-        """Window `index`, its last target behind it: (length + 1,) int64."""
+        """Window `index` and its last target: (length + 1,) int64."""
         epoch, place = divmod(index, self.per_epoch)
         if epoch != self._epoch:
             slack = min(self.length, self._total - self.per_epoch * self.length)
@@ -111,7 +111,7 @@ class Windows:
         return self._read(self._offset + int(self._order[place]) * self.length, self.length + 1)
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """Inputs and next-token targets of windows `first` and following, each (count, length) int64."""
+        """Inputs and next-token targets of `count` windows from `first` on, each (count, length) int64."""
         windows = torch.stack([self[index] for index in range(first, first + count)])
         return windows[:, :-1], windows[:, 1:]
 

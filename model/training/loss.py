@@ -1,4 +1,7 @@
-"""Next-token cross-entropy without ever holding the logits of a whole batch."""
+"""Next-token cross-entropy that never holds the logits of a whole batch.
+
+Shapes: N tokens, C the width, V' the vocabulary with its padding.
+"""
 
 from typing import Any
 
@@ -10,14 +13,14 @@ CHUNK = 1024
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `hidden @ weight.T`; the gradients are made chunk by chunk in the forward pass.
+    """Mean cross-entropy of `hidden @ weight.T`. The forward pass makes the gradients too, chunk by chunk.
 
-    Doing so halves the passes over the logits, the largest tensor of a small model with a large vocabulary by far.
+    That halves the passes over the logits, by far the largest tensor of a small model with a large vocabulary.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        """Mean loss (fp32 scalar) of hidden (N, C), weight (V', C) and targets (N,); rows from vocab_size on are padding."""
+        """Mean loss (fp32 scalar) of hidden (N, C), weight (V', C) and targets (N,). Rows from vocab_size on are padding."""
         count, dtype = hidden.shape[0], hidden.dtype
         low = weight.to(dtype)
         logits = hidden.new_empty(min(CHUNK, count), weight.shape[0])

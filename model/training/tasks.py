@@ -1,4 +1,4 @@
-"""Few-shot tasks for a small model to learn from: documents of examples, and items that no document holds.
+"""Few-shot tasks for a small model: documents of examples to learn from, and items that no document holds.
 
 python -m model.training.tasks tales.txt --out DIR
 """
@@ -18,20 +18,17 @@ from typing import NamedTuple
 from model.checkpoint.tokenizer import END_OF_TEXT, r50k_base
 
 WORDS = Path(__file__).parent / "words.toml"
-# Of all queries that a task can ask, this share is never in a document.
+# This share of a task's possible queries is in no document.
 HELD_OUT = 0.1
-# A word of the tales that is one token and comes as often as this is common.
+# A common word of the tales is one token and comes at least so often.
 COMMON = 20
 LEAST_COMMON = 50
 
-# In half of the documents all examples are about so many words, for what is rare but comes in bursts is best looked up
-# further up in the text (burstiness: Chan et al. 2022).
+# The numbers below are explained in NOTES.md. In half of the documents all examples are about so many words.
 FEW_WORDS = [4, 6, 8, 12]
-# So many documents are about copying even fewer words.
+# This share of the documents is about copying even fewer words.
 COPYING, COPIED_WORDS = 0.3, [2, 3, 4, 6]
-# What a model sees first: so many words again and again, in documents of so many. Of few words it learns sooner which ones
-# come, and then in what order; twice as many come half as often. A share of the later documents is the same, lest it be
-# forgotten.
+# A model first sees so many words that repeat, in documents of so many. This share of the later documents repeats too.
 REPEATED_WORDS, REPEATED_LENGTH = (2, 32), (64, 126)
 REPEATING = 0.2
 
@@ -54,21 +51,21 @@ PREFIXES = [
 class Item(NamedTuple):
     input: str
     output: str
-    # Other queries whose answers can be read here: an item tells of "slow fast" what "fast" asks for.
+    # Other queries that this item answers: "slow => fast" also tells what "fast" asks for.
     answers: tuple[str, ...] = ()
 
 
-# Makes one item after the other; what they have in common, such as the names of classes, it was given before.
+# Makes one item per call. It already knows what a document's items share, such as the names of classes.
 Source = Callable[[random.Random], Item]
-# The same, about some of these words.
+# The same, about some of the given words.
 WordSource = Callable[[random.Random, list[str]], Item]
 
 
 class Words:
-    """The words of words.toml, and those of a text that are one token: the common ones, and all, with a capital too."""
+    """The words of words.toml, and a text's words of one token: `common` ones, and all for `repeated`, capitalised too."""
 
     def __init__(self, text: str):
-        """Raises ValueError when the text has too few."""
+        """Raises ValueError if the text has too few common words."""
         found = tomllib.loads(WORDS.read_text(encoding="utf-8"))
         opposites, irregular = ([pair.split() for pair in found[name].split(",")] for name in ("opposites", "irregular"))
         self.opposites = [pair for first, second in opposites for pair in ((first, second), (second, first))]
@@ -91,11 +88,11 @@ class Words:
 
 
 class Tasks:
-    """Every task by its name: how its items are made."""
+    """The tasks by name, and the documents made from them."""
 
     def __init__(self, words: Words):
         self.words = words
-        # Each can be asked for by itself, so that any few of them make a document.
+        # No single one is a held-out query, so any few of them make a document.
         self._copied = [word for word in words.common if not is_held_out(word)]
         self._about_words: dict[str, WordSource] = {
             "copy": copy,
@@ -124,7 +121,7 @@ class Tasks:
         return Item(" ".join(shown), sequence[start + length], tuple(" ".join(part) for part in parts))
 
     def _classify(self, names: dict[str, str]) -> Source:
-        """Sentences about words of some categories, which `names` calls."""
+        """Sentences, each about a word of a category. `names` has what each category is called."""
 
         def make(rng: random.Random) -> Item:
             category = rng.choice(sorted(names))
@@ -133,19 +130,19 @@ class Tasks:
         return make
 
     def _source(self, task: str, rng: random.Random) -> Source:
-        """What a document of the task is made of."""
+        """The source of a document's items."""
         if task in self._about_words:
             words = rng.sample(self.words.common, rng.choice(FEW_WORDS)) if rng.random() < 0.5 else self.words.common
             return about(words, self._about_words[task])
         if task in self._others:
             return self._others[task]
         categories = rng.sample(sorted(self.words.categories), rng.randint(2, 4))
-        # In half of the documents only the examples tell what is called how.
+        # In half of the documents only the examples tell what each category is called.
         names = rng.sample(self.words.common, len(categories)) if rng.random() < 0.5 else categories
         return self._classify(dict(zip(categories, names, strict=True)))
 
     def items(self, rng: random.Random, source: Source, *, held_out: bool) -> Iterator[Item]:
-        """Items without end: those whose query is held out, or those that answer no such query."""
+        """Items without end: either those whose query is held out, or those that answer no held-out query."""
 
         def belongs(item: Item) -> bool:
             return is_held_out(item.input) if held_out else not any(map(is_held_out, (item.input, *item.answers)))
@@ -158,13 +155,13 @@ class Tasks:
         return self.repetition(rng) if rng.random() < REPEATING else self.few_shot(rng)
 
     def few_shot(self, rng: random.Random) -> str:
-        """Some examples of one task, with a separator and prefixes of their own."""
+        """Examples of one task, with the document's own separator and prefixes."""
         if rng.random() < COPYING:
             return self._lay_out(rng, about(rng.sample(self._copied, rng.choice(COPIED_WORDS)), copy))
         return self._lay_out(rng, self._source(rng.choice(self.names), rng))
 
     def repetition(self, rng: random.Random) -> str:
-        """Random words in an order that comes again and again: only what stands further up tells what comes next."""
+        """Random words that repeat in one order, so only the text so far tells which comes next."""
         least, most = REPEATED_WORDS
         words = rng.sample(self.words.repeated, int(least * ((most + 1) / least) ** rng.random()))
         return " ".join(itertools.islice(itertools.cycle(words), rng.randint(*REPEATED_LENGTH)))
@@ -178,7 +175,7 @@ class Tasks:
         return separator.join(examples)
 
     def distinct_items(self, rng: random.Random, count: int, *, held_out: bool) -> Iterator[dict[str, str]]:
-        """`count` items of every task, no two with the same input; fewer where the task has no more."""
+        """`count` items of every task, with distinct inputs. Fewer if the task has no more."""
         sources: dict[str, Source] = {
             **{task: about(self.words.common, make) for task, make in self._about_words.items()},
             **self._others,
@@ -229,12 +226,12 @@ def look_up(rng: random.Random, words: list[str]) -> Item:
 
 
 def is_held_out(query: str) -> bool:
-    """Decided by a hash of the query, so that it is the same in every process and version."""
+    """A hash of the query decides, so the answer is the same in every process and version."""
     return hashlib.sha256(query.lower().encode()).digest()[0] < 256 * HELD_OUT
 
 
 def write_documents(path: Path, make: Callable[[random.Random], str], num_tokens: int, seed: int) -> int:
-    """Write documents of about `num_tokens` tokens together; how many they were."""
+    """Write documents of about `num_tokens` tokens in all, and return their number."""
     rng, tokenizer = random.Random(seed), r50k_base()
     total = count = 0
     with path.open("w", encoding="utf-8") as file:

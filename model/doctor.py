@@ -23,8 +23,8 @@ from model.gpt import GPT, Attend, KVPool, PagedAttention, PagedGPT
 DECODES = 8  # tokens of the prompt that go through one by one
 ROWS = 64  # positions whose logits are compared
 
-# How far the largest difference may be, as a share of the logits' standard deviation: at least three times what right kernels
-# reach on a CPU. model/training/NOTES.md has the measurements, and what faults amount to.
+# How far the largest difference may be, as a share of the logits' standard deviation: at least three times what right
+# kernels reach on a CPU. model/training/NOTES.md has the measurements, and what faults amount to.
 LIMITS = {torch.float32: 0.001, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 

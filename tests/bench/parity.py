@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from tests.model.checkpoint.checkpoints import tiny
-from tests.model.checkpoint.test_weights import our_logits, transformers_logits
+from tests.model.checkpoint.checkpoints import ARCHITECTURES, tiny
+from tests.model.logits import our_logits, transformers_logits
 from tests.model.paged_run import PagedRun, random_steps
-from tests.model.test_runner import ARCHITECTURES
 
 
 def main() -> None:

@@ -10,6 +10,7 @@ from model.attention import TrainingAttention, banded_window_attention
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT
 from tests.model.checkpoint.checkpoints import randomise
+from tests.model.logits import window_logits
 
 SMALL = GPTConfig(
     vocab_size=331, n_positions=256, n_embd=64, n_layer=4, n_head=4, n_inner=256, attention=("dense", "banded"), band=16
@@ -24,11 +25,6 @@ def small_model(**fields: object) -> GPT:
 
 def some_tokens(*shape: int) -> Tensor:
     return torch.randint(331, shape, generator=torch.Generator().manual_seed(0))
-
-
-def logits(model: GPT, tokens: Tensor) -> Tensor:
-    positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, TrainingAttention(model.config), torch_ops), torch_ops)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:
@@ -106,11 +102,11 @@ def test_padding_of_the_vocabulary_is_hidden(tied_head: bool) -> None:
     model = small_model(tied_head=tied_head)
     tokens = some_tokens(2, 24)
     assert model.wte.weight.shape[0] == 384
-    assert logits(model, tokens).shape == (2, 24, 331)
-    before = logits(model, tokens)
+    assert window_logits(model, tokens).shape == (2, 24, 331)
+    before = window_logits(model, tokens)
     head = model.wte if model.lm_head is None else model.lm_head
     head.weight[331:] = math.nan
-    torch.testing.assert_close(logits(model, tokens), before, rtol=0, atol=0)
+    torch.testing.assert_close(window_logits(model, tokens), before, rtol=0, atol=0)
 
 
 def test_no_token_sees_what_comes_after_it() -> None:
@@ -118,7 +114,7 @@ def test_no_token_sees_what_comes_after_it() -> None:
     tokens = some_tokens(1, 60)
     changed = tokens.clone()
     changed[0, 40:] = (changed[0, 40:] + 1) % 331
-    before, after = logits(model, tokens), logits(model, changed)
+    before, after = window_logits(model, tokens), window_logits(model, changed)
     torch.testing.assert_close(before[0, :40], after[0, :40])
     assert not torch.allclose(before[0, 40:], after[0, 40:])
 
@@ -128,7 +124,7 @@ def test_a_banded_stack_forgets_what_no_layer_can_reach() -> None:
     tokens = some_tokens(1, 60)
     changed = tokens.clone()
     changed[0, 0] = (changed[0, 0] + 1) % 331
-    before, after = logits(model, tokens), logits(model, changed)
+    before, after = window_logits(model, tokens), window_logits(model, changed)
     assert not torch.allclose(before[0, 30], after[0, 30])
     torch.testing.assert_close(before[0, 31:], after[0, 31:], rtol=0, atol=0)
 

@@ -25,8 +25,8 @@ from model.step import (
 )
 from tests.kernels.interpreter import exact_bf16
 from tests.kernels.paths import CPU_PATH, CUDA, ServedPath, served_paths, triton_paths
-from tests.model.checkpoint.checkpoints import tiny
-from tests.model.checkpoint.test_weights import our_logits, transformers_logits
+from tests.model.checkpoint.checkpoints import ARCHITECTURES, tiny
+from tests.model.logits import our_logits, transformers_logits
 from tests.model.paged_run import PagedRun, random_steps
 
 
@@ -34,19 +34,6 @@ from tests.model.paged_run import PagedRun, random_steps
 def bf16_is_right() -> Iterator[None]:
     with exact_bf16():
         yield
-
-
-ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
-    "cerebras": ("cerebras", {}),
-    "gpt_neo": ("gpt_neo", {}),
-    "gpt_neo, band over a page": (
-        "gpt_neo",
-        {"window_size": 70, "attention_types": [[["local", "local", "global"], 1]], "num_layers": 3},
-    ),
-    "opt": ("opt", {}),
-    "opt-350m": ("opt-350m", {}),
-}
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

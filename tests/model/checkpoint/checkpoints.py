@@ -52,6 +52,19 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 FIELDS["opt-350m"] = FIELDS["opt"] | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
+# A key of FIELDS and what is changed in it: all that a runner must compute as transformers does.
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "cerebras": ("cerebras", {}),
+    "gpt_neo": ("gpt_neo", {}),
+    "gpt_neo, band over a page": (
+        "gpt_neo",
+        {"window_size": 70, "attention_types": [[["local", "local", "global"], 1]], "num_layers": 3},
+    ),
+    "opt": ("opt", {}),
+    "opt-350m": ("opt-350m", {}),
+}
+
 
 def tiny(arch: str, directory: Path, *, max_shard_size: str = "1GB", seed: int = 0, **overrides: Any) -> Path:
     """Write a random fp32 checkpoint of `arch`, a key of FIELDS, into a folder of `directory` and return the folder.

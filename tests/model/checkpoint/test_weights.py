@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from kernels import torch_ops
-from model.attention import TrainingAttention
 from model.checkpoint.architectures import BANDED_FIELDS, read_config
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.prompt_format import load_prompt_format
@@ -23,6 +21,7 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from tests.model.checkpoint.checkpoints import FIELDS, tiny
 from tests.model.checkpoint.vocabularies import spelled, write_vocabulary
+from tests.model.logits import our_logits, transformers_logits
 
 Tensors = dict[str, Tensor]
 REMOVED = object()
@@ -35,21 +34,6 @@ def load(directory: Path) -> GPT:
 
 def some_tokens(length: int) -> Tensor:
     return torch.randint(331, (2, length), generator=torch.Generator().manual_seed(1))
-
-
-def our_logits(directory: Path, tokens: Tensor) -> Tensor:
-    model = load(directory)
-    positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, TrainingAttention(model.config), torch_ops), torch_ops)
-
-
-@torch.no_grad()
-def transformers_logits(directory: Path, tokens: Tensor) -> Tensor:
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32)
-    logits: Tensor = model.eval()(tokens).logits
-    return logits
 
 
 def edit_config(directory: Path, **fields: Any) -> Path:

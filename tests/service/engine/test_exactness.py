@@ -20,7 +20,7 @@ from service.engine.metrics import Metrics
 from service.settings import Settings
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
-from tests.model.checkpoint.test_weights import our_logits
+from tests.model.logits import our_logits
 from tests.service.helpers import run, settings_of
 
 BAND = 40

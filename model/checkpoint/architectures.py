@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from kernels.names import Activation, PatternKind
 from model.checkpoint.files import CONFIG_FILE, CheckpointError, few, read_json
@@ -239,38 +239,25 @@ def attention_kinds(raw: Raw, name: str) -> tuple[str, ...]:
 
 
 def optional(read: Callable[[Raw, str], Any]) -> Callable[[Raw, str], Any]:
-    return lambda raw, name: None if name in raw and raw[name] is None else read(raw, name)
+    """Null is None. Older checkpoints lack the fields of sparse patterns; others must be there."""
+
+    def read_optional(raw: Raw, name: str) -> Any:
+        absent = raw[name] is None if name in raw else name in ("stride", "summary")
+        return None if absent else read(raw, name)
+
+    return read_optional
 
 
-def if_given(read: Callable[[Raw, str], Any]) -> Callable[[Raw, str], Any]:
-    """For fields that older checkpoints lack."""
-    return lambda raw, name: None if raw.get(name) is None else read(raw, name)
-
-
-BANDED_FIELDS: dict[str, Callable[[Raw, str], Any]] = {
-    "vocab_size": integer,
-    "n_positions": integer,
-    "n_embd": integer,
-    "n_layer": integer,
-    "n_head": integer,
-    "n_inner": integer,
-    "attention": attention_kinds,
-    "band": optional(integer),
-    "stride": if_given(integer),
-    "summary": if_given(integer),
-    "activation": activation,
-    "softmax_scale": optional(number),
-    "scale_by_inverse_layer": flag,
-    "qkv_bias": flag,
-    "bias": flag,
-    "norm_affine": flag,
-    "norm_eps": number,
-    "pre_norm": flag,
-    "final_norm": flag,
-    "position_offset": integer,
-    "embedding_width": optional(integer),
-    "tied_head": flag,
+READERS: dict[Any, Callable[[Raw, str], Any]] = {
+    int: integer,
+    float: number,
+    bool: flag,
+    int | None: optional(integer),
+    float | None: optional(number),
+    Activation: activation,
+    tuple[PatternKind, ...]: attention_kinds,
 }
+BANDED_FIELDS = {name: READERS[hint] for name, hint in get_type_hints(GPTConfig).items()}
 
 
 def banded_config(raw: Raw) -> GPTConfig:

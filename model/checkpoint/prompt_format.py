@@ -123,38 +123,35 @@ def load_prompt_format(directory: Path) -> PromptFormat:
     The chat template is that of banded.json, or else chat_template.jinja, or else tokenizer_config.json's. The default stop
     belongs to the default template. Raises CheckpointError naming file and field that can't be used.
     """
-    template = directory / TEMPLATE_FILE
-    published = read_text(template) if template.exists() else None
     fields, settings = (optional_json(directory / name) or {} for name in (PROMPT_FORMAT_FILE, SETTINGS_FILE))
+    template, published, source = directory / TEMPLATE_FILE, settings.get("chat_template"), SETTINGS_FILE
+    if template.exists():
+        published, source = read_text(template), TEMPLATE_FILE
+    if not isinstance(published, str) or "chat_template" in fields:
+        published, source = None, PROMPT_FORMAT_FILE
+    if isinstance(fields.get("stop"), list):
+        fields["stop"] = tuple(fields["stop"])
+    if "chat_template" in fields or published is not None:
+        fields.setdefault("stop", ())
     try:
-        return build_prompt_format(fields, settings, published)
+        return build_prompt_format(fields, token_name(settings.get("bos_token")), published, source)
     except PromptFormatError as error:
         raise PromptFormatError(f"{directory}: {error}") from None
 
 
-def build_prompt_format(fields: Json, settings: Json, published: str | None) -> PromptFormat:
+def build_prompt_format(fields: Json, bos_token: str | None, published: str | None, source: str) -> PromptFormat:
     known = {field.name for field in dataclasses.fields(PromptFormat)} - {"bos_token"}
     for name in fields:
         if name not in known:
             expected = ", ".join(sorted(known))
             raise PromptFormatError(f"{PROMPT_FORMAT_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {expected}")
-    if isinstance(fields.get("stop"), list):
-        fields["stop"] = tuple(fields["stop"])
-    source = TEMPLATE_FILE if published is not None else f"{SETTINGS_FILE}: chat_template"
-    if published is None and isinstance(settings.get("chat_template"), str):
-        published = settings["chat_template"]
-    if "chat_template" in fields or published is not None:
-        fields.setdefault("stop", ())
+    file = PROMPT_FORMAT_FILE
     try:
-        prompt_format = PromptFormat(**fields, bos_token=token_name(settings.get("bos_token")))
+        prompt_format = PromptFormat(**fields, bos_token=bos_token)
+        file = source
+        return prompt_format if published is None else dataclasses.replace(prompt_format, chat_template=published)
     except PromptFormatError as error:
-        raise PromptFormatError(f"{PROMPT_FORMAT_FILE}: {error}") from None
-    if "chat_template" in fields or published is None:
-        return prompt_format
-    try:
-        return dataclasses.replace(prompt_format, chat_template=published)
-    except PromptFormatError as error:
-        raise PromptFormatError(f"{source}{str(error).removeprefix('chat_template')}") from None
+        raise PromptFormatError(f"{file}: {error}") from None
 
 
 def token_name(token: Any) -> str | None:

@@ -1,6 +1,6 @@
 """Read and check the tokenizer of a checkpoint directory, and turn it into tiktoken's ranks."""
 
-import sys
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -182,7 +182,10 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
     roles = special_roles(files)
     added, flagged = added_tokens(files, vocabulary)
     ids = {**vocabulary.ids, **added}
-    refuse_ids_beyond(files.config.get("vocab_size"), ids)
+    # A token without a row in the model's embedding would fail at its first use.
+    last, vocab_size = max(ids, key=ids.__getitem__), files.config.get("vocab_size")
+    if isinstance(vocab_size, int) and ids[last] >= vocab_size:
+        raise TokenizerError(f"token {last!r} has id {ids[last]}, but {CONFIG_FILE} says vocab_size {vocab_size}")
     bos_id, eos_id = token_in_role("bos", roles, files.config, ids), token_in_role("eos", roles, files.config, ids)
     if eos_id is None:
         raise TokenizerError(f"neither eos_token in {SETTINGS_FILE} nor eos_token_id in {CONFIG_FILE}")
@@ -208,13 +211,6 @@ def refuse_other_settings(files: CheckpointFiles) -> None:
         raise TokenizerError(f"{SETTINGS_FILE}: add_prefix_space is not supported")
     if settings.get("add_eos_token") and files.pipeline is None:
         raise TokenizerError(f"{SETTINGS_FILE}: add_eos_token is not supported")
-
-
-def refuse_ids_beyond(vocab_size: object, ids: Mapping[str, int]) -> None:
-    """A token without a row in the model's embedding would fail at its first use, so it is refused here."""
-    last = max(ids, key=ids.__getitem__)
-    if isinstance(vocab_size, int) and ids[last] >= vocab_size:
-        raise TokenizerError(f"token {last!r} has id {ids[last]}, but {CONFIG_FILE} says vocab_size {vocab_size}")
 
 
 def special_roles(files: CheckpointFiles) -> dict[str, str]:
@@ -347,16 +343,13 @@ def merge_order(vocabulary: Vocabulary) -> list[int]:
     return order
 
 
-NEVER = sys.maxsize
-
-
 def merge(word: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:
     """`word` in pieces that merge no further: byte-pair encoding by its definition."""
     pieces = [word[place : place + 1] for place in range(len(word))]
     while len(pieces) > 1:
-        found = [ranks.get(left + right, NEVER) for left, right in pairwise(pieces)]
+        found = [ranks.get(left + right, math.inf) for left, right in pairwise(pieces)]
         place = found.index(min(found))
-        if found[place] == NEVER:
+        if found[place] == math.inf:
             break
         pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
     return pieces

@@ -4,8 +4,9 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from itertools import takewhile
+from os.path import commonprefix
 from pathlib import Path
+from statistics import mode
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import torch_ops
-from model.attention import TrainingAttention
 from model.checkpoint.files import few
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.weights import save_model
@@ -22,7 +22,7 @@ from model.lora import AdapterConfig, adapt_all, new_adapter, save_adapter
 from model.training.data import shuffled
 from model.training.plans import FinetuningPlan
 from model.training.run import follow
-from model.training.trainer import IGNORED, Trainer, next_token_loss
+from model.training.trainer import IGNORED, Trainer, hidden_states, next_token_loss
 
 # The curve shows the loss on so many held-out examples during the run, and on all of them at the end.
 GLANCE = 64
@@ -79,7 +79,7 @@ def advice(examples: Sequence[TrainingExample]) -> list[str]:
     prompts, completions = [example.prompt for example in examples], [example.completion for example in examples]
     separator, ending = common_suffix(prompts), common_suffix(completions)
     if any(prompts) and not separator:
-        usual = most_common_ending(prompts)
+        usual = mode(text[-1:] for text in prompts)
         odd = lines([not text.endswith(usual) for text in prompts])
         found.append(f'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: {odd}')
     elif separator.strip():
@@ -100,16 +100,7 @@ def advice(examples: Sequence[TrainingExample]) -> list[str]:
 
 def common_suffix(texts: Sequence[str]) -> str:
     """The longest ending of all texts; none for a single text."""
-    if len(texts) < 2:
-        return ""
-    backwards = sorted(text[::-1] for text in texts)  # the first and the last share only what all share
-    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(backwards[0], backwards[-1], strict=False))
-    return "".join(letter for letter, _ in pairs)[::-1]
-
-
-def most_common_ending(texts: Sequence[str]) -> str:
-    endings = [text[-1:] for text in texts]
-    return max(set(endings), key=endings.count)
+    return "" if len(texts) < 2 else commonprefix([text[::-1] for text in texts])[::-1]
 
 
 def lines(flags: Sequence[bool]) -> str:
@@ -153,10 +144,8 @@ def finetuning_plan(
     examples: Sequence[Encoded], *, epochs: int, batch: int, learning_rate: float, seed: int = 0
 ) -> FinetuningPlan:
     total, longest = len(examples) * epochs, max(len(example.inputs) for example in examples)
-    micro_batch = max(1, MICRO_TOKENS // longest)
-    return FinetuningPlan(
-        num_examples=total, batch=min(batch, total), learning_rate=learning_rate, micro_batch=micro_batch, seed=seed
-    )
+    micro = max(1, MICRO_TOKENS // longest)
+    return FinetuningPlan(total=total, batch=min(batch, total), learning_rate=learning_rate, micro_batch=micro, seed=seed)
 
 
 def finetune(
@@ -219,8 +208,7 @@ def completion_loss(model: GPT, examples: Sequence[Encoded], adapt: Adapt | None
     by_length = sorted(examples, key=lambda example: len(example.inputs))
     for start in range(0, len(by_length), batch):
         inputs, targets = padded(by_length[start : start + batch], model.head.device)
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
-        hidden = model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
+        hidden = hidden_states(model, inputs, adapt)
         counted = targets != IGNORED
         losses = F.cross_entropy(model.logits(hidden[counted], torch_ops), targets[counted], reduction="sum")
         total += losses.item()

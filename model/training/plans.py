@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from model.config import SIZES, GPTConfig
 
@@ -111,7 +111,7 @@ class FinetuningPlan:
 
     unit: ClassVar[str] = "example"
 
-    num_examples: int  # of all epochs together
+    total: int  # of all epochs together
     batch: int
     learning_rate: float
     micro_batch: int  # computed at a time
@@ -123,19 +123,15 @@ class FinetuningPlan:
         check_rate(self.learning_rate)
 
     @property
-    def total(self) -> int:
-        return self.num_examples
-
-    @property
     def num_updates(self) -> int:
-        return math.ceil(self.num_examples / self.batch)
+        return math.ceil(self.total / self.batch)
 
     def step_at(self, seen: int) -> Step | None:
         """The update after `seen` examples; None if they are enough."""
-        count = min(self.batch, self.num_examples - seen)
+        count = min(self.batch, self.total - seen)
         if count <= 0:
             return None
-        rate = learning_rate_at(seen + count, self.learning_rate, self.num_examples // 10, self.num_examples)
+        rate = learning_rate_at(seen + count, self.learning_rate, self.total // 10, self.total)
         return Step(1, count, self.micro_batch, rate)
 
 
@@ -154,13 +150,12 @@ GPT3_BATCHES = {
     "gpt3-13b": (2e6, 1.0e-4),
     "gpt3-175b": (3.2e6, 0.6e-4),
 }
-GPT3_TOKENS = 300e9
 
 
 def gpt3_plan(name: str) -> TrainingPlan:
     batch, rate = GPT3_BATCHES[name]
     return TrainingPlan(
-        num_tokens=int(GPT3_TOKENS),
+        num_tokens=300_000_000_000,
         window=2048,
         batch=int(batch),
         learning_rate=rate,
@@ -214,19 +209,18 @@ def plan_for(
     plan = DEMO_PLAN if name == "demo" else gpt3_plan(name)
     longest = min(plan.window, n_positions) if window is None else window
     stretch = 1.0 if num_tokens is None else num_tokens / plan.num_tokens
+    given = {"num_tokens": num_tokens, "batch": batch, "learning_rate": learning_rate, "micro_tokens": micro_tokens}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     return replace(
         plan,
-        num_tokens=plan.num_tokens if num_tokens is None else num_tokens,
         window=longest,
         short_window=None if plan.short_window is None else min(plan.short_window, longest),
-        batch=plan.batch if batch is None else batch,
         first_batch=plan.first_batch if batch is None else None,
         ramp_tokens=int(plan.ramp_tokens * stretch) if batch is None else 0,
         warmup_tokens=int(plan.warmup_tokens * stretch),
         decay_tokens=None if plan.decay_tokens is None else int(plan.decay_tokens * stretch),
         short_tokens=int(plan.short_tokens * stretch),
-        learning_rate=plan.learning_rate if learning_rate is None else learning_rate,
-        micro_tokens=plan.micro_tokens if micro_tokens is None else micro_tokens,
         batch_softmax=batch_softmax,
         seed=seed,
+        **changes,
     )

@@ -32,7 +32,7 @@ from model.training.data import Windows, open_shard, write_shard
 from model.training.plans import TrainingPlan
 from model.training.records import CURVE_FILE, LossRow, read_curve, write_curve
 from model.training.state import load_state, save_state
-from model.training.trainer import Batches, Trainer, Update, mean_loss, next_token_loss
+from model.training.trainer import Batches, Trainer, mean_loss, next_token_loss
 
 log = logging.getLogger("banded.training")
 
@@ -117,7 +117,7 @@ def follow(
     Raises ValueError if the directory holds a model without a run, a run while `resume` is false, or another run. Raises
     KeyboardInterrupt if it was stopped, with its state saved.
     """
-    state = directory / STATE_FILE
+    state, curve = directory / STATE_FILE, directory / CURVE_FILE
     is_first = is_first_rank()
     with one_writer(directory), interruptions() as is_interrupted:
         if dist.is_initialized():
@@ -127,21 +127,22 @@ def follow(
             load_state(state, trainer, about)
         elif resume:
             log.info("%s holds no training run yet: starting one", directory)
-        curve = Curve(directory / CURVE_FILE, trainer.plan.unit, trainer.num_updates)
+        # Rows after the saved state come again. A state needs its rows, so they are written first.
+        rows = read_curve(curve)[: trainer.num_updates] if trainer.num_updates else []
 
         def save() -> None:
-            curve.write()  # ahead of the state, because rows without a state will come again
+            write_curve(curve, rows, trainer.plan.unit)
             save_state(state, trainer, about)
             write_model()
 
         with progress_bar(trainer, shown=is_first) as show:
             saved = time.monotonic()
-            while not (stopped := any_rank(is_interrupted())) and (update := trainer.update(batches)):
-                curve.add(trainer, update)
-                show(update)
+            while not (stopped := any_rank(is_interrupted())) and (row := trainer.update(batches)):
+                rows.append(row)
+                show(row)
                 if is_first and time.monotonic() - saved > save_every and trainer.seen < trainer.plan.total:
                     if held_out_loss is not None:
-                        curve.note_held_out(held_out_loss(False))
+                        rows[-1] = row._replace(held_out_loss=held_out_loss(False))
                     save()
                     saved = time.monotonic()
         last_loss = None
@@ -149,9 +150,9 @@ def follow(
             save()
             if held_out_loss is not None and not stopped:
                 last_loss = held_out_loss(True)
-                curve.note_held_out(last_loss)
-                curve.write()
-            curve.draw(directory / PICTURE_FILE)
+                rows[-1] = rows[-1]._replace(held_out_loss=last_loss)
+                write_curve(curve, rows, trainer.plan.unit)
+            draw(rows, trainer.plan.unit, directory / PICTURE_FILE)
         if stopped or is_interrupted():
             raise KeyboardInterrupt
         return last_loss
@@ -191,57 +192,39 @@ def one_writer(directory: Path) -> Iterator[None]:
         yield
 
 
-class Curve:
-    """The loss curve on disk, a row for every update."""
-
-    def __init__(self, path: Path, unit: str, num_updates: int):
-        """Keeps the rows of the first `num_updates`: those after the saved state will come again."""
-        self._path, self._unit = path, unit
-        self._rows = read_curve(path)[:num_updates] if num_updates else []
-
-    def add(self, trainer: Trainer, update: Update) -> None:
-        rate = update.step.learning_rate
-        self._rows.append(LossRow(trainer.num_updates, trainer.seen, update.loss, rate, update.gradient_norm))
-
-    def note_held_out(self, loss: float) -> None:
-        self._rows[-1] = self._rows[-1]._replace(held_out_loss=loss)
-
-    def write(self) -> None:
-        write_curve(self._path, self._rows, self._unit)
-
-    def draw(self, picture: Path) -> None:
-        """The loss over what was seen, smoothed, and held-out losses as points. No picture without matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            return
-        figure = Figure(figsize=(8, 4.5), layout="tight")
-        axes = figure.add_subplot(xlabel=f"{self._unit}s", ylabel="loss, nats a token")
-        size = max(1, len(self._rows) // 400)
-        groups = [self._rows[start : start + size] for start in range(0, len(self._rows), size)]
-        axes.plot(
-            [group[-1].seen for group in groups],
-            [sum(row.loss for row in group) / len(group) for group in groups],
-            label=f"training, mean of {size} updates",
-        )
-        held_out = [(row.seen, row.held_out_loss) for row in self._rows if row.held_out_loss is not None]
-        if held_out:
-            axes.plot(*zip(*held_out, strict=True), "o", markersize=3, label="held out")
-        axes.legend()
-        figure.savefig(picture)
+def draw(rows: Sequence[LossRow], unit: str, picture: Path) -> None:
+    """The loss over what was seen, smoothed, and held-out losses as points. No picture without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    figure = Figure(figsize=(8, 4.5), layout="tight")
+    axes = figure.add_subplot(xlabel=f"{unit}s", ylabel="loss, nats a token")
+    size = max(1, len(rows) // 400)
+    groups = [rows[start : start + size] for start in range(0, len(rows), size)]
+    axes.plot(
+        [group[-1].seen for group in groups],
+        [sum(row.loss for row in group) / len(group) for group in groups],
+        label=f"training, mean of {size} updates",
+    )
+    held_out = [(row.seen, row.held_out_loss) for row in rows if row.held_out_loss is not None]
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o", markersize=3, label="held out")
+    axes.legend()
+    figure.savefig(picture)
 
 
 @contextmanager
-def progress_bar(trainer: Trainer, *, shown: bool) -> Iterator[Callable[[Update], None]]:
+def progress_bar(trainer: Trainer, *, shown: bool) -> Iterator[Callable[[LossRow], None]]:
     """Tokens or examples seen, how many a second, the time left and the smoothed loss."""
     average: float | None = None
     plan = trainer.plan
     with tqdm(total=plan.total, initial=trainer.seen, unit=plan.unit, unit_scale=True, disable=not shown) as progress:
 
-        def show(update: Update) -> None:
+        def show(row: LossRow) -> None:
             nonlocal average
-            average = update.loss if average is None else 0.98 * average + 0.02 * update.loss
-            progress.update(update.step.size)
+            average = row.loss if average is None else 0.98 * average + 0.02 * row.loss
+            progress.update(row.seen - progress.n)
             progress.set_postfix(loss=f"{average:.3f}", refresh=False)
 
         yield show

@@ -4,7 +4,6 @@ Shapes: B windows of T tokens, N of them counted, C the width, V' the vocabulary
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,20 +16,13 @@ from model.attention import TrainingAttention
 from model.gpt import GPT, Adapt
 from model.training.data import consecutive_windows
 from model.training.loss import linear_cross_entropy
-from model.training.plans import Plan, Step
+from model.training.plans import Plan
+from model.training.records import LossRow
 
 # GPT-3's AdamW.
 BETAS, EPS = (0.9, 0.95), 1e-8
 # The target of a position that is not learnt: in a prompt, or in padding.
 IGNORED = -1
-
-
-class Update(NamedTuple):
-    """The result of an update."""
-
-    loss: float  # nats a token, ahead of the update
-    gradient_norm: float  # ahead of clipping
-    step: Step
 
 
 # batch(first, count, window) -> inputs and targets, (count, T) each, of `count` windows from number `first` on.
@@ -58,7 +50,7 @@ class Trainer:
         ]
         self.optimizer = torch.optim.AdamW(groups, betas=BETAS, eps=EPS, fused=True)
 
-    def update(self, batches: Batches) -> Update | None:
+    def update(self, batches: Batches) -> LossRow | None:
         """Learn from the next batch; None at the end of the plan."""
         step = self.plan.step_at(self.seen)
         if step is None:
@@ -87,7 +79,7 @@ class Trainer:
         self.optimizer.zero_grad()
         self.seen += step.size
         self.num_updates += 1
-        return Update(total.item(), norm.item(), step)
+        return LossRow(self.num_updates, self.seen, total.item(), step.learning_rate, norm.item())
 
 
 def gradient(parameter: nn.Parameter) -> Tensor:
@@ -97,6 +89,13 @@ def gradient(parameter: nn.Parameter) -> Tensor:
     return parameter.grad
 
 
+def hidden_states(model: GPT, inputs: Tensor, adapt: Adapt | None = None) -> Tensor:
+    """(B, T, C) of whole windows (B, T)."""
+    positions = torch.arange(inputs.shape[1], device=inputs.device)
+    hidden: Tensor = model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
+    return hidden
+
+
 def next_token_loss(
     model: GPT, inputs: Tensor, targets: Tensor, adapt: Adapt | None = None, *, batch_softmax: bool = False
 ) -> Tensor:
@@ -104,10 +103,8 @@ def next_token_loss(
 
     With `batch_softmax` the vocabulary is only the tokens that are targets here.
     """
-    positions = torch.arange(inputs.shape[1], device=inputs.device)
     with torch.autocast(inputs.device.type, torch.bfloat16):
-        hidden = model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
-        hidden = model.head_input(hidden, torch_ops).to(torch.bfloat16)  # (B, T, C)
+        hidden = model.head_input(hidden_states(model, inputs, adapt), torch_ops).to(torch.bfloat16)
     hidden, targets = hidden.flatten(0, 1), targets.flatten()  # (N, C), (N,)
     counted = targets != IGNORED
     if not counted.all():
@@ -127,8 +124,7 @@ def mean_loss(model: GPT, tokens: Tensor) -> float:
     total = 0.0
     windows = list(consecutive_windows(tokens.to(model.head.device), model.config.n_positions))
     for inputs, targets in tqdm(windows, desc="held-out", unit="window", leave=False):
-        positions = torch.arange(inputs.shape[1], device=inputs.device)
-        hidden = model(inputs, positions, TrainingAttention(model.config), torch_ops)  # (1, T, C)
+        hidden = hidden_states(model, inputs)  # (1, T, C)
         for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
             total += F.cross_entropy(model.logits(rows, torch_ops), labels, reduction="sum").item()
     return total / (len(tokens) - 1)

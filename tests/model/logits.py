@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from kernels import torch_ops
-from model.attention import TrainingAttention
 from model.checkpoint.weights import load_model
 from model.gpt import GPT
+from model.training.trainer import hidden_states
 
 
 def window_logits(model: GPT, tokens: Tensor) -> Tensor:
     """(B, T, V) of windows (B, T)."""
-    positions = torch.arange(tokens.shape[-1]).expand_as(tokens)
-    return model.logits(model(tokens, positions, TrainingAttention(model.config), torch_ops), torch_ops)
+    return model.logits(hidden_states(model, tokens), torch_ops)
 
 
 def our_logits(directory: Path, tokens: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert load_prompt_format(tmp_path) == PromptFormat(chat_template="ours", stop=())
     write(tmp_path, "banded.json", {})
     (tmp_path / "chat_template.jinja").write_text("{% else %}")
-    with pytest.raises(PromptFormatError, match=r": chat_template\.jinja does not compile: line 1: .* 'else'"):
+    with pytest.raises(
+        PromptFormatError, match=r": chat_template\.jinja: chat_template does not compile: line 1: .* 'else'"
+    ):
         load_prompt_format(tmp_path)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import model.training.finetune
+import model.training.run
 from kernels import torch_ops
 from model.attention import TrainingAttention
 from model.checkpoint.tokenizer import r50k_base
@@ -27,8 +28,7 @@ from model.training.finetune import (
     padded,
     read_examples,
 )
-from model.training.records import CURVE_FILE, read_curve
-from model.training.run import Curve
+from model.training.records import CURVE_FILE, read_curve, write_curve
 from model.training.trainer import IGNORED, next_token_loss
 
 CONFIG = GPTConfig(
@@ -86,12 +86,11 @@ def test_it_goes_on_where_it_stopped_and_with_nothing_else(tmp_path: Path) -> No
     options: dict[str, Any] = {"base": "fp", "adapter": AdapterConfig(2, 4.0)}
     finetune(tmp_path / "whole", make_model(), encoded(EXAMPLES), plan, **options)
 
-    write = Curve.write
-    writes = iter((write, write))
+    writes = iter((write_curve, write_curve))
 
     with pytest.MonkeyPatch.context() as patch:
         # It saves after every update: as if the power had failed in the third one.
-        patch.setattr(Curve, "write", lambda curve: next(writes)(curve))
+        patch.setattr(model.training.run, "write_curve", lambda *curve: next(writes)(*curve))
         with pytest.raises(StopIteration):
             finetune(tmp_path / "parts", make_model(), encoded(EXAMPLES), plan, **options, save_every=0.0)
     with pytest.raises(ValueError, match=r"is the state of another run: examples .*, not "):

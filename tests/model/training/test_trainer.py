@@ -16,6 +16,7 @@ from model.gpt import GPT
 from model.training.data import Windows
 from model.training.plans import TrainingPlan
 from model.training.trainer import IGNORED, Trainer, mean_loss, next_token_loss
+from tests.model.logits import window_logits
 
 CONFIG = GPTConfig(
     vocab_size=97,
@@ -67,7 +68,7 @@ def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
     )
     update = trainer.update(lambda first, count, window: (inputs[first : first + count], targets[first : first + count]))
     assert update is not None
-    assert update.step.num_windows == 10
+    assert update.seen == 480
     norm = torch.stack([grad.norm() for grad in expected]).norm()
     assert update.gradient_norm == pytest.approx(norm.item(), rel=1e-4)
     for ours, theirs in zip(found, expected, strict=True):
@@ -75,8 +76,7 @@ def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
 
 
 def float_loss(model: GPT, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    hidden = model(inputs, torch.arange(inputs.shape[1]), TrainingAttention(CONFIG), torch_ops)
-    return F.cross_entropy(model.logits(hidden, torch_ops).flatten(0, 1), targets.flatten())
+    return F.cross_entropy(window_logits(model, inputs).flatten(0, 1), targets.flatten())
 
 
 def test_micro_batches_count_by_their_targets() -> None:
@@ -100,8 +100,7 @@ def test_micro_batches_count_by_their_targets() -> None:
 def test_a_batch_softmax_is_over_the_targets_there() -> None:
     model = model_of(0)
     inputs, targets = torch.randint(97, (2, 3, 48), generator=torch.Generator().manual_seed(2)) // 4
-    hidden = model(inputs, torch.arange(48), TrainingAttention(CONFIG), torch_ops)
-    logits = model.logits(hidden, torch_ops).flatten(0, 1)
+    logits = window_logits(model, inputs).flatten(0, 1)
     missing = [token for token in range(97) if token not in targets]
     assert len(missing) > 50
     logits[:, missing] = -math.inf

@@ -279,8 +279,7 @@ class PagedGPT:
         model, ops = self._model, self._ops
         if self._all_blocks is None or adapt is not None:
             attend = PagedAttention(model.config, ops, self._pools, plans)
-            hidden: Tensor = model(tokens, positions, attend, ops, adapt)
-            return hidden
+            return cast(Tensor, model(tokens, positions, attend, ops, adapt))
         return model.norm(*self._all_blocks(model.embed(tokens, positions, ops), plans), ops)
 
 

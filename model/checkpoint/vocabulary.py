@@ -73,10 +73,6 @@ class Vocabulary:
     first_merge: int
 
     def __post_init__(self) -> None:
-        self._check_ids()
-        self._check_merges()
-
-    def _check_ids(self) -> None:
         for piece, token_id in self.ids.items():
             check_id(piece, token_id, self.ids_from)
         for token_id, count in Counter(self.ids.values()).most_common(1):
@@ -86,8 +82,6 @@ class Vocabulary:
         for character, byte in BYTE_OF.items():
             if character not in self.ids:
                 raise TokenizerError(f"{self.ids_from}: no token for byte 0x{byte:02x} ({character!r})")
-
-    def _check_merges(self) -> None:
         made, seen = set(BYTE_OF), set()
         for place, (left, right) in enumerate(self.merges, self.first_merge):
             problem = None
@@ -119,13 +113,6 @@ def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | Non
 
 def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
     """The vocabulary of tokenizer.json, which must encode text as GPT-2 does."""
-    refuse_other_pipelines(pipeline)
-    model = pipeline["model"]
-    merges = [split_merge(merge, f"{PIPELINE_FILE} merge {n}") for n, merge in enumerate(model["merges"], 1)]
-    return Vocabulary(model["vocab"], merges, PIPELINE_FILE, f"{PIPELINE_FILE} merge", 1)
-
-
-def refuse_other_pipelines(pipeline: Json) -> None:
     model = pipeline.get("model")
     # Old files lack the field "type".
     if not isinstance(model, dict) or model.get("type", "BPE") != "BPE":
@@ -142,6 +129,8 @@ def refuse_other_pipelines(pipeline: Json) -> None:
         raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer {type_of(words)} does not cut words as GPT-2 does")
     if words.get("add_prefix_space"):
         raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer.add_prefix_space is not supported")
+    merges = [split_merge(merge, f"{PIPELINE_FILE} merge {n}") for n, merge in enumerate(model["merges"], 1)]
+    return Vocabulary(model["vocab"], merges, PIPELINE_FILE, f"{PIPELINE_FILE} merge", 1)
 
 
 def type_of(part: Any) -> str:

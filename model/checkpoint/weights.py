@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -48,8 +48,7 @@ class StoredTensor(NamedTuple):
     handle: Any
 
     def read(self) -> Tensor:
-        tensor: Tensor = self.handle.get_tensor(self.key)
-        return tensor
+        return cast(Tensor, self.handle.get_tensor(self.key))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ def documents(path: Path) -> Iterator[str]:
     lines: list[str] = []
     try:
         with path.open(encoding="utf-8") as file:
-            for line in file:
+            for line in chain(file, [END_OF_TEXT]):
                 if line.rstrip("\n") != END_OF_TEXT:
                     lines.append(line)
                 elif document := "".join(lines).strip("\n"):
@@ -34,9 +35,6 @@ def documents(path: Path) -> Iterator[str]:
                     lines = []
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8: {error}") from error
-    if document := "".join(lines).strip("\n"):
-        count += 1
-        yield document
     if not count:
         raise ValueError(f"{path} holds no text to train on")
 

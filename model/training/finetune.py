@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Sequence
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from statistics import mode
 from typing import NamedTuple
@@ -100,7 +100,11 @@ def advice(examples: Sequence[TrainingExample]) -> list[str]:
 
 def common_suffix(texts: Sequence[str]) -> str:
     """The longest ending of all texts; none for a single text."""
-    return "" if len(texts) < 2 else commonprefix([text[::-1] for text in texts])[::-1]
+    if len(texts) < 2:
+        return ""
+    backwards = sorted(text[::-1] for text in texts)  # the first and the last share only what all share
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(backwards[0], backwards[-1], strict=False))
+    return "".join(letter for letter, _ in pairs)[::-1]
 
 
 def lines(flags: Sequence[bool]) -> str:

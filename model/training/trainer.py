@@ -4,6 +4,7 @@ Shapes: B windows of T tokens, N of them counted, C the width, V' the vocabulary
 """
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -92,8 +93,7 @@ def gradient(parameter: nn.Parameter) -> Tensor:
 def hidden_states(model: GPT, inputs: Tensor, adapt: Adapt | None = None) -> Tensor:
     """(B, T, C) of whole windows (B, T)."""
     positions = torch.arange(inputs.shape[1], device=inputs.device)
-    hidden: Tensor = model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
-    return hidden
+    return cast(Tensor, model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt))
 
 
 def next_token_loss(

@@ -64,8 +64,8 @@ class Linear(nn.Module):
     def __init__(self, name: str, inputs: int, outputs: int, *, bias: bool):
         super().__init__()
         self.name, self.inputs, self.outputs = name, inputs, outputs
-        self.weight = nn.Parameter(torch.empty(outputs, inputs))
-        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.weight: Tensor = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias: Tensor | None = nn.Parameter(torch.empty(outputs)) if bias else None
         self.packed: Weight | None = None
 
     def pack(self, ops: Ops, *, quantize: bool) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels import torch_ops
-from model.attention import TrainingAttention, banded_window_attention
+from model.attention import TrainingAttention
 from model.config import GPT3_SIZES, GPTConfig
 from model.gpt import GPT
 from tests.model.checkpoint.checkpoints import randomise
@@ -27,17 +27,6 @@ def some_tokens(*shape: int) -> Tensor:
     return torch.randint(331, shape, generator=torch.Generator().manual_seed(0))
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, band: int | None, scale: float) -> Tensor:
-    """The definition: query i sees key j when 0 <= i - j < band."""
-    out = torch.empty_like(q)
-    for i in range(q.shape[2]):
-        first = 0 if band is None else max(0, i - band + 1)
-        seen = slice(first, i + 1)
-        scores = (k[:, :, seen] @ q[:, :, i, :, None]).squeeze(-1) * scale
-        out[:, :, i] = (scores.softmax(-1)[..., None] * v[:, :, seen]).sum(-2)
-    return out
-
-
 @pytest.fixture(scope="module")
 def gpt3_175b() -> GPT:
     with torch.device("meta"):
@@ -55,46 +44,6 @@ def test_175b_has_174_6_billion_parameters(gpt3_175b: GPT) -> None:
     padding_rows = config.padded_vocab_size - config.vocab_size  # in memory only, nobody's parameters
     num_parameters = sum(p.numel() for p in gpt3_175b.parameters()) - padding_rows * config.n_embd
     assert num_parameters == pytest.approx(174.6e9, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("band", "length"), [(band, length) for band in (1, 16, 64) for length in (1, 63, band, band + 1, 3 * band + 5)]
-)
-def test_banded_window_attention_follows_the_definition(band: int, length: int) -> None:
-    torch.manual_seed(length)
-    q, k, v = torch.randn(3, 2, 3, length, 16)
-    out = banded_window_attention(q, k, v, band, scale=0.7)
-    torch.testing.assert_close(out, masked_attention(q, k, v, band, 0.7), rtol=1e-5, atol=1e-5)
-
-
-def test_banded_window_attention_has_the_gradient_of_the_definition() -> None:
-    torch.manual_seed(0)
-    qkv = torch.randn(3, 1, 2, 53, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(1, 2, 53, 8, dtype=torch.float64)
-    q, k, v = qkv
-    (ours,) = torch.autograd.grad((banded_window_attention(q, k, v, 16, 0.3) * weight).sum(), qkv)
-    scores = q @ k.transpose(-1, -2) * 0.3
-    distance = torch.arange(53)[:, None] - torch.arange(53)
-    scores = scores.masked_fill((distance < 0) | (distance >= 16), -math.inf)
-    (expected,) = torch.autograd.grad((scores.softmax(-1) @ v * weight).sum(), qkv)
-    torch.testing.assert_close(ours, expected)
-
-
-@pytest.mark.parametrize("length", [1, 16, 17, 53])
-@pytest.mark.parametrize("layer", [0, 1], ids=["dense", "banded"])
-def test_training_attention_takes_band_and_scale_from_the_config(layer: int, length: int) -> None:
-    config = dataclasses.replace(SMALL, scale_by_inverse_layer=True)
-    torch.manual_seed(length)
-    q, k, v = torch.randn(3, 2, length, 4, 16)
-    out = TrainingAttention(config)(layer, q, k, v)
-    expected = masked_attention(
-        q.transpose(1, 2),
-        k.transpose(1, 2),
-        v.transpose(1, 2),
-        config.pattern(config.kind(layer)).band,
-        config.scale_of(layer),
-    )
-    torch.testing.assert_close(out, expected.transpose(1, 2), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tied_head", [True, False])

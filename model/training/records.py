@@ -49,7 +49,7 @@ class FileReport(NamedTuple):
     advice: list[str]
 
 
-class Report(NamedTuple):
+class DataReport(NamedTuple):
     """Written when a fine-tune has read its files and not begun to train."""
 
     files: list[FileReport]  # the examples, then the held-out ones if there are any
@@ -61,6 +61,6 @@ class Report(NamedTuple):
             file.write_text(json.dumps(fields))
 
     @staticmethod
-    def read(path: Path) -> "Report":
+    def read(path: Path) -> "DataReport":
         fields = read_json(path)
-        return Report([FileReport(**file) for file in fields["files"]], fields["updates"])
+        return DataReport([FileReport(**file) for file in fields["files"]], fields["updates"])

@@ -130,7 +130,7 @@ def run_finetune(args: argparse.Namespace) -> int:
     from model.checkpoint.weights import load_model, weights_digest
     from model.lora import TARGETS, AdapterConfig
     from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
-    from model.training.records import FileReport, Report
+    from model.training.records import DataReport, FileReport
     from service.engine.loading import choose_device, model_directory
     from service.engine.process import keep_freed_memory
 
@@ -161,7 +161,7 @@ def run_finetune(args: argparse.Namespace) -> int:
             FileReport(len(some), sum(len(example.inputs) for example in some), lines)
             for some, lines in zip(encoded, advices, strict=True)
         ]
-        Report(found, plan.num_updates).write(args.report)
+        DataReport(found, plan.num_updates).write(args.report)
     held_out = encoded[1] if args.valid else []
     if held_out and not args.resume:
         print(f"held-out loss before: {completion_loss(model, held_out):.4f}")

@@ -14,7 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
-from model.training.records import CURVE_FILE, REPORT_FILE, LossRow, Report, read_curve
+from model.training.records import CURVE_FILE, REPORT_FILE, DataReport, LossRow, read_curve
 from service.engine.models import Models
 from service.jobs.job import UNFINISHED, Job
 from service.jobs.store import Store
@@ -176,7 +176,7 @@ class Progress:
         """
         if not self._is_validated and self._report.exists():
             self._is_validated = True
-            if reason := self._note_report(Report.read(self._report)):
+            if reason := self._note_report(DataReport.read(self._report)):
                 return reason
         if self._curve.exists() and (to_the_end or version_of(self._curve) != self._read):
             self._read = version_of(self._curve)
@@ -186,7 +186,7 @@ class Progress:
             self._last = max((row.update for row in rows), default=self._last)
         return None
 
-    def _note_report(self, report: Report) -> str | None:
+    def _note_report(self, report: DataReport) -> str | None:
         for file_id, found in zip((self._job.training_file, self._job.validation_file), report.files, strict=False):
             for line in found.advice:
                 self._store.add_event(self._job.id, f"{file_id}: {line}", level="warn")

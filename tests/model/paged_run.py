@@ -21,7 +21,7 @@ STEP_TOKENS = 96
 
 
 class PagedRun:
-    """Drives a runner over given tokens, any mix of chunks and decode rows, and collects every position's logits.
+    """Drives a runner over given tokens in any mix of chunks and decode rows, and collects the logits of all positions.
 
     All pages that no row holds are NaN before every step, so a single read of a dead key would show. So is all that the
     rows which pad a bucket could leave behind.
@@ -53,7 +53,7 @@ class PagedRun:
         self.is_one_call = self.runner.paged.is_one_call
         self.hidden: list[Tensor] = []
         self.runner.paged = self._recording(self.runner.paged)
-        self.num_top: int | None = None  # when set, logprobs of all tokens are asked for and checked
+        self.num_top: int | None = None  # if set, asks for logprobs of all tokens and checks them
         self.done = [0] * len(sequences)
         self.logits = [torch.full((len(tokens), config.vocab_size), float("nan")) for tokens in sequences]
         for row, tokens in enumerate(sequences):
@@ -91,7 +91,7 @@ class PagedRun:
             if self.done[row] == 0
         ]
         for row in decodes:
-            # The runner would feed its own last token; these sequences are given.
+            # The runner would feed its own last token, but these sequences are given.
             self.runner.last_token[row] = self.sequences[row][self.done[row]]
         rows = [DecodeToken(row, self.done[row]) for row in decodes]
         prompt = [

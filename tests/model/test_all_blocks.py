@@ -17,7 +17,7 @@ from tests.model.checkpoint.checkpoints import FIELDS, tiny
 from tests.model.paged_run import PagedRun, random_steps
 
 HEAD_DIM = FIELDS["banded"]["n_embd"] // FIELDS["banded"]["n_head"]
-# Heads of 32 go through tiles where there are some.
+# Heads of 32 go through AMX tiles, if the CPU has them.
 MODELS: dict[str, dict[str, Any]] = {
     "every pattern": {"n_head": 2, "attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5},
     "OPT-350m's order": {"pre_norm": False, "final_norm": False, "activation": "relu", "embedding_width": 32},
@@ -82,7 +82,7 @@ def test_the_doctor_measures_the_one_call(pack: str, tmp_path: Path) -> None:
     ("fields", "pack"),
     [
         ({}, None),
-        ({"n_inner": 240}, "as it is"),  # one product of the four has rows that panels do not take
+        ({"n_inner": 240}, "as it is"),  # panels do not take the rows of one product of the four
         ({"n_embd": 40}, "int8"),  # norms that are not compiled
     ],
 )

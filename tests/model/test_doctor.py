@@ -1,4 +1,4 @@
-"""The doctor finds right kernels right, on every path and in every dtype, and names the kind of those that are not."""
+"""The doctor passes right kernels on every path and in every dtype, and names the kind of wrong ones."""
 
 import dataclasses
 import math
@@ -38,7 +38,7 @@ def broken(**functions: Any) -> Ops:
 
 
 def with_pattern(kind: str, change: int) -> Ops:
-    """Masks of a size that is off by `change`, in attention of one kind."""
+    """One kind of attention whose masks have a size that is off by `change`."""
 
     def altered(attend: Any) -> Any:
         def call(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan | PrefillPlan, scale: float) -> Tensor:
@@ -54,7 +54,7 @@ def with_pattern(kind: str, change: int) -> Ops:
 
 
 def page_skipped(q: Tensor, k: Tensor, v: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    """Decoding that sees nothing of the first page."""
+    """Decoding that does not see the first page."""
     visible = plan.page_list.visible.clone()
     visible[0] = False
     skipping = dataclasses.replace(plan)
@@ -69,7 +69,7 @@ def scaled_twice(q: Tensor, k: Tensor, v: Tensor, plan: PrefillPlan, scale: floa
 def stale_residual(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """A sum that is normalised, but not handed on."""
+    """A norm of the sum that does not return the sum."""
     return torch_ops.add_layernorm(x, residual, weight, bias, eps)[0], x
 
 
@@ -112,7 +112,7 @@ def test_a_band_that_is_off_by_one_key_is_found(change: int, dtype: torch.dtype,
 
 
 def test_a_key_too_many_is_one_of_a_page_given_back(tmp_path: Path) -> None:
-    """Found without regard to rounding: prefill and decoding start where the band has just left a page."""
+    """The error is NaN, which no rounding hides: prefill and decoding start where the band has just left a page."""
     model = tiny_model(tmp_path)
     wide = with_pattern("banded", 1)
     assert kernel_errors(model, wide).errors["banded"] == math.inf
@@ -218,7 +218,7 @@ def test_short_contexts(n_positions: int, tmp_path: Path) -> None:
 
 
 def test_the_baseline_does_not_depend_on_paging_or_chunks(tmp_path: Path) -> None:
-    """The reference over whole windows, one chunk, gives what it gives over chunks and decode rows."""
+    """The reference gives the same over one chunk of the whole window as over chunks and decode rows."""
     model = tiny_model(tmp_path, **SPARSE)
     attention: Any = dict.fromkeys(model.config.attention, reference)
     tokens = torch.arange(150)

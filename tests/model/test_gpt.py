@@ -41,7 +41,7 @@ def test_175b_has_the_published_shape(gpt3_175b: GPT) -> None:
 
 def test_175b_has_174_6_billion_parameters(gpt3_175b: GPT) -> None:
     config = gpt3_175b.config
-    padding_rows = config.padded_vocab_size - config.vocab_size  # in memory only, nobody's parameters
+    padding_rows = config.padded_vocab_size - config.vocab_size  # in memory only, not parameters of the model
     num_parameters = sum(p.numel() for p in gpt3_175b.parameters()) - padding_rows * config.n_embd
     assert num_parameters == pytest.approx(174.6e9, rel=1e-4)
 
@@ -108,5 +108,5 @@ def test_initialisation_goes_by_the_width_and_follows_its_seed() -> None:
     assert positions.square().mean().sqrt().item() == pytest.approx(1 / 8)
     later, earlier = positions[5:], positions[:-5]
     distances = (later - earlier).norm(dim=1)
-    assert distances.tolist() == pytest.approx([distances[0].item()] * len(distances), rel=1e-4), "five on, wherever"
+    assert distances.tolist() == pytest.approx([distances[0].item()] * len(distances), rel=1e-4), "wherever they are"
     assert distances[0] > 0.3

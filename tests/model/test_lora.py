@@ -1,4 +1,4 @@
-"""Adapters: what they add, and what of a file is refused."""
+"""Adapters add a low-rank change to weights. Files that don't fit the model are refused."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The whole path of a step, weights to logits, through the paged cache: against transformers, with poisoned free pages."""
+"""The whole path of a step, from weights to logits, through the paged cache, against transformers. Free pages are NaN."""
 
 import random
 from collections.abc import Iterator
@@ -138,7 +138,7 @@ def test_buckets_end_at_the_slots_and_pad_a_quarter_at_most(num_rows: int) -> No
 
 @served_paths
 def test_rows_that_pad_a_bucket_change_nothing(path: ServedPath, tmp_path: Path) -> None:
-    """bf16, in which products have the same bits at every batch size. cuBLAS promises no such thing: fp32 and near."""
+    """bf16 products have the same bits at any batch size. cuBLAS does not promise that: on a GPU, fp32 and nearly equal."""
     on_gpu = path.device.type == "cuda"
     directory = tiny("banded", tmp_path, n_layer=2)
     sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (36, 33, 30)]
@@ -178,7 +178,7 @@ def step_of(
     chunks: list[PromptChunk],
     **fields: Any,
 ) -> StepInput:
-    """A step that samples behind every decode row and every chunk, unless `fields` say otherwise."""
+    """A step that samples after every decode row and every chunk, unless `fields` say otherwise."""
     ends = accumulate((len(chunk.tokens) for chunk in chunks), initial=len(decodes))
     samples = [Sample(token.row, i) for i, token in enumerate(decodes)]
     samples += [Sample(chunk.row, end - 1) for chunk, end in zip(chunks, list(ends)[1:], strict=True)]
@@ -187,7 +187,7 @@ def step_of(
 
 
 def decoded(path: ServedPath, sampling: Sampling, directory: Path, *, capture: bool = False) -> list[int]:
-    """Tokens that a runner samples after a prompt of 20, fed by nothing but its own state."""
+    """The tokens that a runner samples after a prompt of 20, fed only by its own state."""
     run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)], path=path)
     if capture:
         run.runner.capture()
@@ -225,7 +225,7 @@ def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_pa
     never_twice = decoded(CPU_PATH, greedy._replace(presence_penalty=100.0), directory)
     assert len(set(never_twice)) == 16
     not_from_prompt = decoded(CPU_PATH, greedy._replace(repetition_penalty=1e6), directory)
-    assert len(set(not_from_prompt) | set(range(20))) == 36, "neither tokens of the prompt nor one's own again"
+    assert len(set(not_from_prompt) | set(range(20))) == 36, "neither the prompt's tokens nor its own come again"
     run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)])
     pages = run.cache.extend(0, 60)
     prompt = [PromptChunk(0, 0, list(range(20)))]
@@ -237,7 +237,7 @@ def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_pa
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_what_was_sampled_goes_on_the_same_when_it_is_computed_again_as_a_prompt(sampling: Sampling, tmp_path: Path) -> None:
-    """So a decode row is fed what was sampled last, and each position has its own random numbers, however it is reached."""
+    """So a decode row is fed the last sampled token, and a position has its own random numbers, however it is reached."""
     directory = tiny("banded", tmp_path, n_layer=1)
     sampling = sampling._replace(repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0)
     tokens = list(range(20)) + decoded(CPU_PATH, sampling, directory)
@@ -307,8 +307,8 @@ def ragged_steps(run: PagedRun) -> list[StepInput]:
         pytest.param(CUDA, True, id="captured", marks=pytest.mark.gpu),
     ],
 )
-def test_tokens_outlive_the_steps_behind_them(path: ServedPath, capture: bool, tmp_path: Path) -> None:
-    """The loop may launch a step before it reads the one before; graphs may replay in any order, with chunks in between."""
+def test_tokens_outlive_the_steps_after_them(path: ServedPath, capture: bool, tmp_path: Path) -> None:
+    """The loop may launch a step ahead of reading the previous one. Graphs may replay in any order, between chunks."""
     directory = tiny("banded", tmp_path, n_layer=2)
     runs = [PagedRun(directory, [torch.zeros(60, dtype=torch.int64)] * 5, path=path) for _ in range(2)]
     read_at_once = [runs[0].runner.launch(step).result().tokens for step in ragged_steps(runs[0])]

@@ -10,7 +10,7 @@ from model.checkpoint.weights import save_model
 from model.config import GPTConfig
 from model.gpt import GPT
 
-# The same small shape in each architecture's own words. The vocabulary is not round, so that its padding shows.
+# The same small shape in each architecture's own words. The vocabulary is not round, so its padding shows.
 FIELDS: dict[str, dict[str, Any]] = {
     "banded": {
         "vocab_size": 331,
@@ -52,7 +52,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 FIELDS["opt-350m"] = FIELDS["opt"] | {"word_embed_proj_dim": 32, "do_layer_norm_before": False}
 
-# A key of FIELDS and what is changed in it: all that a runner must compute as transformers does.
+# Keys of FIELDS, each with changes: a runner must compute all of them as transformers does.
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     "cerebras": ("cerebras", {}),
@@ -79,7 +79,7 @@ def tiny(arch: str, directory: Path, *, max_shard_size: str = "1GB", seed: int =
         randomise(model, seed)
         save_model(path, model, torch.float32)
         return path
-    # Takes seconds, and the tests that only want our own format need not wait for it.
+    # Importing it takes seconds, which tests of our own format save.
     import transformers
 
     classes = {
@@ -98,7 +98,7 @@ def tiny(arch: str, directory: Path, *, max_shard_size: str = "1GB", seed: int =
 
 @torch.no_grad()
 def randomise(model: nn.Module, seed: int) -> None:
-    """Weights far larger than any initialisation and no bias 0 or norm 1, so that dropping any one of them shows."""
+    """Weights far larger than any initialisation, with no bias 0 and no norm 1, so dropping any of them shows."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.empty(parameter.shape).normal_(0, 0.2, generator=generator)

@@ -1,4 +1,4 @@
-"""What changes the fingerprint and what does not."""
+"""The fingerprint changes with the weights and with nothing else."""
 
 import re
 from pathlib import Path

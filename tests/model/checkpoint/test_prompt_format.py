@@ -55,7 +55,7 @@ class TestLoading:
         assert load_prompt_format(tmp_path) == PromptFormat(default_max_tokens=7)
 
     def test_template_of_the_tokenizer(self, tmp_path: Path) -> None:
-        """It is second to banded.json's, and neither has the default template's stop."""
+        """banded.json's overrides it, and neither has the default template's stop."""
         write(tmp_path, "tokenizer_config.json", {"chat_template": "theirs", "bos_token": "<s>"})
         assert load_prompt_format(tmp_path) == PromptFormat(chat_template="theirs", stop=(), bos_token="<s>")
         write(tmp_path, "banded.json", {"stop": ["<end>"]})
@@ -120,7 +120,7 @@ def test_template_of_the_tokenizer_that_does_not_compile(tmp_path: Path) -> None
 
 
 def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
-    """As transformers 5 writes it; it counts more than tokenizer_config.json's and less than banded.json's."""
+    """As transformers 5 writes it. It overrides tokenizer_config.json's template, and banded.json's overrides it."""
     (tmp_path / "chat_template.jinja").write_text("file")
     write(tmp_path, "tokenizer_config.json", {"chat_template": "settings"})
     assert load_prompt_format(tmp_path) == PromptFormat(chat_template="file", stop=())

@@ -1,4 +1,4 @@
-"""Our tokenizers give the ids and the text that transformers gives, and refuse what they would get wrong."""
+"""Our tokenizers give the ids and the text that transformers gives. What they would get wrong they refuse."""
 
 import functools
 import json
@@ -32,7 +32,7 @@ def described(content: str, **options: bool) -> Json:
 
 
 def write_gpt2(directory: Path) -> None:
-    """As openai-community/gpt2 without its tokenizer.json: nothing but numbers says which token is special."""
+    """As openai-community/gpt2 without its tokenizer.json: only numbers tell which token is special."""
     write_vocabulary(directory, r50k_vocab() | {END_OF_TEXT: 50256}, r50k_merges())
     write(directory, "config.json", {"model_type": "gpt2", "vocab_size": 50257, "eos_token_id": 50256})
 
@@ -48,7 +48,7 @@ def write_gpt_neo(directory: Path) -> None:
 
 
 def write_opt(directory: Path) -> None:
-    """As facebook/opt-125m: four special tokens first, ids in another order than merges, words that no merge makes."""
+    """As facebook/opt-125m: first four special tokens, ids in another order than merges, words that no merge makes."""
     ids = random.Random(0).sample(range(4, 50260), 50256)
     vocab = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3} | dict(zip(r50k_vocab(), ids, strict=True))
     vocab |= {END_OF_TEXT: 50260} | {f"madeupword000{n}": 50261 + n for n in range(4)}
@@ -62,7 +62,7 @@ def write_opt(directory: Path) -> None:
 
 
 def write_gpt2_with_added_tokens(directory: Path) -> None:
-    """A fine-tuned GPT-2 with tokens of its own, one of them not special and so recognised in every text."""
+    """A fine-tuned GPT-2 with its own tokens. One is not special, so it is recognised in every text."""
     write_gpt2(directory)
     write(directory, "config.json", {"model_type": "gpt2", "vocab_size": 50260, "eos_token_id": 50256})
     write(directory, "added_tokens.json", {"<user>": 50257, "<user>s": 50258, "<bot é>": 50259})
@@ -199,7 +199,7 @@ class TestNames:
         assert names[50257:] == [f"token_id:{token}" for token in range(50257, 50304)]
 
     def test_of_an_odd_vocabulary(self) -> None:
-        """Tokens that spell the same, or spell what stands for another."""
+        """Tokens with the same text, or with a text that is another token's name."""
         tokens = {byte: bytes([byte]) for byte in range(256)}
         odd = [b"<s>", b"<s>", rb"bytes:\xff", rb"bytes:\xfe\xfe", b"\xfe\xfe", b"token_id:255", b"token_id:700", b"a", b""]
         tokens |= dict(enumerate([*odd, b"", "é".encode()], 256))
@@ -224,7 +224,7 @@ class TestNames:
 
 
 def encode_slowly(tokenizer: Tokenizer, added: list[str], parts: list[tuple[str, bool]]) -> list[int]:
-    """Cut at the special tokens that are found reading each part alone, the rest encoded piece by piece as plain text."""
+    """Cuts each part alone at its special tokens, and encodes all else piece by piece as plain text."""
     runs: list[str | int] = [""]
     for text, allow_special in parts:
         place = 0
@@ -278,7 +278,7 @@ class TestParts:
         assert encode_parts([plain("User: "), special("hello")]) == encode("User: hello")
         assert encode_parts([plain("</s>"), special("</s>")]) == [*encode("</s>"), 50262]
         assert encode_parts([special("</s"), special(">")]) == encode("</s>")
-        # An added token is found across a border, also where the text before it was searched for special ones.
+        # An added token is found across a border, even if the text ahead of it was searched for special ones.
         assert encode_parts([special("</s><bot "), plain("é>")]) == [50262, 50257]
 
 
@@ -317,7 +317,7 @@ class TestAgainstTransformers:
 
 
 def test_every_character_belongs_to_the_same_class(r50k: Tokenizer, tmp_path: Path) -> None:
-    """Letter, digit, space or other: two Unicode tables must agree on each, or words are cut differently."""
+    """Letter, digit, space or other. Two Unicode tables must agree on each, or words are cut differently."""
     write_gpt2(tmp_path)
     theirs = AutoTokenizer.from_pretrained(str(tmp_path))
     characters = [chr(code) for code in [*range(0xD800), *range(0xE000, 0x11000), *range(0x1F000, 0x1FB00)]]
@@ -355,7 +355,7 @@ def test_untrained_merges_work_as_in_tokenizers(tmp_path: Path, plan: list[tuple
         if pair not in merges:
             merges.append(pair)
             pieces.append("".join(pair))
-    # The same word may be made twice; its place in `pieces` is drawn again then, which is harmless.
+    # The same word may be made twice. Its place in `pieces` is then drawn again, which is harmless.
     vocab = {piece: token_id for token_id, piece in enumerate(dict.fromkeys([*BYTE_OF, *pieces]))}
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=merges))
     theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -411,7 +411,7 @@ def write_tiny(directory: Path) -> None:
 
 
 def tiny_pipeline(**changes: Any) -> Json:
-    """tokenizer.json of the same."""
+    """The same as tokenizer.json."""
     model = {"type": "BPE", "vocab": tiny_vocab(), "merges": ["a b", ["ab", "c"]]}
     words = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
     return {"model": model, "normalizer": None, "pre_tokenizer": words, "added_tokens": []} | changes

@@ -37,7 +37,7 @@ def some_tokens(length: int) -> Tensor:
 
 
 def edit_config(directory: Path, **fields: Any) -> Path:
-    """Set fields of config.json, or take them out where the value is REMOVED."""
+    """Set fields of config.json, or remove those whose value is REMOVED."""
     path = directory / "config.json"
     config = json.loads(path.read_text()) | fields
     path.write_text(json.dumps({name: value for name, value in config.items() if value is not REMOVED}))
@@ -55,7 +55,7 @@ def refused(directory: Path, message: str) -> None:
         load(directory)
 
 
-# (architecture, fields, prompt length): prompts of 3 bands or more wherever there is a band.
+# (architecture, fields, prompt length). With a band, the prompt is at least 3 bands long.
 PARITY: dict[str, tuple[str, dict[str, Any], int]] = {
     "gpt2": ("gpt2", {}, 100),
     "gpt2, inverse layers, upcast": (
@@ -112,7 +112,7 @@ def test_logits_are_those_of_transformers(arch: str, fields: dict[str, Any], len
 
 
 def test_flags_that_change_the_maths_do_so_in_these_models(tmp_path: Path) -> None:
-    """What the parity above is worth: each flag moves the logits far beyond its tolerance."""
+    """So the parity above means something: each flag moves the logits far beyond the tolerance."""
     tokens = some_tokens(64)
     base = our_logits(tiny("gpt2", tmp_path), tokens)
     for flag in ({"scale_attn_by_inverse_layer_idx": True}, {"scale_attn_weights": False}):
@@ -134,7 +134,7 @@ def test_every_stored_tensor_reaches_the_logits(arch: str, tmp_path: Path) -> No
         assert (our_logits(directory, tokens) - base).abs().max() > 1e-2, name
 
 
-# Where else the same weights may stand
+# Other places for the same weights
 
 
 @pytest.mark.parametrize("arch", HUGGING_FACE)
@@ -385,7 +385,7 @@ def test_pickles_are_not_opened(name: str, tmp_path: Path) -> None:
     refused(directory, f"holds {name} but no model.safetensors. A pickle can run code .*save_pretrained")
 
 
-def test_pickles_beside_safetensors_do_not_matter(tmp_path: Path) -> None:
+def test_pickles_next_to_safetensors_do_not_matter(tmp_path: Path) -> None:
     directory = tiny("gpt2", tmp_path)
     (directory / "pytorch_model.bin").write_bytes(b"never read")
     load(directory)

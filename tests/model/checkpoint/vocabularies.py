@@ -22,7 +22,7 @@ def r50k_vocab() -> dict[str, int]:
 
 @functools.cache
 def r50k_merges() -> list[str]:
-    """merges.txt from the ranks: the pair that makes a token is what the ranks below its own leave of it."""
+    """merges.txt from the ranks. A token's pair is what lower ranks merge its bytes into."""
     tokenizer = r50k_base()
     words = [tokenizer.token_bytes(rank) for rank in range(tokenizer.eos_id)]
     merges: list[str] = []

@@ -12,7 +12,7 @@ from model.training.data import Windows, consecutive_windows, documents, open_sh
 
 
 def windows(sizes: list[int], length: int, seed: int = 0) -> Windows:
-    """Over shards that count on from one to the next."""
+    """Over shards that together count from 0."""
     ends = np.cumsum(sizes)
     shards = [np.arange(end - size, end, dtype=np.uint16) for size, end in zip(sizes, ends, strict=True)]
     return Windows(shards, length, seed)
@@ -45,7 +45,7 @@ def test_a_window_depends_on_its_number_and_the_seed_only() -> None:
     assert any(not torch.equal(other[number], found[number]) for number in numbers)
 
 
-def test_batches_are_inputs_and_the_tokens_behind_them() -> None:
+def test_batches_are_inputs_and_the_tokens_after_them() -> None:
     inputs, targets = windows([300], 10).batch(7, 5)
     assert inputs.shape == targets.shape == (5, 10)
     assert torch.equal(inputs + 1, targets)

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learnt, what is not, what a file must be."""
+"""Fine-tuning: completions are learnt, prompts are not, and files that can't be used are refused by line."""
 
 import json
 from pathlib import Path
@@ -51,7 +51,7 @@ def make_model() -> GPT:
     model = GPT(CONFIG)
     model.init_weights(0)
     with torch.no_grad():
-        model.wte.weight *= 3  # as large as training makes it: an adapter can't
+        model.wte.weight *= 3  # as large as training makes it, which an adapter can't do
     return model
 
 
@@ -76,7 +76,7 @@ def test_held_out_examples_are_learnt(tmp_path: Path, adapter: AdapterConfig | N
         assert not any(same)
         assert completion_loss(load_model(tmp_path, torch.float32), held_out) == pytest.approx(after, rel=0.05)
     else:
-        assert all(same), "the model that is shared stays as it is"
+        assert all(same), "the shared model does not change"
         adapt = adapt_all(load_adapter(tmp_path, model))
         assert completion_loss(model, held_out, adapt) == pytest.approx(after, rel=1e-5)
 
@@ -89,7 +89,7 @@ def test_it_goes_on_where_it_stopped_and_with_nothing_else(tmp_path: Path) -> No
     writes = iter((write_curve, write_curve))
 
     with pytest.MonkeyPatch.context() as patch:
-        # It saves after every update: as if the power had failed in the third one.
+        # It saves after every update. This is as if the power had failed in the third one.
         patch.setattr(model.training.run, "write_curve", lambda *curve: next(writes)(*curve))
         with pytest.raises(StopIteration):
             finetune(tmp_path / "parts", make_model(), encoded(EXAMPLES), plan, **options, save_every=0.0)

@@ -1,4 +1,4 @@
-"""Runs in their directories: killed at any moment they go on to the same bits, and two processes are as good as one."""
+"""Runs and their directories. A run killed at any moment resumes to the same bits, and two ranks are as good as one."""
 
 import os
 import random
@@ -115,7 +115,7 @@ def test_two_ranks_make_the_bits_of_one_and_stop_together(corpus: Path, tmp_path
     ranks = start_ranks(together, corpus, "--pairs")
     wait_for_updates(ranks[0], together, 3)
     ranks[1].send_signal(signal.SIGINT)  # one is enough
-    assert [rank.wait(60) for rank in ranks] == [130, 130], "not by an error of the one that is left"
+    assert [rank.wait(60) for rank in ranks] == [130, 130], "the other one stops too, without an error"
     assert 0 < len(curve(together)) < len(curve(alone))
     assert [rank.wait(60) for rank in start_ranks(together, corpus, "--pairs", "--resume")] == [0, 0]
     assert_same(together, alone)
@@ -131,7 +131,7 @@ def test_a_batch_softmax_is_of_one_process(corpus: Path, tmp_path: Path) -> None
 
 
 def test_batches_of_any_size_are_shared_by_ranks(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
-    """One process computes up to four windows at a time, and each of two half of what there is: the sums round otherwise."""
+    """One process computes up to four windows at a time, each of two ranks half of them, so the sums round differently."""
     assert [rank.wait(60) for rank in start_ranks(tmp_path, corpus)] == [0, 0]
     ours, theirs = curve(tmp_path), curve(uninterrupted)
     assert [row.seen for row in ours] == [row.seen for row in theirs]

@@ -92,7 +92,7 @@ def test_answers_are_right(tasks: Tasks, items: list[dict[str, str]]) -> None:
 
 
 def examples_of(document: str) -> tuple[tuple[str, str, str], list[tuple[str, str]]]:
-    """Separator and prefixes of a document, the longest that fit, and its queries with their answers."""
+    """A document's separator and prefixes, the longest that fit, and its queries with their answers."""
     layouts = [
         (separator, before, between)
         for separator in SEPARATORS
@@ -144,7 +144,7 @@ def test_repetitions_come_in_one_order_and_are_of_words_of_one_token(tasks: Task
 
 
 def test_no_document_tells_what_a_held_out_item_asks(tasks: Tasks, items: list[dict[str, str]]) -> None:
-    """Neither the opposite's opposite, nor a longer sequence with the shorter one in it."""
+    """Not even by the opposite's opposite, or by a longer sequence that contains the shorter one."""
     rng = random.Random(2)
     documents = [tasks.few_shot(rng) for _ in range(3000)]
     sequences = {f" {item['input']} {item['output']} ".lower() for item in items if item["task"] == "next"}

@@ -1,4 +1,4 @@
-"""Training on toy texts: it learns, it is deterministic, its pieces are what their names say."""
+"""Training on toy texts learns and is deterministic, and each part does what its name says."""
 
 import math
 from dataclasses import replace
@@ -56,7 +56,7 @@ def test_a_repeating_text_is_learnt_and_the_result_depends_on_the_seed_only() ->
 
 @pytest.mark.parametrize("micro_windows", [1, 3, 4, 10])
 def test_micro_batches_add_up_to_the_batch(micro_windows: int) -> None:
-    """The gradient that a batch computed at once has, whatever the micro-batches; only the rounding differs."""
+    """Any micro-batches give the gradient of a batch that is computed at once, but for rounding."""
     model = model_of(0)
     plan = replace(PLAN, micro_tokens=48 * micro_windows, clip_norm=math.inf)
     inputs, targets = torch.randint(97, (2, 10, 48), generator=torch.Generator().manual_seed(1))
@@ -165,7 +165,7 @@ def window_attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor)
 
 
 def steps(plan: TrainingPlan) -> list[tuple[int, int, float]]:
-    """Window, windows and rate of every update."""
+    """Length and number of windows, and the learning rate, of every update."""
     found, seen = [], 0
     while step := plan.step_at(seen):
         found.append((step.window, step.num_windows, step.learning_rate))
@@ -183,7 +183,7 @@ def test_the_learning_rate_warms_up_and_falls_to_a_tenth() -> None:
     assert rates[-1] == pytest.approx(0.1, abs=1e-9)
 
 
-def test_behind_the_fall_the_rate_stays() -> None:
+def test_after_the_fall_the_rate_stays() -> None:
     plan = TrainingPlan(num_tokens=10_000, window=100, batch=1000, learning_rate=1.0, decay_tokens=4000)
     assert [rate for *_, rate in steps(plan)][3:] == pytest.approx([0.1] * 7)
 

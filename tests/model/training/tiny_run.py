@@ -36,7 +36,7 @@ PLAN = TrainingPlan(
     short_tokens=3000,
     micro_tokens=64,
 )
-# Two micro-batches a batch, one for each of two ranks: sums of two have the same bits in either order.
+# Two micro-batches a batch, one for each of two ranks. A sum of two has the same bits in either order.
 PAIRS = replace(PLAN, batch=64, first_batch=None, short_window=None, micro_tokens=32)
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from kernels.cpu.int8 import Int8Weight
+from kernels.int8 import Int8Weight
 from kernels.names import Activation, PatternKind
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import SamplingState

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
-from kernels.cpu.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
+from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.noise import gumbel, row_keys
 from kernels.ops import BlockParts, PackedWeight, Weight

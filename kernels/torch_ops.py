@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
-from kernels.cpu.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
-from kernels.cpu.sampling import sample as sample
+from kernels.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.ops import BlockParts, Weight
 from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
+from kernels.torch_sampling import sample as sample
 
 # Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
 PAGES_AT_A_TIME = 32

@@ -14,8 +14,8 @@ from torch import Tensor
 from kernels import torch_ops
 from kernels.cpu import blocks as cpu_blocks
 from kernels.cpu.build import Shape, compiled_library
-from kernels.cpu.int8 import quantize_channels
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, address, to_panels
+from kernels.int8 import quantize_channels
 from kernels.names import Activation
 from kernels.ops import AllBlocks, BlockParts, Weight
 from kernels.plan import DecodePlan, PrefillPlan

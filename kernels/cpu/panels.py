@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.cpu.int8 import Int8Weight
+from kernels.int8 import Int8Weight
 from kernels.names import Activation
 from kernels.ops import PackedWeight
 

@@ -10,14 +10,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import noise, reference
-from kernels.cpu import sampling as cpu_sampling
+from kernels import noise, reference, torch_sampling
 from kernels.gpu import sampling
 from kernels.sampling_state import TABLES, SamplingState
 from tests.kernels.interpreter import Work
 
 Sample = Callable[[Tensor, SamplingState, Tensor, Tensor], Tensor]
-IMPLEMENTATIONS = {"reference": reference.sample, "cpu": cpu_sampling.sample, "triton": sampling.sample}
+IMPLEMENTATIONS = {"reference": reference.sample, "cpu": torch_sampling.sample, "triton": sampling.sample}
 INF, NAN = float("inf"), float("nan")
 
 
@@ -98,7 +97,7 @@ def kept_tokens(sample: Sample, logits: list[float], **given: Any) -> set[int]:
     state = make_state(1, len(logits), temperature=given.pop("temperature", 1.0), seed=5)
     n = 4000
     rows = torch.tensor(logits).expand(n, -1)
-    winners = cpu_sampling.sample(rows, state, torch.zeros(n, dtype=torch.int64), torch.arange(n)).tolist()
+    winners = torch_sampling.sample(rows, state, torch.zeros(n, dtype=torch.int64), torch.arange(n)).tolist()
     positions = torch.tensor([winners.index(token) for token in range(len(logits))])
     for name, value in given.items():
         getattr(state, name)[:] = value
@@ -144,7 +143,7 @@ def test_draws_follow_the_truncated_distribution(temperature: float, top_k: int,
     expected = oracle(logits, temperature, top_k, top_p, min_p)
     n = 20_000
     state = make_state(1, 40, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=3)
-    tokens = cpu_sampling.sample(logits.expand(n, -1), state, torch.zeros(n, dtype=torch.int64), torch.arange(n))
+    tokens = torch_sampling.sample(logits.expand(n, -1), state, torch.zeros(n, dtype=torch.int64), torch.arange(n))
     counts = torch.bincount(tokens, minlength=40).tolist()
     assert {i for i, c in enumerate(counts) if c} <= set(expected)
     for token, probability in expected.items():
@@ -160,7 +159,7 @@ def test_draws_follow_the_truncated_distribution(temperature: float, top_k: int,
 def test_random_rows_get_the_reference_s_tokens(
     name: str, count: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu_sampling, "SHORTLIST", 128)
+    monkeypatch.setattr(torch_sampling, "SHORTLIST", 128)
     generator = torch.Generator().manual_seed(2)
     state = random_state(count, vocab_size, generator)
     scale = 10 ** (2 * torch.rand(count, 1, generator=generator) - 1)
@@ -209,9 +208,9 @@ def test_the_shortlist_never_changes_the_token(
     logits = torch.cat((flat, peaked, tied))
     state = make_state(1, 5000, top_k=top_k, top_p=top_p, min_p=min_p, seed=9)
     batch_rows, positions = torch.zeros(96, dtype=torch.int64), torch.arange(96)
-    with_shortlist = cpu_sampling.sample(logits, state, batch_rows, positions)
-    monkeypatch.setattr(cpu_sampling, "SHORTLIST", 5000)
-    assert torch.equal(with_shortlist, cpu_sampling.sample(logits, state, batch_rows, positions))
+    with_shortlist = torch_sampling.sample(logits, state, batch_rows, positions)
+    monkeypatch.setattr(torch_sampling, "SHORTLIST", 5000)
+    assert torch.equal(with_shortlist, torch_sampling.sample(logits, state, batch_rows, positions))
 
 
 def test_the_whole_vocabulary_is_sorted_only_for_rows_that_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,8 +223,8 @@ def test_the_whole_vocabulary_is_sorted_only_for_rows_that_need_it(monkeypatch: 
         looked_at.append((len(scaled), width))
         return shortlist(scaled, top_k, top_p, min_p, width)
 
-    shortlist = cpu_sampling.shortlist
-    monkeypatch.setattr(cpu_sampling, "shortlist", counted)
+    shortlist = torch_sampling.shortlist
+    monkeypatch.setattr(torch_sampling, "shortlist", counted)
     state = make_state(
         6,
         5000,
@@ -234,7 +233,7 @@ def test_the_whole_vocabulary_is_sorted_only_for_rows_that_need_it(monkeypatch: 
         top_p=[1, 1, 1, 0.9, 1, 0.9],
         min_p=[0, 0, 0, 0, 0.1, 0],
     )
-    cpu_sampling.sample(logits, state, torch.arange(6), torch.arange(6))
+    torch_sampling.sample(logits, state, torch.arange(6), torch.arange(6))
     assert looked_at == [(4, 1024), (1, 5000)]
 
 
@@ -289,23 +288,23 @@ def test_ties_at_the_cut_of_top_p_stay_together(sample: Sample) -> None:
 
 
 def test_ties_that_reach_the_end_of_the_shortlist_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_sampling, "SHORTLIST", 4)
+    monkeypatch.setattr(torch_sampling, "SHORTLIST", 4)
     logits = [2.0] + [1.0] * 5
     for given in ({"top_k": 2}, {"top_k": 4}, {"top_p": 0.45}):
-        assert kept_tokens(cpu_sampling.sample, logits, **given) == {0, 1, 2, 3, 4, 5}
+        assert kept_tokens(torch_sampling.sample, logits, **given) == {0, 1, 2, 3, 4, 5}
 
 
 def test_mass_beyond_the_shortlist_is_that_which_min_p_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_sampling, "SHORTLIST", 4)
+    monkeypatch.setattr(torch_sampling, "SHORTLIST", 4)
     # The first two have 1.9: 45 % of the 4.0 that min-p leaves, but not of the 4.3 of all.
     logits = [math.log(w) for w in (1, 0.9, 0.8, 0.7, 0.6, 0.3)]
-    assert kept_tokens(cpu_sampling.sample, logits, top_p=0.45, min_p=0.5) == {0, 1}
-    assert kept_tokens(cpu_sampling.sample, logits, top_p=0.45) == {0, 1, 2}
+    assert kept_tokens(torch_sampling.sample, logits, top_p=0.45, min_p=0.5) == {0, 1}
+    assert kept_tokens(torch_sampling.sample, logits, top_p=0.45) == {0, 1, 2}
 
 
 def test_a_top_p_of_1_keeps_what_is_too_light_to_move_the_sum() -> None:
     one = torch.ones(1)
-    _, kept, _ = cpu_sampling.shortlist(torch.tensor([[0.0, -90.0]]), one.long() * 2, one, one * 0, 2)
+    _, kept, _ = torch_sampling.shortlist(torch.tensor([[0.0, -90.0]]), one.long() * 2, one, one * 0, 2)
     assert kept.tolist() == [[0, -90]]
 
 
@@ -515,8 +514,8 @@ def test_rounding_errors_of_the_logits_hardly_ever_change_the_token() -> None:
     noisy = logits * (1 + 1e-6 * torch.randn(1000, 5000, generator=generator))
     state = make_state(1, 5000, seed=11)
     batch_rows, positions = torch.zeros(1000, dtype=torch.int64), torch.arange(1000)
-    tokens = cpu_sampling.sample(logits, state, batch_rows, positions)
-    assert (tokens != cpu_sampling.sample(noisy, state, batch_rows, positions)).sum() <= 1
+    tokens = torch_sampling.sample(logits, state, batch_rows, positions)
+    assert (tokens != torch_sampling.sample(noisy, state, batch_rows, positions)).sum() <= 1
 
 
 # The launcher

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import reference, torch_ops
-from kernels.cpu.int8 import LARGEST, ZERO_POINT, quantize_rows, quantize_weight
+from kernels.int8 import LARGEST, ZERO_POINT, quantize_rows, quantize_weight
 from kernels.names import Activation
 from kernels.ops import Ops
 from tests.kernels.compiled import VARIANTS, compiled_ops

@@ -1,28 +1,35 @@
-"""Products in int8 on CPUs: weights scaled per output channel, activations per row. Here by oneDNN, through PyTorch.
+"""Products in int8 on CPUs: what is rounded how, and the products by oneDNN, through PyTorch.
 
-A scale for each row, and not for the whole step, so that a loud row leaves the others as they are.
+N rows, O and C the channels and columns of a weight. A weight has a scale for each channel, activations have one for each
+row: with one scale for the whole step, a loud row would change the others.
 """
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Where 0 lies in a row: oneDNN multiplies unsigned activations.
+from kernels.ops import PackedWeight
+
+# Added to the integers of a row, because oneDNN multiplies unsigned activations.
 ZERO_POINT = 128
 LARGEST = 127
 
 
 @dataclass(frozen=True, eq=False)
-class Int8Weight(ABC):
-    """A weight (O, C) as integers of -127 to 127 and a scale for each of its rows, laid out for who multiplies."""
+class Int8Weight(PackedWeight):
+    """A weight (O, C) as integers of -127 to 127 and a scale for each channel."""
 
     scales: Tensor  # (O,) fp32, or longer
 
     @abstractmethod
     def integers(self) -> Tensor:
         """(O, C) int8."""
+
+    def dense(self) -> Tensor:
+        integers = self.integers()
+        return integers * self.scales[: len(integers), None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +48,7 @@ def quantize_channels(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_weight(weight: Tensor) -> OneDNNWeight:
-    """Of a weight (O, C)."""
+    """A weight (O, C) packed for `multiply`."""
     integers, scales = quantize_channels(weight)
     packed = torch.ops.onednn.qlinear_prepack(integers, None)
     return OneDNNWeight(scales, packed, torch.zeros(len(scales), dtype=torch.int64))

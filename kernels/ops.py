@@ -10,7 +10,6 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from kernels.int8 import Int8Weight
 from kernels.names import Activation, PatternKind
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import SamplingState
@@ -24,7 +23,7 @@ class PackedWeight(ABC):
         """The weight again."""
 
 
-Weight = Tensor | PackedWeight | Int8Weight
+Weight = Tensor | PackedWeight
 
 
 class LinearParts(NamedTuple):
@@ -49,8 +48,9 @@ class BlockParts(NamedTuple):
     scale: float  # on attention scores
 
 
-# Runs all blocks on x (N, C), which it overwrites, by the plans of their kinds: x, and what is still to be added to it.
-AllBlocks = Callable[[Tensor, Mapping[PatternKind, StepPlan]], tuple[Tensor, Tensor | None]]
+# Runs all blocks on x (N, C), which it overwrites, with a plan for each kind of attention. Returns x, and what is still to
+# be added to it.
+NativeForward = Callable[[Tensor, Mapping[PatternKind, StepPlan]], tuple[Tensor, Tensor | None]]
 
 
 class Ops(Protocol):
@@ -101,6 +101,10 @@ class Ops(Protocol):
     def sample(self, logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
         """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens."""
 
-    def fuse(self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> AllBlocks | None:
-        """All blocks as one call, with the bits of the ops one by one; None where there is no such call.
-        Nobody may put other tensors into the modules afterwards."""
+    def native_forward(
+        self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool
+    ) -> NativeForward | None:
+        """All blocks in one call of native code, with the bits of the ops one by one; None where there is no such code.
+
+        The modules must keep their tensors from then on.
+        """

@@ -80,9 +80,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
 
 
 def project(x: Tensor, weight: Weight) -> Tensor:
-    if isinstance(weight, PackedWeight):
-        return F.linear(x.float(), weight.dense().float())
-    return linear(x, weight, None)
+    if isinstance(weight, Tensor | Int8Weight):
+        return linear(x, weight, None)
+    return F.linear(x.float(), weight.dense().float())
 
 
 def add_layernorm(
@@ -151,5 +151,5 @@ def truncate(x: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
     return stays
 
 
-def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
     """Ops run one by one."""

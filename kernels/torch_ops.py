@@ -198,5 +198,5 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> T
     return F.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")
 
 
-def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
     """Ops run one by one."""

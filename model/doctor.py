@@ -132,7 +132,7 @@ def hidden_states(
         kind: block_layout(pattern, len(tokens), device) if (pattern := config.pattern(kind)).is_sparse else None
         for kind in attention
     }
-    # A single set of ops runs as in a server, where all blocks may be one call.
+    # One set of ops runs as in a server: by the native forward where there is one.
     paged = PagedGPT(model, pointwise, pools) if all(ops is pointwise for ops in attention.values()) else None
     tokens = tokens.to(device)
     hidden = []

@@ -133,7 +133,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream x (..., C), and an update that the next norm adds to it, in the same pass.
 
-        run_blocks in the C++ kernels repeats this.
+        run_blocks in kernels/cpu/csrc/blocks.h repeats this.
         """
         if self.pre_norm:
             normed, x = add_norm(self.ln_1, x, update, ops)
@@ -263,24 +263,24 @@ class PagedGPT:
         self._model, self._ops, self._pools = model, ops, pools
         blocks = enumerate(zip(cast(Iterable[Block], model.h), pools, strict=True))
         parts = [block.parts(pool, config.kind(layer), config.scale_of(layer)) for layer, (block, pool) in blocks]
-        self._all_blocks = ops.fuse(parts, config.activation, pre_norm=config.pre_norm)
+        self._native_forward = ops.native_forward(parts, config.activation, pre_norm=config.pre_norm)
 
     @property
-    def is_one_call(self) -> bool:
-        return self._all_blocks is not None
+    def is_native(self) -> bool:
+        return self._native_forward is not None
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan], adapt: Adapt | None = None
     ) -> Tensor:
         """Hidden states (N, C) of a step's tokens (N,): first the decode rows, then the prompt chunks.
 
-        All blocks are one call if the ops have one and no row has an adapter.
+        Takes the native forward if the ops have one and no row has an adapter.
         """
         model, ops = self._model, self._ops
-        if self._all_blocks is None or adapt is not None:
+        if self._native_forward is None or adapt is not None:
             attend = PagedAttention(model.config, ops, self._pools, plans)
             return cast(Tensor, model(tokens, positions, attend, ops, adapt))
-        return model.norm(*self._all_blocks(model.embed(tokens, positions, ops), plans), ops)
+        return model.norm(*self._native_forward(model.embed(tokens, positions, ops), plans), ops)
 
 
 def layer_norm(config: GPTConfig) -> nn.LayerNorm:

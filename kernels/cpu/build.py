@@ -1,6 +1,6 @@
-"""Compiles csrc/kernels.cpp where it will run, and keeps what it has compiled.
+"""Compiles csrc/ on the machine that will run it, and caches the library.
 
-That takes a C++ compiler and a second, once for each size of heads, dtype and machine.
+That takes a C++ compiler, and a second for each head size, dtype and machine.
 """
 
 import ctypes
@@ -19,27 +19,27 @@ import torch
 
 log = logging.getLogger("banded.kernels")
 
-SOURCE = Path(__file__).with_name("csrc") / "kernels.cpp"
-# A product and a sum become one instruction; what a number is when something goes wrong stays as the standard has it.
+SOURCES = Path(__file__).with_name("csrc")
+# A product and a sum become one instruction. NaN and infinity stay as the standard has them.
 FLAGS = (
-    "-std=c++17 -O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fwrapv -shared -fPIC -w"
+    "-std=c++17 -O3 -march=native -fopenmp -ffp-contract=fast -fno-math-errno -fno-trapping-math -fwrapv -shared -fPIC "
+    "-w -Wno-psabi"
 )
 COMPILERS = ("c++", "g++", "clang++")
-# Seconds that the compiler may take.
-BUILD_TIMEOUT = 300.0
+BUILD_TIMEOUT = 300.0  # seconds
 
 ELEMENTS = {torch.float32: "float", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 
 class Shape(NamedTuple):
-    """What the code is compiled for: the size of a head, and the dtype of activations, keys and values."""
+    """What the code is compiled for: the head size, and the dtype of activations, keys and values."""
 
     head_dim: int
     dtype: torch.dtype
 
 
 def compiled_library(shape: Shape) -> ctypes.CDLL | None:
-    """The compiled code, built first where the cache lacks it; None, and a line in the log, where that fails."""
+    """The compiled code, built first if the cache lacks it; None, and a line in the log, if that fails."""
     library = cache_directory() / f"cpu-{key(shape)}.so"
     if not library.exists():
         log.info("compiling the CPU kernels for this machine and size of heads: once, it takes a second")
@@ -58,13 +58,14 @@ def cache_directory() -> Path:
 
 
 def key(shape: Shape) -> str:
-    """Changes with everything that the machine code depends on."""
-    facts = (SOURCE.read_text(encoding="utf-8"), FLAGS, os.environ.get("CXX", ""), *map(str, shape), processor())
+    """A hash of everything that the machine code depends on."""
+    sources = (f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in sorted(SOURCES.iterdir()))
+    facts = (*sources, FLAGS, os.environ.get("CXX", ""), *map(str, shape), processor())
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
 def processor() -> str:
-    """Which instructions the compiler may use."""
+    """The features of this processor, which say what instructions the compiler may use."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -73,7 +74,7 @@ def processor() -> str:
 
 
 def compiler() -> list[str]:
-    """The command that the environment names, or the first that is installed. Raises FileNotFoundError."""
+    """The command in CXX, or the first installed one of COMPILERS. Raises FileNotFoundError."""
     if named := os.environ.get("CXX"):
         return shlex.split(named)
     for name in COMPILERS:
@@ -83,14 +84,14 @@ def compiler() -> list[str]:
 
 
 def build(shape: Shape, library: Path) -> str | None:
-    """Compile; what went wrong, or None."""
+    """Compile. Returns what went wrong, or None."""
     defines = (f"-DELEMENT={ELEMENTS[shape.dtype]}", f"-DHEAD_DIM={shape.head_dim}")
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / "built.so"
             finished = subprocess.run(
-                [*compiler(), *FLAGS.split(), *defines, str(SOURCE), "-o", str(built)],
+                [*compiler(), *FLAGS.split(), *defines, str(SOURCES / "kernels.cpp"), "-o", str(built)],
                 capture_output=True,
                 text=True,
                 timeout=BUILD_TIMEOUT,

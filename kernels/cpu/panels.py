@@ -1,4 +1,7 @@
-"""Weights as the products of csrc/kernels.cpp read them: panels of channels, from front to back."""
+"""Weights as csrc/products.h reads them: in panels of channels, from front to back.
+
+O and C are the channels and columns of a weight, O' and C' the same padded.
+"""
 
 from dataclasses import dataclass
 from typing import get_args
@@ -11,12 +14,11 @@ from kernels.int8 import Int8Weight
 from kernels.names import Activation
 from kernels.ops import PackedWeight
 
-# The order of the source's Activation.
+# csrc/abi.h explains these. kernels.cpu.abi checks at load that both files say the same.
+LANES, GROUP, BLOCK, PANELS, OFFSET = 16, 4, 64, 2, 128
+# The enum Activation there.
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}
 assert len(ACTIVATIONS) == 1 + len(get_args(Activation))
-# Of the source: channels of a panel, bytes of each that an instruction multiplies, bytes that rows are a multiple of, panels
-# that go together, and what weights in int8 have been given to be unsigned.
-LANES, GROUP, BLOCK, PANELS, OFFSET = 16, 4, 64, 2, 128
 
 
 def to_panels(numbers: Tensor, padding: float = 0) -> Tensor:
@@ -33,12 +35,14 @@ def from_panels(panels: Tensor, channels: int, columns: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Int8Panels(Int8Weight):
+    """`scales` are (O',)."""
+
     panels: Tensor  # uint8: the integers + OFFSET
-    shape: tuple[int, int]  # (O, C); `scales` are as many as the panels' channels
+    shape: tuple[int, int]  # (O, C)
 
     @property
     def padded(self) -> int:
-        """C of the panels: so long are the rows that they are multiplied with."""
+        """C', the length of the rows that the panels are multiplied with."""
         return self.panels[0].numel() // LANES
 
     def integers(self) -> Tensor:
@@ -52,7 +56,3 @@ class Bf16Panels(PackedWeight):
 
     def dense(self) -> Tensor:
         return from_panels(self.panels, *self.shape)
-
-
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()

@@ -20,9 +20,9 @@ __all__ = [
     "bias_activation",
     "decode_attention",
     "decode_step",
-    "fuse",
     "kv_write",
     "linear",
+    "native_forward",
     "pack",
     "prefill_attention",
     "project",
@@ -54,5 +54,5 @@ def project(x: Tensor, weight: Weight) -> Tensor:
     return linear(x, weight, None)
 
 
-def fuse(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
     """Ops run one by one."""

@@ -50,7 +50,7 @@ class PagedRun:
         }
         self.cache = PageAllocator(config, sizes, step_tokens=STEP_TOKENS)
         self.runner = Runner(self.model, path.ops, len(sequences), sizes)
-        self.is_one_call = self.runner.paged.is_one_call
+        self.is_native = self.runner.paged.is_native
         self.hidden: list[Tensor] = []
         self.runner.paged = self._recording(self.runner.paged)
         self.num_top: int | None = None  # if set, asks for logprobs of all tokens and checks them

@@ -1,9 +1,9 @@
-"""All blocks in one call give the bits of the ops one by one, whatever the model and the step."""
+"""The native forward gives the bits of the ops one by one, whatever the model and the step."""
 
 import copy
 import random
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from tests.model.checkpoint.checkpoints import FIELDS, tiny
 from tests.model.paged_run import PagedRun, random_steps
 
 HEAD_DIM = FIELDS["banded"]["n_embd"] // FIELDS["banded"]["n_head"]
-# Heads of 32 go through AMX tiles, if the CPU has them.
+# Heads of 32 fit AMX tiles.
 MODELS: dict[str, dict[str, Any]] = {
     "every pattern": {"n_head": 2, "attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5},
     "OPT-350m's order": {"pre_norm": False, "final_norm": False, "activation": "relu", "embedding_width": 32},
@@ -30,7 +30,7 @@ variants = pytest.mark.parametrize("variant", [name for name in VARIANTS if "AVX
 
 def one_by_one(ops: CompiledOps) -> CompiledOps:
     ops = copy.copy(ops)
-    ops.fuse = lambda *_, **__: None  # type: ignore[method-assign]
+    ops.native_forward = lambda *_, **__: None  # type: ignore[method-assign]
     return ops
 
 
@@ -53,7 +53,7 @@ def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int
     runs = [
         PagedRun(directory, sequences, torch.bfloat16, ServedPath(each, cpu), pack=pack) for each in (ops, one_by_one(ops))
     ]
-    assert [run.is_one_call for run in runs] == [True, False]
+    assert [run.is_native for run in runs] == [True, False]
     for run in runs:
         random_steps(run, random.Random(4))
     for together, apart in zip(runs[0].logits, runs[1].logits, strict=True):
@@ -62,18 +62,18 @@ def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int
 
 
 @packs
-def test_the_doctor_measures_the_one_call(pack: str, tmp_path: Path) -> None:
-    ops = copy.copy(compiled_ops(HEAD_DIM, torch.bfloat16))
+def test_the_doctor_measures_the_native_forward(pack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops = compiled_ops(HEAD_DIM, torch.bfloat16, "portable products")
     skip_without_products(ops)
     model = load_model(tiny("banded", tmp_path), torch.bfloat16, torch.device("cpu"))
     model.pack(ops, quantize=pack == "int8")
     assert kernel_errors(model, ops).faults() == []
-    run = ops._run_blocks
+    run = ops._library.run_blocks
 
     def broken(blocks: Any, count: int, *rest: Any) -> None:
         run(blocks, count - 1, *rest)
 
-    ops._run_blocks = cast(Any, broken)
+    monkeypatch.setattr(ops._library, "run_blocks", broken)
     (fault,) = kernel_errors(model, ops).faults()
     assert fault.startswith("kernels of kind all: ")
 
@@ -82,16 +82,16 @@ def test_the_doctor_measures_the_one_call(pack: str, tmp_path: Path) -> None:
     ("fields", "pack"),
     [
         ({}, None),
-        ({"n_inner": 240}, "as it is"),  # panels do not take the rows of one product of the four
-        ({"n_embd": 40}, "int8"),  # norms that are not compiled
+        ({"n_inner": 240}, "as it is"),  # panels do not take the rows of one of the four products
+        ({"n_embd": 40}, "int8"),  # norms of this width are not compiled
     ],
 )
-def test_where_one_op_is_not_compiled_all_run_one_by_one(
+def test_without_one_of_the_compiled_ops_all_run_one_by_one(
     fields: dict[str, Any], pack: Literal["as it is", "int8"] | None, tmp_path: Path
 ) -> None:
     head_dim = fields.get("n_embd", 64) // FIELDS["banded"]["n_head"]
     path = ServedPath(compiled_ops(head_dim, torch.bfloat16), torch.device("cpu"))
     sequences = [torch.zeros(9, dtype=torch.int64)]
     run = PagedRun(tiny("banded", tmp_path, **fields), sequences, torch.bfloat16, path, pack=pack)
-    assert not run.is_one_call
+    assert not run.is_native
     random_steps(run, random.Random(1))

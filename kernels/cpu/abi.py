@@ -1,0 +1,157 @@
+"""The structures of csrc/abi.h, and the check that C++ and Python agree on their layout."""
+
+import ctypes
+from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
+from itertools import count, takewhile
+
+import torch
+from torch import Tensor, nn
+
+from kernels.band import PAGE_SIZE
+from kernels.cpu.panels import BLOCK, GROUP, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels
+from kernels.ops import BlockParts
+from kernels.plan import StepPlan
+
+
+def address(x: Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()
+
+
+def pointers(*names: str) -> tuple[tuple[str, type[c_void_p]], ...]:
+    return tuple((name, c_void_p) for name in names)
+
+
+# A structure made by `of` is valid as long as the tensors that it was made from.
+
+
+class NormArgs(ctypes.Structure):
+    _fields_ = (*pointers("weight", "bias"), ("eps", c_float))
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> "NormArgs":
+        return cls(address(norm.weight), address(norm.bias), norm.eps)
+
+
+class ProductArgs(ctypes.Structure):
+    _fields_ = (
+        ("panels", c_void_p),
+        ("num_panels", c_int64),
+        ("scales", c_void_p),
+        ("padded", c_int64),
+        ("bias", c_void_p),
+        ("channels", c_int64),
+        ("columns", c_int64),
+    )
+
+    @classmethod
+    def of(cls, weight: object, bias: Tensor | None) -> "ProductArgs":
+        assert isinstance(weight, Bf16Panels | Int8Panels)
+        scales, padded = (weight.scales.data_ptr(), weight.padded) if isinstance(weight, Int8Panels) else (None, 0)
+        return cls(weight.panels.data_ptr(), len(weight.panels), scales, padded, address(bias), *weight.shape)
+
+
+class BlockArgs(ctypes.Structure):
+    _fields_ = (
+        *((name, NormArgs) for name in ("ln_1", "ln_2")),
+        *((name, ProductArgs) for name in ("c_attn", "c_proj", "c_fc", "mlp_c_proj")),
+        *pointers("k_pages", "v_pages"),
+        ("plan", c_int64),
+        ("scale", c_float),
+    )
+
+    @classmethod
+    def of(cls, parts: BlockParts, plan: int) -> "BlockArgs":
+        linears = parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj
+        products = (ProductArgs.of(linear.weight, linear.bias) for linear in linears)
+        pages = parts.k_pages.data_ptr(), parts.v_pages.data_ptr()
+        return cls(NormArgs.of(parts.ln_1), NormArgs.of(parts.ln_2), *products, *pages, plan, parts.scale)
+
+
+class PlanArgs(ctypes.Structure):
+    _fields_ = (
+        *pointers("slot_mapping", "page_ids", "offsets", "visible"),
+        *pointers("tile_rows", "tile_offsets", "tile_page_ids", "tile_masks", "tile_hidden"),
+        ("num_tiles", c_int64),
+    )
+
+    @classmethod
+    def of(cls, plan: StepPlan) -> "PlanArgs":
+        args = cls(slot_mapping=plan.slot_mapping.data_ptr())
+        if plan.decode:
+            pages = plan.decode.page_list
+            for name in ("page_ids", "offsets", "visible"):
+                setattr(args, name, getattr(pages, name).data_ptr())
+        if plan.prefill:
+            tiles = plan.prefill.tile_list
+            for name in ("rows", "offsets", "page_ids", "masks", "hidden"):
+                setattr(args, f"tile_{name}", getattr(tiles, name).data_ptr())
+            args.num_tiles = len(tiles.rows)
+        return args
+
+
+class QuantizedRows(ctypes.Structure):
+    _fields_ = pointers("integers", "scales", "sums")
+
+    def __init__(self, rows: int, padded: int):
+        """Room for `rows` rows of `padded` integers, as long as this object lives."""
+        self.room = torch.empty(rows, padded, dtype=torch.int8), torch.empty(rows), torch.empty(rows, dtype=torch.int32)
+        super().__init__(*(x.data_ptr() for x in self.room))
+
+
+class ScratchArgs(ctypes.Structure):
+    _fields_ = (*pointers("normed", "qkv", "attended", "inner"), ("quantized", QuantizedRows))
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs)
+CONSTANTS = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
+FUNCTIONS = {
+    "kv_write": (c_void_p, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int),
+    "decode_step": (*[c_void_p] * 3, c_int64, *[c_void_p] * 7, c_int64, c_int64, c_float, c_int),
+    "prefill_attention": (c_void_p, c_int64, *[c_void_p] * 7, c_int64, c_void_p, c_int64, c_float, c_int),
+    "add_layernorm": (*[c_void_p] * 4, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
+}
+# Only in libraries for processors that have the instructions.
+PRODUCT_FUNCTIONS = {
+    "linear_panels": (POINTER(ProductArgs), c_void_p, c_int64, c_int, c_void_p, POINTER(QuantizedRows), c_int),
+    "project_panels": (POINTER(ProductArgs), c_void_p, c_int64, c_void_p, c_int),
+    "run_blocks": (
+        POINTER(BlockArgs), c_int64, c_int, c_int, c_int64, POINTER(PlanArgs), c_int64, c_int64, c_void_p, c_void_p,
+        POINTER(ScratchArgs), c_int,
+    ),
+}  # fmt: skip
+
+
+class AbiEntry(ctypes.Structure):
+    _fields_ = (("name", c_char_p), ("place", c_int64), ("size", c_int64))
+
+
+def layout() -> dict[str, tuple[int, int]]:
+    """Offset and size of each structure and field; value and 0 of each constant."""
+    entries = {name: (value, 0) for name, value in CONSTANTS.items()}
+    for structure in STRUCTURES:
+        entries[structure.__name__] = 0, ctypes.sizeof(structure)
+        for name, *_ in structure._fields_:
+            field = getattr(structure, name)
+            entries[f"{structure.__name__}.{name}"] = field.offset, field.size
+    return entries
+
+
+def bind(library: ctypes.CDLL) -> None:
+    """Tell ctypes the arguments of the library's functions.
+
+    Raises RuntimeError naming the structure and field, or the constant, that the library lays out in another way.
+    """
+    library.abi.restype = POINTER(AbiEntry)
+    entries = library.abi()
+    listed = takewhile(lambda entry: entry.name, (entries[i] for i in count()))
+    theirs = {entry.name.decode(): (entry.place, entry.size) for entry in listed}
+    ours = layout()
+    for name in theirs | ours:
+        if ours.get(name) != theirs.get(name):
+            raise RuntimeError(
+                f"kernels/cpu/abi.py and csrc/abi.h differ in {name}: (offset, size) is {ours.get(name)} in Python "
+                f"and {theirs.get(name)} in C++"
+            )
+    for name, arguments in (FUNCTIONS | PRODUCT_FUNCTIONS).items():
+        if name in FUNCTIONS or hasattr(library, name):
+            getattr(library, name).argtypes = arguments

@@ -1,0 +1,96 @@
+// What Python and C++ share: constants, the structures that cross, and a table from which kernels.cpu.abi checks both.
+#pragma once
+
+#include <cstddef>
+
+#include "simd.h"
+
+namespace {
+
+constexpr int PAGE_SIZE = 64;  // tokens
+
+// Layout of panels (kernels.cpu.panels). A panel holds LANES channels, group after group, and is read from front to back. An
+// instruction multiplies GROUP bytes of a row with GROUP bytes of each channel; rows are whole multiples of BLOCK bytes long,
+// which is what an AMX tile multiplies.
+constexpr int GROUP = 4, BLOCK = 64;
+constexpr int PANELS = 2;    // that are multiplied together; a weight has an even number of them
+constexpr int OFFSET = 128;  // added to int8 weights, which makes them unsigned
+
+enum Activation { NONE, RELU, GELU, GELU_NEW };  // numbers of kernels.cpu.panels.ACTIVATIONS
+
+}  // namespace
+
+struct NormArgs {
+  const ELEMENT *weight, *bias;  // each may be null
+  float eps;
+};
+
+struct ProductArgs {
+  const uint8_t* panels;
+  int64_t num_panels;
+  const float* scales;  // of the channels; null where the weight is bfloat16
+  int64_t padded;       // columns of int8 panels
+  const ELEMENT* bias;  // may be null
+  int64_t channels, columns;
+};
+
+struct BlockArgs {
+  NormArgs ln_1, ln_2;
+  ProductArgs c_attn, c_proj, c_fc, mlp_c_proj;
+  ELEMENT *k_pages, *v_pages;
+  int64_t plan;  // index into the step's plans
+  float scale;   // of attention scores
+};
+
+// kernels.plan.StepPlan.
+struct PlanArgs {
+  const int64_t* slot_mapping;
+  const int64_t *page_ids, *offsets;  // of the rows that decode
+  const uint8_t* visible;
+  const int64_t *tile_rows, *tile_offsets, *tile_page_ids, *tile_masks;  // of prompt chunks
+  const uint8_t* tile_hidden;
+  int64_t num_tiles;
+};
+
+// Room for the rows of a product in int8.
+struct QuantizedRows {
+  int8_t* integers;  // (rows, padded)
+  float* scales;     // (rows,)
+  int32_t* sums;     // (rows,)
+};
+
+// Room for what no later block needs, a row a token.
+struct ScratchArgs {
+  ELEMENT *normed, *qkv, *attended, *inner;
+  QuantizedRows quantized;
+};
+
+struct AbiEntry {
+  const char* name;
+  int64_t place, size;  // bytes; of a constant its value and 0
+};
+
+#define CONSTANT(NAME) {#NAME, NAME, 0}
+#define STRUCTURE(NAME) {#NAME, 0, sizeof(NAME)}
+#define FIELD(STRUCTURE, NAME) {#STRUCTURE "." #NAME, offsetof(STRUCTURE, NAME), sizeof(STRUCTURE::NAME)}
+
+// Ends with a null name.
+extern "C" const AbiEntry* abi() {
+  static const AbiEntry entries[] = {
+      CONSTANT(PAGE_SIZE), CONSTANT(LANES), CONSTANT(GROUP), CONSTANT(BLOCK), CONSTANT(PANELS), CONSTANT(OFFSET),
+      STRUCTURE(NormArgs), FIELD(NormArgs, weight), FIELD(NormArgs, bias), FIELD(NormArgs, eps),
+      STRUCTURE(ProductArgs), FIELD(ProductArgs, panels), FIELD(ProductArgs, num_panels), FIELD(ProductArgs, scales),
+      FIELD(ProductArgs, padded), FIELD(ProductArgs, bias), FIELD(ProductArgs, channels), FIELD(ProductArgs, columns),
+      STRUCTURE(BlockArgs), FIELD(BlockArgs, ln_1), FIELD(BlockArgs, ln_2), FIELD(BlockArgs, c_attn),
+      FIELD(BlockArgs, c_proj), FIELD(BlockArgs, c_fc), FIELD(BlockArgs, mlp_c_proj), FIELD(BlockArgs, k_pages),
+      FIELD(BlockArgs, v_pages), FIELD(BlockArgs, plan), FIELD(BlockArgs, scale),
+      STRUCTURE(PlanArgs), FIELD(PlanArgs, slot_mapping), FIELD(PlanArgs, page_ids), FIELD(PlanArgs, offsets),
+      FIELD(PlanArgs, visible), FIELD(PlanArgs, tile_rows), FIELD(PlanArgs, tile_offsets), FIELD(PlanArgs, tile_page_ids),
+      FIELD(PlanArgs, tile_masks), FIELD(PlanArgs, tile_hidden), FIELD(PlanArgs, num_tiles),
+      STRUCTURE(QuantizedRows), FIELD(QuantizedRows, integers), FIELD(QuantizedRows, scales), FIELD(QuantizedRows, sums),
+      STRUCTURE(ScratchArgs), FIELD(ScratchArgs, normed), FIELD(ScratchArgs, qkv), FIELD(ScratchArgs, attended),
+      FIELD(ScratchArgs, inner), FIELD(ScratchArgs, quantized),
+      {nullptr, 0, 0},
+  };
+  return entries;
+}

@@ -1,0 +1,35 @@
+// Intel's AMX: registers that hold tiles of up to 16 rows of 64 bytes. Attention and products use them where a machine has them.
+#pragma once
+
+#include "abi.h"
+
+#if defined(__AMX_INT8__) && defined(__AMX_BF16__) && defined(__linux__)
+#define AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#ifdef AMX
+namespace {
+
+constexpr int TILE_ROWS = 16;
+
+bool request_tiles() { return syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* tile data */) == 0; }
+const bool has_tiles = request_tiles();
+
+// Configures this thread's tiles for as long as it lives: 0 to 5 with `rows` rows, 6 and 7 for the other factor.
+struct AmxTiles {
+  explicit AmxTiles(int64_t rows) {
+    struct {
+      uint8_t palette = 1, start = 0, reserved[14] = {};
+      uint16_t bytes[16] = {};
+      uint8_t rows[16] = {};
+    } shape;
+    for (int i = 0; i < 8; i++) shape.bytes[i] = BLOCK, shape.rows[i] = i < 6 ? rows : BLOCK / GROUP;
+    _tile_loadconfig(&shape);
+  }
+  ~AmxTiles() { _tile_release(); }
+};
+
+}  // namespace
+#endif

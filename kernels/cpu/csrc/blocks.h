@@ -1,0 +1,61 @@
+// All blocks of the decoder in one call, where the products are compiled.
+#pragma once
+
+#include "abi.h"
+#include "decode_attention.h"
+#include "norms.h"
+#include "prefill_attention.h"
+#include "products.h"
+
+#ifdef PRODUCTS
+
+// model.gpt.Block.forward of each block in turn. x and update are (tokens, heads * HEAD_DIM): the next norm adds them up, or
+// takes x alone where norms follow (pre_norm is 0). The first `decodes` tokens are a row of a sequence each, the others are
+// chunks of prompts.
+extern "C" void run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation, int64_t heads,
+                           const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
+                           const ScratchArgs& scratch, int threads) {
+  const int64_t columns = heads * HEAD_DIM, row = 3 * columns;
+
+  const auto add_norm = [&](const NormArgs& norm, const ELEMENT* more, ELEMENT* out) {
+    add_layernorm(x, more, norm.weight, norm.bias, tokens, columns, norm.eps, out, x, threads);
+  };
+  const auto multiply = [&](const ProductArgs& by, const ELEMENT* input, ELEMENT* out, int function) {
+    linear_panels(by, input, tokens, function, out, &scratch.quantized, threads);
+  };
+  const auto attention = [&](const BlockArgs& block, const ELEMENT* input) {
+    multiply(block.c_attn, input, scratch.qkv, NONE);
+    const PlanArgs& plan = plans[block.plan];
+    if (decodes)
+      decode_step(scratch.qkv, scratch.qkv + columns, scratch.qkv + 2 * columns, row, block.k_pages, block.v_pages,
+                  plan.slot_mapping, plan.page_ids, plan.offsets, plan.visible, scratch.attended, decodes, heads,
+                  block.scale, threads);
+    if (decodes < tokens) {
+      const ELEMENT* q = scratch.qkv + decodes * row;
+      kv_write(q + columns, q + 2 * columns, row, block.k_pages, block.v_pages, plan.slot_mapping + decodes,
+               tokens - decodes, heads, threads);
+      prefill_attention(q, row, block.k_pages, block.v_pages, plan.tile_rows, plan.tile_offsets, plan.tile_page_ids,
+                        plan.tile_masks, plan.tile_hidden, plan.num_tiles, scratch.attended + decodes * columns, heads,
+                        block.scale, threads);
+    }
+    multiply(block.c_proj, scratch.attended, update, NONE);
+  };
+  const auto mlp = [&](const BlockArgs& block, const ELEMENT* input) {
+    multiply(block.c_fc, input, scratch.inner, activation);
+    multiply(block.mlp_c_proj, scratch.inner, update, NONE);
+  };
+
+  for (const BlockArgs* block = blocks; block < blocks + num_blocks; block++)
+    if (pre_norm) {
+      add_norm(block->ln_1, block == blocks ? nullptr : update, scratch.normed);
+      attention(*block, scratch.normed);
+      add_norm(block->ln_2, update, scratch.normed);
+      mlp(*block, scratch.normed);
+    } else {
+      attention(*block, x);
+      add_norm(block->ln_1, update, x);
+      mlp(*block, x);
+      add_norm(block->ln_2, update, x);
+    }
+}
+#endif

@@ -1,0 +1,332 @@
+// Products of rows with packed weights, of which a step reads every byte once: memory sets the pace.
+//
+// Both kinds of weights share one layout (abi.h): int8 weights with a scale a channel, times rows quantised here with a scale
+// each; or bfloat16 weights times bfloat16 rows. A row has the same bits whatever rows stand next to it.
+#pragma once
+
+// Where a processor lacks the instructions there are no products: oneDNN's are faster there. Tests define PORTABLE_PRODUCTS
+// to have them in plain C++.
+#if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
+#define PRODUCT_INSTRUCTIONS
+#endif
+#if defined(PRODUCT_INSTRUCTIONS) || defined(PORTABLE_PRODUCTS)
+#define PRODUCTS
+
+#include <omp.h>
+
+#include <atomic>
+#include <utility>
+#include <vector>
+
+#include "amx.h"
+
+namespace {
+
+constexpr int AHEAD = 4096;  // bytes of a panel between what is multiplied and what is prefetched
+
+enum Kind { INT8, BF16 };  // signed rows and unsigned weights, or bfloat16 both
+
+// One step of LANES sums: adds up the products of a group of a row, the same in all lanes, with a group of each channel.
+template <Kind KIND>
+void multiply_add(i32x16& sums, i32x16 weights, i32x16 group) {
+#ifdef PRODUCT_INSTRUCTIONS  // around the intrinsics GCC 12 copies all sums twice
+  if (KIND == INT8)
+    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
+  else
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
+#else
+  if (KIND == INT8) {
+    for (int i = 0; i < 32; i += 8) sums += (weights >> i & 0xff) * (group << (24 - i) >> 24);
+  } else {
+    f32x16 total = bits_of<f32x16>(sums);
+    total += bits_of<f32x16>(weights << 16) * bits_of<f32x16>(group << 16);
+    total += bits_of<f32x16>(weights & -0x10000) * bits_of<f32x16>(group & -0x10000);
+    sums = bits_of<i32x16>(total);
+  }
+#endif
+}
+
+// Sums of products of R rows with the channels of P panels: (R, P, LANES).
+template <Kind KIND, int R, int P>
+void multiply(const uint8_t* rows, const uint8_t* panels, int64_t bytes, i32x16* sums) {
+  i32x16 total[R * P];
+#pragma GCC unroll 32
+  for (int i = 0; i < R * P; i++) total[i] = i32x16{};
+  for (int64_t c = 0; c < bytes; c += GROUP) {
+    i32x16 weights[P];
+#pragma GCC unroll 32
+    for (int p = 0; p < P; p++) {
+      const uint8_t* source = panels + (p * bytes + c) * LANES;
+      std::memcpy(&weights[p], source, sizeof weights[p]);
+      __builtin_prefetch(source + AHEAD);
+    }
+#pragma GCC unroll 32
+    for (int r = 0; r < R; r++) {
+      int32_t group;
+      std::memcpy(&group, rows + r * bytes + c, GROUP);
+#pragma GCC unroll 32
+      for (int p = 0; p < P; p++) multiply_add<KIND>(total[r * P + p], weights[p], i32x16{} + group);
+    }
+  }
+#pragma GCC unroll 32
+  for (int i = 0; i < R * P; i++) sums[i] = total[i];
+}
+
+typedef void (*Multiply)(const uint8_t*, const uint8_t*, int64_t, i32x16*);
+
+template <Kind KIND, int P, int... R>
+constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
+  constexpr Multiply functions[] = {multiply<KIND, R + 1, P>...};
+  return functions[count - 1];
+}
+
+// Up to MANY rows are multiplied with one panel at once, so that each weight is read once. Two panels need fewer loads a
+// product: they take up to FEW rows, and more than MANY in blocks of FEW.
+constexpr int MANY = 16, FEW = 8;
+
+#ifdef AMX
+#define MULTIPLY_TILES(SUMS, ROWS, WEIGHTS) \
+  if (KIND == INT8)                         \
+    _tile_dpbsud(SUMS, ROWS, WEIGHTS);      \
+  else                                      \
+    _tile_dpbf16ps(SUMS, ROWS, WEIGHTS);
+
+// Sums of TILE_ROWS rows each, from `first` on and from `second` on, with the channels of two panels: (2, PANELS, TILE_ROWS,
+// LANES). `second` may be null.
+template <Kind KIND>
+void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* panels, int64_t bytes, i32x16* sums) {
+  const uint8_t* other = panels + bytes * LANES;
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+  for (int64_t c = 0; c < bytes; c += BLOCK) {
+    for (int i = 0; i < BLOCK * LANES; i += 64) {
+      __builtin_prefetch(panels + c * LANES + i + AHEAD);
+      __builtin_prefetch(other + c * LANES + i + AHEAD);
+    }
+    _tile_loadd(6, panels + c * LANES, BLOCK);
+    _tile_loadd(7, other + c * LANES, BLOCK);
+    _tile_loadd(4, first + c, bytes);
+    MULTIPLY_TILES(0, 4, 6)
+    MULTIPLY_TILES(1, 4, 7)
+    if (second) {
+      _tile_loadd(5, second + c, bytes);
+      MULTIPLY_TILES(2, 5, 6)
+      MULTIPLY_TILES(3, 5, 7)
+    }
+  }
+  _tile_stored(0, sums, BLOCK);
+  _tile_stored(1, sums + TILE_ROWS, BLOCK);
+  _tile_stored(2, sums + 2 * TILE_ROWS, BLOCK);
+  _tile_stored(3, sums + 3 * TILE_ROWS, BLOCK);
+}
+#endif
+
+// Divides `count` units of work among threads. Each thread goes through its own part from front to back, the order in which
+// memory is read fastest. Then it helps the others: the server's event loop may take a thread's core away.
+class Division {
+ public:
+  Division(int64_t count, int threads) : parts(threads) {
+    for (int t = 0; t < threads; t++) parts[t].next = count * t / threads, parts[t].end = count * (t + 1) / threads;
+  }
+
+  // A unit that no thread has taken yet, or -1.
+  int64_t take() {
+    const size_t own = omp_get_thread_num();
+    for (size_t i = 0; i < parts.size(); i++) {
+      Part& part = parts[(own + i) % parts.size()];
+      const int64_t unit = part.next.fetch_add(1, std::memory_order_relaxed);
+      if (unit < part.end) return unit;
+    }
+    return -1;
+  }
+
+ private:
+  struct alignas(64) Part {  // a cache line each
+    std::atomic<int64_t> next;
+    int64_t end;
+  };
+  std::vector<Part> parts;
+};
+
+// Multiplies `count` rows with the panels of a weight, which `division` hands out PANELS at a time. finish(panel)(row, sums)
+// is called, on any thread, with LANES sums at a time; with tiles it may see a row twice. Every thread of a parallel region
+// calls this.
+template <Kind KIND, class Finish>
+void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, Division& division,
+                     Finish finish) {
+#ifdef AMX
+  if (has_tiles) {
+    const int64_t height = std::min<int64_t>(count, TILE_ROWS);
+    const AmxTiles tiles(height);
+    for (int64_t panel; (panel = division.take() * PANELS) >= 0;)
+      for (int64_t r = 0; r < count; r += 2 * TILE_ROWS) {
+        // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
+        const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
+        const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
+        i32x16 sums[2 * PANELS * TILE_ROWS];
+        multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr,
+                             panels + panel * bytes * LANES, bytes, sums);
+        for (int p = 0; p < PANELS; p++) {
+          const auto put = finish(panel + p);
+          for (int64_t i = 0; i < height; i++) put(first + i, sums[p * TILE_ROWS + i]);
+          for (int64_t i = 0; count > TILE_ROWS && i < height; i++) put(second + i, sums[(PANELS + p) * TILE_ROWS + i]);
+        }
+      }
+    return;
+  }
+#endif
+  const int64_t height = count <= MANY ? count : FEW;
+  const int width = count > FEW && count <= MANY ? 1 : PANELS;
+  for (int64_t pair; (pair = division.take() * PANELS) >= 0;)
+    for (int64_t panel = pair; panel < pair + PANELS; panel += width)
+      for (int64_t r = 0; r < count; r += height) {
+        const int64_t some = std::min(height, count - r);
+        i32x16 sums[MANY];
+        const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
+                                             : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
+        multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
+        for (int p = 0; p < width; p++) {
+          const auto put = finish(panel + p);
+          for (int64_t i = 0; i < some; i++) put(r + i, sums[i * width + p]);
+        }
+      }
+}
+
+f32x16 activate(f32x16 x, int activation) {
+  switch (activation) {
+    case RELU:
+      return x < 0.0f ? f32x16{} : x;
+    case GELU: {  // erf by Abramowitz and Stegun 7.1.26, to within 1.5e-7
+      f32x16 z = (x < 0.0f ? -x : x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
+      f32x16 p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+      f32x16 tail = p * exp(-z * z);  // 1 - erf(z)
+      return 0.5f * x * (x < 0.0f ? tail : 2.0f - tail);
+    }
+    case GELU_NEW:  // (1 + tanh(u)) / 2 is 1 / (1 + exp(-2 u))
+      return x / (1.0f + exp(-1.5957691216f * (x + 0.044715f * x * x * x)));
+    default:
+      return x;
+  }
+}
+
+// A panel's columns of out = activation(product + bias), (rows, channels).
+template <class Out>
+struct Output {
+  Out* out;
+  int64_t channels, first;
+  int activation;
+  f32x16 shift{};
+
+  Output(Out* out, const ProductArgs& by, int64_t panel, int activation)
+      : out(out), channels(by.channels), first(panel * LANES), activation(activation) {
+    if (!by.bias) return;
+    ELEMENT some[LANES] = {};
+    std::memcpy(some, by.bias + std::min(first, channels), size() * sizeof *some);
+    shift = load(some);
+  }
+
+  int64_t size() const { return std::max<int64_t>(0, std::min<int64_t>(LANES, channels - first)); }
+
+  void put(int64_t row, f32x16 product) const {
+    Out* target = out + row * channels + first;
+    const f32x16 y = activate(product + shift, activation);
+    if (first + LANES <= channels) return store(target, y);
+    Out some[LANES];
+    store(some, y);
+    std::memcpy(target, some, size() * sizeof *out);
+  }
+};
+
+constexpr float LARGEST = 127;               // of a row's integers
+constexpr float SMALLEST = 1.17549435e-38f;  // of a row's scale
+
+// kernels.int8.quantize_rows of one row, around 0, and the sum of its integers. The row is padded with zeros.
+void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, float* scale, int32_t* total) {
+  auto part = [&](int64_t i) {
+    ELEMENT some[LANES] = {};
+    if (i < columns) std::memcpy(some, x + i, std::min<int64_t>(LANES, columns - i) * sizeof(ELEMENT));
+    return load(some);
+  };
+  f32x16 best{}, broken{};
+  for (int64_t i = 0; i < columns; i += LANES) {
+    f32x16 size = part(i);
+    size = size < 0.0f ? -size : size;
+    best = best > size ? best : size;
+    broken += size - size;  // NaN if the row has one: comparisons pass over it
+  }
+  ELEMENT scales[LANES];
+  store(scales, f32x16{} + std::max(highest(best) / LARGEST, SMALLEST));
+  *scale = load(scales)[0];
+  i32x16 totals{};
+  for (int64_t i = 0; i < padded; i += LANES) {
+    const i32x16 numbers = integers(part(i) / *scale + ROUNDER);
+    totals += numbers;
+    const i8x16 narrow = __builtin_convertvector(numbers, i8x16);
+    std::memcpy(row + i, &narrow, sizeof narrow);
+  }
+  *total = 0;
+  for (int i = 0; i < LANES; i++) *total += totals[i];
+  *scale += sum(broken);
+}
+
+// Of x (rows, columns).
+void multiply_int8(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                   const QuantizedRows& to, int threads) {
+  Division division(by.num_panels / PANELS, threads);
+#pragma omp parallel num_threads(threads)
+  {
+#pragma omp for
+    for (int64_t r = 0; r < rows; r++)
+      quantize(x + r * by.columns, by.columns, by.padded, to.integers + r * by.padded, to.scales + r, to.sums + r);
+    multiply_panels<INT8>((const uint8_t*)to.integers, rows, by.padded, by.panels, division, [&](int64_t panel) {
+      return [=, output = Output<ELEMENT>(out, by, panel, activation), scale = load(by.scales + panel * LANES)](
+                 int64_t row, i32x16 sums) {
+        const f32x16 exact = __builtin_convertvector(sums - OFFSET * to.sums[row], f32x16);
+        output.put(row, exact * (scale * to.scales[row]));
+      };
+    });
+  }
+}
+
+template <class Out>
+void multiply_bf16(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, Out* out, int threads) {
+  Division division(by.num_panels / PANELS, threads);
+#pragma omp parallel num_threads(threads)
+  multiply_panels<BF16>((const uint8_t*)x, rows, by.columns * sizeof(ELEMENT), by.panels, division, [&](int64_t panel) {
+    return [output = Output<Out>(out, by, panel, activation)](int64_t row, i32x16 sums) {
+      output.put(row, bits_of<f32x16>(sums));
+    };
+  });
+}
+
+}  // namespace
+
+// Whether bfloat16 is multiplied as fast as memory is read: Intel's processors need AMX for that.
+extern "C" int bf16_is_fast() {
+#ifdef PRODUCT_INSTRUCTIONS
+#ifdef AMX
+  if (has_tiles) return 1;
+#endif
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") != 0;
+#else
+  return 0;
+#endif
+}
+
+// kernels.ops.Ops.linear: x (rows, columns), out (rows, channels). `room` may be null where the weight is bfloat16.
+extern "C" void linear_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                              const QuantizedRows* room, int threads) {
+  if (by.scales)
+    multiply_int8(by, x, rows, activation, out, *room, threads);
+  else
+    multiply_bf16(by, x, rows, activation, out, threads);
+}
+
+// kernels.ops.Ops.project of a bfloat16 weight: sums are not rounded.
+extern "C" void project_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, float* out, int threads) {
+  multiply_bf16(by, x, rows, NONE, out, threads);
+}
+#endif

@@ -1,0 +1,225 @@
+// Vectors of 16 numbers in GCC's and Clang's vector extensions: the compiler maps them to what the processor has. Intrinsics
+// stand only where the plain form compiles to slow code. `f32x16{} + x` is x in every lane.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int LANES = 16;
+constexpr float INF = __builtin_inff();
+
+typedef float f32x16 __attribute__((vector_size(4 * LANES)));
+typedef int32_t i32x16 __attribute__((vector_size(4 * LANES)));
+typedef uint32_t u32x16 __attribute__((vector_size(4 * LANES)));
+typedef uint16_t u16x16 __attribute__((vector_size(2 * LANES)));
+typedef int8_t i8x16 __attribute__((vector_size(LANES)));
+typedef uint8_t u8x16 __attribute__((vector_size(LANES)));
+
+template <class To, class From>
+To bits_of(From x) {
+  static_assert(sizeof(To) == sizeof(From), "the same bits");
+  To result;
+  std::memcpy(&result, &x, sizeof(To));
+  return result;
+}
+
+}  // namespace
+
+// The 16-bit types: not __bf16 and _Float16, which C++ has or lacks by the compiler's version and the processor. `narrow` rounds
+// to nearest, ties to even, and keeps a NaN a NaN.
+
+struct bfloat16 {
+  uint16_t bits;
+
+  static f32x16 widen(u16x16 raw) {
+#ifdef __AVX512F__  // compilers need five instructions for the plain form
+    return bits_of<f32x16>((u32x16)_mm512_cvtepu16_epi32((__m256i)raw) << 16);
+#else
+    return bits_of<f32x16>(__builtin_convertvector(raw, u32x16) << 16);
+#endif
+  }
+
+  static u16x16 narrow(f32x16 x) {
+#ifdef __AVX512BF16__
+    return (u16x16)_mm512_cvtneps_pbh((__m512)x);
+#else
+    const u32x16 raw = bits_of<u32x16>(x);
+    const u32x16 rounded = x == x ? raw + 0x7fff + ((raw >> 16) & 1) : raw | 0x400000;
+    return __builtin_convertvector(rounded >> 16, u16x16);
+#endif
+  }
+};
+
+struct float16 {
+  uint16_t bits;
+
+  static f32x16 widen(u16x16 raw) {
+#ifdef __AVX512F__
+    return (f32x16)_mm512_cvtph_ps((__m256i)raw);
+#elif defined(__F16C__)
+    __m128i halves[2];
+    std::memcpy(halves, &raw, sizeof raw);
+    const __m256 wide[2] = {_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])};
+    f32x16 result;
+    std::memcpy(&result, wide, sizeof result);
+    return result;
+#else
+    const u32x16 wide = __builtin_convertvector(raw, u32x16), size = (wide & 0x7fff) << 13;
+    const u32x16 finite = bits_of<u32x16>(bits_of<f32x16>(size) * 0x1p112f);  // makes denormals normal
+    const u32x16 special = size | (size > 0x7c00 << 13 ? u32x16{} + 0x7fc00000 : u32x16{} + 0x7f800000);
+    return bits_of<f32x16>((size < 0x7c00 << 13 ? finite : special) | (wide & 0x8000) << 16);
+#endif
+  }
+
+  static u16x16 narrow(f32x16 x) {
+#ifdef __AVX512F__
+    return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__F16C__)
+    __m256 wide[2];
+    std::memcpy(wide, &x, sizeof x);
+    const __m128i halves[2] = {_mm256_cvtps_ph(wide[0], _MM_FROUND_TO_NEAREST_INT),
+                               _mm256_cvtps_ph(wide[1], _MM_FROUND_TO_NEAREST_INT)};
+    u16x16 result;
+    std::memcpy(&result, halves, sizeof result);
+    return result;
+#else
+    const u32x16 raw = bits_of<u32x16>(x), size = raw & 0x7fffffff;
+    const u32x16 normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;  // a carry makes the largest infinite
+    const u32x16 denormal = bits_of<u32x16>(bits_of<f32x16>(size) + 0.5f) - 0x3f000000;  // the sum rounds
+    const u32x16 special = size > 0x7f800000 ? 0x7e00 | ((size >> 13) & 0x3ff) : u32x16{} + 0x7c00;
+    const u32x16 narrowed = size < 0x38800000 ? denormal : size < 0x47800000 ? normal : special;
+    return __builtin_convertvector(narrowed | ((raw >> 16) & 0x8000), u16x16);
+#endif
+  }
+};
+
+namespace {
+
+// COUNT numbers, and zeros in the lanes after them.
+template <int COUNT = LANES>
+f32x16 load(const float* source) {
+  f32x16 result{};
+  std::memcpy(&result, source, COUNT * sizeof *source);
+  return result;
+}
+
+template <int COUNT = LANES, class Half>
+f32x16 load(const Half* source) {
+  u16x16 raw{};
+  std::memcpy(&raw, source, COUNT * sizeof *source);
+  return Half::widen(raw);
+}
+
+// The first COUNT numbers.
+template <int COUNT = LANES>
+void store(float* target, f32x16 x) {
+  std::memcpy(target, &x, COUNT * sizeof *target);
+}
+
+template <int COUNT = LANES, class Half>
+void store(Half* target, f32x16 x) {
+  const u16x16 narrow = Half::narrow(x);
+  std::memcpy(target, &narrow, COUNT * sizeof *target);
+}
+
+// A mask for `?:` of the bytes that are not 0.
+i32x16 nonzero(const uint8_t* bytes) {
+  u8x16 some;
+  std::memcpy(&some, bytes, LANES);
+  return __builtin_convertvector(some, i32x16) != 0;
+}
+
+// ---- sums and squares
+
+// Cuts two vectors into pieces of PIECE lanes: the even pieces of both in turn, and the odd ones.
+template <int PIECE>
+f32x16 even(f32x16 a, f32x16 b) {
+  if (PIECE == 8) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+  if (PIECE == 4) return __builtin_shufflevector(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+  if (PIECE == 2) return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+  return __builtin_shufflevector(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+}
+
+template <int PIECE>
+f32x16 odd(f32x16 a, f32x16 b) {
+  if (PIECE == 8) return __builtin_shufflevector(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+  if (PIECE == 4) return __builtin_shufflevector(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+  if (PIECE == 2) return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+  return __builtin_shufflevector(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+}
+
+template <int PIECE>
+void fold(f32x16* rows) {
+  for (int i = 0; i < PIECE; i++) rows[i] = even<PIECE>(rows[i], rows[i + PIECE]) + odd<PIECE>(rows[i], rows[i + PIECE]);
+}
+
+// Lane i of the result is the sum of all lanes of rows[i], always added in the same order. Overwrites the rows.
+f32x16 sums(f32x16* rows) {
+  fold<8>(rows);
+  fold<4>(rows);
+  fold<2>(rows);
+  fold<1>(rows);
+  return rows[0];
+}
+
+template <int PIECE>
+void swap(f32x16* rows) {
+  for (int i = 0; i < LANES; i++) {
+    if (i & PIECE) continue;
+    const f32x16 a = rows[i], b = rows[i + PIECE];
+    rows[i] = even<PIECE>(a, b);
+    rows[i + PIECE] = odd<PIECE>(a, b);
+  }
+}
+
+// Of a square of numbers, or of any other 32 bits.
+void transpose(f32x16* rows) {
+  swap<8>(rows);
+  swap<4>(rows);
+  swap<2>(rows);
+  swap<1>(rows);
+}
+
+float sum(f32x16 x) {
+  f32x16 rows[LANES] = {x};
+  return sums(rows)[0];
+}
+
+float highest(f32x16 x) {
+  float best = x[0];
+  for (int i = 1; i < LANES; i++) best = std::max(best, x[i]);
+  return best;
+}
+
+// ---- functions
+
+// 1.5 * 2^23. Adding it rounds a number to the nearest integer, ties to even, and leaves that integer in the last bits.
+constexpr float ROUNDER = 12582912;
+
+// The integers in numbers that ROUNDER has been added to.
+i32x16 integers(f32x16 shifted) { return bits_of<i32x16>(shifted) - bits_of<int32_t>(ROUNDER); }
+
+// e^x with a relative error below 1e-7; 0 below -87, where e^x is not a normal number. Cephes' reduction and polynomial.
+f32x16 exp(f32x16 x) {
+  f32x16 y = x < -87.3f ? f32x16{} - 87.3f : x > 88.3f ? f32x16{} + 88.3f : x;
+  f32x16 shifted = y * 1.44269504f + ROUNDER;
+  f32x16 whole = shifted - ROUNDER;
+  f32x16 r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+  f32x16 p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  p = bits_of<f32x16>(bits_of<i32x16>(p) + (integers(shifted) << 23));
+  return x < -87.3f ? f32x16{} : x == x ? p : x;
+}
+
+}  // namespace

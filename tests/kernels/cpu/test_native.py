@@ -1,0 +1,94 @@
+"""The C++ without Python: no warnings, and self-tests by several compilers, under sanitizers and emulated on aarch64."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from kernels.cpu import build
+from tests.demand import demand
+
+HERE = Path(__file__).parent
+FLAGS = [flag for flag in build.FLAGS.split() if flag not in ("-w", "-shared", "-march=native", "-O3")]
+STRICT = ["-Wall", "-Wextra", "-Werror", f"-I{build.SOURCES}"]
+AARCH64 = "aarch64-linux-gnu-g++"
+
+
+class Target(NamedTuple):
+    """A compiler, its flags, and what runs the programs."""
+
+    compiler: str
+    flags: str
+    runner: tuple[str, ...] = ()
+
+
+SERVED = Target("g++", "-O3 -march=native")
+GCC, GCC_AMX = Target("g++", "-O1 -march=native"), Target("g++", "-O1 -march=sapphirerapids")
+AVX2, PORTABLE = Target("g++", "-O1 -march=x86-64-v3"), Target("g++", "-O1")
+CLANG, CLANG_AMX = Target("clang++-14", "-O1 -march=native"), Target("clang++-14", "-O1 -march=sapphirerapids")
+SANITIZED = Target("g++", "-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all")
+ARM = Target(AARCH64, "-O1", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"))
+
+
+def compiled(target: Target, *arguments: str) -> None:
+    demand(target.compiler)
+    if "sapphirerapids" in target.flags and os.uname().machine != "x86_64":
+        pytest.skip("these instructions are x86's")
+    command = [target.compiler, *FLAGS, *target.flags.split(), *STRICT, *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")
+
+
+def passes(target: Target, source: str, directory: Path, *defines: str) -> None:
+    if target.runner:
+        demand(target.runner[0])
+    program = directory / "selftest"
+    compiled(target, *defines, str(HERE / source), "-o", str(program))
+    # A sanitizer's look for leaks would need a right to trace, which containers deny.
+    environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+    run = subprocess.run([*target.runner, program], capture_output=True, text=True, check=False, env=environment)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("element", build.ELEMENTS.values())
+@pytest.mark.parametrize("target", [GCC, GCC_AMX, CLANG, CLANG_AMX, ARM], ids=lambda t: f"{t.compiler} {t.flags}")
+def test_the_source_has_no_warnings(target: Target, element: str) -> None:
+    compiled(target, "-fsyntax-only", f"-DELEMENT={element}", "-DHEAD_DIM=64", str(build.SOURCES / "kernels.cpp"))
+
+
+@pytest.mark.parametrize(
+    "target",
+    [SERVED, AVX2, PORTABLE, CLANG, SANITIZED, ARM],
+    ids=["native", "AVX2", "portable", "clang", "sanitized", "aarch64"],
+)
+def test_simd(target: Target, tmp_path: Path) -> None:
+    passes(target, "simd_selftest.cpp", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("target", "element"),
+    [
+        pytest.param(GCC, "bfloat16", id="native"),
+        pytest.param(CLANG, "float16", id="clang"),
+        pytest.param(SANITIZED, "bfloat16", id="sanitized"),
+        *(pytest.param(ARM, element, id=f"aarch64 {element}") for element in build.ELEMENTS.values()),
+    ],
+)
+def test_attention_norms_and_products(target: Target, element: str, tmp_path: Path) -> None:
+    defines = f"-DELEMENT={element}", "-DHEAD_DIM=40", "-DPORTABLE_PRODUCTS"
+    passes(target, "kernels_selftest.cpp", tmp_path, *defines)
+
+
+def test_a_self_test_says_what_differs(tmp_path: Path) -> None:
+    demand("g++")
+    sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    simd = sources / "simd.h"
+    simd.write_text(simd.read_text().replace("raw + 0x7fff", "raw + 0x8000"))
+    program = tmp_path / "selftest"
+    subprocess.run(["g++", *FLAGS, f"-I{sources}", HERE / "simd_selftest.cpp", "-o", program], check=True)
+    run = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stdout.startswith("bfloat16 of ")

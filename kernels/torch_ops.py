@@ -1,6 +1,7 @@
-"""The served CPU path: reads live pages only; decoding copies a few at a time, a prompt chunk those that it sees.
+"""The ops in plain PyTorch: what training runs, and what serves on CPUs where nothing is compiled.
 
-Signatures and shapes are those of kernels.ops.Ops.
+Attention reads live pages only: decoding copies a few pages at a time, a prompt chunk copies those that it sees. Signatures
+and shapes are those of kernels.ops.Ops; R is the number of rows of a page list.
 """
 
 from collections.abc import Sequence
@@ -16,17 +17,17 @@ from kernels.ops import BlockParts, Weight
 from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile
 from kernels.torch_sampling import sample as sample
 
-# Pages whose fp32 copy exists at a time: small enough to stay in the last-level cache while it is used.
+# Pages with an fp32 copy at a time: the copy stays in the last-level cache while it is used.
 PAGES_AT_A_TIME = 32
 
-# Rows of a product in prompt attention: a multiple of this.
+# The number of rows of a product in prompt attention is a multiple of this.
 LEAST_ROWS = 16
 
-# Whether oneDNN multiplies with AMX, and rows up to which it adds up their products in the same order.
+# Whether oneDNN multiplies with AMX, and the number of rows up to which its order of summation is the same.
 HAS_TILES = torch.cpu._is_amx_tile_supported()
 ROWS_OF_TILES = 32
 
-# What oneDNN does to a product before it rounds it: name, scalars, algorithm.
+# What oneDNN applies to a product ahead of rounding: name, scalars, algorithm.
 EPILOGUES: dict[Activation | None, tuple[str, list[float], str]] = {
     None: ("none", [], ""),
     "gelu_new": ("gelu", [], "tanh"),
@@ -42,9 +43,9 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    """Every page gives a partial maximum, sum and output in fp32; the parts are merged per sequence.
+    """Every page gives a partial maximum, sum and output in fp32, which are merged sequence by sequence.
 
-    A row's arithmetic depends on its own pages only, never on its batch-mates.
+    A row's arithmetic depends on its own pages only.
     """
     queries = q.float() * scale
     pages = plan.page_list
@@ -53,7 +54,7 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
         for start in range(0, len(pages.page_ids), PAGES_AT_A_TIME)
     ]
     peak, total, out = (torch.cat(part) for part in zip(*parts, strict=True))
-    # Merging adds one page after the other, so that its order of summation is the sequence's own as well.
+    # index_add_ adds one page after the other, so the order of summation is the sequence's own, too.
     batch, heads, dim = queries.shape
     owners = pages.owners[:, None].expand(-1, heads)
     highest = peak.new_full((batch, heads), float("-inf")).scatter_reduce_(0, owners, peak, "amax")
@@ -66,18 +67,18 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
 def attend_pages(
     queries: Tensor, k_pages: Tensor, v_pages: Tensor, pages: PageList, rows: slice
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Partial maximum (R, H), sum (R, H) and unnormalised output (R, H, D) of some rows of the page list."""
+    """Partial maximum (R, H), sum (R, H) and unnormalised output (R, H, D) of the R `rows` of the page list."""
     page_ids, visible = pages.page_ids[rows], pages.visible[rows]
     k = k_pages.index_select(0, page_ids).float()  # (R, H, 64, D)
     v = v_pages.index_select(0, page_ids).float()
-    # Keys not written yet may hold anything, NaN included, and 0 * NaN is NaN.
+    # Values not written yet may be NaN, and 0 * NaN is NaN.
     last_pages = pages.offsets[1:] - 1
     unwritten = last_pages[(last_pages >= rows.start) & (last_pages < rows.stop)] - rows.start
     v[unwritten] = v[unwritten].masked_fill(~visible[unwritten, None, :, None], 0.0)
     scores = torch.matmul(k, queries[pages.owners[rows], :, :, None]).squeeze(-1)  # (R, H, 64)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     peak = scores.amax(-1)
-    # A page of which a sparse pattern shows this query nothing has no peak, and -inf - -inf is NaN.
+    # If a sparse pattern hides a whole page from a query, the peak is -inf, and -inf - -inf is NaN.
     weights = (scores - peak.clamp_min(torch.finfo(peak.dtype).min).unsqueeze(-1)).exp()
     return peak, weights.sum(-1), torch.matmul(weights.unsqueeze(2), v).squeeze(2)
 
@@ -90,10 +91,10 @@ def decode_step(
 
 
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
-    """Tile of queries by tile.
+    """One tile of queries after the other. A row has the same bits however its prompt is cut.
 
-    The queries of a page are always held against the same keys: a product's order of summation depends on their number, so
-    that a row has the same bits however its prompt is cut. It depends on the number of rows too, where they are few.
+    A product's order of summation depends on the number of keys, so the queries of one page always meet the same keys. It
+    also depends on the number of rows if they are few, so rows are padded.
     """
     out = torch.empty_like(q)
     for tile in plan.tiles:
@@ -105,8 +106,8 @@ def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Prefill
 
 
 def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
-    """The named pages of (P, H, 64, D) side by side: (H, keys, D). Zeros for NO_PAGE, which only the first ones are."""
-    dead = page_ids.count(NO_PAGE)  # the first ones
+    """The named pages of (P, H, 64, D) concatenated: (H, keys, D), with zeros for NO_PAGE."""
+    dead = page_ids.count(NO_PAGE)  # only the first ids can be it
     parts = [pages[page] for page in page_ids[dead:]]
     if dead:
         parts.insert(0, parts[0].new_zeros(len(parts[0]), dead * PAGE_SIZE, pages.shape[-1]))
@@ -114,11 +115,10 @@ def gather_keys(pages: Tensor, page_ids: list[int]) -> Tensor:
 
 
 def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Tensor:
-    """Attention of q (H, T', D), of which the first T rows are the tile's, over k and v (H, keys, D). Overwrites v.
+    """Attention of q (H, T', D), whose first T rows are the tile's, over k and v (H, keys, D). Overwrites v.
 
-    In 16 bits PyTorch's own attention takes up to twice as long as its products. But these round their sums, so each score
-    is taken relative to the highest of the first and the last page: what is close to the maximum, and counts, is close to
-    0 then, and so is its error.
+    Products in 16 bits round their sums. So each score is taken relative to the highest of the first and last page: scores
+    near the maximum, which count, are then near 0, where rounding errors are small.
     """
     keys = k.transpose(1, 2)
     if q.dtype == torch.float32:
@@ -131,7 +131,7 @@ def attend_tile(q: Tensor, k: Tensor, v: Tensor, tile: Tile, scale: float) -> Te
         scores = torch.baddbmm(sample.amax(-1, keepdim=True) * scale, q, keys, beta=-1, alpha=scale)
     for page in tile.hidden:
         hide(scores[:, :, page * PAGE_SIZE : (page + 1) * PAGE_SIZE], tile, page)
-    if tile.unwritten:  # may hold anything, NaN included, and 0 * NaN is NaN
+    if tile.unwritten:  # may be NaN, and 0 * NaN is NaN
         v[:, -tile.unwritten :] = 0
     return torch.bmm(scores.softmax(-1), v)
 
@@ -143,8 +143,7 @@ def hide(scores: Tensor, tile: Tile, page: int) -> None:
 
 
 def pack(weight: Tensor, *, quantize: bool) -> Weight:
-    """oneDNN's blocked layout, in which a product takes two thirds of the time. Left as it is where oneDNN can't multiply
-    the dtype on this CPU."""
+    """The weight in oneDNN's blocked layout, or as it is if oneDNN can't multiply its dtype on this CPU."""
     if quantize:
         return quantize_weight(weight)
     onednn = torch.ops.mkldnn
@@ -152,21 +151,21 @@ def pack(weight: Tensor, *, quantize: bool) -> Weight:
         return weight
     if weight.dtype == torch.float16 and not onednn._is_mkldnn_fp16_supported():
         return weight
-    return onednn._reorder_linear_weight(weight, 1)  # for one row and more: the layout is the same
+    return onednn._reorder_linear_weight(weight, 1)  # packed for 1 row; the layout is the same for more
 
 
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
-    """Of a packed weight, bias and activation are applied before the sum is rounded, and a row has the same bits whatever
-    stands beside it. Otherwise differentiable."""
+    """With a packed weight, bias and activation are applied ahead of rounding, and a row has the same bits in any batch.
+    With a plain one it is differentiable."""
     if isinstance(weight, OneDNNWeight):
         product = multiply(*quantize_rows(x), weight, bias)
         return bias_activation(product, None, activation) if activation else product
     assert isinstance(weight, Tensor), "packed by other ops"
     if weight.is_mkldnn:
         rows = x.flatten(0, -2)
-        if len(rows) == 1:  # oneDNN splits the sum of a lone row among threads, which gives it other bits
+        if len(rows) == 1:  # oneDNN splits a single row's sum across threads, which changes its bits
             rows = torch.cat((rows, rows))
-        # And with tiles it splits the long sums of many rows.
+        # With AMX it also splits the long sums of many rows.
         parts = rows.split(ROWS_OF_TILES) if HAS_TILES and x.dtype == torch.bfloat16 else [rows]
         products = [torch.ops.mkldnn._linear_pointwise(part, weight, bias, *EPILOGUES[activation]) for part in parts]
         product = products[0] if len(products) == 1 else torch.cat(products)
@@ -184,7 +183,7 @@ def project(x: Tensor, weight: Weight) -> Tensor:
 def add_layernorm(
     x: Tensor, residual: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """LayerNorm of x + residual (..., C), and the sum itself: x where there is no residual. Differentiable."""
+    """LayerNorm of x + residual (..., C), and the sum itself, which is x without a residual. Differentiable."""
     total = x if residual is None else x + residual
     return F.layer_norm(total, total.shape[-1:], weight, bias, eps), total
 

@@ -1,4 +1,4 @@
-"""The served CPU path of sampling: the likeliest tokens first, the whole vocabulary only where they are not enough."""
+"""Sampling in plain PyTorch: from the likeliest tokens, and from the whole vocabulary only if those are not enough."""
 
 import torch
 from torch import Tensor
@@ -7,14 +7,14 @@ from kernels.long_rows import first_argmax
 from kernels.noise import gumbel, row_keys
 from kernels.sampling_state import SamplingState
 
-# Candidates looked at before the whole vocabulary is sorted; truncation rarely leaves more.
+# Candidates looked at ahead of sorting the whole vocabulary; truncation rarely leaves more.
 SHORTLIST = 1024
 
 
 def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
     """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
 
-    Rows never influence each other. A row of NaN or of -inf gets some token of the vocabulary.
+    Rows do not influence each other. A row of NaN or of -inf gets some token of the vocabulary.
     """
     adjusted = state.adjusted[batch_rows]
     if not adjusted.any():
@@ -50,8 +50,8 @@ def pick(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Te
 def draw(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
     """Token ids (B,) drawn from softmax(logits / temperature), truncated by top-k and min-p, then by top-p of what is left.
 
-    The draw takes the maximum of logit + Gumbel noise, where each token of a row has noise of its own. Logits that differ
-    in their last bits then hardly ever change the token, which an inverted running sum over the vocabulary would do often.
+    The draw takes the maximum of logit + Gumbel noise, with noise for each token of a row. So a difference in the logits'
+    last bits hardly ever changes the token; with an inverted running sum over the vocabulary it often would.
     """
     # Subtracting the maximum first keeps tiny temperatures from overflowing.
     scaled = (logits - logits.amax(-1, keepdim=True)) / state.temperature[batch_rows, None]
@@ -69,7 +69,7 @@ def draw(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Te
             break
         ids, kept, enough = shortlist(scaled[pending], top_k[pending], top_p[pending], min_p[pending], width)
         noised = kept + gumbel(keys[pending], ids)
-        # The lowest id of the maxima, as argmax over the whole vocabulary would take; NaN equals nothing.
+        # The lowest id of the maxima, as argmax over the whole vocabulary takes it; NaN equals nothing.
         best = torch.where(noised == noised.amax(-1, keepdim=True), ids, vocab_size - 1).amin(-1)
         tokens[pending[enough]] = best[enough]
         pending = pending[~enough]
@@ -77,10 +77,10 @@ def draw(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Te
 
 
 def shortlist(scaled: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `width` likeliest tokens, likeliest first: ids and logits (B, width), and whether they hold all that stay (B,).
+    """The `width` likeliest tokens, likeliest first: ids and logits (B, width), and whether no other token is kept (B,).
 
-    Logits outside the truncated set are -inf. Equal logits stay or go together, and the likeliest always stay. The list is
-    long enough when its last token goes: all behind it go too.
+    Logits outside the truncated set are -inf. Equal logits are kept or dropped together, and the likeliest are always kept.
+    The list is long enough if its last token is dropped: all less likely ones are dropped, too.
     """
     vocab_size = scaled.shape[1]
     values, ids = torch.topk(scaled, width)

@@ -28,7 +28,7 @@ RANKS = {
 }
 WEB = {"fastapi", "starlette", "pydantic", "pydantic_core", "pydantic_settings", "uvicorn", "sqlite3"}
 # Classes that are to get names of their own.
-SHARED_STILL = {"Block", "Example", "Message", "Tile"}
+SHARED_STILL = {"Example", "Message", "Tile"}
 
 
 def imports(file: Path) -> Iterator[str]:

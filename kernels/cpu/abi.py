@@ -17,6 +17,14 @@ def address(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
 
+class Pointer:
+    """The type of an argument that is a tensor or None here and a pointer in C++."""
+
+    @staticmethod
+    def from_param(x: Tensor | None) -> c_void_p:
+        return c_void_p(address(x))
+
+
 def pointers(*names: str) -> tuple[tuple[str, type[c_void_p]], ...]:
     return tuple((name, c_void_p) for name in names)
 
@@ -104,21 +112,21 @@ class ScratchArgs(ctypes.Structure):
 
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs)
 CONSTANTS = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
-FUNCTIONS = {
-    "kv_write": (c_void_p, c_void_p, c_int64, *[c_void_p] * 3, c_int64, c_int64, c_int),
-    "decode_step": (*[c_void_p] * 3, c_int64, *[c_void_p] * 7, c_int64, c_int64, c_float, c_int),
-    "prefill_attention": (c_void_p, c_int64, *[c_void_p] * 7, c_int64, c_void_p, c_int64, c_float, c_int),
-    "add_layernorm": (*[c_void_p] * 4, c_int64, c_int64, c_float, c_void_p, c_void_p, c_int),
+FUNCTIONS: dict[str, tuple[object, ...]] = {
+    "kv_write": (Pointer, Pointer, c_int64, *[Pointer] * 3, c_int64, c_int64, c_int),
+    "decode_step": (*[Pointer] * 3, c_int64, *[Pointer] * 7, c_int64, c_int64, c_float, c_int),
+    "prefill_attention": (Pointer, c_int64, *[Pointer] * 7, c_int64, Pointer, c_int64, c_float, c_int),
+    "add_layernorm": (*[Pointer] * 4, c_int64, c_int64, c_float, Pointer, Pointer, c_int),
 }
 # Only in libraries for processors that have the instructions.
-PRODUCT_FUNCTIONS = {
-    "linear_panels": (POINTER(ProductArgs), c_void_p, c_int64, c_int, c_void_p, POINTER(QuantizedRows), c_int),
-    "project_panels": (POINTER(ProductArgs), c_void_p, c_int64, c_void_p, c_int),
+PRODUCT_FUNCTIONS: dict[str, tuple[object, ...]] = {
+    "linear_panels": (POINTER(ProductArgs), Pointer, c_int64, c_int, Pointer, POINTER(QuantizedRows), c_int),
+    "project_panels": (POINTER(ProductArgs), Pointer, c_int64, Pointer, c_int),
     "run_blocks": (
-        POINTER(BlockArgs), c_int64, c_int, c_int, c_int64, POINTER(PlanArgs), c_int64, c_int64, c_void_p, c_void_p,
-        POINTER(ScratchArgs), c_int,
+        *(POINTER(BlockArgs), c_int64, c_int, c_int, c_int64),
+        *(POINTER(PlanArgs), c_int64, c_int64, Pointer, Pointer, POINTER(ScratchArgs), c_int),
     ),
-}  # fmt: skip
+}
 
 
 class AbiEntry(ctypes.Structure):

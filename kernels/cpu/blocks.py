@@ -33,7 +33,7 @@ class NativeBlocks:
         quantized = QuantizedRows(tokens, max(first.c_attn.padded, first.mlp_c_proj.padded))
         scratch = ScratchArgs(*(each.data_ptr() for each in (normed, qkv, attended, inner)), quantized)
         self._library.run_blocks(
-            self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads, step, tokens, num_decodes,
-            x.data_ptr(), update.data_ptr(), scratch, torch.get_num_threads(),
-        )  # fmt: skip
+            *(self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads),
+            *(step, tokens, num_decodes, x, update, scratch, torch.get_num_threads()),
+        )
         return x, update if self._pre_norm else None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import torch_ops
 from kernels.cpu import abi
-from kernels.cpu.abi import ProductArgs, QuantizedRows, address
+from kernels.cpu.abi import ProductArgs, QuantizedRows
 from kernels.cpu.blocks import NativeBlocks
 from kernels.cpu.build import Shape, compiled_library
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
@@ -54,10 +54,8 @@ class CompiledOps:
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         room = QuantizedRows(rows, weight.padded) if isinstance(weight, Int8Panels) else None
-        self._library.linear_panels(
-            ProductArgs.of(weight, bias), x.data_ptr(), rows, ACTIVATIONS[activation], out.data_ptr(), room,
-            torch.get_num_threads(),
-        )  # fmt: skip
+        args = ProductArgs.of(weight, bias)
+        self._library.linear_panels(args, x, rows, ACTIVATIONS[activation], out, room, torch.get_num_threads())
         return out
 
     def project(self, x: Tensor, weight: Weight) -> Tensor:
@@ -65,17 +63,13 @@ class CompiledOps:
             return self.linear(x, weight, None)
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
         out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
-        self._library.project_panels(
-            ProductArgs.of(weight, None), x.data_ptr(), rows, out.data_ptr(), torch.get_num_threads()
-        )  # fmt: skip
+        self._library.project_panels(ProductArgs.of(weight, None), x, rows, out, torch.get_num_threads())
         return out
 
     def kv_write(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         k, v = same_strides(k, v)
-        self._library.kv_write(
-            k.data_ptr(), v.data_ptr(), k.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), slot_mapping.data_ptr(),
-            len(k), k.shape[1], torch.get_num_threads(),
-        )  # fmt: skip
+        threads = torch.get_num_threads()
+        self._library.kv_write(k, v, k.stride(0), k_pages, v_pages, slot_mapping, len(k), k.shape[1], threads)
 
     def decode_step(
         self,
@@ -91,10 +85,9 @@ class CompiledOps:
         q, k, v = same_strides(q, k, v)
         pages, out = plan.page_list, q.new_empty(q.shape)
         self._library.decode_step(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(),
-            slot_mapping.data_ptr(), pages.page_ids.data_ptr(), pages.offsets.data_ptr(), pages.visible.data_ptr(),
-            out.data_ptr(), len(q), q.shape[1], scale, torch.get_num_threads(),
-        )  # fmt: skip
+            *(q, k, v, q.stride(0), k_pages, v_pages, slot_mapping, pages.page_ids, pages.offsets, pages.visible),
+            *(out, len(q), q.shape[1], scale, torch.get_num_threads()),
+        )
         return out
 
     def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
@@ -102,10 +95,9 @@ class CompiledOps:
         (q,) = same_strides(q)
         tiles, out = plan.tile_list, q.new_empty(q.shape)
         self._library.prefill_attention(
-            q.data_ptr(), q.stride(0), k_pages.data_ptr(), v_pages.data_ptr(), tiles.rows.data_ptr(),
-            tiles.offsets.data_ptr(), tiles.page_ids.data_ptr(), tiles.masks.data_ptr(), tiles.hidden.data_ptr(),
-            len(tiles.rows), out.data_ptr(), q.shape[1], scale, torch.get_num_threads(),
-        )  # fmt: skip
+            *(q, q.stride(0), k_pages, v_pages, tiles.rows, tiles.offsets, tiles.page_ids, tiles.masks, tiles.hidden),
+            *(len(tiles.rows), out, q.shape[1], scale, torch.get_num_threads()),
+        )
         return out
 
     def add_layernorm(
@@ -117,10 +109,8 @@ class CompiledOps:
             return torch_ops.add_layernorm(x, residual, weight, bias, eps)
         rows, more = x.contiguous(), None if residual is None else residual.contiguous()
         normed, total = torch.empty_like(rows), x if residual is None else torch.empty_like(rows)
-        self._library.add_layernorm(
-            rows.data_ptr(), address(more), address(weight), address(bias), x.numel() // columns, columns, eps,
-            normed.data_ptr(), total.data_ptr(), torch.get_num_threads(),
-        )  # fmt: skip
+        count, threads = x.numel() // columns, torch.get_num_threads()
+        self._library.add_layernorm(rows, more, weight, bias, count, columns, eps, normed, total, threads)
         return normed, total
 
     def native_forward(

@@ -30,6 +30,16 @@ To bits_of(From x) {
   return result;
 }
 
+#ifdef __F16C__
+struct TwoHalves {
+  __m128i a, b;
+};
+
+struct TwoFloats {
+  __m256 a, b;
+};
+#endif
+
 }  // namespace
 
 // The 16-bit types: not __bf16 and _Float16, which C++ has or lacks by the compiler's version and the processor. `narrow` rounds
@@ -64,12 +74,8 @@ struct float16 {
 #ifdef __AVX512F__
     return (f32x16)_mm512_cvtph_ps((__m256i)raw);
 #elif defined(__F16C__)
-    __m128i halves[2];
-    std::memcpy(halves, &raw, sizeof raw);
-    const __m256 wide[2] = {_mm256_cvtph_ps(halves[0]), _mm256_cvtph_ps(halves[1])};
-    f32x16 result;
-    std::memcpy(&result, wide, sizeof result);
-    return result;
+    const auto [a, b] = bits_of<TwoHalves>(raw);
+    return bits_of<f32x16>(TwoFloats{_mm256_cvtph_ps(a), _mm256_cvtph_ps(b)});
 #else
     const u32x16 wide = __builtin_convertvector(raw, u32x16), size = (wide & 0x7fff) << 13;
     const u32x16 finite = bits_of<u32x16>(bits_of<f32x16>(size) * 0x1p112f);  // makes denormals normal
@@ -82,13 +88,9 @@ struct float16 {
 #ifdef __AVX512F__
     return (u16x16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #elif defined(__F16C__)
-    __m256 wide[2];
-    std::memcpy(wide, &x, sizeof x);
-    const __m128i halves[2] = {_mm256_cvtps_ph(wide[0], _MM_FROUND_TO_NEAREST_INT),
-                               _mm256_cvtps_ph(wide[1], _MM_FROUND_TO_NEAREST_INT)};
-    u16x16 result;
-    std::memcpy(&result, halves, sizeof result);
-    return result;
+    const auto [a, b] = bits_of<TwoFloats>(x);
+    return bits_of<u16x16>(TwoHalves{_mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT),
+                                     _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT)});
 #else
     const u32x16 raw = bits_of<u32x16>(x), size = raw & 0x7fffffff;
     const u32x16 normal = (size - 0x38000000 + 0xfff + ((size >> 13) & 1)) >> 13;  // a carry makes the largest infinite

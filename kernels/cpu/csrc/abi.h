@@ -70,27 +70,29 @@ struct AbiEntry {
   int64_t place, size;  // bytes; of a constant its value and 0
 };
 
-#define CONSTANT(NAME) {#NAME, NAME, 0}
-#define STRUCTURE(NAME) {#NAME, 0, sizeof(NAME)}
-#define FIELD(STRUCTURE, NAME) {#STRUCTURE "." #NAME, offsetof(STRUCTURE, NAME), sizeof(STRUCTURE::NAME)}
+#define C(NAME) {#NAME, NAME, 0}
+#define S(NAME) {#NAME, 0, sizeof(NAME)}
+#define F(STRUCTURE, NAME) {#STRUCTURE "." #NAME, offsetof(STRUCTURE, NAME), sizeof(STRUCTURE::NAME)}
 
-// Ends with a null name.
+// Constants, structures and fields; ends with a null name.
 extern "C" const AbiEntry* abi() {
   static const AbiEntry entries[] = {
-      CONSTANT(PAGE_SIZE), CONSTANT(LANES), CONSTANT(GROUP), CONSTANT(BLOCK), CONSTANT(PANELS), CONSTANT(OFFSET),
-      STRUCTURE(NormArgs), FIELD(NormArgs, weight), FIELD(NormArgs, bias), FIELD(NormArgs, eps),
-      STRUCTURE(ProductArgs), FIELD(ProductArgs, panels), FIELD(ProductArgs, num_panels), FIELD(ProductArgs, scales),
-      FIELD(ProductArgs, padded), FIELD(ProductArgs, bias), FIELD(ProductArgs, channels), FIELD(ProductArgs, columns),
-      STRUCTURE(BlockArgs), FIELD(BlockArgs, ln_1), FIELD(BlockArgs, ln_2), FIELD(BlockArgs, c_attn),
-      FIELD(BlockArgs, c_proj), FIELD(BlockArgs, c_fc), FIELD(BlockArgs, mlp_c_proj), FIELD(BlockArgs, k_pages),
-      FIELD(BlockArgs, v_pages), FIELD(BlockArgs, plan), FIELD(BlockArgs, scale),
-      STRUCTURE(PlanArgs), FIELD(PlanArgs, slot_mapping), FIELD(PlanArgs, page_ids), FIELD(PlanArgs, offsets),
-      FIELD(PlanArgs, visible), FIELD(PlanArgs, tile_rows), FIELD(PlanArgs, tile_offsets), FIELD(PlanArgs, tile_page_ids),
-      FIELD(PlanArgs, tile_masks), FIELD(PlanArgs, tile_hidden), FIELD(PlanArgs, num_tiles),
-      STRUCTURE(QuantizedRows), FIELD(QuantizedRows, integers), FIELD(QuantizedRows, scales), FIELD(QuantizedRows, sums),
-      STRUCTURE(ScratchArgs), FIELD(ScratchArgs, normed), FIELD(ScratchArgs, qkv), FIELD(ScratchArgs, attended),
-      FIELD(ScratchArgs, inner), FIELD(ScratchArgs, quantized),
-      {nullptr, 0, 0},
+      C(PAGE_SIZE), C(LANES), C(GROUP), C(BLOCK), C(PANELS), C(OFFSET),
+      S(NormArgs), F(NormArgs, weight), F(NormArgs, bias), F(NormArgs, eps),
+      S(ProductArgs), F(ProductArgs, panels), F(ProductArgs, num_panels), F(ProductArgs, scales), F(ProductArgs, padded),
+      F(ProductArgs, bias), F(ProductArgs, channels), F(ProductArgs, columns),
+      S(BlockArgs), F(BlockArgs, ln_1), F(BlockArgs, ln_2), F(BlockArgs, c_attn), F(BlockArgs, c_proj), F(BlockArgs, c_fc),
+      F(BlockArgs, mlp_c_proj), F(BlockArgs, k_pages), F(BlockArgs, v_pages), F(BlockArgs, plan), F(BlockArgs, scale),
+      S(PlanArgs), F(PlanArgs, slot_mapping), F(PlanArgs, page_ids), F(PlanArgs, offsets), F(PlanArgs, visible),
+      F(PlanArgs, tile_rows), F(PlanArgs, tile_offsets), F(PlanArgs, tile_page_ids), F(PlanArgs, tile_masks),
+      F(PlanArgs, tile_hidden), F(PlanArgs, num_tiles),
+      S(QuantizedRows), F(QuantizedRows, integers), F(QuantizedRows, scales), F(QuantizedRows, sums),
+      S(ScratchArgs), F(ScratchArgs, normed), F(ScratchArgs, qkv), F(ScratchArgs, attended), F(ScratchArgs, inner),
+      F(ScratchArgs, quantized), {nullptr, 0, 0},
   };
   return entries;
 }
+
+#undef C
+#undef S
+#undef F

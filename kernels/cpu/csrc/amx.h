@@ -31,5 +31,11 @@ struct AmxTiles {
   ~AmxTiles() { _tile_release(); }
 };
 
+// Tiles 0 to 3 collect sums.
+#define ZERO_SUMS() _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3)
+#define STORE_SUMS(TARGET, STEP, STRIDE)                                     \
+  _tile_stored(0, TARGET, STRIDE); _tile_stored(1, TARGET + STEP, STRIDE);     \
+  _tile_stored(2, TARGET + 2 * STEP, STRIDE); _tile_stored(3, TARGET + 3 * STEP, STRIDE)
+
 }  // namespace
 #endif

@@ -135,31 +135,25 @@ void pair_queries(const ELEMENT* q, int64_t stride, int64_t count, u32x16 (*pair
     }
 }
 
+// Adds the products of tile 4 with pairs of all queries to the sums.
+#define MULTIPLY_PAIRS(PAIRS)                                                  \
+  _tile_loadd(5, PAIRS, ROW); _tile_dpbf16ps(0, 4, 5);                         \
+  _tile_loadd(6, PAIRS + 1, ROW); _tile_dpbf16ps(1, 4, 6);                     \
+  _tile_loadd(7, PAIRS + 2, ROW); _tile_dpbf16ps(2, 4, 7);                     \
+  _tile_loadd(5, PAIRS + 3, ROW); _tile_dpbf16ps(3, 4, 5)
+
 // `query` is pair_queries'.
 void attend_by_tiles(QueryTile& tile, const u32x16 (*query)[PAGE_VECTORS], const ELEMENT* k, const ELEMENT* v, int64_t count,
                      const uint8_t* hidden, float scale) {
   constexpr int ROW = PAGE_VECTORS * sizeof(f32x16);  // bytes of one number of all queries
   f32x16 weights[PAGE_SIZE][PAGE_VECTORS], best[PAGE_VECTORS], fade[PAGE_VECTORS];
   for (int key = 0; key < PAGE_SIZE; key += TILE_ROWS) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    ZERO_SUMS();
     for (int d = 0; d < HEAD_DIM; d += 2 * LANES) {
       _tile_loadd(4, k + key * HEAD_DIM + d, HEAD_DIM * sizeof(ELEMENT));
-      _tile_loadd(5, query[d / 2], ROW);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, query[d / 2] + 1, ROW);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, query[d / 2] + 2, ROW);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, query[d / 2] + 3, ROW);
-      _tile_dpbf16ps(3, 4, 5);
+      MULTIPLY_PAIRS(query[d / 2]);
     }
-    _tile_stored(0, weights[key], ROW);
-    _tile_stored(1, weights[key] + 1, ROW);
-    _tile_stored(2, weights[key] + 2, ROW);
-    _tile_stored(3, weights[key] + 3, ROW);
+    STORE_SUMS(weights[key], 1, ROW);
   }
   std::memcpy(best, tile.peak, sizeof best);
   for (int key = 0; key < PAGE_SIZE; key++)
@@ -194,26 +188,16 @@ void attend_by_tiles(QueryTile& tile, const u32x16 (*query)[PAGE_VECTORS], const
     _tile_loadd(3, tile.out[d] + 3, ROW);
     for (int j = 0; j < PAIR_VECTORS; j++) {
       _tile_loadd(4, values[d] + j, sizeof values[d]);
-      _tile_loadd(5, pairs[j * LANES], ROW);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, pairs[j * LANES] + 1, ROW);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(7, pairs[j * LANES] + 2, ROW);
-      _tile_dpbf16ps(2, 4, 7);
-      _tile_loadd(5, pairs[j * LANES] + 3, ROW);
-      _tile_dpbf16ps(3, 4, 5);
+      MULTIPLY_PAIRS(pairs[j * LANES]);
     }
-    _tile_stored(0, tile.out[d], ROW);
-    _tile_stored(1, tile.out[d] + 1, ROW);
-    _tile_stored(2, tile.out[d] + 2, ROW);
-    _tile_stored(3, tile.out[d] + 3, ROW);
+    STORE_SUMS(tile.out[d], 1, ROW);
   }
 }
 #endif
 
 }  // namespace
 
-// kernels.ops.Ops.prefill_attention and block_sparse_attention: q (tokens, heads, HEAD_DIM), tokens `stride` apart; `out`
+// kernels.ops.Ops.prefill_attention: q (tokens, heads, HEAD_DIM), tokens `stride` apart; `out`
 // (tokens, heads, HEAD_DIM), contiguous. rows to hidden are kernels.plan.TileList's.
 extern "C" void prefill_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
                                   const int64_t* rows, const int64_t* offsets, const int64_t* page_ids,

@@ -96,10 +96,7 @@ constexpr int MANY = 16, FEW = 8;
 template <Kind KIND>
 void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* panels, int64_t bytes, i32x16* sums) {
   const uint8_t* other = panels + bytes * LANES;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  ZERO_SUMS();
   for (int64_t c = 0; c < bytes; c += BLOCK) {
     for (int i = 0; i < BLOCK * LANES; i += 64) {
       __builtin_prefetch(panels + c * LANES + i + AHEAD);
@@ -116,10 +113,7 @@ void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* 
       MULTIPLY_TILES(3, 5, 7)
     }
   }
-  _tile_stored(0, sums, BLOCK);
-  _tile_stored(1, sums + TILE_ROWS, BLOCK);
-  _tile_stored(2, sums + 2 * TILE_ROWS, BLOCK);
-  _tile_stored(3, sums + 3 * TILE_ROWS, BLOCK);
+  STORE_SUMS(sums, TILE_ROWS, BLOCK);
 }
 #endif
 

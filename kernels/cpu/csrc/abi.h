@@ -1,4 +1,4 @@
-// What Python and C++ share: constants, the structures that cross, and a table from which kernels.cpu.abi checks both.
+// What Python and C++ share: constants and structures, and a table from which kernels.cpu.abi checks both.
 #pragma once
 
 #include <cstddef>
@@ -9,9 +9,9 @@ namespace {
 
 constexpr int PAGE_SIZE = 64;  // tokens
 
-// Layout of panels (kernels.cpu.panels). A panel holds LANES channels, group after group, and is read from front to back. An
-// instruction multiplies GROUP bytes of a row with GROUP bytes of each channel; rows are whole multiples of BLOCK bytes long,
-// which is what an AMX tile multiplies.
+// Layout of panels (kernels.cpu.panels). A panel holds LANES channels, group after group, and is read from front to
+// back. An instruction multiplies GROUP bytes of a row with GROUP bytes of each channel; rows are whole multiples of
+// BLOCK bytes long, which is what an AMX tile multiplies.
 constexpr int GROUP = 4, BLOCK = 64;
 constexpr int PANELS = 2;    // that are multiplied together; a weight has an even number of them
 constexpr int OFFSET = 128;  // added to int8 weights, which makes them unsigned

@@ -1,4 +1,4 @@
-// Intel's AMX: registers that hold tiles of up to 16 rows of 64 bytes. Attention and products use them where a machine has them.
+// Intel's AMX: registers that hold tiles of up to 16 rows of 64 bytes, for attention and products.
 #pragma once
 
 #include "abi.h"

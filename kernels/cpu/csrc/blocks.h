@@ -9,9 +9,9 @@
 
 #ifdef PRODUCTS
 
-// model.gpt.Block.forward of each block in turn. x and update are (tokens, heads * HEAD_DIM): the next norm adds them up, or
-// takes x alone where norms follow (pre_norm is 0). The first `decodes` tokens are a row of a sequence each, the others are
-// chunks of prompts.
+// model.gpt.Block.forward of each block in turn. x and update are (tokens, heads * HEAD_DIM): the next norm adds them
+// up, or takes x alone where norms follow (pre_norm is 0). The first `decodes` tokens are a row of a sequence each,
+// the others are chunks of prompts.
 extern "C" void run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation, int64_t heads,
                            const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
                            const ScratchArgs& scratch, int threads) {

@@ -5,8 +5,8 @@
 
 namespace {
 
-// Sequences that one thread takes through their pages side by side. A page that several of them see, as the rows of a draft
-// do, is in the cache for all but the first.
+// Sequences that one thread takes through their pages side by side. A page that several of them see, as the rows of a
+// draft do, is in the cache for all but the first.
 constexpr int SIDE_BY_SIDE = 8;
 
 // What a query has seen so far: `out` and `total` are sums weighted by exp(score - peak).
@@ -56,8 +56,8 @@ void attend(DecodeQuery& state, const ELEMENT* k, const ELEMENT* v, const uint8_
 
 }  // namespace
 
-// kernels.ops.Ops.decode_step: q, k and v (batch, heads, HEAD_DIM), rows `stride` apart; `out` (batch, heads, HEAD_DIM),
-// contiguous. Entries offsets[b] to offsets[b + 1] of page_ids and visible are the pages of sequence b.
+// kernels.ops.Ops.decode_step: q, k and v (batch, heads, HEAD_DIM), rows `stride` apart; `out` (batch, heads,
+// HEAD_DIM), contiguous. Entries offsets[b] to offsets[b + 1] of page_ids and visible are the pages of sequence b.
 extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v, int64_t stride, ELEMENT* k_pages,
                             ELEMENT* v_pages, const int64_t* slot_mapping, const int64_t* page_ids, const int64_t* offsets,
                             const uint8_t* visible, ELEMENT* out, int64_t batch, int64_t heads, float scale, int threads) {
@@ -82,7 +82,7 @@ extern "C" void decode_step(const ELEMENT* q, const ELEMENT* k, const ELEMENT* v
           for (int64_t i = 0; i < count; i++) {
             const int64_t entry = begin[i] + p;
             if (entry >= begin[i + 1]) continue;
-            // The next sequence's page. Near the end of unequal contexts it is some other page: a wrong guess costs little.
+            // The next sequence's page, or any page near the end of unequal contexts: a wrong guess costs little.
             const int64_t guess = std::min(i + 1 < count ? begin[i + 1] + p : begin[0] + p + 1, offsets[batch] - 1);
             const int64_t here = (page_ids[entry] * heads + h) * PAGE_NUMBERS;
             const int64_t next = (page_ids[guess] * heads + h) * PAGE_NUMBERS;

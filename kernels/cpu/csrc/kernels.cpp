@@ -1,7 +1,7 @@
 // The CPU kernels that kernels/cpu/compiled.py calls, as one unit for the compiler.
 //
-// kernels/cpu/build.py compiles this where it runs, for one ELEMENT (the type of activations, keys and values) and one HEAD_DIM.
-// A row's arithmetic depends on its own numbers and pages only, so its bits are the same in any batch.
+// kernels/cpu/build.py compiles this where it runs, for one ELEMENT (the type of activations, keys and values) and
+// one HEAD_DIM. A row's arithmetic depends on its own numbers and pages only, so its bits are the same in any batch.
 
 #include "abi.h"
 #include "blocks.h"

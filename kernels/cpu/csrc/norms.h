@@ -2,8 +2,8 @@
 
 #include "abi.h"
 
-// kernels.ops.Ops.add_layernorm of x (rows, columns), columns a multiple of LANES. `weight` and `bias` may be null; so may
-// `residual`, and then `total` is not written.
+// kernels.ops.Ops.add_layernorm of x (rows, columns), columns a multiple of LANES. `weight` and `bias` may be null;
+// so may `residual`, and then `total` is not written.
 extern "C" void add_layernorm(const ELEMENT* x, const ELEMENT* residual, const ELEMENT* weight, const ELEMENT* bias,
                               int64_t rows, int64_t columns, float eps, ELEMENT* normed, ELEMENT* total, int threads) {
 #pragma omp parallel for num_threads(threads)

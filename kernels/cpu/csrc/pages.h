@@ -30,7 +30,7 @@ void prefetch_head(const ELEMENT* source) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(ELEMENT)) __builtin_prefetch(source + i, 0, 2);
 }
 
-// Copies the keys or values of `count` tokens, `stride` apart, to their pages. Every thread of a parallel region calls it.
+// Copies keys or values of `count` tokens, `stride` apart, to pages. Every thread of a parallel region calls it.
 void write_pages(const ELEMENT* source, int64_t stride, ELEMENT* pages, const int64_t* slot_mapping, int64_t count,
                  int64_t heads) {
 #pragma omp for nowait

@@ -1,5 +1,5 @@
-// Attention of prompt chunks over pages of keys, in tiles of up to PAGE_SIZE queries. Each query has a lane of its own in every
-// vector, so that its bits depend on no other query.
+// Attention of prompt chunks over pages of keys, in tiles of up to PAGE_SIZE queries. Each query has a lane of its
+// own in every vector, so that its bits depend on no other query.
 #pragma once
 
 #include <optional>
@@ -13,7 +13,7 @@ namespace {
 constexpr int WIDTH = HEAD_VECTORS * LANES;  // numbers of a head, padded with zeros
 constexpr int AT_ONCE = 4;  // keys that share the loads of queries, and numbers of a value that share the loads of weights
 
-// What a tile's queries have seen so far: `out` and `total` are sums weighted by exp(score - peak). Lanes are queries.
+// What a tile's queries, the lanes, have seen so far: `out` and `total` are weighted by exp(score - peak).
 struct QueryTile {
   f32x16 query[WIDTH][PAGE_VECTORS], out[WIDTH][PAGE_VECTORS], peak[PAGE_VECTORS], total[PAGE_VECTORS];
 };
@@ -54,7 +54,7 @@ void store_queries(const QueryTile& tile, int64_t count, ELEMENT* out, int64_t s
   }
 }
 
-// Takes in the first `count` keys of a page. `hidden` (key, query) marks what a query does not see; null hides nothing.
+// Takes in the first `count` keys of a page. `hidden` (key, query) marks keys to hide from a query; null hides none.
 void attend(QueryTile& tile, const ELEMENT* k, const ELEMENT* v, int64_t count, const uint8_t* hidden) {
   float wide[PAGE_SIZE][WIDTH];
   f32x16 weights[PAGE_SIZE][PAGE_VECTORS], best[PAGE_VECTORS], fade[PAGE_VECTORS];

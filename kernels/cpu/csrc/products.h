@@ -1,11 +1,11 @@
 // Products of rows with packed weights, of which a step reads every byte once: memory sets the pace.
 //
-// Both kinds of weights share one layout (abi.h): int8 weights with a scale a channel, times rows quantised here with a scale
-// each; or bfloat16 weights times bfloat16 rows. A row has the same bits whatever rows stand next to it.
+// Both kinds of weights share one layout (abi.h): int8 weights with a scale a channel, times rows quantised here with
+// a scale each; or bfloat16 weights times bfloat16 rows. A row has the same bits whatever rows stand next to it.
 #pragma once
 
-// Where a processor lacks the instructions there are no products: oneDNN's are faster there. Tests define PORTABLE_PRODUCTS
-// to have them in plain C++.
+// Where a processor lacks the instructions there are no products: oneDNN's are faster there. Tests define
+// PORTABLE_PRODUCTS to have them in plain C++.
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #define PRODUCT_INSTRUCTIONS
 #endif
@@ -26,7 +26,7 @@ constexpr int AHEAD = 4096;  // bytes of a panel between what is multiplied and 
 
 enum Kind { INT8, BF16 };  // signed rows and unsigned weights, or bfloat16 both
 
-// One step of LANES sums: adds up the products of a group of a row, the same in all lanes, with a group of each channel.
+// One step of LANES sums: adds the products of a row's group, which is in every lane, with a group of each channel.
 template <Kind KIND>
 void multiply_add(i32x16& sums, i32x16 weights, i32x16 group) {
 #ifdef PRODUCT_INSTRUCTIONS  // around the intrinsics GCC 12 copies all sums twice
@@ -80,8 +80,8 @@ constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
   return functions[count - 1];
 }
 
-// Up to MANY rows are multiplied with one panel at once, so that each weight is read once. Two panels need fewer loads a
-// product: they take up to FEW rows, and more than MANY in blocks of FEW.
+// Up to MANY rows are multiplied with one panel at once, so that each weight is read once. Two panels need fewer
+// loads a product: they take up to FEW rows, and more than MANY in blocks of FEW.
 constexpr int MANY = 16, FEW = 8;
 
 #ifdef AMX
@@ -91,8 +91,8 @@ constexpr int MANY = 16, FEW = 8;
   else                                      \
     _tile_dpbf16ps(SUMS, ROWS, WEIGHTS);
 
-// Sums of TILE_ROWS rows each, from `first` on and from `second` on, with the channels of two panels: (2, PANELS, TILE_ROWS,
-// LANES). `second` may be null.
+// Sums of TILE_ROWS rows each, from `first` on and from `second` on, with the channels of two panels: (2, PANELS,
+// TILE_ROWS, LANES). `second` may be null.
 template <Kind KIND>
 void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* panels, int64_t bytes, i32x16* sums) {
   const uint8_t* other = panels + bytes * LANES;
@@ -117,8 +117,8 @@ void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* 
 }
 #endif
 
-// Divides `count` units of work among threads. Each thread goes through its own part from front to back, the order in which
-// memory is read fastest. Then it helps the others: the server's event loop may take a thread's core away.
+// Divides `count` units of work among threads. Each thread goes through its own part from front to back, the order in
+// which memory is read fastest. Then it helps the others: the server's event loop may take a thread's core away.
 class Division {
  public:
   Division(int64_t count, int threads) : parts(threads) {
@@ -144,9 +144,9 @@ class Division {
   std::vector<Part> parts;
 };
 
-// Multiplies `count` rows with the panels of a weight, which `division` hands out PANELS at a time. finish(panel)(row, sums)
-// is called, on any thread, with LANES sums at a time; with tiles it may see a row twice. Every thread of a parallel region
-// calls this.
+// Multiplies `count` rows with the panels of a weight, which `division` hands out PANELS at a time.
+// finish(panel)(row, sums) is called, on any thread, with LANES sums at a time; with tiles it may see a row twice.
+// Every thread of a parallel region calls this.
 template <Kind KIND, class Finish>
 void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, Division& division,
                      Finish finish) {

@@ -1,5 +1,5 @@
-// Vectors of 16 numbers in GCC's and Clang's vector extensions: the compiler maps them to what the processor has. Intrinsics
-// stand only where the plain form compiles to slow code. `f32x16{} + x` is x in every lane.
+// Vectors of 16 numbers in GCC's and Clang's vector extensions: the compiler maps them to what the processor has.
+// Intrinsics stand only where the plain form compiles to slow code. `f32x16{} + x` is x in every lane.
 #pragma once
 
 #include <algorithm>
@@ -42,8 +42,8 @@ struct TwoFloats {
 
 }  // namespace
 
-// The 16-bit types: not __bf16 and _Float16, which C++ has or lacks by the compiler's version and the processor. `narrow` rounds
-// to nearest, ties to even, and keeps a NaN a NaN.
+// The 16-bit types: not __bf16 and _Float16, which C++ has or lacks by the compiler's version and the processor.
+// `narrow` rounds to nearest, ties to even, and keeps a NaN a NaN.
 
 struct bfloat16 {
   uint16_t bits;
@@ -202,13 +202,15 @@ float highest(f32x16 x) {
 
 // ---- functions
 
-// 1.5 * 2^23. Adding it rounds a number to the nearest integer, ties to even, and leaves that integer in the last bits.
+// 1.5 * 2^23. Adding it rounds a number to the nearest integer, ties to even, and leaves that integer in the last
+// bits.
 constexpr float ROUNDER = 12582912;
 
 // The integers in numbers that ROUNDER has been added to.
 i32x16 integers(f32x16 shifted) { return bits_of<i32x16>(shifted) - bits_of<int32_t>(ROUNDER); }
 
-// e^x with a relative error below 1e-7; 0 below -87, where e^x is not a normal number. Cephes' reduction and polynomial.
+// e^x with a relative error below 1e-7; 0 below -87, where e^x is not a normal number. Cephes' reduction and
+// polynomial.
 f32x16 exp(f32x16 x) {
   f32x16 y = x < -87.3f ? f32x16{} - 87.3f : x > 88.3f ? f32x16{} + 88.3f : x;
   f32x16 shifted = y * 1.44269504f + ROUNDER;

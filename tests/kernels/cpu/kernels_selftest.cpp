@@ -1,5 +1,5 @@
-// Compares attention, norms and products with plain loops in double, needs no Python. Prints what differs, and exits with 1 if
-// anything does.
+// Compares attention, norms and products with plain loops in double, needs no Python. Prints what differs, and exits
+// with 1 if anything does.
 
 #include "kernels.cpp"
 
@@ -13,7 +13,7 @@ namespace {
 typedef std::vector<ELEMENT> Numbers;
 
 constexpr bool IS_FLOAT = sizeof(ELEMENT) == 4, IS_BFLOAT16 = std::is_same<ELEMENT, bfloat16>::value;
-constexpr double STEP = IS_FLOAT ? 1e-6 : IS_BFLOAT16 ? 0x1p-8 : 0x1p-11;  // half the distance of neighbouring numbers, and more
+constexpr double STEP = IS_FLOAT ? 1e-6 : IS_BFLOAT16 ? 0x1p-8 : 0x1p-11;  // at least half of a number's last bit
 constexpr int HEADS = 2, PAGES = 7, THREADS = 2;
 constexpr float SCALE = 0.3f, EPS = 1e-5f;
 
@@ -138,7 +138,8 @@ void check_prefill() {
       for (int64_t h = 0; h < HEADS; h++)
         for (int d = 0; d < HEAD_DIM; d++) {
           const int64_t place = (rows[3 * t] + i) * row + h * HEAD_DIM;
-          expect("prefill_attention", place, plain(out[place + d]), attended(&q[place], k_pages, v_pages, keys, h, d), 4 * STEP);
+          const double wanted = attended(&q[place], k_pages, v_pages, keys, h, d);
+          expect("prefill_attention", place, plain(out[place + d]), wanted, 4 * STEP);
         }
     }
 }
@@ -146,7 +147,8 @@ void check_prefill() {
 // ---- norms
 
 void check_norm(int64_t rows, int64_t columns, bool adds, bool affine) {
-  const Numbers x = normal(rows * columns, 3), residual = normal(rows * columns), weight = normal(columns), bias = normal(columns);
+  const Numbers x = normal(rows * columns, 3), residual = normal(rows * columns);
+  const Numbers weight = normal(columns), bias = normal(columns);
   Numbers normed(rows * columns), total(rows * columns);
   add_layernorm(x.data(), adds ? residual.data() : nullptr, affine ? weight.data() : nullptr, affine ? bias.data() : nullptr,
                 rows, columns, EPS, normed.data(), total.data(), THREADS);

@@ -1,5 +1,5 @@
-// Compares every operation of simd.h with plain scalar code, needs no Python. Prints what differs, and exits with 1 if
-// anything does.
+// Compares every operation of simd.h with plain scalar code, needs no Python. Prints what differs, and exits with 1
+// if anything does.
 
 #include "simd.h"
 

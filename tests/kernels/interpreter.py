@@ -123,7 +123,9 @@ def exact_bf16() -> Iterator[None]:
     """Make the interpreter round to bf16 and multiply bf16 correctly: by itself it truncates, and multiplies bit patterns.
 
     A product also gives a row the same bits wherever it stands in a tile, as tensor cores do. NumPy's own products don't on
-    every processor: on Zen 3 they depend on the place. Other arithmetic on bf16 raises TypeError. It would give wrong values in silence, and the kernels compute in fp32 anyway.
+    every processor: on Zen 3 they depend on the place.
+
+    Other arithmetic on bf16 raises TypeError. It would give wrong values in silence, and the kernels compute in fp32 anyway.
     """
     cast, binary, unary = (
         interpreter_builder.cast_impl,

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: install prometheus native-tools serve test lint check conformance aot bench gpu-check demo-model lock
+.PHONY: install tools serve test lint check conformance aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -18,37 +18,38 @@ serve: install
 	$(BIN)/banded serve $(if $(MODEL),--model '$(MODEL)') $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') \
 	  $(if $(DTYPE),--dtype '$(DTYPE)') $(if $(DEVICE),--device '$(DEVICE)')
 
-# Prometheus, which some tests run beside the server; Debian's package where it is missing, without the service it starts.
-prometheus:
-	@command -v prometheus >/dev/null && command -v promtool >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -q && apt-get install -y -q --no-install-recommends prometheus && \
-	    service prometheus stop && update-rc.d prometheus disable; \
-	  else \
-	    echo "the tests run prometheus and promtool: install Debian's package prometheus, or Prometheus's own archive" >&2; exit 1; \
-	  fi; }
+# The programs that some tests run, each with Debian's package: Prometheus beside the server, and the compilers and the emulator
+# that the C++ has to pass through. Installs what is missing, where it may; elsewhere those tests are skipped, unless
+# BANDED_DEMAND=1. Prometheus's package starts a service, which is stopped.
+TOOLS := prometheus=prometheus promtool=prometheus clang++-14=clang-14 aarch64-linux-gnu-g++=g++-aarch64-linux-gnu \
+  qemu-aarch64=qemu-user
 
-# Compilers and an emulator for the C++ kernels' tests on other processors (tests/kernels/cpu/test_native.py): Debian's packages
-# where `make` is root there. Without them the tests are skipped; with BANDED_DEMAND=1 they fail.
-native-tools:
-	@command -v clang++-14 >/dev/null && command -v aarch64-linux-gnu-g++ >/dev/null && command -v qemu-aarch64 >/dev/null || { \
-	  if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    apt-get update -q && apt-get install -y -q --no-install-recommends clang-14 libomp-14-dev g++-aarch64-linux-gnu qemu-user; \
-	  else echo "the C++ kernels are tested on fewer processors: clang-14, libomp-14-dev, g++-aarch64-linux-gnu, qemu-user" >&2; fi; }
+tools:
+	@missing=''; \
+	for tool in $(TOOLS); do command -v "$${tool%=*}" >/dev/null || missing="$$missing $${tool#*=}"; done; \
+	[ -n "$$missing" ] || exit 0; \
+	case "$$missing" in *clang-14*) missing="$$missing libomp-14-dev";; esac; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  apt-get update -q && apt-get install -y -q --no-install-recommends $$missing || exit 1; \
+	  case "$$missing" in *prometheus*) service prometheus stop && update-rc.d prometheus disable;; esac; \
+	else \
+	  echo "some tests will be skipped: install Debian's packages$$missing, or what they contain" >&2; \
+	  [ "$$BANDED_DEMAND" != 1 ]; \
+	fi
 
-test: install prometheus
+test: install tools
 	$(BIN)/pytest
 
 lint: install
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 
-check: lint prometheus native-tools
+check: lint tools
 	$(BIN)/mypy
 	$(BIN)/pytest
 
 # The tests that show the HTTP contract, and the table of what they show.
-conformance: install prometheus
+conformance: install tools
 	$(BIN)/pytest -m contract -p tests.conformance --conformance CONFORMANCE.md
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.

@@ -1,13 +1,10 @@
 """Prometheus itself judges what is served and deployed: its linter, and a Prometheus that scrapes real servers."""
 
-import os
-import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
@@ -16,7 +13,8 @@ import yaml
 
 from service.api.metrics_alias import VLLM
 from tests.conformance import contract
-from tests.deploy.deployed import DEPLOY, ROOT, Query, dashboard_queries, read_yaml
+from tests.demand import demand
+from tests.deploy.deployed import DEPLOY, Query, dashboard_queries, read_yaml
 from tests.model.checkpoint.checkpoints import tiny
 from tests.service.api.helpers import serving
 from tests.service.helpers import run
@@ -24,9 +22,7 @@ from tests.serving import banded_serve
 
 
 def program(name: str) -> str:
-    found = shutil.which(name)
-    assert found, f"{name} is not installed; `make prometheus` does that"
-    return found
+    return demand(name, why="Prometheus judges what is served and deployed")
 
 
 def promtool(*arguments: object, text: str | None = None) -> str:
@@ -36,45 +32,6 @@ def promtool(*arguments: object, text: str | None = None) -> str:
     said = checked.stdout + checked.stderr
     assert checked.returncode == 0, said
     return said
-
-
-def make_prometheus(path: str) -> subprocess.CompletedProcess[str]:
-    """`make prometheus` with only the programs in `path`, and without the variables of an outer make."""
-    command = [program("make"), "-C", str(ROOT), "--no-print-directory", "prometheus"]
-    return subprocess.run(command, env={"PATH": path}, capture_output=True, text=True, timeout=60)
-
-
-def test_make_is_silent_where_prometheus_is_and_says_what_to_do_where_it_is_not(tmp_path: Path) -> None:
-    program("prometheus")
-    found = make_prometheus(os.environ["PATH"])
-    assert (found.returncode, found.stdout + found.stderr) == (0, "")
-    (tmp_path / "id").symlink_to(program("id"))
-    missing = make_prometheus(str(tmp_path))
-    assert missing.returncode != 0
-    assert "install Debian's package prometheus, or Prometheus's own archive" in missing.stderr
-
-
-def stub(folder: Path, name: str, script: str) -> None:
-    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
-    (folder / name).chmod(0o755)
-
-
-def test_make_installs_prometheus_for_root_and_leaves_no_service(tmp_path: Path) -> None:
-    stub(tmp_path, "id", "echo 0")
-    for name in ("apt-get", "service", "update-rc.d"):
-        stub(tmp_path, name, f'echo {name} "$@"')
-    done = make_prometheus(str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
-        "apt-get update -q",
-        "apt-get install -y -q --no-install-recommends prometheus",
-        "service prometheus stop",
-        "update-rc.d prometheus disable",
-    ]
-    for name in ("apt-get", "service", "update-rc.d"):
-        stub(tmp_path, name, "exit 1")
-        assert make_prometheus(str(tmp_path)).returncode != 0
-        stub(tmp_path, name, "exit 0")
 
 
 class Scraped(NamedTuple):

@@ -24,6 +24,8 @@ from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import settings_of
 
+pytest_plugins = ["schemathesis.pytest.plugin"]
+
 SEED = 20200528
 EXAMPLES = 40  # requests to each route, besides the boundary values of every field
 

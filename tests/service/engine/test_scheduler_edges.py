@@ -1,0 +1,230 @@
+"""Corners of the scheduler and the page accounts that a change once crossed without any other test noticing."""
+
+import itertools
+from collections.abc import Sequence as Items
+from typing import Any
+
+import pytest
+
+from kernels.band import PAGE_SIZE
+from model.config import GPTConfig, KVGroup
+from model.step import Sampled, Sampling, StepInput
+from service.engine.drafting import PromptLookup
+from service.engine.pages import FilledPage, PageAllocator, page_hashes
+from service.engine.scheduler import MIN_CHUNK, Scheduler
+from service.engine.sequence import Delta, PrefixGroup, Sequence
+
+CONTEXT = 512
+STOP = 7
+fresh_tokens = itertools.count(1000)
+
+
+# What the tests below know of names and fields inside.
+
+
+def pages(num_pages: int, band: int | None = None, *, step_tokens: int = 128) -> PageAllocator:
+    """The accounts of one pool of that many pages; of a second one, as large, where there is a band."""
+    attention = ("dense",) if band is None else ("dense", "banded")
+    shape = GPTConfig(
+        vocab_size=100, n_positions=CONTEXT, n_embd=8, n_layer=2, n_head=1, n_inner=8, attention=attention, band=band
+    )
+    sizes: dict[KVGroup, int] = {"dense": num_pages, "banded": num_pages}
+    return PageAllocator(shape, sizes, step_tokens=step_tokens)
+
+
+def make(
+    band: int | None = None, *, num_pages: int = 64, max_rows: int = 4, step_tokens: int = 128, max_draft: int = 0
+) -> Scheduler:
+    cache = pages(num_pages, band, step_tokens=step_tokens)
+    return Scheduler(cache, max_rows=max_rows, step_tokens=step_tokens, max_draft=max_draft)
+
+
+def sequence(prompt: Items[int], max_tokens: int = 5, **fields: Any) -> Sequence:
+    return Sequence(list(prompt), max_tokens, Sampling(), frozenset({STOP}), **fields)
+
+
+def alone(num_prompt: int, max_tokens: int = 5) -> Sequence:
+    """A sequence whose prompt begins like no other."""
+    return sequence([next(fresh_tokens), *range(1, num_prompt)], max_tokens)
+
+
+def group(num_common: int, *, one_prompt: bool) -> dict[str, Any]:
+    return {"group": PrefixGroup(num_common, one_prompt)}
+
+
+def faults(scheduler: Scheduler) -> list[str]:
+    """What is wrong with the page accounts at this moment, while a step is in flight."""
+    return scheduler.cache.check_integrity()
+
+
+def cached_pages(cache: PageAllocator) -> int:
+    """Pages that nobody holds and that can be found by their content."""
+    return len(cache.pools["dense"].cached)
+
+
+def free_pages(cache: PageAllocator) -> int:
+    return len(cache.pools["dense"].free)
+
+
+def fill(cache: PageAllocator, row: int, num_pages: int) -> list[FilledPage]:
+    """Have a row fill its first pages with the same tokens as every other row."""
+    tokens = range(num_pages * PAGE_SIZE)
+    assert cache.try_reserve(row, len(tokens))
+    cache.extend(row, len(tokens))
+    return cache.fill(row, 0, len(tokens), page_hashes(tokens))
+
+
+def launch(scheduler: Scheduler) -> StepInput:
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    return step
+
+
+def commit(scheduler: Scheduler, step: StepInput, token: int = 1) -> list[Delta]:
+    """Every sample of the oldest step in flight is this token."""
+    prompt_logprobs: list[Any] = [[] for _ in step.prompt_logprobs]
+    return scheduler.commit(Sampled([token] * len(step.samples), [None] * len(step.samples), prompt_logprobs), 0.01)
+
+
+def finish(scheduler: Scheduler) -> None:
+    while step := scheduler.schedule(0.0):
+        commit(scheduler, step)
+    assert scheduler.idle
+    assert scheduler.check_integrity() == []
+
+
+def num_cached(step: StepInput) -> int:
+    """Where the prompt begins that this step goes on with: what comes before was in the cache."""
+    (chunk,) = step.chunks
+    return chunk.start
+
+
+def draft_all_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have each draft be as long as the scheduler allows."""
+    monkeypatch.setattr(PromptLookup, "draft", lambda _self, limit, _streams: [2] * max(limit, 0))
+
+
+# Pages
+
+
+@pytest.mark.parametrize("band", [None, 64])
+def test_a_page_computed_on_one_of_a_failed_step_is_never_found(band: int | None) -> None:
+    scheduler = make(band, step_tokens=PAGE_SIZE)
+    prompt = range(2 * PAGE_SIZE + 1)
+    scheduler.submit([sequence(prompt)])
+    launch(scheduler)  # computes the first page, and fails
+    second = launch(scheduler)  # computes the second page, which attends to the first
+    assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
+    assert commit(scheduler, second) == []
+    scheduler.submit([sequence(prompt[: PAGE_SIZE + 1])])  # computes the first page again, as it should be
+    finish(scheduler)
+    scheduler.submit([sequence(prompt)])
+    assert num_cached(launch(scheduler)) == PAGE_SIZE
+
+
+def test_the_pages_of_a_failed_step_are_free() -> None:
+    scheduler = make()
+    scheduler.submit([alone(128)])
+    launch(scheduler)
+    scheduler.fail_step()
+    assert (cached_pages(scheduler.cache), free_pages(scheduler.cache)) == (0, 64)
+
+
+def test_of_two_pages_with_one_content_one_is_kept() -> None:
+    cache = pages(8)
+    filled = [fill(cache, row, 2) for row in (0, 1)]
+    for each in filled:
+        cache.publish(each)
+    cache.free(1)
+    assert (cached_pages(cache), free_pages(cache)) == (0, 6)
+    cache.free(0)
+    assert (cached_pages(cache), free_pages(cache)) == (2, 6)
+    assert cache.check_integrity() == []
+
+
+def test_a_page_let_go_before_it_is_published_is_free_at_once_if_its_content_is_kept_already() -> None:
+    cache = pages(8)
+    first, second = (fill(cache, row, 2) for row in (0, 1))
+    cache.publish(first)
+    cache.free(1)  # its step is still in flight
+    cache.publish(second)
+    assert (cached_pages(cache), free_pages(cache)) == (0, 6)
+    cache.free(0)
+    assert (cached_pages(cache), free_pages(cache)) == (2, 6)
+    assert cache.check_integrity() == []
+
+
+# Drafts
+
+
+@pytest.mark.parametrize(("num_prompt", "num_rows"), [(10, 118), (72, 56), (73, 119), (136, 56), (137, 119)])
+def test_a_draft_ends_with_the_pages_that_a_band_reserved(
+    num_prompt: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draft_all_that_fits(monkeypatch)
+    band = 10  # two pages between steps
+    scheduler = make(band, step_tokens=400, max_draft=300)
+    scheduler.submit([alone(num_prompt, max_tokens=300)])
+    commit(scheduler, launch(scheduler))
+    step = launch(scheduler)
+    assert faults(scheduler) == []
+    assert len(step.decodes) == num_rows
+    assert (num_prompt + num_rows) % PAGE_SIZE == 0, "one row more would take another page"
+
+
+def test_a_draft_leaves_a_prompt_its_least_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    draft_all_that_fits(monkeypatch)
+    scheduler = make(step_tokens=100, max_draft=300)
+    scheduler.submit([alone(5, max_tokens=300), alone(5, max_tokens=300)])
+    commit(scheduler, launch(scheduler))
+    for others in ([], [alone(200)], [alone(200), alone(200)]):
+        scheduler.submit(others)
+        scheduler._pace.row_limit = lambda _start: 1000  # type: ignore[method-assign]
+        scheduler._pace.chunk_limit = lambda *_: 1000  # type: ignore[method-assign]
+        step = launch(scheduler)
+        assert len(step.decodes) == 100 - MIN_CHUNK
+        assert sum(len(chunk.tokens) for chunk in step.chunks) == MIN_CHUNK * bool(others)
+        commit(scheduler, step)
+        for each in others:
+            scheduler.abort(each)
+
+
+# The order of prompts, and prefix groups
+
+
+def test_a_prompt_that_is_half_done_goes_before_one_that_came_earlier_and_waited() -> None:
+    scheduler = make(100)
+    common = [next(fresh_tokens), *range(1, PAGE_SIZE)]
+    first, second = (sequence([*common, own], 0, **together) for together in [group(64, one_prompt=False)] for own in (2, 3))
+    other = alone(300)
+    scheduler.submit([first, second])
+    scheduler.submit([other])
+    step = launch(scheduler)
+    rows = [each.row for each in (first, second, other)]
+    assert [chunk.row for chunk in step.chunks] == [rows[0], rows[2]], "the second waits for the common page"
+    commit(scheduler, step)
+    step = launch(scheduler)
+    assert [chunk.row for chunk in step.chunks][:1] == [rows[2]], "it is half done"
+    assert second.num_computed == 0
+    commit(scheduler, step)
+    finish(scheduler)
+
+
+def test_a_fork_that_comes_after_its_parents_prompt_reserves_pages_of_its_own() -> None:
+    scheduler = make(num_pages=8, max_rows=2, step_tokens=512)
+    other, together = alone(5, 2), group(320, one_prompt=True)
+    parent, fork = (sequence(range(320), 30, **together) for _ in range(2))  # 6 pages each, of which 5 are the prompt's
+    scheduler._pace.chunk_limit = lambda *_: 512  # type: ignore[method-assign]
+    scheduler.submit([other])
+    first = launch(scheduler)
+    scheduler.submit([parent, fork])
+    second = launch(scheduler)
+    assert parent.num_computed == 320
+    commit(scheduler, first)
+    scheduler.abort(other)
+    third = launch(scheduler)
+    assert scheduler.lacks_pages, "5 shared pages and 2 would fit; 12 do not"
+    for step in (second, third):
+        commit(scheduler, step)
+    finish(scheduler)
+    assert fork.num_generated == 30

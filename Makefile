@@ -2,8 +2,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+# Bytecode is kept, whatever the environment says: without it, each server that a test starts compiles the whole product.
+export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install tools serve test lint check conformance aot bench gpu-check demo-model lock
+.PHONY: install tools serve quick test lint check conformance aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -36,6 +38,20 @@ tools:
 	  echo "some tests will be skipped: install Debian's packages$$missing, or what they contain" >&2; \
 	  [ "$$BANDED_DEMAND" != 1 ]; \
 	fi
+
+# The tests that need no torch: scheduling, pages, drafting, pace, text, limits, the band, configurations and training's tasks,
+# with a quarter of the scheduler's random examples. Their environment has these packages and what they require, and no torch:
+# a test that comes to import more fails here.
+QUICK := tests/kernels/test_band.py tests/model/test_config.py tests/model/training/test_tasks.py tests/service/api/test_limits.py tests/service/api/test_limits_rounding.py \
+  $(patsubst %,tests/service/engine/test_%.py,drafting pace pages scheduler scheduler_edges text)
+
+quick: .venv-quick/.installed
+	.venv-quick/bin/pytest --hypothesis-profile quick $(QUICK)
+
+.venv-quick/.installed: constraints.txt
+	test -x .venv-quick/bin/python || $(PYTHON) -m venv .venv-quick
+	.venv-quick/bin/pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis tiktoken
+	touch $@
 
 test: install tools
 	$(BIN)/pytest

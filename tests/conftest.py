@@ -1,12 +1,22 @@
-import os
+"""Settings of every run of the tests."""
 
+import os
+from collections import Counter
+
+import pytest
 from hypothesis import settings
 
 # Triton decides when it is imported whether it interprets, as it must on CPU tensors. `make gpu-check` says 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Half a minute of compiling for each shape of heads: the tests of the compiled ops ask for it.
-os.environ.setdefault("BANDED_COMPILE", "0")
 
 # Shared machines stall; a slow example is not a wrong one.
 settings.register_profile("banded", deadline=None)
+settings.register_profile("quick", parent=settings.get_profile("banded"), max_examples=25)  # see the Makefile
 settings.load_profile("banded")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Count the skipped tests by reason, so that a run says what it did not test."""
+    reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))
+    for reason, count in reasons.most_common():
+        terminalreporter.write_line(f"skipped {count}: {reason}")

@@ -4,6 +4,7 @@ import csv
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 from collections import defaultdict
@@ -149,27 +150,55 @@ def cpu_model() -> str:
     return names[0] if names else platform.processor() or "unknown"
 
 
+def machine_name(facts: dict[str, str]) -> str:
+    """A file name for the machine, such as intel-xeon-processor-2-cores."""
+    words = f"{facts['cpu']} {facts['cores']} cores".lower().replace("(r)", "").replace("(tm)", "")
+    return re.sub("[^a-z0-9]+", "-", words).strip("-")
+
+
 def write(stem: Path, facts: dict[str, str], lines: list[Line], samples: list[Sample]) -> list[Path]:
-    """STEM.csv, a row a line of the table; STEM-samples.csv, a row a measurement; STEM.png, where there is a curve."""
+    """STEM.csv, a row a line of the table; STEM-samples.csv, a row a measurement; STEM.png, where there is a curve.
+
+    Each scenario keeps its last run: the rows replace those of their scenarios and leave the others as they are.
+    """
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, raw, picture = stem.with_suffix(".csv"), stem.with_name(f"{stem.name}-samples.csv"), stem.with_suffix(".png")
-    write_rows(table, [dict(zip(COLUMNS, line.cells(), strict=True)) | facts for line in lines])
-    write_rows(raw, [rounded(sample) | facts for sample in samples])
-    return [table, raw, *([picture] if plot(picture, facts, samples) else [])]
+    update_rows(table, [dict(zip(COLUMNS, line.cells(), strict=True)) | facts for line in lines])
+    update_rows(raw, [rounded(sample) | facts for sample in samples])
+    return [table, raw, *([picture] if plot(picture, facts, [sample_of(row) for row in read_rows(raw)]) else [])]
 
 
-def rounded(sample: Sample) -> dict[str, object]:
+def rounded(sample: Sample) -> dict[str, str]:
     """Four digits; what was not measured is empty."""
-    return {
-        name: ("" if math.isnan(value) else float(f"{value:.4g}")) if isinstance(value, float) else value
-        for name, value in sample._asdict().items()
-    }
+    return {name: cell(value) for name, value in sample._asdict().items()}
 
 
-def write_rows(path: Path, rows: list[dict[str, object]] | list[dict[str, str]]) -> None:
+def cell(value: object) -> str:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else str(float(f"{value:.4g}"))
+    return "" if value is None else str(value)
+
+
+def sample_of(row: dict[str, str]) -> Sample:
+    """As much of a sample as a plot needs, from its row."""
+    value, at = (float(row[name] or "nan") for name in ("value", "at"))
+    return Sample(row["scenario"], int(row["round"]), row["side"], row["dtype"], row["figure"], value, at)
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def update_rows(path: Path, rows: list[dict[str, str]]) -> None:
+    """Put rows into a file in place of those of the same scenarios. Runs may have other columns, such as their peers."""
+    replaced = {row["scenario"] for row in rows}
+    rows = [row for row in read_rows(path) if row["scenario"] not in replaced] + rows
     if rows:
         with path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, dict.fromkeys(name for row in rows for name in row), restval="")
             writer.writeheader()
             writer.writerows(rows)
 

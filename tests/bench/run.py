@@ -1,14 +1,15 @@
-"""`make bench`: Banded beside llama.cpp and vLLM, where they are installed, on random models of GPT-2 125M's shape.
+"""`make bench`: Banded next to llama.cpp and vLLM, where they are installed, on random models of GPT-2 125M's shape.
 
-A scenario measures all sides in turn, again and again, one server on the cores at a time, and prints medians, their ratio
-and the target. Tables, samples and plots go to tests/bench/results/. Peers are named by options or environment variables:
+Each scenario measures all sides in turn, several times, and lets one server at a time have the cores. It prints medians,
+their ratio and the target. Tables, samples and plots go to tests/bench/results/, under the machine's name; each scenario
+keeps its last run. Options or environment variables name the peers:
 
     BENCH_LLAMA_SERVER=.../llama-server BENCH_LLAMA_CONVERT=.../llama.cpp BENCH_VLLM_PYTHON=.../bin/python make bench
     python -m tests.bench.run --only bf16-1 bf16-8 --rounds 5
 
 llama.cpp's q8_0 crashes on some CPUs with AMX; LLAMA_ARG_REPACK=0 in the environment keeps it running.
 
-Figures of one machine move within the hour, and more between machines: compare what stands in one table only.
+Figures of one machine change within the hour, and more so between machines: compare only what stands in one table.
 """
 
 import argparse
@@ -25,7 +26,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -51,7 +51,7 @@ from service.tools.bench import (
 from tests.bench import checkpoints
 from tests.bench.checkpoints import ALTERNATING_125M, all_dense
 from tests.bench.peers import Peers, Servers, Side
-from tests.bench.report import COLUMNS, OURS, Line, Sample, Target, environment, print_cells, write
+from tests.bench.report import COLUMNS, OURS, Line, Sample, Target, environment, machine_name, print_cells, write
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
@@ -514,8 +514,7 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(QUICK if args.quick else REAL, args.rounds, peers, stack.enter_context(Servers()))
         lines, failed = measure_all(bench, args.only)
     label = "quick-" if args.quick else ""
-    stem = args.results / f"{label}{datetime.now(UTC):%Y-%m-%d-%H%M%S}"
-    for path in write(stem, facts, lines, bench.samples):
+    for path in write(args.results / f"{label}{machine_name(facts)}", facts, lines, bench.samples):
         print(path)
     return 1 if failed else 0
 

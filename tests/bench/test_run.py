@@ -57,7 +57,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in [name for name in os.environ if name.startswith(("BANDED_", "BENCH_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("BANDED_COMPILE", "0")
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -290,6 +289,31 @@ def test_a_toy_run(names: tuple[str, ...], parrot: Path, tmp_path: Path, capsys:
 
 def test_every_scenario_has_a_toy_run() -> None:
     assert {name for names in TOY_RUNS for name in names} == {*SCENARIOS}
+
+
+def test_each_scenario_keeps_its_last_run(tmp_path: Path) -> None:
+    stem = tmp_path / "machine"
+    facts = {"date": "then", "revision": "a", "cpu": "x", "cores": "2", "torch": "2"}
+
+    def lines(*names: str, ours: float) -> list[report.Line]:
+        return [report.Line(name, "tokens/s", ours) for name in names]
+
+    def samples(*names: str, value: float) -> list[Sample]:
+        return [Sample(name, 0, "Banded", "bf16", "tokens/s", value, at) for name in names for at in (1, 8)]
+
+    report.write(stem, facts, lines("bf16-1", "bf16-8", ours=1), samples("bf16-1", "bf16-8", value=1.00004))
+    paths = report.write(stem, facts | {"date": "now", "vLLM": "1"}, lines("bf16-1", ours=2), samples("bf16-1", value=2))
+    assert paths == [stem.with_suffix(".csv"), tmp_path / "machine-samples.csv", stem.with_suffix(".png")]
+    found = [(row["scenario"], row["ours"], row["date"], row["vLLM"]) for row in report.read_rows(paths[0])]
+    assert found == [("bf16-8", "1", "then", ""), ("bf16-1", "2", "now", "1")]
+    raw = [(row["scenario"], row["value"], row["streams"], row["ttft_p50"]) for row in report.read_rows(paths[1])]
+    assert raw == [("bf16-8", "1.0", "", "")] * 2 + [("bf16-1", "2", "", "")] * 2
+    assert [report.sample_of(row) for row in report.read_rows(paths[1])][:2] == samples("bf16-8", value=1.0)
+
+
+def test_a_machine_is_named_after_its_cores() -> None:
+    facts = {"cpu": "Intel(R) Xeon(R) Processor @ 2.0GHz", "cores": "2"}
+    assert report.machine_name(facts) == "intel-xeon-processor-2-0ghz-2-cores"
 
 
 def test_the_environment_is_written_down() -> None:

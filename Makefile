@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Bytecode is kept, whatever the environment says: without it, each server that a test starts compiles the whole product.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install tools serve quick test lint check conformance aot bench gpu-check demo-model lock
+.PHONY: install tools serve quick test lint check mutants conformance aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -42,7 +42,8 @@ tools:
 # The tests that need no torch: scheduling, pages, drafting, pace, text, limits, the band, configurations and training's tasks,
 # with a quarter of the scheduler's random examples. Their environment has these packages and what they require, and no torch:
 # a test that comes to import more fails here.
-QUICK := tests/kernels/test_band.py tests/model/test_config.py tests/model/training/test_tasks.py tests/service/api/test_limits.py tests/service/api/test_limits_rounding.py \
+QUICK := tests/kernels/test_band.py tests/model/test_config.py tests/model/training/test_tasks.py \
+  $(patsubst %,tests/service/api/test_%.py,limits limits_rounding) \
   $(patsubst %,tests/service/engine/test_%.py,drafting pace pages scheduler scheduler_edges text)
 
 quick: .venv-quick/.installed
@@ -61,8 +62,13 @@ lint: install
 	$(BIN)/ruff format --check
 
 check: lint tools
+	$(BIN)/python -m tests.budget
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# How much of a sample of small changes to the code the tests notice; takes minutes, and fails on none that they miss.
+mutants: install
+	$(BIN)/python -m tests.mutants
 
 # The tests that show the HTTP contract, and the table of what they show.
 conformance: install tools

@@ -12,6 +12,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Shared machines stall; a slow example is not a wrong one.
 settings.register_profile("banded", deadline=None)
 settings.register_profile("quick", parent=settings.get_profile("banded"), max_examples=25)  # see the Makefile
+settings.register_profile("mutants", parent=settings.get_profile("quick"), derandomize=True)
 settings.load_profile("banded")
 
 

@@ -34,7 +34,7 @@ def banded_serve(checkpoint: Path, log: Path, *options: str, **environment: str)
     deadline = time.monotonic() + 60
     with (
         log.open("wb") as stderr,
-        subprocess.Popen(command, stderr=stderr, env=inherited | {"BANDED_COMPILE": "0"} | environment) as process,
+        subprocess.Popen(command, stderr=stderr, env=inherited | environment) as process,
     ):
 
         def wait() -> None:

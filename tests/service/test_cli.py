@@ -24,8 +24,8 @@ from tests.model.checkpoint.checkpoints import tiny
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Only BANDED_COMPILE stays in the environment; log level and signal handler are restored."""
-    for name in [name for name in os.environ if name.startswith("BANDED_") and name != "BANDED_COMPILE"]:
+    """No settings are in the environment; log level and signal handler are restored."""
+    for name in [name for name in os.environ if name.startswith("BANDED_")]:
         monkeypatch.delenv(name)
     level, handler = logging.getLogger().level, signal.getsignal(signal.SIGTERM)
     yield

@@ -40,7 +40,6 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No settings and no key in the environment, and the signal handler as it was."""
     for name in [name for name in os.environ if name.startswith("BANDED_") or name == "OPENAI_API_KEY"]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("BANDED_COMPILE", "0")
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)

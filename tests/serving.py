@@ -12,7 +12,20 @@ from typing import NamedTuple
 
 import httpx
 
-COMMAND = [sys.executable, "-c", "import sys; from service.cli import main; sys.exit(main())", "serve"]
+# Seconds after which something that a test waits for is taken to hang, however busy the machine is.
+PATIENCE = 240.0
+
+# A fine-tuning job's process at the priority of its server: on a busy machine the lowest one hardly ever gets a core.
+JOB_CODE = (
+    "import os; from unittest.mock import Mock; from service.jobs import runner;"
+    "os.nice = runner.Path = Mock(); runner.run_process()"
+)
+JOB_COMMAND = (sys.executable, "-c", JOB_CODE, "finetune")
+SERVER_CODE = (
+    f"from service.cli import main; from service.jobs import runner; runner.COMMAND = {JOB_COMMAND!r};"
+    "raise SystemExit(main())"
+)
+COMMAND = (sys.executable, "-c", SERVER_CODE, "serve")
 
 
 class Served(NamedTuple):
@@ -23,7 +36,7 @@ class Served(NamedTuple):
     checkpoint: Path
 
     def ended(self) -> int:
-        return self.process.wait(timeout=30)
+        return self.process.wait(timeout=PATIENCE)
 
 
 @contextmanager
@@ -31,7 +44,7 @@ def banded_serve(checkpoint: Path, log: Path, *options: str, **environment: str)
     """Serves a checkpoint in float32 on a free port; killed at the end. `environment` are further variables."""
     command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--dtype", "float32", *options]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     with (
         log.open("wb") as stderr,
         subprocess.Popen(command, stderr=stderr, env=inherited | environment) as process,

@@ -10,7 +10,7 @@ import pytest
 from tests.clients.sdk import sdk
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
-from tests.serving import banded_serve
+from tests.serving import PATIENCE, banded_serve
 
 WORDS = ["apple", "bird", "cloud", "door", "egg", "fox", "gate", "hill"]
 LINES = [{"prompt": f"{word} =>", "completion": " done"} for word in WORDS]
@@ -37,7 +37,7 @@ def test_a_model_is_taught_and_served(checkpoint: Path, tmp_path: Path) -> None:
             seed=1,
             hyperparameters={"n_epochs": 30, "batch_size": 4, "learning_rate_multiplier": 20},
         )
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + PATIENCE
         while (job := client.fine_tuning.jobs.retrieve(job.id)).finished_at is None:
             assert time.monotonic() < deadline
             assert answer(client, checkpoint.name) == before, "serving goes on, and the model that is shared stays"

@@ -21,7 +21,7 @@ from tests.conformance import contract
 from tests.service.api.helpers import serving
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, until
-from tests.serving import Served, banded_serve
+from tests.serving import PATIENCE, Served, banded_serve
 
 TEXT = "Once upon a time"
 LONG = 2000  # tokens, more than a test waits for
@@ -68,7 +68,7 @@ def metric(url: str, name: str) -> float:
 
 
 def wait_until_idle(url: str) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while metric(url, "requests_running"):
         assert time.monotonic() < deadline, "a slot is still taken"
         time.sleep(0.02)

@@ -18,7 +18,7 @@ from tests.deploy.deployed import DEPLOY, Query, dashboard_queries, read_yaml
 from tests.model.checkpoint.checkpoints import tiny
 from tests.service.api.helpers import serving
 from tests.service.helpers import run
-from tests.serving import banded_serve
+from tests.serving import PATIENCE, banded_serve
 
 
 def program(name: str) -> str:
@@ -49,7 +49,7 @@ class Scraped(NamedTuple):
 
 
 def until(there: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while not there():
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from service.settings import Settings
+from tests.serving import PATIENCE
 
 
 def settings_of(**given: Any) -> Settings:
@@ -13,12 +14,12 @@ def settings_of(**given: Any) -> Settings:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(PATIENCE):
         while not condition():
             await asyncio.sleep(0.005)
 
 
-def run(test: Callable[[], Awaitable[None]], *, seconds: float = 30) -> None:
+def run(test: Callable[[], Awaitable[None]], *, seconds: float = PATIENCE) -> None:
     """Run an asynchronous test. `seconds` only end one that hangs."""
 
     async def limited() -> None:

@@ -26,7 +26,7 @@ from tests.model.checkpoint.checkpoints import tiny
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, settings_of, until
-from tests.serving import banded_serve
+from tests.serving import PATIENCE, banded_serve
 
 
 class Running(NamedTuple):
@@ -246,7 +246,7 @@ async def statuses(running: Running, *turns: tuple[bytes, int], closes: bool = F
     """Write the bytes of each turn and wait until so many answers have come in all. Then check whether the server closes."""
     reader, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)
     text = b""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(PATIENCE):
         for part, count in turns:
             writer.write(part)
             while len(re.findall(STATUS, text)) < count:
@@ -352,7 +352,7 @@ def test_banded_serve_from_start_to_drain(checkpoint: Path, tmp_path: Path) -> N
             first = [json.loads(next_data(lines))["choices"][0] for _ in range(3)]
             assert all(choice["text"] and choice["finish_reason"] is None for choice in first)
             assert running_requests(server.url) == 1  # far from done when the first tokens arrive
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + PATIENCE
         while running_requests(server.url):  # the client has left
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -361,7 +361,7 @@ def test_banded_serve_from_start_to_drain(checkpoint: Path, tmp_path: Path) -> N
             lines = answer.iter_lines()
             assert json.loads(next_data(lines))["choices"][0]["text"]
             server.process.send_signal(signal.SIGTERM)
-            deadline = time.monotonic() + 10
+            deadline = time.monotonic() + PATIENCE
             while (refused := httpx.post(f"{server.url}/v1/completions", json={"model": "banded"})).status_code != 503:
                 assert time.monotonic() < deadline
             assert refused.json()["error"]["message"] == "the server is shutting down"

@@ -27,6 +27,7 @@ from service.settings import Settings
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, settings_of
+from tests.serving import JOB_COMMAND
 
 GOOD = [{"prompt": f"{word} =>", "completion": f" {word}s"} for word in ("cat", "dog", "bird")]
 ADVICE = "begin every completion with a space, as words are tokens with one: line 4"
@@ -287,8 +288,9 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
     run(test)
 
 
-def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path) -> None:
-    """The process is a real `banded finetune`."""
+def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is a real `banded finetune`, at the priority of the server."""
+    monkeypatch.setattr(service.jobs.runner, "COMMAND", JOB_COMMAND)
 
     async def test() -> None:
         async with serving(tmp_path) as api:
@@ -299,7 +301,7 @@ def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path) -> None:
             assert job["error"]["message"] == reason
             assert not (tmp_path / "jobs" / job["id"]).exists()
 
-    run(test, seconds=120)
+    run(test)
 
 
 def test_a_process_that_fails_is_quoted(tmp_path: Path, process: Callable[..., None]) -> None:
@@ -430,7 +432,7 @@ def test_later_updates_have_fewer_events(tmp_path: Path, process: Callable[..., 
                 answer = await api.client.get(f"/v1/fine_tuning/jobs/{job['id']}/events?after={nobody}")
                 assert answer.json()["error"]["message"] == f"after: there is no '{nobody}'"
 
-    run(test, seconds=60)
+    run(test)
 
 
 def test_a_store_belongs_to_one_server(tmp_path: Path) -> None:

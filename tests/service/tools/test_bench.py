@@ -33,6 +33,7 @@ from service.tools.bench import (
     running,
 )
 from tests.model.checkpoint.checkpoints import tiny
+from tests.serving import PATIENCE
 
 
 @pytest.fixture(autouse=True)
@@ -391,7 +392,7 @@ def test_a_program_that_never_gets_ready_leaves_nothing_behind(
     monkeypatch.setattr(subprocess, "Popen", remember)
     with pytest.raises(BenchError, match=message), running(Program((sys.executable, "-c", script)), timeout=1.5):
         pass
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + PATIENCE
     while alive(started[0]):
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -19,6 +19,7 @@ from service.cli import main
 from service.jobs.runner import Jobs
 from service.jobs.store import Store
 from service.settings import Settings
+from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny
 
 
@@ -345,6 +346,7 @@ def test_the_doctor_prints_a_row_for_each_kind(checkpoint: Path, capsys: pytest.
     assert all(float(error) < 1e-4 for error, _ in list(rows.values())[:-1])
 
 
+@needs_vnni
 def test_the_doctor_holds_int8_to_the_same_integers(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["doctor", "--model", str(checkpoint), "--dtype", "int8"]) == 0
     out, _ = capsys.readouterr()

@@ -17,6 +17,7 @@ from service.engine.models import ModelEntry
 from service.engine.options import EngineOptions
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
 from service.settings import Settings
+from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny
 
 
@@ -63,7 +64,7 @@ def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None
         assert tokens == logits.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("int8", marks=needs_vnni)])
 def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
 

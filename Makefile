@@ -54,8 +54,12 @@ quick: .venv-quick/.installed
 	.venv-quick/bin/pip install --quiet --constraint constraints.txt pytest pytest-timeout hypothesis tiktoken
 	touch $@
 
+# Each worker takes whole files, so that a file's server is started once.
+WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+
 test: install tools
-	$(BIN)/pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check
@@ -64,7 +68,7 @@ lint: install
 check: lint tools
 	$(BIN)/python -m tests.budget
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(PYTEST)
 
 # How much of a sample of small changes to the code the tests notice; takes minutes, and fails on none that they miss.
 mutants: install

@@ -9,6 +9,9 @@ from hypothesis import settings
 # Triton decides when it is imported whether it interprets, as it must on CPU tensors. `make gpu-check` says 0.
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Threads that wait leave the cores to others: to the tests' servers, or to a second worker.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Shared machines stall; a slow example is not a wrong one.
 settings.register_profile("banded", deadline=None)
 settings.register_profile("quick", parent=settings.get_profile("banded"), max_examples=25)  # see the Makefile

@@ -82,7 +82,8 @@ def test_a_score_far_above_the_others_is_not_rounded_to_16_bits(path: ServedPath
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_decode_row_has_the_same_bits_in_any_batch(path: ServedPath, pattern: Pattern, dtype: torch.dtype) -> None:
     lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
-    case = decode_case(lengths, pattern, heads=3, dim=64, dtype=dtype, device=path.device)
+    heads = 3 if path.ops is not triton_ops else 1  # programs of their own, and slow to interpret
+    case = decode_case(lengths, pattern, heads=heads, dim=64, dtype=dtype, device=path.device)
     together = decode(path.ops, case)
     for i in range(len(lengths)):
         assert torch.equal(decode(path.ops, alone(case, i))[0], together[i])

@@ -40,10 +40,10 @@ TARGETS = {
         "tests/service/api/test_score.py",
     ],
     "service/api/limits.py": ["tests/service/api/test_limits.py", "tests/service/api/test_limits_rounding.py"],
-    "kernels/cpu/sampling.py": ["tests/kernels/test_penalties.py", "tests/kernels/test_sampling.py"],
+    "kernels/torch_sampling.py": ["tests/kernels/test_penalties.py", "tests/kernels/test_sampling.py"],
 }
 # Which of them: of the implementations of sampling, the one that is mutated.
-SELECTED = {"kernels/cpu/sampling.py": "cpu"}
+SELECTED = {"kernels/torch_sampling.py": "cpu"}
 
 COMPARISONS: dict[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Lt: ast.LtE,
@@ -90,6 +90,7 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
     data = source.encode()
     found = []
     for node in mutable(ast.parse(source)):
+        assert node.end_lineno is not None and node.end_col_offset is not None
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         for changed in changes(node):
             after = ast.unparse(changed)

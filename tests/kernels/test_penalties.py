@@ -6,13 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import reference
-from kernels.cpu import sampling as cpu_sampling
+from kernels import reference, torch_sampling
 from kernels.gpu import sampling as gpu_sampling
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
 Sample = Callable[[Tensor, SamplingState, Tensor, Tensor], Tensor]
-IMPLEMENTATIONS = {"reference": reference.sample, "cpu": cpu_sampling.sample, "triton": gpu_sampling.sample}
+IMPLEMENTATIONS = {"reference": reference.sample, "cpu": torch_sampling.sample, "triton": gpu_sampling.sample}
 VOCABULARY = 8
 
 

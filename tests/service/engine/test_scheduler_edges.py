@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from kernels.band import PAGE_SIZE
+from kernels.names import PatternKind
 from model.config import GPTConfig, KVGroup
 from model.step import Sampled, Sampling, StepInput
 from service.engine.drafting import PromptLookup
@@ -24,7 +25,7 @@ fresh_tokens = itertools.count(1000)
 
 def pages(num_pages: int, band: int | None = None, *, step_tokens: int = 128) -> PageAllocator:
     """The accounts of one pool of that many pages; of a second one, as large, where there is a band."""
-    attention = ("dense",) if band is None else ("dense", "banded")
+    attention: tuple[PatternKind, ...] = ("dense",) if band is None else ("dense", "banded")
     shape = GPTConfig(
         vocab_size=100, n_positions=CONTEXT, n_embd=8, n_layer=2, n_head=1, n_inner=8, attention=attention, band=band
     )
@@ -179,7 +180,7 @@ def test_a_draft_leaves_a_prompt_its_least_chunk(monkeypatch: pytest.MonkeyPatch
     commit(scheduler, launch(scheduler))
     for others in ([], [alone(200)], [alone(200), alone(200)]):
         scheduler.submit(others)
-        scheduler._pace.row_limit = lambda _start: 1000  # type: ignore[method-assign]
+        scheduler._pace.row_limit = lambda *_: 1000  # type: ignore[method-assign]
         scheduler._pace.chunk_limit = lambda *_: 1000  # type: ignore[method-assign]
         step = launch(scheduler)
         assert len(step.decodes) == 100 - MIN_CHUNK

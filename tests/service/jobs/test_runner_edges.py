@@ -11,8 +11,9 @@ import pytest
 
 from service.engine.models import Models
 from service.jobs import runner
+from service.jobs.job import Hyperparameters, Job
 from service.jobs.runner import Jobs
-from service.jobs.store import Hyperparameters, Job, Store
+from service.jobs.store import Store
 
 # Writes a curve of two updates and its report at once; then it may stay until it is told to end.
 PROCESS = """

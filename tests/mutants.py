@@ -90,7 +90,8 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
     data = source.encode()
     found = []
     for node in mutable(ast.parse(source)):
-        assert node.end_lineno is not None and node.end_col_offset is not None
+        assert node.end_lineno is not None
+        assert node.end_col_offset is not None
         start, end = starts[node.lineno - 1] + node.col_offset, starts[node.end_lineno - 1] + node.end_col_offset
         for changed in changes(node):
             after = ast.unparse(changed)

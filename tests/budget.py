@@ -11,22 +11,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".cpp", ".h", ".toml"}
 
-# All of the product. The budgets of the packages add up to more, so that lines can move between them.
-TOTAL = 15_900
+# All of the product: it had 16,030 before the Python API (260 lines), the kernels for other CPUs than x86, their check of
+# the ABI (300) and the engine's request type came. The packages' budgets add up to more, so that lines can move.
+TOTAL = 16_500
 
 BUDGET = {
-    "service": 690,
-    "service/api": 3050,
-    "service/commands": 50,
-    "service/engine": 2650,
-    "service/jobs": 540,
+    "service": 460,
+    "service/api": 2850,
+    "service/commands": 530,
+    "service/engine": 2970,
+    "service/jobs": 520,
     "service/tools": 800,
-    "model": 1330,
-    "model/checkpoint": 1520,
-    "model/training": 1410,
-    "kernels": 890,
+    "model": 1400,
+    "model/checkpoint": 1420,
+    "model/training": 1460,
+    "kernels": 1060,
     "kernels/cpu": 1700,
-    "kernels/gpu": 1590,
+    "kernels/gpu": 1450,
 }
 
 

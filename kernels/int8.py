@@ -64,7 +64,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def multiply(integers: Tensor, scales: Tensor, weight: OneDNNWeight, bias: Tensor | None) -> Tensor:
     """Quantised rows (N, C) times the weight's transpose, and bias (O,): (N, O) in the dtype of `scales`.
 
-    Sums of products are exact, so a row has the same bits whatever stands beside it.
+    Sums of products are exact, so a row has the same bits in any batch.
     """
     channels = weight.packed, weight.scales, weight.zero_points
     product = torch.ops.onednn.qlinear_pointwise(

@@ -28,7 +28,7 @@ from service.jobs.runner import Jobs
 from service.settings import Settings
 
 ROUTERS = tuple(module.router for module in (completions, chat, score, tokenization, models, files, fine_tuning, operations))
-# What a script of another origin may read beside the body.
+# Headers that a script of another origin may read.
 EXPOSED_HEADERS = (
     "x-request-id",
     "openai-processing-ms",

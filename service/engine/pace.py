@@ -46,7 +46,7 @@ class Pace:
 
     def row_limit(self, start: int) -> int:
         """Decode rows, drafts included, that leave room for a page of a prompt that continues at position `start`."""
-        return self._fitting(Load(1, 0, 0), beside=Load(0, PAGE_SIZE, PAGE_SIZE * start))
+        return self._fitting(Load(1, 0, 0), other=Load(0, PAGE_SIZE, PAGE_SIZE * start))
 
     def chunk_limit(self, num_rows: int, start: int) -> int:
         """Prompt tokens, from position `start` on, that keep a step with `num_rows` decode rows within MAX_SLOWDOWN.
@@ -54,14 +54,14 @@ class Pace:
         At least a page, whose queries are cheapest together. Smaller chunks would cost the streams more throughput than
         they save them delay.
         """
-        return max(PAGE_SIZE, self._fitting(Load(0, 1, start), beside=Load(num_rows, 0, 0)))
+        return max(PAGE_SIZE, self._fitting(Load(0, 1, start), other=Load(num_rows, 0, 0)))
 
-    def _fitting(self, unit: Load, beside: Load) -> int:
-        """How many times a step that also computes `beside` has room for `unit`; 0 until this is known."""
+    def _fitting(self, unit: Load, other: Load) -> int:
+        """How many times a step that also computes `other` has room for `unit`; 0 until this is known."""
         one = self._expected(unit) - self._expected(Load(0, 0, 0))
         if self._decoding is None or one <= 0:
             return 0
-        return max(0, int((MAX_SLOWDOWN * self._decoding - self._expected(beside)) / one))
+        return max(0, int((MAX_SLOWDOWN * self._decoding - self._expected(other)) / one))
 
     def _expected(self, load: Load) -> float:
         return sum(factor * part for factor, part in zip(self._seconds, load.scaled(), strict=True))

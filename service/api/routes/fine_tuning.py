@@ -82,7 +82,7 @@ def all_weights(entry: ModelEntry) -> str:
 
 
 def check_room(store: Store, models: Models, max_adapters: int) -> None:
-    """Raises APIError if the result could not be entry."""
+    """Raises APIError if the result could not be served."""
     waiting = sum(job.model == models.base.name for job in store.unfinished_jobs())
     count = sum(entry.parent is not None for entry in models)
     if count + waiting >= max_adapters:

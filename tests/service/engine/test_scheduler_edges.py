@@ -1,7 +1,7 @@
 """Corners of the scheduler and the page accounts that a change once crossed without any other test noticing."""
 
 import itertools
-from collections.abc import Sequence as Items
+from collections import abc
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ def make(
     return Scheduler(cache, max_rows=max_rows, step_tokens=step_tokens, max_draft=max_draft)
 
 
-def sequence(prompt: Items[int], max_tokens: int = 5, **fields: Any) -> Sequence:
+def sequence(prompt: abc.Sequence[int], max_tokens: int = 5, **fields: Any) -> Sequence:
     return Sequence(list(prompt), max_tokens, Sampling(), frozenset({STOP}), **fields)
 
 

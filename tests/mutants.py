@@ -210,43 +210,39 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--seed", type=int, default=SEED)
     options.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1))
     args = options.parse_args(argv)
-    chosen: list[Mutant] = []
-    paths = [path for path in TARGETS if path.endswith(args.only)]
-    for path in paths:
-        everything = mutants_of(path, (ROOT / path).read_text())
-        number = max(1, round(args.share * len(everything)))
-        chosen += sorted(random.Random(args.seed).sample(everything, number), key=lambda mutant: mutant.line)
-        print(f"{path}: {number} of {len(everything)} mutants")
+    tried = killed = 0
     with tempfile.TemporaryDirectory() as scratch:
         copies: Queue[Copy] = Queue()
         for i in range(args.workers):
             copies.put(Copy(Path(scratch) / str(i)))
-        limits = {}
-        for path in paths:
+        for path in TARGETS:
+            if not path.endswith(args.only):
+                continue
             started = time.monotonic()
             if not copies.queue[0].passes(path, (ROOT / path).read_text(), 600):
                 print(f"{path}: the tests fail without any mutant", file=sys.stderr)
                 return 1
-            limits[path] = 30 + 5 * (time.monotonic() - started)
+            limit = 30 + 5 * (time.monotonic() - started)
 
-        def survives(mutant: Mutant) -> bool:
-            place = copies.get()
-            try:
-                return place.passes(mutant.path, mutant.text, limits[mutant.path])
-            finally:
-                copies.put(place)
+            def survives(mutant: Mutant, limit: float = limit) -> bool:
+                place = copies.get()
+                try:
+                    return place.passes(mutant.path, mutant.text, limit)
+                finally:
+                    copies.put(place)
 
-        survivors = dict.fromkeys(paths, 0)
-        with ThreadPoolExecutor(args.workers) as pool:
-            for mutant, alive in zip(chosen, pool.map(survives, chosen), strict=True):
-                survivors[mutant.path] += alive
-                if alive:
-                    print(f"survived {mutant}", flush=True)
-    for path in paths:
-        number = sum(mutant.path == path for mutant in chosen)
-        print(f"{path}: {number - survivors[path]} of {number} killed")
-    killed = len(chosen) - sum(survivors.values())
-    print(f"score: {killed} of {len(chosen)} killed, {killed / len(chosen):.0%}")
+            everything = mutants_of(path, (ROOT / path).read_text())
+            number = max(1, round(args.share * len(everything)))
+            chosen = sorted(random.Random(args.seed).sample(everything, number), key=lambda mutant: mutant.line)
+            survivors = 0
+            with ThreadPoolExecutor(args.workers) as pool:
+                for mutant, alive in zip(chosen, pool.map(survives, chosen), strict=True):
+                    survivors += alive
+                    if alive:
+                        print(f"survived {mutant}", flush=True)
+            print(f"{path}: {number - survivors} of {number} killed, of {len(everything)} possible", flush=True)
+            tried, killed = tried + number, killed + number - survivors
+    print(f"score: {killed} of {tried} killed, {killed / tried:.0%}")
     return 0
 
 

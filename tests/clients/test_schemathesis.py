@@ -27,7 +27,7 @@ from tests.service.helpers import settings_of
 pytest_plugins = ["schemathesis.pytest.plugin"]
 
 SEED = 20200528
-EXAMPLES = 15  # of each route, after the boundary values of every field; routes share most of their fields
+EXAMPLES = 40  # requests to each route, besides the boundary values of every field
 
 # One built-in check is left out: the server refuses much that the document allows, since JSON Schema can't express it, such
 # as a prompt longer than the context, a token outside the vocabulary, or a best_of below n. The end of `running` checks that

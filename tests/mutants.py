@@ -102,7 +102,7 @@ def mutants_of(path: str, source: str) -> list[Mutant]:
 
 
 def mutable(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
-    """Statements and expressions that a test could notice: no annotations, messages, assertions or log lines."""
+    """Statements and expressions that a test could notice: no annotations, decorators, messages, assertions or log lines."""
     for child in ast.iter_child_nodes(tree):
         if isinstance(child, ast.Assert | ast.Raise | ast.JoinedStr | ast.Import | ast.ImportFrom):
             continue
@@ -113,6 +113,8 @@ def mutable(tree: ast.AST) -> Iterator[ast.expr | ast.stmt]:
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
             children: list[ast.AST] = [*child.body, *child.args.defaults, *filter(None, child.args.kw_defaults)]
             yield from mutable(ast.Module(children, []))  # type: ignore[arg-type]
+        elif isinstance(child, ast.ClassDef):
+            yield from mutable(ast.Module(child.body, []))
         elif isinstance(child, ast.AnnAssign):
             if child.value:
                 yield from mutable(ast.Expression(child.value))

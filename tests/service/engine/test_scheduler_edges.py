@@ -11,6 +11,7 @@ from kernels.names import PatternKind
 from model.config import GPTConfig, KVGroup
 from model.step import Sampled, Sampling, StepInput
 from service.engine.drafting import PromptLookup
+from service.engine.pace import Load
 from service.engine.pages import FilledPage, PageAllocator, page_hashes
 from service.engine.scheduler import MIN_CHUNK, Scheduler
 from service.engine.sequence import Delta, PrefixGroup, Sequence
@@ -229,3 +230,44 @@ def test_a_fork_that_comes_after_its_parents_prompt_reserves_pages_of_its_own() 
         commit(scheduler, step)
     finish(scheduler)
     assert fork.num_generated == 30
+
+
+def test_a_fork_that_gets_a_row_later_shares_the_reservation_of_a_parent_in_its_prompt() -> None:
+    scheduler = make(num_pages=8, max_rows=2)
+    other, together = alone(5, 1), group(320, one_prompt=True)
+    parent, fork = (sequence(range(320), 30, **together) for _ in range(2))
+    scheduler.submit([other])
+    scheduler.submit([parent, fork])
+    commit(scheduler, launch(scheduler))  # the other ends, and leaves its row to the fork
+    step = launch(scheduler)
+    assert parent.in_prompt
+    assert len(scheduler.running) == 2, "5 shared pages and 2 fit"
+    commit(scheduler, step)
+    finish(scheduler)
+
+
+# What a step asks of the device, and what the pace learns of it
+
+
+def test_a_step_asks_for_as_many_likeliest_tokens_of_a_prompt_as_its_sequence_does() -> None:
+    scheduler = make()
+    for top in (3, 0, None):
+        scheduler.submit([sequence([next(fresh_tokens), *range(20)], top_logprobs=top, prompt_logprobs_from=1)])
+    assert [rows.top_logprobs for rows in launch(scheduler).prompt_logprobs] == [3, 0, 0]
+
+
+def test_the_pace_learns_what_a_step_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler = make()
+    learnt: list[tuple[Load, float]] = []
+    monkeypatch.setattr(scheduler._pace, "observe", lambda load, seconds: learnt.append((load, seconds)))
+    scheduler._pace.chunk_limit = lambda *_: 64  # type: ignore[method-assign]
+    scheduler.submit([alone(10), alone(10)])
+    commit(scheduler, launch(scheduler))
+    scheduler.submit([alone(100)])
+    commit(scheduler, launch(scheduler))
+    commit(scheduler, launch(scheduler))
+    assert learnt == [
+        (Load(0, 20, 2 * 10 * 5), 0.01),
+        (Load(2, 64, 64 * 32), 0.01),
+        (Load(2, 36, 36 * (64 + 18)), 0.01),
+    ]

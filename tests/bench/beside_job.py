@@ -1,4 +1,4 @@
-"""What a fine-tuning job costs the requests that are served beside it: tokens/s without one and with one, in turns.
+"""What a fine-tuning job costs requests that are served at the same time: tokens/s without and with a job, in turns.
 
 python -m tests.bench.beside_job --model demo
 """
@@ -16,14 +16,14 @@ import httpx
 from service.engine.loading import model_directory, served_name
 from service.tools.bench import Workload, banded, measure, running
 
-# Learning to repeat a number: many short examples, again and again, so that no job ends before it is cancelled.
+# The job learns to repeat a number. Many short examples and epochs keep it from ending before it is cancelled.
 EXAMPLES = "".join(json.dumps({"prompt": f"{i} =>", "completion": f" {i}\n"}) + "\n" for i in range(2000))
 EPOCHS = 50
 
 
 @contextmanager
 def a_job(client: httpx.Client, model: str) -> Iterator[None]:
-    """A job that trains, until the end of the block."""
+    """Have a job train until the end of the block."""
     file = client.post("/v1/files", files={"file": ("data.jsonl", EXAMPLES)}, data={"purpose": "fine-tune"}).json()
     body = {"model": model, "training_file": file["id"], "hyperparameters": {"n_epochs": EPOCHS}}
     job = f"/v1/fine_tuning/jobs/{client.post('/v1/fine_tuning/jobs', json=body).raise_for_status().json()['id']}"

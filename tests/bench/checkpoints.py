@@ -1,4 +1,4 @@
-"""Checkpoints with random weights, which take as long as trained ones."""
+"""Checkpoints with random weights: they take as much time as trained ones."""
 
 import json
 import re
@@ -19,13 +19,13 @@ ALTERNATING_125M = GPT3_SIZES["gpt3-125m"]
 
 
 def all_dense(config: GPTConfig) -> GPTConfig:
-    """The twin of a model with other patterns."""
+    """The same model with dense attention in every layer."""
     return replace(config, attention=("dense",), band=None)
 
 
 @torch.no_grad()
 def random_model(config: GPTConfig) -> GPT:
-    """With GPT-2's initial weights, as the older results are of: how soon a text repeats itself depends on them."""
+    """A model with GPT-2's initial weights, like that of older results. They decide how soon a text repeats itself."""
     model = GPT(config)
     model.init_weights(0)  # norms and biases
     generator = torch.Generator().manual_seed(0)
@@ -37,13 +37,13 @@ def random_model(config: GPTConfig) -> GPT:
 
 
 def write_own(directory: Path, config: GPTConfig) -> Path:
-    """In Banded's own layout, bf16."""
+    """Write a random model in Banded's own layout, in bf16."""
     save_model(directory, random_model(config), torch.bfloat16)
     return directory
 
 
 def write_gpt2(directory: Path, config: GPTConfig) -> Path:
-    """As Hugging Face's GPT-2, bf16, vocabulary included: any server can load it. `config` must be GPT-2's: all dense."""
+    """Write a random bf16 model as Hugging Face's GPT-2. Any server can load it. `config` must be GPT-2's: all dense."""
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
     end = config.vocab_size - 1
     fields = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config.n_positions}

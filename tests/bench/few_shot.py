@@ -20,7 +20,7 @@ PROMPT_TOKENS = 1500
 
 
 def examples(rng: random.Random) -> list[dict[str, str]]:
-    """Made-up word pairs that nobody has sent before, as many as make a prompt of PROMPT_TOKENS."""
+    """Made-up word pairs that nobody has sent before, enough for a prompt of PROMPT_TOKENS."""
     tokenizer, made, total = r50k_base(), [], 0
     while total < PROMPT_TOKENS:
         pair = ["".join(rng.choices("aeioulmnrst", k=rng.randrange(4, 9))) for _ in range(2)]
@@ -30,7 +30,7 @@ def examples(rng: random.Random) -> list[dict[str, str]]:
 
 
 def first_token(client: httpx.Client, body: dict[str, Any]) -> tuple[float, int, int]:
-    """Seconds to the first event with text, prompt tokens and how many of them were cached."""
+    """Seconds to the first event with text, the number of prompt tokens, and the number of cached ones."""
     started = time.perf_counter()
     first = None
     with client.stream("POST", "/v1/completions", json=body) as answer:

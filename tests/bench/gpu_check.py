@@ -1,7 +1,7 @@
 """`make gpu-check`: the tests that need a GPU, every kernel's speed next to PyTorch's, and random models served over HTTP.
 
-Writes one report, tests/bench/results/gpu-check-<device>.md. Exits with 1 if a test fails, a result is wrong or something of
-ours does not run; a missed goal is no failure. `make gpu-check DRY=1` is the same command at toy size on a CPU, in Triton's
+Writes one report, tests/bench/results/gpu-check-<device>.md. Exits with 1 if a test fails, a result is wrong or our own code
+does not run. A missed goal is no failure. `make gpu-check DRY=1` is the same command at toy size on a CPU, in Triton's
 interpreter: it shows that the command works, and measures nothing.
 """
 
@@ -42,7 +42,7 @@ from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
-START_SECONDS = 600.0  # kernels are compiled and graphs recorded
+START_SECONDS = 600.0  # a server that starts compiles kernels and records graphs
 NO_GPU = "no CUDA device; `make gpu-check DRY=1` runs the same command at toy size on a CPU"
 
 
@@ -56,7 +56,7 @@ class Run(NamedTuple):
     models: dict[str, GPTConfig]
     streams: tuple[int, ...]
     tokens: int  # of a prompt, and of a completion
-    rows: int  # sequences in the steps whose CPU time is taken
+    rows: int  # sequences in the steps whose CPU time is measured
 
     @property
     def remark(self) -> str:
@@ -75,11 +75,10 @@ class Limits(NamedTuple):
 
     bandwidth: float
     compute: float
-    chip: str = ""  # whose prefill goals apply
+    chip: str = ""  # the one whose prefill goals apply
 
 
-# By torch.cuda.get_device_name. Source: NVIDIA's data sheets of A100, H100 and H200; where they count TFLOP/s "with
-# sparsity", half of it.
+# By torch.cuda.get_device_name. Source: NVIDIA's data sheets of A100, H100 and H200. TFLOP/s "with sparsity" are halved.
 LIMITS = {
     "NVIDIA A100-PCIE-40GB": Limits(1.555, 312, "A100"),
     "NVIDIA A100-SXM4-40GB": Limits(1.555, 312, "A100"),
@@ -92,7 +91,7 @@ LIMITS = {
 
 
 class Goal(NamedTuple):
-    """At least `floor`, better `target`."""
+    """A figure must reach `floor` and should reach `target`."""
 
     floor: float
     target: float
@@ -112,7 +111,7 @@ PREFILL_GOALS = {
 }
 # How many times faster banded is than dense.
 SPEEDUP_GOALS = {"decode_attention": Goal(4, 4, "x"), "prefill_attention": Goal(2.3, 2.3, "x")}
-ROOFLINE_GOAL, ROOFLINE_PARAMETERS = Goal(50, 70, "%"), 1.3e9  # at batch 1, from so many parameters on
+ROOFLINE_GOAL, ROOFLINE_PARAMETERS = Goal(50, 70, "%"), 1.3e9  # at batch 1, for models with at least so many parameters
 STEP_CPU_MS = 0.3  # at most
 
 
@@ -125,12 +124,12 @@ class Setting(NamedTuple):
 
     @property
     def limits(self) -> Limits:
-        """The limits for every "of the limit": the data sheet's, or the measured ones if the device is not in the table."""
+        """What every "of the limit" refers to: the data sheet, or the measured limits if the device is not in the table."""
         return LIMITS.get(self.name, self.measured)
 
 
 class Section(NamedTuple):
-    """Markdown, and what failed."""
+    """A section of the report in Markdown, and what failed in it."""
 
     text: str
     failures: list[str]
@@ -155,7 +154,7 @@ def describe(setting: Setting) -> Section:
 
 
 def run_tests(setting: Setting) -> Section:
-    """pytest in a process of its own: Triton decides when it is first imported whether it interprets."""
+    """Run pytest in a process of its own: Triton decides at its first import whether it interprets."""
     arguments, results = setting.run.tests, setting.scratch / "tests.xml"
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     command = [sys.executable, "-m", "pytest", *arguments, f"--junit-xml={results}"]
@@ -180,7 +179,7 @@ def time_kernels(setting: Setting) -> Section:
         print(f"{build.func.__name__} {build.args[:-3]}", file=sys.stderr, flush=True)
         try:
             rows += kernels.measure(build(), device)
-        except Exception as problem:  # the reference itself, or a device that an earlier kernel has broken
+        except Exception as problem:  # the reference failed, or an earlier kernel broke the device
             failures.append(f"{build.func.__name__} {build.args[:-3]}: {first_line(problem)}")
         release(device)
     header = "op | by | p20 ms | p50 ms | p80 ms | achieved | of the limit | relative error | goal"
@@ -201,7 +200,7 @@ def kernel_line(row: Row, setting: Setting) -> list[str]:
 
 
 def goals(shapes: Shapes, chip: str) -> dict[str, Goal]:
-    """By the name of the task."""
+    """The goals by the name of the task."""
     dense, banded = Pattern("dense"), Pattern("banded", shapes.band)
     decode = {attention_name("decode_attention", p, dim): DECODE_GOAL for p in (dense, banded) for dim in shapes.head_dims}
     prefill = {
@@ -223,7 +222,7 @@ def speedups(rows: list[Row], run: Run) -> str:
 
 
 def serve(model: str, setting: Setting) -> Section:
-    """A random model over HTTP (a trained one takes as long), and the CPU time of its decode steps."""
+    """Measure a random model over HTTP (a trained one takes as long), and the CPU time of its decode steps."""
     run, device, config = setting.run, setting.device, setting.run.models[model]
     print(f"serving {model}", file=sys.stderr, flush=True)
     path = setting.scratch / model
@@ -261,7 +260,7 @@ def percentile_ms(seconds: list[float]) -> float:
 
 
 def weights_read(config: GPTConfig) -> int:
-    """Parameters that a decode step reads: all but the positions, of which it reads one. The tied head reads all of wte."""
+    """Parameters that a decode step reads: all but the position embeddings. The tied head reads all of wte."""
     with torch.device("meta"):
         model = GPT(config)
     return sum(parameter.numel() for name, parameter in model.named_parameters() if name != "wpe.weight")
@@ -276,9 +275,9 @@ def save_random_model(path: Path, config: GPTConfig) -> None:
 
 
 def step_cpu_ms(model: GPT, run: Run) -> float:
-    """Median time that it takes to schedule, launch and commit a decode step, without waiting for the device.
+    """Median time to schedule, launch and commit a decode step, without the wait for the device.
 
-    On a CPU `launch` computes as well.
+    On a CPU, `launch` also computes.
     """
     device, config, prompt = model.wte.weight.device, model.config, 16
     step_tokens = run.rows * prompt
@@ -323,7 +322,7 @@ def output_of(*command: str) -> str:
 
 
 def attempt(name: str, section: Callable[[Setting], Section], setting: Setting) -> Section:
-    """A section that does not run is a failure, and the others still run."""
+    """Run a section. If it raises, that counts as a failure, and the other sections still run."""
     try:
         return section(setting)
     except Exception as problem:
@@ -356,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
     if not dry and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
-    os.environ["TRITON_INTERPRET"] = str(int(dry))  # decides when a kernel's file is imported, which has not happened yet
+    os.environ["TRITON_INTERPRET"] = str(int(dry))  # read when a kernel's file is imported: none is yet
     if not dry:
         return check(REAL, torch.device("cuda"), RESULTS)
     with tempfile.TemporaryDirectory() as directory:

@@ -1,7 +1,8 @@
-"""What the benchmark measures without HTTP, each in a process of its own: `python -m tests.bench.inside NAME ARGUMENTS`.
+"""The benchmark's measurements without HTTP: `python -m tests.bench.inside NAME ARGUMENTS`.
 
-NAME is a function of MEASURES, ARGUMENTS a JSON object of its arguments; its result is printed as JSON. A process of its
-own, because torch's threads are set up once, and as `banded serve` sets them up: see service/engine/process.py.
+NAME is a function of MEASURES, and ARGUMENTS is a JSON object of its arguments. The result is printed as JSON. Each
+measurement runs in a process of its own, because a process sets up torch's threads only once. It sets them up as
+`banded serve` does: see service/engine/process.py.
 """
 
 import asyncio
@@ -35,7 +36,7 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def median_seconds(work: Callable[[], object], seconds: float) -> float:
-    """Of a call, repeated for so long and at least 5 times, after one that is not counted."""
+    """The median time of a call. Repeats it for `seconds` and at least 5 times, after a first call that is not counted."""
     work()
     times: list[float] = []
     while len(times) < 5 or sum(times) < seconds:
@@ -51,13 +52,13 @@ def options(model: str, dtype: str) -> EngineOptions:
 
 
 def bandwidth(megabytes: int, seconds: float) -> float:
-    """GB/s at which all cores read memory: the sum over a tensor that no cache holds."""
+    """GB/s at which all cores read memory, measured as the sum over a tensor that no cache can hold."""
     numbers = torch.ones(megabytes << 18)
     return megabytes * (1 << 20) / median_seconds(numbers.sum, seconds) / 1e9
 
 
 def limits(model: str, dtype: str, rows: list[int], chunk: int, seconds: float) -> dict[str, float]:
-    """Seconds of the matrix products of one step, by the rows that it decodes; "prompt" is a chunk of a prompt alone."""
+    """Seconds of a step's matrix products, by its number of decode rows. "prompt" is a step with only a prompt chunk."""
     keep_freed_memory()
     with one_torch_thread():
         checkpoint = load_checkpoint(options(model, dtype))
@@ -67,7 +68,7 @@ def limits(model: str, dtype: str, rows: list[int], chunk: int, seconds: float) 
 
 @torch.inference_mode()
 def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, seconds: float) -> float:
-    """All products of a step, one after the other, and nothing between them."""
+    """Seconds of all products of a step, one after the other, with nothing in between."""
     calls = products(checkpoint, num_tokens, num_sampled)
 
     def replay() -> None:
@@ -78,7 +79,7 @@ def products_seconds(checkpoint: Checkpoint, num_tokens: int, num_sampled: int, 
 
 
 class Recording:
-    """Ops that remember their products."""
+    """Ops that remember every call to a matrix product."""
 
     def __init__(self, ops: Ops):
         self.ops = ops
@@ -98,7 +99,7 @@ class Recording:
 
 @torch.inference_mode()
 def products(checkpoint: Checkpoint, num_tokens: int, num_sampled: int) -> list[partial[torch.Tensor]]:
-    """All products of a step: all linears over `num_tokens` rows, the head over `num_sampled`."""
+    """All products of a step: every linear layer over `num_tokens` rows, the output head over `num_sampled`."""
     model, recording = checkpoint.model, Recording(checkpoint.ops)
     ops, positions = cast(Ops, recording), torch.arange(num_tokens) % model.config.n_positions
     hidden = model(positions % model.config.vocab_size, positions, lambda layer, q, k, v: v, ops)
@@ -128,7 +129,7 @@ async def drive(model: str, dtype: str, load: Workload, seed: str) -> float:
 
 
 def step_times(sizes: dict[str, Any], band: int, batch: int, contexts: list[int], seconds: float) -> dict[str, list[float]]:
-    """Seconds of a decode step of `batch` sequences at each context, bf16, by what the layers of the model are."""
+    """Seconds of a bf16 decode step of `batch` sequences at each context, by the attention of the model's layers."""
     config = GPTConfig(**sizes)
     banded = replace(config, attention=("banded",), band=band)
     kinds = {"dense": config, "banded": banded, "in turn": replace(banded, attention=("dense", "banded"))}
@@ -147,7 +148,7 @@ def run_step(launch: Callable[[StepInput], PendingStep], step: StepInput) -> Sam
 
 @torch.inference_mode()
 def full_runner(config: GPTConfig, batch: int) -> Runner:
-    """Random weights, and rows that hold a whole context each."""
+    """A runner with random weights, whose batch rows hold a whole context each."""
     with one_torch_thread():
         model = random_model(config).to(torch.bfloat16).requires_grad_(False).eval()
         ops = choose_ops(model, options("random", "bfloat16"))
@@ -157,7 +158,7 @@ def full_runner(config: GPTConfig, batch: int) -> Runner:
     runner = Runner(model, ops, batch, sizes)
     for pool in runner.pools:
         for pages in pool:
-            pages.fill_(0.01)  # memory that was never written is one page of zeros, and stands in the cache
+            pages.fill_(0.01)  # all unwritten memory is one page of zeros, which stays in the cache
     starts = [RowStart(row, GREEDY, [0]) for row in range(batch)]
     pages_of = [
         NewPages(row, group, 0, list(range(row * each, (row + 1) * each))) for row in range(batch) for group in sizes
@@ -167,7 +168,7 @@ def full_runner(config: GPTConfig, batch: int) -> Runner:
 
 
 def decode(batch: int, context: int) -> StepInput:
-    """A step in which every row computes its token at the end of `context`."""
+    """A step in which every row computes the last of its `context` tokens."""
     tokens = [DecodeToken(row, context - 1) for row in range(batch)]
     return StepInput([], [], tokens, [], [Sample(row, row) for row in range(batch)], [], [])
 

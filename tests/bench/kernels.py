@@ -1,4 +1,4 @@
-"""One table of cases for all kernels: each is held to the reference, then timed next to PyTorch on the same work."""
+"""One table of cases for all kernels: each is checked against the reference, then timed next to PyTorch."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,8 +18,8 @@ from kernels.sampling_state import SamplingState
 from tests.kernels.paged import DecodeCase, PrefillCase, decode_case, prefill_case
 
 OURS, PYTORCH = "Banded", "PyTorch"
-# Largest relative error (L2) of a row of a result: twice that of rounding to the dtype. A row of 2048 keys that misses one
-# page of 64 is wrong by 0.18.
+# The largest relative error (L2) that a row of a result may have: twice the error of rounding to the dtype. A row of
+# 2048 keys that misses one page of 64 is wrong by 0.18.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 
 Unit = Literal["TB/s", "TFLOP/s"]
@@ -47,8 +47,8 @@ class Shapes(NamedTuple):
     matmul: int  # rows and columns, for the measured TFLOP/s
 
 
-# 128 sequences * 256 keys * width 2048 * 2 (K and V) * 2 bytes are 256 MiB in a band, 8 times that densely. 4 prompts of 16
-# heads of 128 are the 64 of the goals. Stride 128 and summary 32 are from Child et al. 2019.
+# A band takes 128 sequences * 256 keys * width 2048 * 2 (K and V) * 2 bytes, that is, 256 MiB. Dense keys take 8 times as
+# much. 4 prompts with 16 heads of 128 give the 64 heads of the goals. Stride 128 and summary 32 are from Child et al. 2019.
 REAL = Shapes(torch.bfloat16, 2048, (64, 128), 2048, 128, 4, 256, 128, 32, 2048, 32, 50304, 1 << 30, 8192)
 # fp32, because Triton's interpreter gets bf16 wrong.
 DRY = Shapes(torch.float32, 128, (64, 128), 128, 2, 1, 64, 32, 8, 5, 2, 5000, 1 << 20, 64)
@@ -83,7 +83,7 @@ class Row(NamedTuple):
 
     @property
     def rate(self) -> float:
-        """Of the median call, in the task's unit."""
+        """The rate of the median call, in the task's unit."""
         return self.task.work / self.ms[1] / 1e9
 
 
@@ -92,7 +92,7 @@ class WrongResultError(ValueError):
 
 
 def measure(case: Case, device: torch.device) -> Iterator[Row]:
-    """A row for each way. One that can't run gets a line in the report: a failure if it is ours, or its result wrong."""
+    """A row for each way, even if it can't run. The row is a failure if the way is ours or its result is wrong."""
     for way, prepare in case.ways.items():
         error = float("nan")
         try:
@@ -111,7 +111,7 @@ def first_line(problem: Exception) -> str:
 
 
 def relative_error(output: Output, expected: Output) -> float:
-    """Largest L2 error of a row as a share of the expected row's norm; among token ids, infinite where one differs."""
+    """The largest L2 error of a row, relative to the norm of the expected row. For token ids: infinite if any differs."""
     if isinstance(output, tuple) or isinstance(expected, tuple):
         return max(relative_error(x, y) for x, y in zip(output, expected, strict=True))
     assert output.shape == expected.shape, f"the result has shape {tuple(output.shape)}, not {tuple(expected.shape)}"
@@ -122,7 +122,7 @@ def relative_error(output: Output, expected: Output) -> float:
 
 
 def quantiles(call: Call, device: torch.device) -> tuple[float, ...]:
-    """Milliseconds of a call at p20, p50 and p80. On CUDA the L2 cache is emptied before each."""
+    """Milliseconds of a call at p20, p50 and p80. On CUDA the L2 cache is emptied before each call."""
     if device.type == "cuda":
         from triton.testing import do_bench
 
@@ -151,7 +151,7 @@ def attention_flops(pattern: Pattern, length: int, head_dim: int) -> int:
 
 
 def decode_bytes(pattern: Pattern, length: int, row_bytes: int) -> int:
-    """Bytes of one head's query and output, and of the keys and values that it sees at the last of `length` positions."""
+    """Bytes of one head's query and output, and of the keys and values it sees from the last of `length` positions."""
     return (2 + 2 * int(pattern.sees(length - 1, torch.arange(length)).sum())) * row_bytes
 
 
@@ -160,7 +160,7 @@ def attention_name(op: str, pattern: Pattern, head_dim: int) -> str:
 
 
 def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: Ops, device: torch.device) -> Case:
-    """Sequences of `context` keys. The last is a query too, or all are. Results are (B, queries, H, D)."""
+    """Sequences of `context` keys. A decode queries from the last, a prefill from all. Results are (B, queries, H, D)."""
     heads, length, scale = shapes.width // dim, shapes.context, dim**-0.5
     size = {"heads": heads, "dim": dim, "dtype": shapes.dtype, "max_pages": -(-length // PAGE_SIZE)}
     name, tolerance = attention_name(op, pattern, dim), TOLERANCE[shapes.dtype]
@@ -186,7 +186,7 @@ def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: 
         return case.q.unflatten(0, (batch, count)).transpose(1, 2).contiguous(), k, v
 
     def sdpa() -> Call:
-        """When decoding, the seen keys are gathered ahead of the call: it needs no mask and reads nothing in vain."""
+        """For a decode, the seen keys are gathered ahead of the call. So the call needs no mask and reads no other keys."""
         q, k, v = contiguous()
         seen = pattern.sees(torch.arange(length - count, length)[:, None], torch.arange(length)).to(device)
         if count == 1:
@@ -197,7 +197,7 @@ def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: 
 
     def flex() -> Call:
         q, k, v = contiguous()
-        torch.compiler.reset()  # it compiles 8 shapes at most; further ones would run without a kernel
+        torch.compiler.reset()  # PyTorch compiles 8 shapes at most; others would run without a kernel
         mask = create_block_mask(
             lambda b, h, q, k: pattern.sees(q + (length - count), k), None, None, count, length, device=device
         )
@@ -209,7 +209,7 @@ def attention(op: AttentionOp, pattern: Pattern, dim: int, shapes: Shapes, ops: 
 
 
 def beside_pytorch(task: Task, way: Callable[[Ops], Call], ops: Ops, oracle: Ops = reference) -> Case:
-    """kernels.torch_ops is plain PyTorch, which runs on any device."""
+    """A case in which kernels.torch_ops is the rival: it is plain PyTorch and runs on any device."""
     return Case(task, way(oracle)(), {OURS: partial(way, ops), PYTORCH: partial(way, torch_ops)})
 
 
@@ -245,7 +245,7 @@ def bias_activation(shapes: Shapes, ops: Ops, device: torch.device) -> Case:
     bias = torch.randn(4 * shapes.width, device=device).to(shapes.dtype)
 
     def way(ops: Ops) -> Call:
-        own = x.clone()  # ours works in place: only its first call, which is checked, sees x
+        own = x.clone()  # ours works in place: only its first call sees x, and that result is checked
         return lambda: ops.bias_activation(own, bias, "gelu_new")
 
     name = f"bias_activation gelu_new, {shapes.tokens} x {4 * shapes.width}"
@@ -263,7 +263,7 @@ def sampling(
     ops: Ops,
     device: torch.device,
 ) -> Case:
-    """Held to kernels.torch_ops: the reference compares every two tokens of a vocabulary."""
+    """Checked against kernels.torch_ops: the reference would compare every two tokens of a vocabulary."""
     rows = shapes.sampled
     logits = 3 * torch.randn(rows, shapes.vocab, device=device)
     off, slots = torch.zeros(rows, device=device), torch.arange(rows, device=device)
@@ -288,7 +288,7 @@ def sampling(
 
 
 def cases(shapes: Shapes, ops: Ops, device: torch.device) -> list[partial[Case]]:
-    """The table of what is measured. Each case is built when called: all at once would not fit a device."""
+    """The table of all cases. Each is built when called, because a device could not hold all at once."""
     dense, banded = Pattern("dense"), Pattern("banded", shapes.band)
     strided, fixed = Pattern("strided", shapes.stride), Pattern("fixed", shapes.stride, shapes.summary)
     attentions: list[tuple[AttentionOp, Pattern]] = [

@@ -1,6 +1,6 @@
-"""`python -m tests.bench.ngrams TRAIN VALID`: what counting words reaches, in the tokens of the embedded model.
+"""`python -m tests.bench.ngrams TRAIN VALID`: the perplexity that counting words reaches, in the embedded model's tokens.
 
-Perplexity of a unigram and of a trigram model (interpolated Kneser-Ney, Chen and Goodman 1998, one discount).
+Prints that of a unigram and that of a trigram model (interpolated Kneser-Ney, Chen and Goodman 1998, one discount).
 """
 
 import argparse
@@ -20,7 +20,7 @@ Floats = NDArray[np.float64]
 
 
 class Counts(NamedTuple):
-    """How often each key was counted; keys in order."""
+    """How often each key was counted. The keys are sorted."""
 
     keys: Ints
     counts: Ints
@@ -30,7 +30,7 @@ class Counts(NamedTuple):
         return np.where(self.keys[places] == keys, self.counts[places], 0)
 
     def by(self, contexts: Ints) -> tuple["Counts", "Counts"]:
-        """Sum of the counts, and number of keys, of each context: `contexts` belong to the keys and are in order too."""
+        """For each context, the sum of its counts and the number of its keys. `contexts` has one entry a key, sorted too."""
         found, first = np.unique(contexts, return_index=True)
         return Counts(found, np.add.reduceat(self.counts, first)), Counts(found, np.diff(np.append(first, len(contexts))))
 
@@ -40,7 +40,7 @@ def count(keys: Ints) -> Counts:
 
 
 class Ngrams:
-    """Interpolated Kneser-Ney over tokens below `vocab_size`: lower orders count in how many contexts a token was seen."""
+    """Interpolated Kneser-Ney over tokens below `vocab_size`. Lower orders count the contexts in which a token was seen."""
 
     def __init__(self, tokens: Ints, vocab_size: int):
         self._size = size = vocab_size
@@ -55,7 +55,7 @@ class Ngrams:
         return self._discounted(self._plain.of(tokens), self._plain.counts.sum(), len(self._plain.keys), 1 / self._size)
 
     def trigram(self, tokens: Ints) -> Floats:
-        """Probability of tokens 2, 3, ..., each from the two before it."""
+        """Probability of tokens 2, 3, ..., each from the two tokens ahead of it."""
         first, second, third = tokens[:-2], tokens[1:-1], tokens[2:]
         contexts = [first * self._size + second, second, np.zeros_like(third)]
         probability: Floats = np.full(len(third), 1 / self._size)

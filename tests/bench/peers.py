@@ -1,7 +1,7 @@
-"""Other servers, where they are installed: how each is started on a checkpoint; and one server at a time on the cores.
+"""Other servers, if they are installed: how each is started on a checkpoint, and how one server runs at a time.
 
-Nothing here installs them. llama.cpp is a `llama-server` and the folder of its convert_hf_to_gguf.py, vLLM the Python of an
-environment that has it; see `python -m tests.bench.run --help`.
+Nothing here installs them. llama.cpp is a `llama-server` and the folder of its convert_hf_to_gguf.py. vLLM is the Python of
+an environment that has it. See `python -m tests.bench.run --help`.
 """
 
 import os
@@ -18,12 +18,12 @@ from service.tools.bench import Program, RunningServer, Workload, measure, runni
 
 START_SECONDS = 600.0  # vLLM compiles when it starts
 
-# For a Python of another environment. Some of our folders are named as packages that it may import.
+# For another environment's Python: it must not import our folders in place of packages with the same names.
 ALONE = {"PYTHONPATH": "", "PYTHONSAFEPATH": "1"}
 
 
 class Side(NamedTuple):
-    """Who is measured: a server on a checkpoint in a dtype."""
+    """One side of a comparison: a server on a checkpoint in a dtype."""
 
     name: str
     dtype: str
@@ -31,7 +31,7 @@ class Side(NamedTuple):
 
 
 class Peers(NamedTuple):
-    """What is installed of them. `work` is where converted checkpoints go; those that are there already are used."""
+    """The peers that are installed. Converted checkpoints go to `work` and are found there again."""
 
     llama_server: Path | None
     llama_convert: Path | None
@@ -39,7 +39,7 @@ class Peers(NamedTuple):
     work: Path
 
     def llama(self, model: Path, outtype: Literal["bf16", "q8_0"], streams: int, context: int) -> list[Side]:
-        """llama.cpp with a slot of `context` tokens for each stream, or nobody."""
+        """llama.cpp with a slot of `context` tokens for each stream. Empty if it is not installed."""
         if not self.llama_server:
             return []
         cores = str(len(os.sched_getaffinity(0)))
@@ -48,7 +48,7 @@ class Peers(NamedTuple):
         return [Side(f"llama.cpp {outtype}", outtype, Program(command, "/health"))]
 
     def gguf(self, model: Path, outtype: str) -> Path:
-        """A checkpoint in llama.cpp's format, converted by its own script. The folder of a model names it."""
+        """Convert a checkpoint with llama.cpp's own script. The result is named after the model's folder."""
         target = self.work / f"{model.name}-{outtype}.gguf"
         if not target.exists():
             if not self.llama_convert:
@@ -63,7 +63,7 @@ class Peers(NamedTuple):
         return target
 
     def vllm(self, model: Path, context: int) -> list[Side]:
-        """vLLM in bf16, or nobody."""
+        """vLLM in bf16. Empty if it is not installed."""
         if not self.vllm_python:
             return []
         options = {"--model": str(model), "--dtype": "bfloat16", "--max-model-len": str(context)}
@@ -86,7 +86,7 @@ class Peers(NamedTuple):
 
 
 class Servers:
-    """Starts each program when it is first asked for, and halts all but the one that is measured: they share the cores."""
+    """Starts each program when it is first needed. Halts all but the measured one, because they share the cores."""
 
     def __init__(self) -> None:
         self.kept: dict[Program, tuple[RunningServer, ExitStack]] = {}
@@ -100,7 +100,7 @@ class Servers:
 
     @contextmanager
     def only(self, program: Program) -> Iterator[tuple[str, str]]:
-        """The URL and the model of a server that runs alone, and has just answered."""
+        """The URL and the model of a server that runs alone and has just answered a request."""
         if program not in self.kept:
             with ExitStack() as started:
                 server = started.enter_context(running(program, timeout=START_SECONDS))
@@ -116,5 +116,5 @@ class Servers:
 
     def end(self, program: Program) -> None:
         server, ending = self.kept.pop(program)
-        os.killpg(server.process.pid, signal.SIGCONT)  # or it would not hear that it is to end
+        os.killpg(server.process.pid, signal.SIGCONT)  # a stopped process would not react to the signal to end
         ending.close()

@@ -1,4 +1,4 @@
-"""What a benchmark found: lines of a table with targets, samples behind them, both as CSV, and plots."""
+"""The results of a benchmark: a table with targets and the samples that it comes from, both as CSV, and plots."""
 
 import csv
 import math
@@ -22,14 +22,14 @@ OURS = "Banded"
 
 
 class Target(NamedTuple):
-    """What a figure must reach, and better reaches: at least, or at most where `aim` is the smaller."""
+    """A figure must reach `must` and should reach `aim`. If `aim` is the smaller one, both are upper limits."""
 
     must: float
     aim: float
-    unit: str = "x"  # what it is compared with: x is the ratio to somebody else's figure, anything else the figure itself
+    unit: str = "x"  # x: the target is for the ratio to another side's figure; otherwise for the figure itself
 
     def verdict(self, value: float) -> str:
-        """Of the value as it is printed."""
+        """The verdict on the value as it is printed."""
         shown, sign = round(value, 2), 1 if self.aim >= self.must else -1
         if math.isnan(value):
             return "not measured"
@@ -42,10 +42,10 @@ class Line(NamedTuple):
     scenario: str
     figure: str  # what was measured, with its unit
     ours: float
-    against: str = ""  # whose figure stands beside it
+    against: str = ""  # the side that ours is compared with
     theirs: float = math.nan
     target: Target | None = None
-    ceiling: float = math.nan  # what `ours` would be if a step were its matrix products and nothing else
+    ceiling: float = math.nan  # what `ours` would be if a step were only its matrix products
 
     @property
     def ratio(self) -> float:
@@ -53,7 +53,7 @@ class Line(NamedTuple):
 
     @property
     def compared(self) -> float:
-        """What the target is about."""
+        """The number that the target is for."""
         return self.ratio if self.target is None or self.target.unit == "x" else self.ours
 
     def cells(self) -> list[str]:
@@ -86,7 +86,7 @@ COLUMNS = {
 
 
 def shown(value: float) -> str:
-    """Three digits that say something, and none of an exponent."""
+    """Three significant digits, and no exponent."""
     return "-" if math.isnan(value) else f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
@@ -95,7 +95,7 @@ def print_cells(cells: list[str]) -> None:
 
 
 class Sample(NamedTuple):
-    """One measurement. Times in ms; of a load, `value` is what its scenario is about."""
+    """One measurement. Times are in ms. Under a load, `value` is the figure that its scenario compares."""
 
     scenario: str
     round: int
@@ -103,7 +103,7 @@ class Sample(NamedTuple):
     dtype: str
     figure: str
     value: float
-    at: float = math.nan  # what it is plotted against
+    at: float = math.nan  # its x in the plot
     streams: int | None = None
     requests: int | None = None
     prompt: int | None = None
@@ -128,7 +128,7 @@ class Sample(NamedTuple):
 
 
 def environment(peers: dict[str, str]) -> dict[str, str]:
-    """Where the figures come from."""
+    """The revision, machine and versions that the figures come from."""
     describe = ["git", "describe", "--always", "--dirty"]
     revision = subprocess.run(describe, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return {
@@ -157,9 +157,9 @@ def machine_name(facts: dict[str, str]) -> str:
 
 
 def write(stem: Path, facts: dict[str, str], lines: list[Line], samples: list[Sample]) -> list[Path]:
-    """STEM.csv, a row a line of the table; STEM-samples.csv, a row a measurement; STEM.png, where there is a curve.
+    """Write STEM.csv (a row a line of the table), STEM-samples.csv (a row a measurement) and, for curves, STEM.png.
 
-    Each scenario keeps its last run: the rows replace those of their scenarios and leave the others as they are.
+    Each scenario keeps its last run: new rows replace those of the same scenario and leave the others alone.
     """
     stem.parent.mkdir(parents=True, exist_ok=True)
     table, raw, picture = stem.with_suffix(".csv"), stem.with_name(f"{stem.name}-samples.csv"), stem.with_suffix(".png")
@@ -169,7 +169,7 @@ def write(stem: Path, facts: dict[str, str], lines: list[Line], samples: list[Sa
 
 
 def rounded(sample: Sample) -> dict[str, str]:
-    """Four digits; what was not measured is empty."""
+    """A sample's cells, with four significant digits. Unmeasured cells are empty."""
     return {name: cell(value) for name, value in sample._asdict().items()}
 
 
@@ -180,7 +180,7 @@ def cell(value: object) -> str:
 
 
 def sample_of(row: dict[str, str]) -> Sample:
-    """As much of a sample as a plot needs, from its row."""
+    """The part of a sample that a plot needs, read from its row."""
     value, at = (float(row[name] or "nan") for name in ("value", "at"))
     return Sample(row["scenario"], int(row["round"]), row["side"], row["dtype"], row["figure"], value, at)
 
@@ -193,7 +193,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def update_rows(path: Path, rows: list[dict[str, str]]) -> None:
-    """Put rows into a file in place of those of the same scenarios. Runs may have other columns, such as their peers."""
+    """Replace the rows of the same scenarios in a file. Runs may differ in their columns, such as their peers' versions."""
     replaced = {row["scenario"] for row in rows}
     rows = [row for row in read_rows(path) if row["scenario"] not in replaced] + rows
     if rows:
@@ -206,7 +206,7 @@ def update_rows(path: Path, rows: list[dict[str, str]]) -> None:
 class Curve(NamedTuple):
     """A plot of some samples' values."""
 
-    scenarios: str  # what their names begin with
+    scenarios: str  # the beginning of their names
     figure: str
     title: str
     x: str
@@ -221,7 +221,7 @@ CURVES = [
 
 
 def plot(path: Path, facts: dict[str, str], samples: list[Sample]) -> bool:
-    """One picture of all curves that have points: medians of the rounds. False where there are none."""
+    """Draw one picture of all curves that have points, which are medians of the rounds. False if no curve has any."""
     found = [(curve, series(curve, samples)) for curve in CURVES]
     found = [(curve, lines) for curve, lines in found if lines]
     if not found:
@@ -235,7 +235,7 @@ def plot(path: Path, facts: dict[str, str], samples: list[Sample]) -> bool:
 
 
 def series(curve: Curve, samples: list[Sample]) -> dict[str, dict[float, float]]:
-    """Of each side y by x."""
+    """For each side, y by x."""
     values: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     for sample in samples:
         if sample.scenario.startswith(curve.scenarios) and sample.figure == curve.figure and not math.isnan(sample.at):

@@ -1,15 +1,15 @@
 """`make bench`: Banded next to llama.cpp and vLLM, where they are installed, on random models of GPT-2 125M's shape.
 
-Each scenario measures all sides in turn, several times, and lets one server at a time have the cores. It prints medians,
-their ratio and the target. Tables, samples and plots go to tests/bench/results/, under the machine's name; each scenario
-keeps its last run. Options or environment variables name the peers:
+Each scenario measures all sides in turn, several times, and only one server runs at a time. It prints medians, their ratio
+and the target. Tables, samples and plots go to tests/bench/results/, under the machine's name. Each scenario keeps its last
+run. Options or environment variables name the peers:
 
     BENCH_LLAMA_SERVER=.../llama-server BENCH_LLAMA_CONVERT=.../llama.cpp BENCH_VLLM_PYTHON=.../bin/python make bench
     python -m tests.bench.run --only bf16-1 bf16-8 --rounds 5
 
 llama.cpp's q8_0 crashes on some CPUs with AMX; LLAMA_ARG_REPACK=0 in the environment keeps it running.
 
-Figures of one machine change within the hour, and more so between machines: compare only what stands in one table.
+Figures of one machine change within the hour, and those of two machines differ more: compare only figures of one table.
 """
 
 import argparse
@@ -58,25 +58,25 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Sizes(NamedTuple):
-    """How much is measured: REAL and QUICK differ in nothing else. Lengths in tokens."""
+    """How much is measured: REAL and QUICK differ in nothing else. Lengths are in tokens."""
 
-    model: GPTConfig  # dense and banded layers in turn; its twin is all dense, GPT-2's shape
+    model: GPTConfig  # dense and banded layers in turn; with dense layers only, it has GPT-2's shape
     waves: int  # requests of each stream
     prompt: int
     output: int
     long: Workload  # long prompts
-    # Prompt and output fill the context. Sampled: greedy texts that repeat themselves would end before others begin.
+    # Prompt and output fill the context. At temperature 0, a text that repeats itself would end before others begin.
     full: Workload
     gaps: Workload
-    arriving: int  # the prompt that arrives every second of `every`
-    every: float
-    shared: Workload  # pairs of prompts with `prefix` in common, one request after the other
+    arriving: int  # tokens of the prompts that arrive
+    every: float  # seconds from one arriving prompt to the next
+    shared: Workload  # pairs of prompts that share `prefix` tokens, one request after the other
     prefix: int
     prompts: tuple[int, ...]
     contexts: tuple[int, ...]
-    chunk: int  # of a prompt, computed in a step
+    chunk: int  # prompt tokens that a step computes
     megabytes: int
-    seconds: float  # that a call is repeated for
+    seconds: float  # for which a call is repeated
 
 
 REAL = Sizes(
@@ -116,9 +116,9 @@ QUICK = Sizes(
     seconds=0.0,
 )
 
-# What the matrix products alone take, by how many rows a decode step has.
+# Decode rows of the steps whose matrix products are timed alone.
 ROWS = [1, 8, 16, 32]
-# KV memory in which 16 whole prompts stay cached, the pages that fell behind the band included: 5 GB, committed at start.
+# KV memory that keeps 16 whole prompts cached, even the pages that left the band: 5 GB, committed at the start.
 ROOMY = (("BANDED_MAX_SLOTS", "104"), ("BANDED_KV_BYTES", str(5 << 30)))
 
 LLAMA_BF16, LLAMA_Q8, VLLM = "llama.cpp bf16", "llama.cpp q8_0", "vLLM bf16"
@@ -150,7 +150,7 @@ class Bench:
         return self._model("dense", checkpoints.write_own, all_dense(self.sizes.model))
 
     def _model(self, name: str, write_model: Callable[[Path, GPTConfig], Path], config: GPTConfig) -> Path:
-        """Written once into the folder of the work, and found there by later runs."""
+        """Write a model into the work folder once. Later runs find it there."""
         directory = self.peers.work / f"{name}-{config.n_layer}x{config.n_embd}"
         if not directory.exists():
             unfinished = directory.with_suffix(".tmp")
@@ -164,7 +164,7 @@ class Bench:
         return Side(name or f"{OURS} {dtype}", dtype, banded(model, "--dtype", dtype)._replace(environment=settings))
 
     def in_turn(self, scenario: str, sides: Iterable[Side], take: Callable[[str, str, str], Any]) -> dict[Side, list[Any]]:
-        """What `take(url, model, seed)` finds of each side in each round: A, B, A, B. A peer that fails is left out."""
+        """Results of `take(url, model, seed)` by side, taken in the order A, B, A, B. A peer that fails is left out."""
         found: dict[Side, list[Any]] = {side: [] for side in sides}
         for turn in range(self.rounds):
             for side in list(found):
@@ -182,7 +182,7 @@ class Bench:
     def loaded(
         self, scenario: str, figure: str, sides: Iterable[Side], load: Workload, value: Callable[[Result], float], at: float
     ) -> dict[str, float]:
-        """The median of `value` of each side under a load, ours first."""
+        """For each side, the median of `value` under a load. Ours comes first."""
         results = self.in_turn(scenario, sides, lambda url, model, seed: measure(url, model, load, seed=seed))
         for side, found in results.items():
             for turn, result in enumerate(found):
@@ -190,19 +190,19 @@ class Bench:
         return {side.name: statistics.median(map(value, found)) for side, found in results.items()}
 
     def note(self, scenario: str, side: Side, figure: str, values: Iterable[float]) -> float:
-        """Keep a value of each round; their median."""
+        """Keep the value of each round as a sample. Returns the median."""
         kept = list(values)
         self.samples += [Sample(scenario, turn, side.name, side.dtype, figure, value) for turn, value in enumerate(kept)]
         return statistics.median(kept)
 
     def inside(self, measure_name: str, **arguments: Any) -> Any:
-        """What tests.bench.inside measures, in a process of its own."""
+        """Run a measurement of tests.bench.inside, in a process of its own."""
         progress(f"in process: {measure_name}")
         command = [sys.executable, "-m", "tests.bench.inside", measure_name, json.dumps(arguments)]
         return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
 
     def products(self, dtype: str) -> dict[str, float]:
-        """Seconds of a step's matrix products, by its rows; "prompt" for a chunk of a prompt."""
+        """Seconds of a step's matrix products, by its decode rows. "prompt" is a step with only a prompt chunk."""
         if dtype not in self._products:
             sizes = self.sizes
             self._products[dtype] = self.inside(
@@ -212,7 +212,7 @@ class Bench:
 
 
 def ceiling(products: dict[str, float], load: Workload, chunk: int) -> float:
-    """Output tokens/s under a load if steps were their matrix products, prompts included: `products` has their seconds."""
+    """Output tokens/s if a step were only its matrix products, including those of prompts. `products` has their seconds."""
     prompts = load.streams * load.prompt * products["prompt"] / chunk
     return load.streams * load.output / (prompts + load.output * products[str(load.streams)])
 
@@ -222,7 +222,7 @@ def progress(text: str) -> None:
 
 
 def rivals(bench: Bench, names: tuple[str, ...], load: Workload) -> list[Side]:
-    """Those of the named peers that are installed, with room for a load."""
+    """The named peers, if installed, with room for a load."""
     whole = bench.sizes.model.n_positions
     slot = min(whole, -(-(load.prompt + load.output + 1) // 256) * 256)
     found = {
@@ -242,7 +242,7 @@ def compare(
     best: Callable[..., tuple[str, float]] = max,
     most: float = math.nan,
 ) -> Line:
-    """Ours, the first, beside the best of the others. `most` is the ceiling."""
+    """Our figure, the first one, next to the best of the others. `most` is the ceiling."""
     (_, ours), *others = medians.items()
     against, theirs = best(others, key=lambda side: side[1]) if others else ("", math.nan)
     return Line(scenario, figure, ours, against, theirs, target, most)
@@ -292,15 +292,15 @@ def alternating(bench: Bench, name: str) -> list[Line]:
     ]
     rates = bench.in_turn(name, sides, lambda url, model, seed: decode_phase(url, model, load, seed))
     for side in sides:
-        bench.servers.end(side.program)  # nobody else has use for so much memory
+        bench.servers.end(side.program)  # no other scenario needs so much memory
     medians = {side.name: bench.note(name, side, "decode tokens/s", found) for side, found in rates.items()}
     figure = f"decode tokens/s, {load.streams} x {load.prompt} + {load.output}"
     return [compare(name, figure, medians, Target(1.15, 1.3))]
 
 
 def decode_phase(url: str, model: str, load: Workload, seed: str) -> float:
-    """Output tokens/s while all streams decode. Their prompts are in the prefix cache: computed one beside the other, the
-    first stream would have ended before the last began."""
+    """Output tokens/s while all streams decode. A first run puts their prompts into the prefix cache: otherwise the first
+    stream would end before the last prompt is computed."""
     prompts = random_prompts(load, seed)
     run_async(keep(url, model, load._replace(streams=1, output=1), prompts))
     result = run_async(keep(url, model, load, prompts))
@@ -313,7 +313,7 @@ def decode_phase(url: str, model: str, load: Workload, seed: str) -> float:
 
 
 def kv_memory(bench: Bench, name: str) -> list[Line]:
-    """Sequences of the whole context that the page accounting admits at once, in memory for a thousand dense ones."""
+    """How many full-context sequences the page accounting admits at once, in memory for 1000 sequences of a dense model."""
     config = bench.sizes.model
     kv_bytes = 1000 * sequence_bytes(all_dense(config), config.n_positions, item_bytes=2)
     ours, theirs = (admitted(kind, kv_bytes) for kind in (config, all_dense(config)))
@@ -336,7 +336,7 @@ def http_cost(bench: Bench, name: str) -> list[Line]:
     for turn in range(bench.rounds):
         with bench.servers.only(side.program) as (url, model):
             over_http.append(measure(url, model, load, seed=f"{name} {turn}").tokens_per_second)
-        # Both are new processes in every round: one that waited while another ran goes on up to a tenth slower.
+        # Both sides get a new process in every round: after a pause, a process can be up to a tenth slower.
         bench.servers.end(side.program)
         seed = f"{name} {turn}"
         alone.append(bench.inside("engine", model=str(bench.gpt2), dtype=side.dtype, load=list(load), seed=seed))
@@ -346,7 +346,7 @@ def http_cost(bench: Bench, name: str) -> list[Line]:
 
 
 def gaps(bench: Bench, name: str) -> list[Line]:
-    """What prompts that arrive do to streams that decode."""
+    """How much arriving prompts disturb streams that decode."""
     sizes, side = bench.sizes, bench.ours(bench.gpt2, "bfloat16")
 
     def quiet_then_busy(url: str, model: str, seed: str) -> tuple[Result, Result]:
@@ -362,7 +362,7 @@ def gaps(bench: Bench, name: str) -> list[Line]:
 
 
 async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
-    """The streams of `sizes.gaps` while prompts of others arrive."""
+    """Run the streams of `sizes.gaps` while prompts of other clients arrive."""
     arrivals: list[asyncio.Task[http.Answer]] = []
 
     async def arrive() -> None:
@@ -384,19 +384,19 @@ async def disturbed(url: str, model: str, sizes: Sizes, seed: str) -> Result:
         await asyncio.gather(arriving, return_exceptions=True)
     for task in arrivals:
         if not task.cancelled():
-            http.read_stream(url, task.result(), 1)  # raises what went wrong
+            http.read_stream(url, task.result(), 1)  # raises if the request failed
     return result
 
 
 def gaps_together(result: Result) -> list[float]:
-    """Seconds between the events of a stream while all streams decode, in order of size."""
+    """Seconds between the events of a stream while all streams decode, sorted."""
     begin, end = together(result)
     gaps = (pair for stream in result.streams for pair in pairwise(stream.events))
     return sorted(later - earlier for earlier, later in gaps if begin <= earlier and later <= end)
 
 
 def together(result: Result) -> tuple[float, float]:
-    """When the last stream began and the first one ended. Raises BenchError where that is the wrong way round."""
+    """When the last stream began and the first one ended. Raises BenchError if the first ended before the last began."""
     begin = max(stream.events[0] for stream in result.streams)
     end = min(stream.events[-1] for stream in result.streams)
     if begin >= end:
@@ -405,7 +405,7 @@ def together(result: Result) -> tuple[float, float]:
 
 
 def start(bench: Bench, name: str) -> list[Line]:
-    """From the start of the process until it is ready; the first start may have had things to prepare."""
+    """Seconds from the start of the process until it is ready. The first start may have had to prepare something."""
     side = bench.ours(bench.gpt2, "bfloat16")
     seconds = []
     for turn in range(bench.rounds + 1):
@@ -420,7 +420,7 @@ def start(bench: Bench, name: str) -> list[Line]:
 
 
 def shared_prefix(bench: Bench, name: str) -> list[Line]:
-    """Of two prompts that begin alike, how much sooner the second is answered."""
+    """Two prompts begin alike: how much sooner the second one is answered."""
     sizes, side = bench.sizes, bench.ours(bench.gpt2, "bfloat16")
     load, prefix = sizes.shared, sizes.prefix
 
@@ -453,7 +453,7 @@ def first_tokens(bench: Bench, name: str) -> list[Line]:
 
 
 def context(bench: Bench, name: str) -> list[Line]:
-    """What the band saves of a step as the context grows."""
+    """How much of a step the band saves as the context grows."""
     sizes, batch = bench.sizes, 8
     found = bench.inside(
         "step_times",
@@ -496,12 +496,12 @@ SCENARIOS: dict[str, Callable[[Bench, str], list[Line]]] = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0, or 1 where something of ours could not be measured. A target that is missed is no failure."""
+    """Returns 0, or 1 if a scenario failed. A missed target is no failure."""
     args = parser().parse_args(argv)
-    freeze_loaded_objects()  # the clients' garbage is little, and collecting it costs the servers a core
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or the servers would go on
+    freeze_loaded_objects()  # clients make little garbage, and collecting it takes a core from the servers
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # otherwise the servers would keep running
     if args.quick:
-        # A toy has no work for two threads, which would wait for each other, and is not worth compiling anything.
+        # A toy model has too little work for two threads: they would wait for each other. Nor is it worth compiling.
         os.environ |= {"OMP_NUM_THREADS": "1", "BANDED_COMPILE": "0"}
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -520,7 +520,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure_all(bench: Bench, names: Iterable[str]) -> tuple[list[Line], bool]:
-    """The table, printed as it grows, and whether a scenario of it failed."""
+    """Measure the scenarios and print their lines. Returns the table, and whether a scenario failed."""
     print_cells(list(COLUMNS))
     table, failed = list[Line](), False
     for name in names:

@@ -1,9 +1,9 @@
-"""Does a request with a seed give the same text alone, in a full batch and after a prefix hit? Over HTTP, whole texts.
+"""Does a seed give the same text alone, in a full batch and after a prefix hit? Compares whole texts over HTTP.
 
     python -m tests.bench.same_seed --model demo --dtype bfloat16
 
-Every request is sent four times: alone to a fresh server, alone again (its prompt is cached now), in a full batch to a fresh
-server, in a full batch again. Prints how many texts differ from the first; exits with 1 where one does.
+Every request is sent four times: alone to a fresh server, alone again (now its prompt is cached), in a full batch to a fresh
+server, and in a full batch again. Prints how many texts differ from those of the first run. Exits with 1 if any does.
 """
 
 import argparse
@@ -17,11 +17,11 @@ import httpx
 from service.engine.loading import model_directory, served_name
 from service.tools.bench import banded, running
 
-CONCURRENCY = 48  # more than there are slots, so that requests wait as well
+CONCURRENCY = 48  # more than the server has batch rows: some requests must wait
 
 
 def requests(count: int, model: str) -> list[dict[str, Any]]:
-    """Prompts of 5 to 900 random tokens, a third of which begin with one of a few texts of 300 to 700 tokens."""
+    """Prompts of 5 to 900 random tokens. A third of them begin with one of four texts of 300 to 700 tokens."""
     rng = random.Random(1)
     shared = [[rng.randrange(50000) for _ in range(length)] for length in (300, 450, 600, 700)]
     made = []
@@ -44,7 +44,7 @@ def requests(count: int, model: str) -> list[dict[str, Any]]:
 
 
 async def texts(url: str, bodies: list[dict[str, Any]], concurrency: int) -> tuple[list[list[str]], int]:
-    """Texts of each request, and how many prompt tokens came from the prefix cache."""
+    """The texts of each request, and how many prompt tokens came from the prefix cache."""
     gate = asyncio.Semaphore(concurrency)
     async with httpx.AsyncClient(base_url=url, timeout=600) as client:
 

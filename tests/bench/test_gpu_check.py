@@ -1,4 +1,4 @@
-"""`make gpu-check`: what it counts, what it calls wrong, and when it fails. The command itself runs dry in CI."""
+"""`make gpu-check`: what it counts, which results it calls wrong, and when it fails. CI runs the command itself dry."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +24,7 @@ def setting(tmp_path: Path, run: gpu_check.Run = DRY) -> Setting:
 
 
 def use(monkeypatch: pytest.MonkeyPatch, build: Any, **ops: Any) -> None:
-    """One case, with kernels.torch_ops and some broken ops in place of Triton's."""
+    """Reduce the table to one case that `build` makes. Put kernels.torch_ops and `ops` in place of Triton's ops."""
     broken = SimpleNamespace(**{**vars(torch_ops), **ops})
     monkeypatch.setattr(gpu_check, "choose", lambda device, choice: broken)
     table = kernels.cases

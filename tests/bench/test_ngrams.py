@@ -1,4 +1,4 @@
-"""The baselines that count words: probabilities, and better ones than a uniform guess."""
+"""The baselines that count words: their probabilities are right, and better than a uniform guess."""
 
 from collections import Counter, defaultdict
 from typing import Any
@@ -10,11 +10,11 @@ from tests.bench.ngrams import DISCOUNT, Ngrams, perplexity
 
 SIZE = 9
 RNG = np.random.default_rng(0)
-TOKENS = RNG.integers(0, 7, 400) * RNG.integers(0, 2, 400)  # two of the vocabulary never come
+TOKENS = RNG.integers(0, 7, 400) * RNG.integers(0, 2, 400)  # two tokens of the vocabulary never occur
 
 
 def every_next(first: int, second: int) -> float:
-    """Sum of the probabilities of all tokens behind two."""
+    """The sum of the probabilities of all tokens after two given ones."""
     ngrams = Ngrams(TOKENS, SIZE)
     return sum(float(ngrams.trigram(np.array([first, second, third]))[0]) for third in range(SIZE))
 
@@ -27,7 +27,7 @@ def test_probabilities_add_up_to_one(context: tuple[int, int]) -> None:
 
 
 def test_they_are_those_of_the_formula() -> None:
-    """Chen and Goodman 1998, with dictionaries."""
+    """The formula of Chen and Goodman 1998, computed with dictionaries."""
     tokens = TOKENS.tolist()
     trigrams = Counter(zip(tokens, tokens[1:], tokens[2:], strict=False))
     bigrams = Counter(gram[1:] for gram in trigrams)

@@ -22,7 +22,7 @@ from tests.model.checkpoint.checkpoints import tiny
 
 NOBODY = Peers(None, None, None, Path("/nowhere"))
 
-# A completions server that says "a b c", in place of llama-server and of Banded.
+# A completions server that answers "a", "b", "c". It stands in for llama-server and for Banded.
 PARROT = f"""#!{sys.executable}
 import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -53,7 +53,7 @@ else:
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No peers and settings in the environment, which the benchmark changes, and the signal handler as it was."""
+    """Take peers and settings out of the environment. Afterwards, restore what the benchmark changed."""
     for name in [name for name in os.environ if name.startswith(("BANDED_", "BENCH_"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -98,7 +98,7 @@ def test_the_best_of_the_others_stands_beside_ours() -> None:
 
 
 def test_the_ceiling_counts_prompts_and_steps() -> None:
-    # 8 prompts of 128 at 512 tokens in 0.256 s, then 100 steps of 20 ms.
+    # 8 prompts of 128 tokens, 512 tokens in 0.256 s; then 100 steps of 20 ms.
     found = run.ceiling({"8": 0.02, "prompt": 0.256}, Workload(8, 16, 128, 100), chunk=512)
     assert found == pytest.approx(800 / (8 * 0.064 + 100 * 0.02))
 
@@ -123,7 +123,7 @@ def test_only_streams_that_decode_together_count(monkeypatch: pytest.MonkeyPatch
 
     load = Workload(2, 2, 64, 4)
     keep([Stream(0.0, [1.0, 2.0, 3.0, 4.0], 63), Stream(0.0, [2.5, 3.0, 3.5, 5.5], 63)])
-    # From 2.5 to 4: the events at 3 and 4, and at 3 and 3.5.
+    # From 2.5 to 4, one stream has events at 3 and 4, the other at 3 and 3.5.
     assert run.decode_phase("url", "model", load, "seed") == pytest.approx(4 / 1.5)
     for cached, late in ((0, 2.5), (63, 4.5)):
         keep([Stream(0.0, [1.0, 4.0], 63), Stream(0.0, [late, 5.0], cached)])
@@ -132,7 +132,7 @@ def test_only_streams_that_decode_together_count(monkeypatch: pytest.MonkeyPatch
 
 
 def state(server: Program, servers: Servers) -> str:
-    """Linux's letter: T is stopped."""
+    """Linux's letter for the state of a process. T means stopped."""
     pid = servers.kept[server][0].process.pid
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 

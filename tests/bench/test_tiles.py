@@ -1,4 +1,4 @@
-"""python -m tests.bench.tiles, with Triton interpreted: what it times, and that it leaves the table as it was."""
+"""python -m tests.bench.tiles, with Triton interpreted: it times the tiles and does not change their table."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def test_tiles_that_run_are_timed_fastest_first(capsys: pytest.CaptureFixture[st
     before = dict(tuning.TILES)
     found = list(tiles.times(DRY.shapes._replace(head_dims=(64,)), torch.device("cpu"), CANDIDATES))
     assert before == tuning.TILES
-    assert [len(timed) for timed in found] == [2, 2, 2, 1, 1, 1, 1]  # 128 queries are no row of a block layout
+    assert [len(timed) for timed in found] == [2, 2, 2, 1, 1, 1, 1]  # 128 queries are not a row of a block layout
     assert "prefill_attention strided 32, D 64: (128, 4, 2) a tile of 128 queries is no row" in capsys.readouterr().err
     assert [timed[0].row.task.name.split()[0] for timed in found] == [
         *["decode_attention"] * 3,

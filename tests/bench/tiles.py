@@ -1,6 +1,6 @@
 """python -m tests.bench.tiles: every candidate tile of the attention kernels, timed on this GPU, best first.
 
-Takes minutes, nearly all of them to compile. The fastest are for kernels/gpu/tiles.py; `make aot` says what fits an SM.
+Takes minutes, nearly all of them to compile. Put the fastest into kernels/gpu/tiles.py. `make aot` says what fits an SM.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Sampling: three implementations against values worked out by hand, against each other, and against their distribution."""
+"""Sampling: three implementations against values worked out by hand, each other, and the distribution."""
 
 import math
 from collections.abc import Callable
@@ -31,7 +31,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_state(num_batch_rows: int, vocab_size: int, **given: Any) -> SamplingState:
-    """Batch rows that sample at temperature 1 and with nothing else. `adjusted` is off, and their tables are poisoned."""
+    """Batch rows that only sample at temperature 1. `adjusted` is off, and the tables are poisoned."""
     columns = {
         "temperature": (1.0, torch.float32),
         "top_k": (0, torch.int64),
@@ -54,14 +54,14 @@ def make_state(num_batch_rows: int, vocab_size: int, **given: Any) -> SamplingSt
 
 
 def adjusted_state(num_batch_rows: int, vocab_size: int, **given: Any) -> SamplingState:
-    """The same with `adjusted` on, and penalties and tables that do nothing."""
+    """The same with `adjusted` on. Its penalties and tables have no effect unless given."""
     neutral = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
     tables = {"bias": 0, "generated": 0, "in_prompt": 0}
     return make_state(num_batch_rows, vocab_size, adjusted=True, **{**neutral, **tables, **given})
 
 
 def random_state(num_batch_rows: int, vocab_size: int, generator: torch.Generator) -> SamplingState:
-    """Batch rows in which every parameter is on or off by chance."""
+    """Batch rows whose parameters are on or off at random."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(num_batch_rows, generator=generator)
@@ -93,7 +93,7 @@ def random_state(num_batch_rows: int, vocab_size: int, generator: torch.Generato
 
 
 def kept_tokens(sample: Sample, logits: list[float], **given: Any) -> set[int]:
-    """The tokens that truncation keeps of a row. Each is drawn at a position where its noise beats that of all others."""
+    """The tokens of a row that truncation keeps. Each is tried at a position where it wins if nothing is truncated."""
     state = make_state(1, len(logits), temperature=given.pop("temperature", 1.0), seed=5)
     n = 4000
     rows = torch.tensor(logits).expand(n, -1)
@@ -175,7 +175,7 @@ def test_random_rows_get_the_reference_s_tokens(
 
 
 def is_close_call(logits: Tensor, state: SamplingState, batch_row: int, position: int) -> bool:
-    """Whether the row's top-p cut, its min-p cut or its best noised logit is decided by less than 1e-5."""
+    """Whether less than 1e-5 decides the row's top-p cut, its min-p cut or its best noised logit."""
     if state.adjusted[batch_row]:
         logits = reference.adjust(logits, state, batch_row)
     x = (logits - logits.max()).double() / state.temperature[batch_row].double()
@@ -296,7 +296,7 @@ def test_ties_that_reach_the_end_of_the_shortlist_are_seen(monkeypatch: pytest.M
 
 def test_mass_beyond_the_shortlist_is_that_which_min_p_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_sampling, "SHORTLIST", 4)
-    # The first two have 1.9: 45 % of the 4.0 that min-p leaves, but not of the 4.3 of all.
+    # The first two weigh 1.9. That reaches 45 % of the 4.0 that min-p leaves, but not of the 4.3 of all tokens.
     logits = [math.log(w) for w in (1, 0.9, 0.8, 0.7, 0.6, 0.3)]
     assert kept_tokens(torch_sampling.sample, logits, top_p=0.45, min_p=0.5) == {0, 1}
     assert kept_tokens(torch_sampling.sample, logits, top_p=0.45) == {0, 1, 2}
@@ -320,7 +320,7 @@ def test_min_p_is_a_share_of_the_likeliest_token_after_the_temperature(sample: S
 
 
 def test_top_p_is_a_share_of_what_top_k_and_min_p_leave(sample: Sample) -> None:
-    # Of 4, 3, 2, 1, 1 the 4 alone is 36 %, of the first two 57 %, of the first three 44 %.
+    # The weights are 4, 3, 2, 1, 1. The 4 is 36 % of all, 57 % of the first two, 44 % of the first three.
     logits = [math.log(w) for w in (4, 3, 2, 1, 1)]
     assert kept_tokens(sample, logits, top_p=0.5) == {0, 1}
     assert kept_tokens(sample, logits, top_p=0.5, top_k=2) == {0}
@@ -358,7 +358,7 @@ def test_truncation_that_keeps_all_changes_nothing(sample: Sample, given: dict[s
         ({"frequency_penalty": -0.5, "generated": 3}, 1.0, 2.5),
         ({"frequency_penalty": 0.5, "in_prompt": 1}, 1.0, 1.0),
         ({"bias": -1.25}, 1.0, -0.25),
-        # 3 / 2 - 0.5 * 3 - 0.75 + 4: the repetition penalty sees the bare logit.
+        # 3 / 2 - 0.5 * 3 - 0.75 + 4: the repetition penalty applies to the bare logit.
         (
             {"repetition_penalty": 2, "frequency_penalty": 0.5, "presence_penalty": 0.75, "generated": 3, "bias": 4},
             3.0,
@@ -368,7 +368,7 @@ def test_truncation_that_keeps_all_changes_nothing(sample: Sample, given: dict[s
     ],
 )
 def test_adjusted_logits_worked_out_by_hand(sample: Sample, given: dict[str, float], logit: float, expected: float) -> None:
-    """Token 2 beats a rival just below what it should get, and loses to one just above. Only token 2 has table entries."""
+    """Token 2 beats a rival just below its expected logit and loses to one just above. Only token 2 has table entries."""
     tables = {name: torch.tensor([0, 0, value]) for name, value in given.items() if name in TABLES}
     state = adjusted_state(1, 3, temperature=0, **{**given, **tables})
     logits = torch.tensor([[expected - 0.01, -99.0, logit], [expected + 0.01, -99.0, logit]])
@@ -382,14 +382,14 @@ def test_batch_rows_without_adjustment_read_no_tables() -> None:
         tokens = sampling.sample(logits, state, torch.arange(3), torch.arange(3))
     assert not work.touched["bias"] | work.touched["generated"] | work.touched["in_prompt"]
     assert not work.out_of_bounds, "the last row ends with the storage, at no multiple of 4 tokens"
-    # The poison in them would show in any token.
+    # The poison in the tables would show in any token.
     neutral = adjusted_state(3, 301, temperature=[0, 1, 1], top_k=[0, 0, 9])
     for sample in IMPLEMENTATIONS.values():
         assert torch.equal(sample(logits, state, torch.arange(3), torch.arange(3)), tokens)
         assert torch.equal(sample(logits, neutral, torch.arange(3), torch.arange(3)), tokens)
 
 
-# Rows that are no numbers
+# Rows with NaN or infinity
 
 
 @pytest.mark.usefixtures("small_tiles")

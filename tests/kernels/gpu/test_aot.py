@@ -128,10 +128,10 @@ def test_narrow_and_missing_accesses_are_named() -> None:
 @pytest.mark.parametrize(
     ("capability", "registers", "shared_bytes", "num_warps", "blocks"),
     [
-        (80, 32, 0, 4, 16),  # as many warps as an SM has
-        (80, 16, 0, 1, 32),  # as many blocks
-        (80, 255, 0, 4, 2),  # 2 warps a quarter
-        (80, 168, 0, 4, 3),  # 3 warps a quarter
+        (80, 32, 0, 4, 16),  # limited by the warps of an SM
+        (80, 16, 0, 1, 32),  # limited by the blocks of an SM
+        (80, 255, 0, 4, 2),  # the registers of a quarter hold 2 warps
+        (80, 168, 0, 4, 3),  # the registers of a quarter hold 3 warps
         (80, 129, 0, 8, 1),
         (80, 32, 81 * 1024, 4, 2),
         (80, 32, 81 * 1024 + 1, 4, 1),  # a block reserves 1 KB
@@ -185,7 +185,7 @@ def test_refuses_to_run_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> N
         aot.compile_(GOOD.configuration)
 
 
-# The tests run in Triton's interpreter, where nothing compiles. So this needs a process of its own.
+# The tests run in Triton's interpreter and cannot compile. So this script needs a process of its own.
 SCRIPT = """
 import json
 from triton.compiler import ASTSource
@@ -233,7 +233,7 @@ def test_a_tile_that_is_too_large_spills(compiled: Compiled) -> None:
 
 
 def test_without_the_attributes_of_a_launch_another_kernel_is_inspected(compiled: Compiled) -> None:
-    """No 16-byte accesses, and so no pipeline."""
+    """That kernel has no 16-byte accesses, and therefore no pipeline."""
     [bare] = compiled.reports["bare"]
     assert compiled.reports["shipped"][0]["wide_loads"] >= 16
     assert bare["wide_loads"] == 0

@@ -1,4 +1,4 @@
-"""The counter counts what a toy kernel is known to do, and bf16 in the interpreter is what the hardware computes."""
+"""Counts of toy kernels are right, and the interpreter computes bf16 as the hardware does."""
 
 import pytest
 import torch
@@ -87,7 +87,7 @@ def test_a_read_past_the_end_is_found_and_not_done() -> None:
     pages, out = storage[:8].normal_(), torch.empty(64)
     with Work(k=pages) as work:
         _copy_row[(1,)](pages, out, 7, 16, 70, SIZE=64, BLOCK=64)
-    assert work.out_of_bounds == {"load": 6}  # `out` holds all 54
+    assert work.out_of_bounds == {"load": 6}  # not the store: `out` has room for all 54
     assert work.loaded == {"k": 48 * 4}
     assert not out[:54].isnan().any()
 
@@ -141,7 +141,7 @@ def test_bf16_is_rounded_to_nearest_even() -> None:
     x = torch.cat((torch.tensor(special), torch.randn(1014) * 2.0 ** torch.randint(-130, 100, (1014,))))
     out, back = torch.empty(1024, dtype=torch.bfloat16), torch.empty(1024)
     _round[(1,)](x, out, BLOCK=1024)
-    assert not torch.equal(out.nan_to_num(), x.bfloat16().nan_to_num())  # truncated
+    assert not torch.equal(out.nan_to_num(), x.bfloat16().nan_to_num())  # the interpreter truncates
     with exact_bf16():
         _round[(1,)](x, out, BLOCK=1024)
         _round[(1,)](out, back, BLOCK=1024)

@@ -111,7 +111,7 @@ def test_no_rows_are_no_work(path: str) -> None:
 
 
 def test_kv_write_reaches_pages_beyond_32_bits() -> None:
-    """Page 2**26 begins at element 2**37, which 32 bits would wrap into the only page that there is."""
+    """Page 2**26 begins at element 2**37. In 32 bits, that would wrap into the only page there is."""
     k, page = torch.ones(1, 2, 16), torch.zeros(1, 2, PAGE_SIZE, 16)
     with Work() as work:
         kv_write(k, k, page, page.clone(), torch.tensor([2**26 * PAGE_SIZE]))
@@ -145,7 +145,7 @@ def test_add_layernorm(path: str, dtype: torch.dtype, rows: int, width: int, giv
 @all_paths
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_add_layernorm_takes_its_statistics_from_the_rounded_sum(path: str, dtype: torch.dtype) -> None:
-    # 2048 + 1 is not an fp16 number: unrounded sums would differ from each other, rounded ones are all 2048.
+    # 2048 + 1 is not an fp16 number: without rounding, the sums differ; rounded, they are all 2048.
     x, residual = torch.full((1, 64), 2048.0, dtype=dtype), torch.zeros(1, 64, dtype=dtype)
     residual[0, ::2] = 1.0
     normed, _ = ADD_LAYERNORM[path](x, residual, None, None, 1e-5)
@@ -154,7 +154,7 @@ def test_add_layernorm_takes_its_statistics_from_the_rounded_sum(path: str, dtyp
 
 @all_paths
 def test_add_layernorm_of_values_far_from_zero(path: str) -> None:
-    # The mean of squares less the square of the mean would leave nothing of the variance.
+    # Rounding would swallow the variance in the mean of squares minus the square of the mean.
     x = torch.randn(3, 768) + 10_000
     normed, _ = ADD_LAYERNORM[path](x, None, None, None, 1e-5)
     torch.testing.assert_close(normed, reference.add_layernorm(x, None, None, None, 1e-5)[0], atol=1e-3, rtol=1e-3)
@@ -216,7 +216,7 @@ def test_bias_activation_saturates(path: str, dtype: torch.dtype, activation: Ac
     with np.errstate(over="ignore"):  # the cube of `largest`
         out = BIAS_ACTIVATION[path](x.clone(), None, activation)
     assert out.isfinite().all()
-    # The reference computes 1 + tanh by subtraction as well, in fp64.
+    # For large negative x, 1 + tanh loses digits in the reference too, though in fp64.
     torch.testing.assert_close(out, reference.bias_activation(x, None, activation), atol=1e-5, rtol=TOLERANCE[dtype])
     assert torch.equal(out[0, -3:], x[0, -3:])
     assert torch.equal(out[0, :3], torch.zeros(3, dtype=dtype))

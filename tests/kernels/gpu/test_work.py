@@ -1,4 +1,4 @@
-"""How much work the Triton kernels of attention do, counted in the interpreter, against closed forms."""
+"""The work of the Triton attention kernels: counts in the interpreter equal closed forms."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def test_prefill_visits_the_tiles_of_the_closed_form(band: int | None, start: in
         prefill_attention(case.q, case.cache.k, case.cache.v, case.plan, 0.1)
     block_m = tile_of("prefill", capability_of(CPU), DIM, 2).block_m
     visited = HEADS * tiles(start, length, band, block_m)
-    # Scores and output are a product each, which for this head have the same shape.
+    # Scores and output are one product each. For this head size, both products have the same shape.
     assert work.dots == {DotShape(block_m, PAGE_SIZE, DIM): 2 * visited}
     assert work.flops == visited * 4 * block_m * PAGE_SIZE * DIM
     assert work.loaded["k"] == visited * PAGE_SIZE * DIM * 2
@@ -81,7 +81,7 @@ def test_banded_decode_reads_band_and_a_tile_at_most(band: int, length: int) -> 
         decode_attention(case.q, case.cache.k, case.cache.v, case.plan, 0.1)
     live = pages_spanned(first_key(length - 1, band), length)
     assert work.loaded["k"] == len(live) * PAGE_SIZE * KEY_BYTES
-    # A band of whole pages straddles one more. Only the last page is read in part, and only its values.
+    # A band of whole pages may straddle one page more. Only the last page is read in part, and only its values.
     assert work.loaded["k"] <= (-(-band // PAGE_SIZE) + 1) * PAGE_SIZE * KEY_BYTES
     assert work.loaded["v"] == (length - live[0] * PAGE_SIZE) * KEY_BYTES
     assert not work.out_of_bounds
@@ -96,7 +96,7 @@ def test_banded_decode_at_2048_reads_an_eighth_at_best() -> None:
         loaded[pattern.kind] = work.loaded["k"] + work.loaded["v"]
     assert loaded["dense"] == 2 * 2048 * KEY_BYTES
     assert loaded["dense"] / loaded["banded"] == 8
-    # Over an alternating stack.
+    # The ratio over an alternating stack.
     assert 2 * loaded["dense"] / (loaded["dense"] + loaded["banded"]) == pytest.approx(1.78, abs=0.01)
 
 
@@ -124,7 +124,7 @@ def test_sparse_patterns_read_the_listed_blocks(pattern: Pattern) -> None:
     "pattern", [Pattern(), Pattern("banded", 100), Pattern("strided", 64), Pattern("fixed", 128, 8)], ids=lambda p: p.kind
 )
 def test_no_page_of_another_sequence_is_read(pattern: Pattern) -> None:
-    """Table entries of dead and of unwritten pages name a page of NaN, which no kernel touches."""
+    """Table entries of dead and of unwritten pages name a page of NaN. No kernel reads it."""
     lengths = [300, 65, 1]
     rows = decode_case(lengths, pattern, heads=1, dtype=torch.float16)
     chunks = prefill_case([250, 0, 64], [50, 65, 3], pattern, heads=1, dtype=torch.float16)
@@ -144,7 +144,7 @@ def test_no_page_of_another_sequence_is_read(pattern: Pattern) -> None:
 
 
 def test_programs_beyond_a_sequences_end_do_nothing() -> None:
-    """A grid sized for the longest sequence costs a short one no byte of keys and no product."""
+    """The grid has programs for the longest sequence. The surplus ones of a short sequence read no keys, compute nothing."""
     short = decode_case([64], Pattern(), heads=1, dim=DIM, dtype=torch.float16)
     with Work(k=short.cache.k, v=short.cache.v) as work:
         decode_attention(short.q, short.cache.k, short.cache.v, short.plan, 0.1)

@@ -1,4 +1,4 @@
-"""An engine without weights: a runner whose tokens are a function of the slot's history, for tests of what surrounds it."""
+"""An engine without weights, for tests of the code around the model: a row's tokens depend only on its own history."""
 
 import functools
 import threading
@@ -30,10 +30,10 @@ class FakePending(NamedTuple):
 
 
 class FakeRunner:
-    """Answers every prompt with `script`, again and again. As on a device, a step computes when its result is asked for.
+    """Answers every prompt with `script`, again and again. A step computes only when its result is asked for.
 
-    `script_of` may give choices scripts of their own; what is banned is left out of them. `gate` holds launches back,
-    `fault` makes them raise, `late_fault` makes results raise.
+    `script_of` may give a sequence a script of its own. Banned tokens are left out of a script. `gate` holds launches
+    back, `fault` makes them raise, and `late_fault` makes results raise.
     """
 
     def __init__(self, script: list[int]):
@@ -73,16 +73,16 @@ class FakeRunner:
 
 
 def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:
-    """A function of the token alone. The likeliest are the token itself, if it is even, and those behind it."""
+    """A function of the token alone. The likeliest ids count up from the token, or from the next id if the token is odd."""
     first = token + token % 2
     return TokenLogprobs(-1.0 - token % 2, [(first + i, -1.0 - i) for i in range(num_top)])
 
 
 class FakeEngine:
-    """An engine over a FakeRunner, with what tests look at within reach. `text` is what it answers with."""
+    """An engine over a FakeRunner. Its parts are attributes, so that tests can look at them. It answers with `text`."""
 
     tokenizer: Tokenizer = r50k_base()
-    overlap = False  # tests that hold with and without overlap set it to both
+    overlap = False  # a test that must pass with and without overlap sets both
 
     def __init__(
         self,

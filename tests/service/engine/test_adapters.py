@@ -1,4 +1,4 @@
-"""Adapters over a real model: right logprobs, and the same text whoever shares the batch, on every kind of weights."""
+"""Adapters over a real model, on every kind of weights: right logprobs, and the same text in any batch."""
 
 import asyncio
 import random
@@ -24,7 +24,7 @@ from tests.model.checkpoint.checkpoints import tiny
 from tests.service.engine.test_exactness import client_of, complete, random_tokens, reference
 from tests.service.helpers import run
 
-# Ranks below, at and above what the compiled products read together.
+# Ranks below, at and above the number that the compiled products read at once.
 CONFIGS = {
     "all": AdapterConfig(3, 6.0),
     "some": AdapterConfig(32, 16.0, ("c_attn", "c_fc")),
@@ -56,7 +56,7 @@ def random_adapter(model: GPT, base: str, config: AdapterConfig) -> Adapter:
 
 
 def merged(directory: Path, config: AdapterConfig, target: Path) -> Path:
-    """The model with the adapter in its weights."""
+    """The model with the adapter merged into its weights."""
     model = load_model(directory, torch.float32)
     adapter = random_adapter(model, "", config)
     with torch.no_grad():
@@ -102,7 +102,7 @@ def test_logprobs_are_those_of_the_merged_weights(
 def test_a_text_is_the_same_alone_and_beside_other_adapters(
     dtype: str, compiled: bool, directory: Path, adapters: dict[str, str]
 ) -> None:
-    """Prompts begin alike, so that a key found in the cache under another adapter would show."""
+    """The prompts have a common prefix: reading keys that the cache holds for another adapter would change a text."""
     rng = random.Random(3)
     shared = random_tokens(rng, 130)
     bodies: list[dict[str, Any]] = [
@@ -179,7 +179,7 @@ def test_models_are_listed_with_their_parents(directory: Path, adapters: dict[st
 
 
 def test_deleting_a_model_harms_no_request(directory: Path, adapters: dict[str, str], tmp_path: Path) -> None:
-    """Requests that run with it end; those that found it and come too late are told so; all others go on."""
+    """Requests that run with the model finish. Requests that come too late get a 404. All others go on."""
     store = Store(tmp_path)
     for _ in range(2):
         job = store.add_job(directory.name, "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
@@ -189,7 +189,7 @@ def test_deleting_a_model_harms_no_request(directory: Path, adapters: dict[str, 
     weights = store.run_directory(broken.removeprefix("ft:")) / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     store.close()
-    prompt = " understanding" * 300  # long enough to be tokenized in a thread, while others come and go
+    prompt = " understanding" * 300  # long enough to be tokenized in a thread while other requests come and go
     settings: dict[str, Any] = {"model": str(directory), "dtype": "float32", "data_dir": tmp_path, "kv_bytes": 64 << 20}
     app = load_app(Settings(**settings))
 

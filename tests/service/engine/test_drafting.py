@@ -1,4 +1,4 @@
-"""Guesses from a text's own past: what they are, and what wrong ones cost at most."""
+"""Drafts guessed from a text's own past: what they contain, and the most that wrong ones cost."""
 
 import math
 
@@ -21,7 +21,7 @@ def lookup_of(*tokens: int, prompt: list[int]) -> PromptLookup:
 @pytest.mark.parametrize(
     ("streams", "lengths"),
     [
-        # After 0, 1, 2 and 3 tokens that were guessed right, 1/2, 2/3, 3/4 and 4/5 of all guesses came true.
+        # After 0, 1, 2 and 3 right guesses, the share of right guesses counts as 1/2, 2/3, 3/4 and 4/5.
         (STEP_ROWS, [0, 1, 2, 3]),
         (STEP_ROWS // 3, [1, 5, 8, 9]),
         (STEP_ROWS * 2, [0, 0, 1, 1]),
@@ -66,7 +66,7 @@ def test_an_empty_prompt_says_nothing() -> None:
 def test_a_text_whose_guesses_never_come_true_gets_no_drafts_before_long() -> None:
     lookup = PromptLookup([])
     lengths = []
-    for i in range(100):  # no token is twice followed by the same one
+    for i in range(100):  # no token is followed by the same token twice
         lookup.append(0)
         lengths.append(len(lookup.draft(7, STEP_ROWS // 12)))
         lookup.append(1 + i)
@@ -93,5 +93,6 @@ def test_wrong_rows_are_bounded_by_right_guesses(prompt: list[int], text: list[i
             lookup.append(token)
         place += followed + 1
         assert len(draft) <= limit
-        # A copy of s tokens is trusted with s at its end, and every end with the part of guesses that came true so far.
+        # A copy that ends after s right guesses wastes at most (s + p) * STEP_ROWS / streams rows. p is the share of
+        # right guesses so far. The right side of the bound sums this over all copies.
         assert wrong <= STEP_ROWS / streams * (right + (right + 1) * (1 + math.log(guesses + 2)))

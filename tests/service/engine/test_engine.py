@@ -1,4 +1,4 @@
-"""The engine with a scripted runner: text, stops, queue limits, aborts, failing steps, drain, with 0 and 1 steps ahead."""
+"""The engine with a scripted runner: text, stops, queue limits, aborts, failing steps, drain; with and without overlap."""
 
 import asyncio
 import time
@@ -20,7 +20,7 @@ EOS = FakeEngine.tokenizer.eos_id
 
 @pytest.fixture(params=[0, 1], autouse=True)
 def overlap(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
-    """How far every FakeEngine of a test runs ahead: what a client sees does not depend on it."""
+    """Run every test without and with overlap: it must not change what a client sees."""
     monkeypatch.setattr(FakeEngine, "overlap", request.param)
     return int(request.param)
 
@@ -314,9 +314,9 @@ def test_two_failing_results_in_a_row_end_the_engine(overlap: int) -> None:
 
         fake.runner.late_fault = fault
         async with running(fake) as engine:
-            fake.runner.gate.clear()  # until all four wait
+            fake.runner.gate.clear()  # hold steps back until all four requests are there
             tasks = [asyncio.create_task(collect(engine, request())) for _ in range(4)]
-            # The step thread may have taken the first alone: it reads no others while its step waits.
+            # The step thread may have taken the first request alone. It reads no others while its step waits.
             await until(lambda: len(fake.scheduler.waiting) + len(engine._steps._inbox) == 3)
             fake.runner.gate.set()
             results = await asyncio.gather(*tasks, return_exceptions=True)
@@ -405,7 +405,7 @@ def test_a_failed_step_has_its_accounts_checked() -> None:
             fail_once(fake)
             with pytest.raises(StepFailedError):
                 await busy
-            await until(lambda: fake.metric("page_accounting_faults_total") == 2)  # with the failure and when idle
+            await until(lambda: fake.metric("page_accounting_faults_total") == 2)  # once at the failure, once when idle
 
     run(test)
 
@@ -520,14 +520,14 @@ def test_a_retired_adapter_is_removed_when_its_choices_have_ended_and_takes_in_n
         fake = FakeEngine()
         async with running(fake) as engine:
             mine, other = AdapterRef(1, b"1"), AdapterRef(2, b"2")
-            fake.runner.gate.clear()  # steps wait
+            fake.runner.gate.clear()  # hold steps back
             runs = asyncio.create_task(collect(engine, request(adapter=mine)))
             await until(lambda: bool(fake.scheduler.running))
             removed = asyncio.Event()
             retiring = asyncio.create_task(engine.retire(mine, removed.set))
             await asyncio.sleep(0.2)
             with pytest.raises(RetiredError, match="the model has been deleted"):
-                await collect(engine, request(adapter=mine))  # it found the model before
+                await collect(engine, request(adapter=mine))  # it had looked up the model before the deletion
             assert not removed.is_set()
             fake.runner.gate.set()
             assert text_of(await runs) == " one two three four"

@@ -1,4 +1,4 @@
-"""What clients measure, over a real model: logprobs against a whole-window pass, and the same text whatever else runs."""
+"""A real model through the API: logprobs equal those of a whole-window pass, and texts are the same in any batch."""
 
 import asyncio
 import math
@@ -53,7 +53,7 @@ async def complete(client: httpx.AsyncClient, directory: Path, **fields: Any) ->
 
 
 def reference(directory: Path, tokens: list[int]) -> Tensor:
-    """Log probabilities (T, V) of what follows each token, fp64 softmax of a pass over the whole window."""
+    """Log probabilities (T, V) of the token after each token: an fp64 softmax of one pass over the whole window."""
     return our_logits(directory, torch.tensor([tokens]))[0].double().log_softmax(-1)
 
 
@@ -142,7 +142,7 @@ def client_bytes(token: int) -> bytes:
 @contract("completions", "seed", "the same text alone, in a full batch and after a prefix hit")
 @pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", False), ("float32", False), ("bfloat16", True), INT8])
 def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool, directory: Path) -> None:
-    """tests/bench/same_seed.py does it with 200 requests over HTTP."""
+    """tests/bench/same_seed.py does the same over HTTP, with 200 requests."""
     rng = random.Random(3)
     shared = random_tokens(rng, 150)
     bodies: list[dict[str, Any]] = [
@@ -173,7 +173,7 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
         for answers in (again, batch, cold_batch):
             assert [texts(answer) for answer in answers] == [texts(answer) for answer in alone]
 
-    if compiled:  # first, because a clean machine's compiler takes longer than a request may
+    if compiled:  # compile up front: on a clean machine it takes longer than a request may
         settings: dict[str, Any] = {"model": str(directory), "kv_bytes": 64 << 20, "dtype": dtype, "compile": True}
         load_served(Settings(**settings).engine, Metrics("tiny"))
     run(test)
@@ -182,7 +182,7 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
 @pytest.mark.parametrize(("dtype", "compiled"), [("bfloat16", False), ("float32", False), INT8])
 def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> None:
     weights = load_file(directory / "model.safetensors")
-    weights["wpe.weight"].zero_()  # without a sense of place its texts soon repeat themselves
+    weights["wpe.weight"].zero_()  # without position embeddings, texts soon repeat themselves
     save_file(weights, directory / "model.safetensors")
     rng = random.Random(4)
     bodies: list[dict[str, Any]] = [

@@ -1,4 +1,4 @@
-"""From a directory to a running engine, and the whole way through it: the tokens that transformers would give."""
+"""From a directory to a running engine. Its tokens equal those of transformers; what cannot be served is refused."""
 
 import asyncio
 import logging
@@ -31,7 +31,7 @@ def request(prompt: list[int], max_tokens: int, **params: Any) -> GenerationRequ
 
 
 async def generate(model: ModelEntry, requests: list[GenerationRequest]) -> list[list[int]]:
-    """The tokens of all requests, run at once."""
+    """The tokens of each request. All requests run at once."""
 
     async def tokens(request: GenerationRequest) -> list[int]:
         return [token async for output in model.engine.generate(request).outputs() for token in output.tokens]
@@ -44,7 +44,7 @@ async def generate(model: ModelEntry, requests: list[GenerationRequest]) -> list
 
 
 def set_overlap(model: ModelEntry, overlap: bool) -> None:
-    """As a GPU is served, or as a CPU is without drafts."""
+    """Turn overlap on, as on a GPU, or off. Turn drafts off in both cases."""
     model.engine._steps._num_ahead, model.engine._scheduler.max_draft = int(overlap), 0
 
 
@@ -54,7 +54,7 @@ def test_a_ragged_batch_generates_what_transformers_does(tmp_path: Path) -> None
     directory = tiny("gpt_neo", tmp_path, vocab_size=50257, window_size=40)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (1, 40, 64, 150, 200, 7)]
-    # Fewer rows than sequences and small steps: queueing, chunks next to decodes and page release all take place.
+    # Few rows and small steps: sequences queue, chunks share steps with decode rows, and pages are released.
     model = served(directory, max_slots=4, step_tokens=48)
     ours = asyncio.run(generate(model, [request(prompt, 30, temperature=0.0) for prompt in prompts]))
     theirs = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float32).eval()
@@ -71,7 +71,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tm
     def seeded(seed: int) -> GenerationRequest:
         return request([seed] * (3 + 25 * seed), 40, temperature=0.9, top_p=0.95, seed=seed)
 
-    # Steps so small that prompts are cut wherever there happens to be room.
+    # Small steps: each prompt is cut wherever a step runs out of room.
     model = served(directory, dtype=dtype, max_slots=8, step_tokens=70)
     together = asyncio.run(generate(model, [seeded(seed) for seed in range(8)]))
     assert len({tuple(tokens) for tokens in together}) == 8
@@ -82,7 +82,7 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tm
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_the_triton_path_generates_what_the_cpu_does(overlap: bool, tmp_path: Path) -> None:
-    """The whole engine, with prompts around the borders of bands and pages, in chunks beside decode rows."""
+    """The whole engine. Prompt lengths lie around the borders of bands and pages; chunks share steps with decode rows."""
     directory = tiny("banded", tmp_path, n_layer=2, vocab_size=50257, attention=("dense", "banded", "strided"), stride=32)
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (64, 1, 17, 70)]
@@ -108,7 +108,8 @@ def test_overlap_changes_no_token(tmp_path: Path) -> None:
 
     whole = run(False, [None] * 6)
     assert run(True, [None] * 6) == whole
-    # Some end by their end-of-text token, when the next step has been launched and the row goes to another at once.
+    # Every second sequence ends with a stop token. By then the next step is launched, and the row goes to another
+    # sequence at once.
     ends = [tokens[3 * i] if i % 2 else None for i, tokens in enumerate(whole)]
     ended = [tokens[: tokens.index(end) + 1] if end is not None else tokens for tokens, end in zip(whole, ends, strict=True)]
     assert run(False, ends) == run(True, ends) == ended

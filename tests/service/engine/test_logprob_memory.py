@@ -1,4 +1,4 @@
-"""Logprobs of whole prompts in every row of a full batch take the memory of one slice of logits, not of all their rows."""
+"""Logprobs of whole prompts are computed slice by slice: even a full batch never holds the logits of all its tokens."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ VOCAB_SIZE = 50257
 ROWS = 8
 SLICE_BYTES = LOGIT_ROWS * VOCAB_SIZE * 4
 
-# In a process of its own: what the tests before have used and freed would hide a peak.
+# Runs in a process of its own: memory that earlier tests used and freed would hide the peak.
 SCRIPT = f"""
 import re, sys, torch
 from pathlib import Path
@@ -62,7 +62,7 @@ print("peak", memory("VmHWM") - before)
 
 
 def peak_bytes(logit_rows: int) -> int:
-    """By which the memory of the process grows at most."""
+    """The most by which the memory of the process grows."""
     run = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(logit_rows)], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
@@ -74,11 +74,11 @@ def peak_bytes(logit_rows: int) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_a_few_slices() -> None:
-    # The logits, exp of them for their sum, what topk sorts, and the numbers that are kept: see Runner._score.
+    # The logits, their exponentials for the sum, topk's buffers, and the results: see Runner._prompt_logprobs.
     a = peak_bytes(LOGIT_ROWS)
     print(a / SLICE_BYTES)
     assert a < 4 * SLICE_BYTES
-    # All rows of a step at once would show.
+    # With all tokens of a step in one slice, the peak is much higher: the test can tell.
     a = peak_bytes(2048)
     print(a / SLICE_BYTES)
     assert a > 8 * SLICE_BYTES

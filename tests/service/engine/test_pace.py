@@ -1,4 +1,4 @@
-"""What the pace makes of machines whose steps cost what the tests say."""
+"""The pace on simulated machines: each test defines what a step costs."""
 
 import random
 
@@ -9,12 +9,12 @@ from service.engine.pace import MAX_SLOWDOWN, Load, Pace
 
 
 def machine(load: Load) -> float:
-    """Seconds of a step: 10 ms, half a millisecond a row, a tenth a prompt token, and as much where that sees 1024 keys."""
+    """Seconds of a step: 10 ms, 0.5 ms a row, 0.1 ms a prompt token, and 0.1 ms for every 1024 keys these see."""
     return 0.01 + 0.0005 * load.rows + 0.0001 * (load.tokens + load.keys / 1024)
 
 
 def learnt(noise: float = 0.0, seed: int = 0) -> Pace:
-    """After a prompt of 1500 tokens, a while of decoding, and another prompt beside it."""
+    """A pace that has seen a prompt of 1500 tokens, then decode steps, then another prompt next to decode rows."""
     rng, pace = random.Random(seed), Pace()
 
     def observe(load: Load) -> None:

@@ -1,4 +1,4 @@
-"""Page accounting: sizes against the arithmetic, and an accounting check that can fail."""
+"""Page accounting: pool sizes equal the arithmetic, and the integrity check finds faults."""
 
 import pytest
 

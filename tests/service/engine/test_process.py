@@ -18,7 +18,7 @@ def test_one_torch_thread_is_given_back_even_after_an_error() -> None:
 
 
 def test_freed_memory_stays_with_the_process() -> None:
-    """In a process of its own, because there is no way back: 8 MB blocks are reused without new page faults."""
+    """8 MB blocks are reused without new page faults. Runs in its own process, because the setting cannot be undone."""
     script = (
         "import resource\n"
         "from service.engine.process import keep_freed_memory\n"

@@ -1,4 +1,4 @@
-"""Layouts equal their definition written out as text, tokenized whole, and no user's text becomes a special token."""
+"""Layouts equal their definition, written out as text and tokenized whole. No user's text becomes a special token."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -70,7 +70,7 @@ def few_shot(
 
 
 def laid_out(query: str, shots: FewShot, dropped: int, allow_special: bool) -> list[tuple[str, bool]]:
-    """The contract's definition; of the fields that may be None, none is."""
+    """The contract's definition of the layout. No field of `shots` may be None."""
     own, separator = allow_special, (str(shots.separator), True)
     input_prefix, output_prefix = (str(shots.input_prefix), own), (str(shots.output_prefix), own)
     parts = [(shots.instruction, own), separator] if shots.instruction else []
@@ -91,7 +91,7 @@ class TestFewShot:
         assert few_shot("", bare, tokenizer=WITH_BOS) == Prompt([50257], 1, few_shot=ExampleCounts(0, 0))
 
     def test_fields_of_the_prompt_format(self) -> None:
-        """They may hold special tokens, as what a user writes may not."""
+        """The format's own fields may hold special tokens. A user's text may not."""
         prompt_format = PromptFormat(separator="<|im_end|>", input_prefix="<|im_start|>in ", output_prefix="<s>out  ")
         prompt = few_shot("c<s>", FewShot([Example("a", "<s>b")]), prompt_format=prompt_format)
         encode = PLAIN.encode
@@ -140,7 +140,7 @@ class TestFewShot:
             instruction=TEXTS,
             input_prefix=TEXTS,
             output_prefix=TEXTS,
-            # Every example is some tokens of its own, whatever stands beside it.
+            # With these separators, an example's tokens do not depend on its neighbours.
             separator=st.sampled_from(["\n###\n", END_OF_TEXT]),
             on_overflow=st.just("drop"),
         ),
@@ -314,7 +314,7 @@ class TestChat:
         assert chat_prompt([Turn("user", "a")], own, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
         without = PromptFormat(chat_template="{{ messages[0].content }}{{ eos_token }}")
         assert chat_prompt([Turn("user", "a")], without, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
-        # Prompts that don't start with bos may still have it in a chat, if the checkpoint names it.
+        # A tokenizer without bos: a chat template may still write one if the checkpoint names it.
         assert chat_prompt([Turn("user", "a")], own, PLAIN).tokens == [64, END]
         named = PromptFormat(chat_template=own.chat_template, bos_token="<s>")
         assert chat_prompt([Turn("user", "a")], named, PLAIN) == Prompt(tokens, 0, stops=("\nUser:",))

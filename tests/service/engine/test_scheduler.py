@@ -1,4 +1,4 @@
-"""The scheduler against a slow oracle that remembers, key by key, what stands in every page."""
+"""The scheduler against a slow oracle that remembers the content of every page, key by key."""
 
 import itertools
 import random
@@ -60,7 +60,7 @@ def make(
     n_positions: int = 512,
     max_draft: int = 0,
 ) -> RecordingScheduler:
-    """A scheduler whose pools hold that many full-context sequences each, so that either can be the one that binds."""
+    """A scheduler with pools for the given numbers of full-context sequences: either pool can be the one that runs out."""
     shape = config(band, n_positions)
     sizes = {"dense": dense_sequences * resting_pages(n_positions, None)}
     if band is not None:
@@ -70,7 +70,7 @@ def make(
 
 
 def sequence(num_prompt: int, max_tokens: int, *, deadline: float = float("inf")) -> Sequence:
-    """Of which no two have a prompt that begins alike."""
+    """A sequence whose prompt begins like no other."""
     return Sequence([next(fresh_tokens), *range(1, num_prompt)], max_tokens, Sampling(), STOP, deadline=deadline)
 
 
@@ -78,7 +78,7 @@ fresh_tokens = itertools.count(100)
 
 
 class Row(NamedTuple):
-    """What a sequence is to gain from a step, noted when the step is scheduled."""
+    """What a sequence will gain from a step, noted when the step is scheduled."""
 
     sequence: Sequence
     past_prompt: bool
@@ -88,7 +88,7 @@ class Row(NamedTuple):
 
 
 class Device:
-    """Runs every step when it is scheduled, that is, in stream order, and remembers key by key what it belongs to."""
+    """Runs every step when it is scheduled, that is, in stream order. Remembers for each key what it was computed from."""
 
     def __init__(self, scheduler: Scheduler, rng: random.Random):
         self.scheduler = scheduler
@@ -101,7 +101,7 @@ class Device:
         self.texts: dict[Sequence, list[int]] = {}
 
     def run(self, step: StepInput) -> tuple[list[Row], Sampled]:
-        """Write the step's keys, then check that every key its queries see is where the table says; sample at random."""
+        """Write the step's keys. Check that the page table leads each query to the right keys. Sample at random."""
         running = self.scheduler.running
         for pages in step.pages:
             for i, page_id in enumerate(pages.page_ids):
@@ -109,7 +109,7 @@ class Device:
         starting = {start.row for start in step.starts}
         for chunk in step.chunks:
             if chunk.row in starting:
-                self.num_computed[running[chunk.row]] = chunk.start  # behind what is cached
+                self.num_computed[running[chunk.row]] = chunk.start  # the cached part is skipped
         tokens = list(zip(step.token_rows, step.token_positions, strict=True))
         right = self.verify(step)
         for (row, position), is_right in zip(tokens, right, strict=True):
@@ -167,7 +167,7 @@ class Device:
         return gains, sampled
 
     def verify(self, step: StepInput) -> list[bool]:
-        """Of each token of a step whether it is the sequence's own; decides what is sampled in front of drafts."""
+        """For each token of a step, whether it is the sequence's own. Draws the tokens that drafts are compared with."""
         right: list[bool] = []
         for i, row in enumerate(step.decodes):
             sequence = self.scheduler.running[row.row]
@@ -200,14 +200,14 @@ def key_of(sequence: Sequence, position: int) -> object:
 
 
 class Request(NamedTuple):
-    base: int  # prompts with one base begin alike
+    base: int  # prompts of the same base begin alike
     num_common: int
     num_own: int
     max_tokens: int
     min_tokens: int
     num_choices: int
     scored: bool
-    differ: bool  # the choices differ in their last tokens, as continuations to be scored do
+    differ: bool  # the choices differ in their last tokens, like continuations to score
 
 
 requests = st.lists(
@@ -284,7 +284,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
         banded_sequences=sequences[1],
     )
     if chunk_limit is not None:
-        # Whatever the pace allows, the accounts must hold.
+        # The page accounts must balance whatever the pace allows.
         scheduler._pace.chunk_limit = lambda *_: chunk_limit  # type: ignore[method-assign]
     device = Device(scheduler, rng)
     in_flight: deque[tuple[StepInput, list[Row], Sampled]] = deque()
@@ -324,7 +324,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             began += [scheduler.running[start.row] for start in step.starts]
             in_flight.append((step, *device.run(step)))
         abort_one()
-        # Now and then everything is read, as when a launch fails.
+        # Now and then all results are read, as after a launch that failed.
         keep = steps_ahead if step is not None and rng.random() < 0.9 else 0
         while len(in_flight) > keep:
             step, rows, sampled = in_flight.popleft()
@@ -342,7 +342,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
                 deltas = scheduler.commit(sampled, step.num_tokens * 1e-3)
                 assert by_sequence(deltas) == by_sequence(wanted)
             ended |= {delta.sequence: delta.finish_reason for delta in deltas if delta.finish_reason}
-            if rng.random() < 0.5:  # not always: a check leaves all sequences at rest, which `schedule` has to do itself
+            if rng.random() < 0.5:  # not always: the check releases passed pages, but `schedule` must do so itself
                 assert scheduler.check_integrity() == []
     assert set(ended) == set(submitted)
     alone = [s for s in submitted if s in set(began) and s.group is None]

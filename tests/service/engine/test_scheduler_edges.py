@@ -1,4 +1,4 @@
-"""Corners of the scheduler and the page accounts that a change once crossed without any other test noticing."""
+"""Corner cases of the scheduler and the page accounts. A change once broke each of them, and no other test noticed."""
 
 import itertools
 from collections import abc
@@ -21,11 +21,11 @@ STOP = 7
 fresh_tokens = itertools.count(1000)
 
 
-# What the tests below know of names and fields inside.
+# Helpers: they know the internal names and fields.
 
 
 def pages(num_pages: int, band: int | None = None, *, step_tokens: int = 128) -> PageAllocator:
-    """The accounts of one pool of that many pages; of a second one, as large, where there is a band."""
+    """The accounts of one pool of `num_pages` pages. With a band, there is a second pool of the same size."""
     attention: tuple[PatternKind, ...] = ("dense",) if band is None else ("dense", "banded")
     shape = GPTConfig(
         vocab_size=100, n_positions=CONTEXT, n_embd=8, n_layer=2, n_head=1, n_inner=8, attention=attention, band=band
@@ -55,12 +55,12 @@ def group(num_common: int, *, one_prompt: bool) -> dict[str, Any]:
 
 
 def faults(scheduler: Scheduler) -> list[str]:
-    """What is wrong with the page accounts at this moment, while a step is in flight."""
+    """What is wrong with the page accounts at this moment, even if a step is in flight."""
     return scheduler.cache.check_integrity()
 
 
 def cached_pages(cache: PageAllocator) -> int:
-    """Pages that nobody holds and that can be found by their content."""
+    """How many pages no row holds, but a page hash still finds."""
     return len(cache.pools["dense"].cached)
 
 
@@ -83,7 +83,7 @@ def launch(scheduler: Scheduler) -> StepInput:
 
 
 def commit(scheduler: Scheduler, step: StepInput, token: int = 1) -> list[Delta]:
-    """Every sample of the oldest step in flight is this token."""
+    """Commit `step`, the oldest one in flight, with `token` as every sample."""
     prompt_logprobs: list[Any] = [[] for _ in step.prompt_logprobs]
     return scheduler.commit(Sampled([token] * len(step.samples), [None] * len(step.samples), prompt_logprobs), 0.01)
 
@@ -96,13 +96,13 @@ def finish(scheduler: Scheduler) -> None:
 
 
 def num_cached(step: StepInput) -> int:
-    """Where the prompt begins that this step goes on with: what comes before was in the cache."""
+    """Where the only chunk of this step begins: all tokens ahead of it were in the cache."""
     (chunk,) = step.chunks
     return chunk.start
 
 
 def draft_all_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have each draft be as long as the scheduler allows."""
+    """Make every draft as long as the scheduler allows."""
     monkeypatch.setattr(PromptLookup, "draft", lambda _self, limit, _streams: [2] * max(limit, 0))
 
 
@@ -118,7 +118,7 @@ def test_a_page_computed_on_one_of_a_failed_step_is_never_found(band: int | None
     second = launch(scheduler)  # computes the second page, which attends to the first
     assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
     assert commit(scheduler, second) == []
-    scheduler.submit([sequence(prompt[: PAGE_SIZE + 1])])  # computes the first page again, as it should be
+    scheduler.submit([sequence(prompt[: PAGE_SIZE + 1])])  # computes the first page again, this time correctly
     finish(scheduler)
     scheduler.submit([sequence(prompt)])
     assert num_cached(launch(scheduler)) == PAGE_SIZE
@@ -164,7 +164,7 @@ def test_a_draft_ends_with_the_pages_that_a_band_reserved(
     num_prompt: int, num_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     draft_all_that_fits(monkeypatch)
-    band = 10  # two pages between steps
+    band = 10  # a sequence holds two pages between steps
     scheduler = make(band, step_tokens=400, max_draft=300)
     scheduler.submit([alone(num_prompt, max_tokens=300)])
     commit(scheduler, launch(scheduler))
@@ -215,7 +215,7 @@ def test_a_prompt_that_is_half_done_goes_before_one_that_came_earlier_and_waited
 def test_a_fork_that_comes_after_its_parents_prompt_reserves_pages_of_its_own() -> None:
     scheduler = make(num_pages=8, max_rows=2, step_tokens=512)
     other, together = alone(5, 2), group(320, one_prompt=True)
-    parent, fork = (sequence(range(320), 30, **together) for _ in range(2))  # 6 pages each, of which 5 are the prompt's
+    parent, fork = (sequence(range(320), 30, **together) for _ in range(2))  # 6 pages each, 5 for the prompt
     scheduler._pace.chunk_limit = lambda *_: 512  # type: ignore[method-assign]
     scheduler.submit([other])
     first = launch(scheduler)

@@ -1,4 +1,4 @@
-"""What a stream shows equals a slow, obvious reading of all its bytes, at every moment and not only at the end."""
+"""At every moment, not only at the end, a stream shows the same text as a slow, obvious reading of its bytes."""
 
 import codecs
 from itertools import accumulate, pairwise, product
@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from service.engine.text import StopMatcher, TextStream
 
-# Every start of a character's bytes. The last byte takes 64 values, so one character in 64 has all the starts.
-# Surrogates are no characters, but Python's decoder, too, waits for all of their bytes before it replaces them.
+# Every incomplete beginning of a character. The last byte takes 64 values, so every 64th character is enough.
+# Surrogates are not characters, but Python's decoder also waits for all of their bytes before it replaces them.
 UNFINISHED = {
     character[:length]
     for character in (chr(code).encode(errors="surrogatepass") for code in range(0x80, 0x110000, 64))
@@ -19,13 +19,13 @@ UNFINISHED = {
 
 
 def whole_characters(data: bytes) -> str:
-    """`data` without a last character whose bytes are still arriving."""
+    """The text of `data`, except for a last character whose bytes are still arriving."""
     longest = max((length for length in range(4) if data[len(data) - length :] in UNFINISHED), default=0)
     return data[: len(data) - longest].decode(errors="replace")
 
 
 def cut_at_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
-    """`text` before the stop string that completes first, the longest of those; and that stop string."""
+    """The text ahead of the stop string that completes first, and that stop string. Of several, the longest one counts."""
     for end in range(len(text) + 1):
         completed = [stop for stop in stops if text[:end].endswith(stop)]
         if completed:
@@ -35,7 +35,7 @@ def cut_at_stop(text: str, stops: list[str]) -> tuple[str, str | None]:
 
 
 def certain(text: str, stops: list[str]) -> str:
-    """What of `text` no continuation can turn into part of a stop string."""
+    """The part of `text` that no continuation can turn into part of a stop string."""
     before, stop = cut_at_stop(text, stops)
     if stop is not None:
         return before
@@ -44,7 +44,7 @@ def certain(text: str, stops: list[str]) -> str:
 
 
 def character_of_bytes(data: bytes) -> list[int]:
-    """For each byte of `data`, decoded as a whole, the index of the character that it is a part of."""
+    """The index of each byte's character when `data` is decoded as a whole."""
     replaced: dict[int, int] = {}
 
     def replace(error: UnicodeError) -> tuple[str, int]:
@@ -74,7 +74,7 @@ def offsets_of(tokens: list[bytes]) -> list[int]:
 
 
 def shown_of(offsets: list[int], end: int) -> int:
-    """How many tokens there are up to the last that begins before `end`."""
+    """How many tokens there are up to the last one that begins before `end`."""
     return max((count for count, offset in enumerate(offsets, 1) if offset < end), default=0)
 
 
@@ -110,7 +110,7 @@ def check_stream(
 
 ALPHABET = "abé🙂"
 STOPS = st.lists(st.text(ALPHABET, min_size=1, max_size=5), max_size=4)
-# Starts, continuations and strangers: four-byte, three-byte and two-byte characters, surrogates, overlong forms.
+# First, continuation and invalid bytes: characters of two to four bytes, surrogates, overlong forms.
 BYTES = st.sampled_from(sorted(b"ab" + "é🙂€\ufffd".encode() + b"\xed\xa0\xc0\xf4\x90\xff\xe0")).map(lambda b: bytes([b]))
 
 
@@ -156,7 +156,7 @@ def test_any_bytes(tokens: list[bytes]) -> None:
 
 
 def test_every_order_of_bytes_that_mean_something_else() -> None:
-    """Starts of 1 to 4 bytes, those with rules of their own for the next byte, and the borders of these rules."""
+    """First bytes of characters of 1 to 4 bytes, those with special rules for the next byte, and the limits of the rules."""
     for data in product(b"a\x80\x90\xa0\xbf\xc1\xc3\xe0\xe2\xed\xf0\xf4\xf5", repeat=4):
         check_stream([bytes([byte]) for byte in data], [])
 
@@ -183,7 +183,7 @@ def test_pieces(tokens: list[bytes], stops: list[str], shown: list[str]) -> None
 
 
 def test_overlapping_stops() -> None:
-    """The first to complete wins, though another began earlier; of those that complete together, the longest."""
+    """The first to complete wins, even if another began earlier. If several complete together, the longest wins."""
     matcher = StopMatcher(["abcd", "bc"])
     assert (matcher.push("xab"), matcher.push("cd"), matcher.found) == ("x", "a", "bc")
     matcher = StopMatcher(["bc", "abc"])
@@ -218,7 +218,7 @@ def test_unsearched_text_comes_first() -> None:
 
 
 def test_stop_string_across_the_border_of_unsearched_text() -> None:
-    """It would have to begin where none may."""
+    """It is not found: no stop string may begin in unsearched text."""
     stream = TextStream(["##"])
     assert [stream.push(b"a#", searched=False), stream.push(b"#b"), stream.push(b"##")] == ["a#", "#b", ""]
     assert (stream.stop, stream.offsets, stream.shown) == ("##", [0, 2, 4], 2)
@@ -231,7 +231,7 @@ def test_stop_string_in_the_text() -> None:
 
 
 def test_tokens_without_text() -> None:
-    """They stand before the next character to begin, and are seen when something behind them is, or at the end."""
+    """They begin with the next new character. They are shown together with a later token, or at the end."""
     stream = TextStream([], start=10)
     seen = []
     for token in (b"", b"\xc3", b"", b"\xa9", b"a", b""):

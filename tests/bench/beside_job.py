@@ -30,7 +30,7 @@ def a_job(client: httpx.Client, model: str) -> Iterator[None]:
     while not any("training loss" in event["message"] for event in client.get(f"{job}/events").json()["data"]):
         time.sleep(0.5)
     yield
-    assert client.get(job).json()["status"] == "running", "it ended before the load did"
+    assert client.get(job).json()["status"] == "running", "the job ended before the load did"
     client.post(f"{job}/cancel").raise_for_status()
 
 

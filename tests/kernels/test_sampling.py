@@ -381,7 +381,7 @@ def test_batch_rows_without_adjustment_read_no_tables() -> None:
     with Work(bias=state.bias, generated=state.generated, in_prompt=state.in_prompt) as work:
         tokens = sampling.sample(logits, state, torch.arange(3), torch.arange(3))
     assert not work.touched["bias"] | work.touched["generated"] | work.touched["in_prompt"]
-    assert not work.out_of_bounds, "the last row ends with the storage, at no multiple of 4 tokens"
+    assert not work.out_of_bounds, "the storage ends with the last row, at 301 tokens, no multiple of 4"
     # The poison in the tables would show in any token.
     neutral = adjusted_state(3, 301, temperature=[0, 1, 1], top_k=[0, 0, 9])
     for sample in IMPLEMENTATIONS.values():

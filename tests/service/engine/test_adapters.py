@@ -144,7 +144,7 @@ def test_a_text_is_the_same_alone_and_beside_other_adapters(
             for alone, beside in zip(answers, together, strict=True):
                 assert logprobs_of(alone) == pytest.approx(logprobs_of(beside), abs=1e-5)
         assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in cached] == [128] * 12
-        assert len({logprobs_of(answer)[0] for answer in fresh[:4]}) == 4, "adapters differ"
+        assert len({logprobs_of(answer)[0] for answer in fresh[:4]}) == 4, "each adapter must change the logprobs"
 
     run(test)
 
@@ -199,7 +199,7 @@ def test_deleting_a_model_harms_no_request(directory: Path, adapters: dict[str, 
             httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", timeout=60) as client,
         ):
             listed = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
-            assert listed == [directory.name, name], "a result that can't be read is left out"
+            assert listed == [directory.name, name], "an unreadable result must not be listed"
 
             async def post(model: str, prompt: str) -> httpx.Response:
                 body = {"model": model, "prompt": prompt, "max_tokens": 5, "temperature": 0, "ignore_eos": True}

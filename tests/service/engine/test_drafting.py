@@ -46,7 +46,7 @@ def test_a_draft_ends_with_the_copy_and_keeps_to_the_limit() -> None:
     lookup = lookup_of(1, 2, 3, 4, prompt=COPY)
     assert lookup.draft(2, 1) == [5, 6]
     lookup.append(10)
-    assert lookup.draft(9, 1) == [], "10 never stood anywhere"
+    assert lookup.draft(9, 1) == [], "10 never occurred before"
 
 
 def test_a_loop_is_copied_on_and_on() -> None:

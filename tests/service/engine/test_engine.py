@@ -218,7 +218,7 @@ def test_the_end_of_text_in_a_step_drops_the_one_after_it(overlap: int) -> None:
         async with running(fake) as engine:
             outputs = await collect(engine, request(9, num_prompts=2))
             assert text_of(outputs, 0) == text_of(outputs, 1) == " one"
-        assert len(fake.runner.steps) == 4 + 2 * overlap, "one for nothing where tokens are read a step later"
+        assert len(fake.runner.steps) == 4 + 2 * overlap, "overlap runs one step too many for each sequence"
         assert fake.metric("generated_tokens_total") == 4
         assert fake.metric("page_accounting_faults_total") == 0
 
@@ -278,7 +278,7 @@ def test_a_result_that_raises_fails_its_requests_and_the_step_after_it_is_read()
             assert text_of(await collect(engine, request(2))) == " one two"
         assert fake.metric("requests_total", outcome="error") == 1
         assert fake.metric("page_accounting_faults_total") == 0
-        assert fake.metric("step_time_seconds_sum") < 0.3, "the failed step's time is not the next one's"
+        assert fake.metric("step_time_seconds_sum") < 0.3, "the failed step's time must not count for the next step"
 
     run(test)
 
@@ -299,7 +299,7 @@ def test_a_launch_that_raises_comes_after_the_tokens_of_the_steps_before_it() ->
                 await anext(outputs)
             await until(lambda: fake.scheduler.idle)
             assert fake.runner.calls.count("result") == 2
-            assert len(fake.runner.steps) == 3, "nothing runs on top of a step that did not"
+            assert len(fake.runner.steps) == 3, "no step may run after a failed launch"
             assert text_of(await collect(engine, request(2))) == " one two"
 
     run(test)
@@ -418,17 +418,17 @@ def test_only_a_step_that_hangs_makes_a_busy_engine_unready(monkeypatch: pytest.
         async with running(fake) as engine:
             await collect(engine, request(1))
             await asyncio.sleep(0.1)
-            assert engine.unready_reason is None, "idle"
+            assert engine.unready_reason is None, "an idle engine is ready"
             slow_reader = engine.generate(request(4)).outputs()
             await anext(slow_reader)
             await until(lambda: fake.scheduler.idle)
             await asyncio.sleep(0.1)
-            assert engine.unready_reason is None, "a client that does not read is not a step that hangs"
+            assert engine.unready_reason is None, "a client that does not read is no hanging step"
             await slow_reader.aclose()
             fake.runner.gate.clear()
             hanging = asyncio.create_task(collect(engine, request(1)))
             await asyncio.sleep(0)
-            assert engine.unready_reason is None, "the clock starts with the work, not with the last step before it"
+            assert engine.unready_reason is None, "the clock starts with the work, not with an earlier step"
             await until(lambda: engine.unready_reason is not None)
             fake.runner.gate.set()
             await hanging

@@ -39,11 +39,11 @@ def test_nothing_is_known_at_first() -> None:
     assert Pace().row_limit(0) == 0
     pace = Pace()
     pace.observe(Load(0, 500, 0), 0.3)
-    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of decoding"
+    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "the pace knows nothing of decoding"
     assert pace.row_limit(0) == 0
     pace = Pace()
     pace.observe(Load(8, 0, 0), 0.3)
-    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "of prompts"
+    assert pace.chunk_limit(8, 0) == PAGE_SIZE, "the pace knows nothing of prompts"
 
 
 @pytest.mark.parametrize("start", [0, 700, 1400])

@@ -426,7 +426,7 @@ def test_as_many_prompts_as_streams_take_the_whole_step() -> None:
     step = scheduler.schedule(0.0)
     assert step is not None
     assert len(step.decodes) == 1
-    assert [len(chunk.tokens) for chunk in step.chunks] == [192], "whole pages"
+    assert [len(chunk.tokens) for chunk in step.chunks] == [192], "a chunk is made of whole pages"
 
 
 # Drafts
@@ -455,7 +455,7 @@ def test_a_loop_is_drafted_and_what_comes_true_is_kept() -> None:
     assert scheduler.drafts == (3, 3)
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeToken(0, 11, 5)], "the copy is over"
+    assert step.decodes == [DecodeToken(0, 11, 5)], "5 ended the loop: nothing is drafted"
 
 
 def test_a_draft_is_the_shorter_the_more_streams_pay_for_it() -> None:
@@ -627,14 +627,14 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
     assert [row.row for row in launch(scheduler).decodes] == [0]
     assert scheduler.fail_step() == [Delta(failing, [], "error")]
-    assert scheduler.check_integrity() == [], "though the chunk in flight holds more pages than its sequence reserved"
+    assert scheduler.check_integrity() == [], "a chunk in flight may hold more pages than its sequence reserved"
     assert scheduler.commit(sampled([1, 2]), 0.01) == [Delta(joined, [2], "length")]
     assert scheduler.idle
     scheduler.submit([sequence(5, 9)])
     launch(scheduler)
     launch(scheduler)
     assert len(scheduler.fail_step()) == 1
-    assert scheduler.fail_step() == [], "it has ended with the step before"
+    assert scheduler.fail_step() == [], "the sequence ended with the previous step"
 
 
 def alike(prompt: list[int], max_tokens: int = 5) -> Sequence:
@@ -668,7 +668,7 @@ def test_600_shared_tokens_are_found_though_the_first_ran_past_them_by_more_than
     assert scheduler.starts[second].num_looked_up == 700
     assert scheduler.num_cached(first) == [0]
     given = {(new.group, new.first, len(new.page_ids)) for new in steps[0].pages[:2]}
-    assert given == {("dense", 0, 9), ("banded", 5, 4)}, "of the banded ones those that position 576 sees"
+    assert given == {("dense", 0, 9), ("banded", 5, 4)}, "only the banded pages that position 576 sees"
 
 
 def test_at_least_one_token_is_computed_and_all_behind_the_first_scored_one() -> None:
@@ -699,7 +699,7 @@ def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
     assert [start.row for start in step.starts] == [1, 2, 3]
     assert len(step.copies) == 6, "the last page of each group, for each fork"
     scheduler.commit(sampled([1, 1, 1, 1]), 0.01)
-    assert scheduler.cache.usage()["dense"].held == 3 + 4, "3 full pages once, and one of each choice"
+    assert scheduler.cache.usage()["dense"].held == 3 + 4, "3 full pages once, and one page for each sequence"
     assert scheduler.check_integrity() == []
     steps = finish(scheduler)
     assert prompt_tokens(steps) == 0
@@ -711,7 +711,7 @@ def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
     group, prompt = PrefixGroup(200, True), list(range(200))
     choices = [Sequence(prompt, 9, Sampling(choice=i), STOP, group=group) for i in range(5)]
     scheduler.submit(choices)
-    assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 rounds of rows; the second of each forks"
+    assert prompt_tokens(finish(scheduler)) == 200 + 2 * (200 - 192), "2 more rounds; the second row of a round forks"
     assert scheduler.num_cached(*choices) == [0, 0, 192, 0, 192]
 
 
@@ -726,7 +726,7 @@ def test_a_choice_that_comes_while_its_prompt_is_in_flight_waits_for_it() -> Non
     launch(scheduler)
     scheduler.commit(answer(first), 0.01)
     scheduler.abort(other)
-    assert launch(scheduler).chunks == [], "its prompt is not computed again"
+    assert launch(scheduler).chunks == [], "the prompt must not be computed again"
     scheduler.commit(sampled([1, 1]), 0.01)
     assert [(chunk.start, len(chunk.tokens)) for chunk in launch(scheduler).chunks] == [(192, 8)]
 
@@ -769,7 +769,7 @@ def test_forks_reserve_the_prompt_once() -> None:
     choices = [Sequence(prompt, 30, Sampling(choice=i), STOP, group=group) for i in range(4)]
     scheduler.submit(choices)
     scheduler.schedule(0.0)
-    assert len(scheduler.running) == 3, "5 pages and one of each"
+    assert len(scheduler.running) == 3, "5 shared pages, and one page for each sequence"
     assert scheduler.lacks_pages
 
 
@@ -812,7 +812,7 @@ def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
     last = alike(prompt)
     scheduler.submit([last])
     launch(scheduler)
-    assert scheduler.num_cached(last) == [64], "from the second, which did not fail"
+    assert scheduler.num_cached(last) == [64], "the second sequence did not fail, and its page is found"
 
 
 def test_cached_pages_make_room_the_longest_unused_first() -> None:
@@ -826,7 +826,7 @@ def test_cached_pages_make_room_the_longest_unused_first() -> None:
     for each in again:
         scheduler.submit([each])
         finish(scheduler)
-    assert scheduler.num_cached(*again) == [128, 64], "a prefix loses its end before its beginning"
+    assert scheduler.num_cached(*again) == [128, 64], "a prefix loses its last page first"
 
 
 def test_step_tokens_must_let_every_stream_advance() -> None:

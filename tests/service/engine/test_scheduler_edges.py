@@ -203,10 +203,10 @@ def test_a_prompt_that_is_half_done_goes_before_one_that_came_earlier_and_waited
     scheduler.submit([other])
     step = launch(scheduler)
     rows = [each.row for each in (first, second, other)]
-    assert [chunk.row for chunk in step.chunks] == [rows[0], rows[2]], "the second waits for the common page"
+    assert [chunk.row for chunk in step.chunks] == [rows[0], rows[2]], "the second sequence waits for the common page"
     commit(scheduler, step)
     step = launch(scheduler)
-    assert [chunk.row for chunk in step.chunks][:1] == [rows[2]], "it is half done"
+    assert [chunk.row for chunk in step.chunks][:1] == [rows[2]], "the other prompt is half done"
     assert second.num_computed == 0
     commit(scheduler, step)
     finish(scheduler)
@@ -225,7 +225,7 @@ def test_a_fork_that_comes_after_its_parents_prompt_reserves_pages_of_its_own() 
     commit(scheduler, first)
     scheduler.abort(other)
     third = launch(scheduler)
-    assert scheduler.lacks_pages, "5 shared pages and 2 would fit; 12 do not"
+    assert scheduler.lacks_pages, "5 shared pages and 2 more would fit; 12 pages do not"
     for step in (second, third):
         commit(scheduler, step)
     finish(scheduler)

@@ -3,7 +3,7 @@
 import asyncio
 import math
 import threading
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 # A prompt is a text or token ids.
 Text = str | Sequence[int]
+# The server's settings that a model without a server has too.
+SETTINGS = ("dtype", "device", "kernels", "compile", "doctor", "kv_bytes", "max_slots", "step_tokens", "max_adapters")
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,11 @@ class AsyncLLM:
     def __init__(self, model: str | Path = "demo", *, adapters: Mapping[str, str | Path] | None = None, **settings: Any):
         """Load 'demo' or a checkpoint directory, with adapters by name. This takes seconds, and is done when it returns.
 
-        `settings` are those of the server that concern its engine (service/settings.py): dtype, device, max_slots,
-        kv_bytes and the like. Raises ValueError, with one line that says why, for what can't be loaded.
+        `settings` are those of SETTINGS, as the server has them (service/settings.py): dtype, device, max_slots, kv_bytes
+        and the like. Raises ValueError, with one line that says why, for what can't be loaded.
         """
+        if unknown := settings.keys() - set(SETTINGS):
+            raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(SETTINGS)}")
         named = {name: str(directory) for name, directory in (adapters or {}).items()}
         # Nothing listens, so the address doesn't matter; a server may be using the data directory; all prompts may wait.
         fixed = {"host": "127.0.0.1", "data_dir": None, "max_queue": 2**31, "queue_timeout": math.inf}
@@ -156,6 +160,7 @@ class LLM:
 
     def __init__(self, model: str | Path = "demo", *, adapters: Mapping[str, str | Path] | None = None, **settings: Any):
         self._async = AsyncLLM(model, adapters=adapters, **settings)
+        self._closed = False
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="llm", daemon=True)
         self._thread.start()
@@ -169,8 +174,9 @@ class LLM:
 
     def close(self) -> None:
         """End the engine and its threads; harmless the second time."""
-        if not self._loop.is_closed():
+        if not self._closed:
             self._run(self._async.close())
+            self._closed = True
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join()
             self._loop.close()
@@ -180,7 +186,9 @@ class LLM:
     ) -> list[Completion]:
         return self._run(self._async.generate(prompts, params, adapter=adapter))
 
-    def stream(self, prompt: Text, params: SamplingParams | None = None, *, adapter: str | None = None) -> Iterator[str]:
+    def stream(
+        self, prompt: Text, params: SamplingParams | None = None, *, adapter: str | None = None
+    ) -> Generator[str, None, None]:
         """Closing the iterator ends the generation."""
         pieces = self._async.stream(prompt, params, adapter=adapter)
 
@@ -191,7 +199,8 @@ class LLM:
             while (piece := self._run(following())) is not None:
                 yield piece
         finally:
-            self._run(pieces.aclose())
+            if not self._closed:  # else closing the engine has ended it
+                self._run(pieces.aclose())
 
     def score(self, prompt: Text, continuations: Sequence[Text], *, adapter: str | None = None) -> list[Score]:
         return self._run(self._async.score(prompt, continuations, adapter=adapter))
@@ -203,10 +212,15 @@ class LLM:
         return self._async.detokenize(tokens)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._loop.is_closed():
+        if self._closed:
             work.close()
             raise EngineError("the model has been closed")
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        try:
+            return future.result()
+        except BaseException:  # Ctrl-C too: what nobody waits for must not run on
+            future.cancel()
+            raise
 
 
 def list_of(prompts: Text | Sequence[Text]) -> list[Text]:

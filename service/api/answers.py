@@ -24,8 +24,12 @@ class ChargedRun:
     """A generation, charged to the key that the HTTP request came with."""
 
     def __init__(self, generation: Generation, request: Request, *, prompt_tokens: int | None = None):
-        """`prompt_tokens` are billed: by default those of each prompt once."""
+        """`prompt_tokens` are billed: by default those of each prompt once.
+
+        If they are given, the prompts begin with one that is billed once, so the first alone tells what of it was cached.
+        """
         self._generation = generation
+        self._is_shared = prompt_tokens is not None
         self.prompt_tokens = generation.prompt_tokens if prompt_tokens is None else prompt_tokens
         self._limits: KeyLimits | None = request.state.limits
 
@@ -57,12 +61,12 @@ class ChargedRun:
     @property
     def usage(self) -> TokenUsage:
         """So far. A prompt counts once; choices that are not returned count too."""
-        completion_tokens = self._generation.completion_tokens
+        completion_tokens, cached = self._generation.completion_tokens, self._generation.cached_tokens
         return TokenUsage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self.prompt_tokens + completion_tokens,
-            prompt_tokens_details=PromptTokensDetails(cached_tokens=self._generation.cached_tokens),
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached[:1] if self._is_shared else cached)),
         )
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+from contextlib import closing
 from itertools import chain
 
 from service.commands.options import Commands, add_model_options, settings_from
@@ -20,12 +21,13 @@ def add_complete(commands: Commands) -> None:
 
 def run_complete(args: argparse.Namespace) -> int:
     from service import LLM, EngineError, SamplingParams
+    from service.llm import SETTINGS
 
     settings = settings_from(args, host="127.0.0.1", data_dir=None)  # refuses what the environment has wrong
     logging.getLogger().setLevel(logging.WARNING)
     params = SamplingParams(max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, seed=args.seed)
-    with LLM(**settings.model_dump()) as llm:
-        pieces = llm.stream(args.prompt, params)
+    given = {name: getattr(settings, name) for name in SETTINGS}
+    with LLM(settings.model, adapters=settings.adapters, **given) as llm, closing(llm.stream(args.prompt, params)) as pieces:
         try:
             first = next(pieces, "")  # a request that is refused is refused here, ahead of any output
             for piece in chain((args.prompt, first), pieces):

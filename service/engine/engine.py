@@ -122,9 +122,9 @@ class Generation:
         return sum(len(choice.tokens) for choices in self.choices for choice in choices)
 
     @property
-    def cached_tokens(self) -> int:
-        """Prompt tokens that came from the prefix cache, as far as the prompts have begun."""
-        return sum(choices[0].start.num_cached for choices in self.choices if choices[0].start)
+    def cached_tokens(self) -> list[int]:
+        """For each prompt that has begun, how many of its tokens came from the prefix cache."""
+        return [choices[0].start.num_cached for choices in self.choices if choices[0].start]
 
     @property
     def has_begun(self) -> bool:

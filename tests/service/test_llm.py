@@ -1,6 +1,7 @@
 """The Python API, as a program uses it that has nothing but the installed packages."""
 
 import asyncio
+import signal
 import subprocess
 import sys
 import threading
@@ -81,7 +82,7 @@ def test_a_stream_is_the_completion_in_pieces_and_may_be_left(llm: LLM) -> None:
     assert "".join(llm.stream("Once upon a time", GREEDY)) == whole
     pieces = llm.stream("Once upon a time", SamplingParams(max_tokens=1000, temperature=0, ignore_eos=True))
     assert whole.startswith(next(pieces))
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert llm.generate("Once upon a time", GREEDY)[0].text == whole
 
 
@@ -176,9 +177,33 @@ def test_prompts_that_the_model_cannot_take_are_refused(llm: LLM) -> None:
         llm.generate("a", adapter="mine")
 
 
-def test_a_closed_model_says_so() -> None:
+def test_a_setting_of_the_server_alone_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_queue, port: no such setting; there are dtype, device, kernels"):
+        LLM("demo", port=8000, max_queue=5)
+
+
+def test_ctrl_c_ends_a_completion_with_its_status(tmp_path: Path) -> None:
+    command = "import sys; from service.cli import main; sys.exit(main())"
+    options = ["complete", "Once", "--dtype", "float32", "--max-tokens", "2000", "--temperature", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-c", command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(5)  # it generates
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "")
+
+
+def test_a_closed_model_says_so_and_ends_its_streams(recwarn: pytest.WarningsRecorder) -> None:
     llm = LLM("demo", dtype="float32", kv_bytes=64 << 20)
+    stream = llm.stream("Once", SamplingParams(max_tokens=1000, ignore_eos=True))
+    next(stream)
     llm.close()
+    with pytest.raises(EngineError):
+        list(stream)
+    stream.close()
+    assert list(recwarn) == []
     llm.close()
     with pytest.raises(EngineError, match="the model has been closed"):
         llm.generate("a")

@@ -41,6 +41,7 @@ def test_one_shared_prefill() -> None:
     fake = FakeEngine()
     answer = score(fake, prompt=[7] * 150, continuations=[[i] for i in range(4)]).json()
     computed = sum(len(chunk.tokens) for step in fake.runner.steps for chunk in step.chunks)
+    assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 0, "the prompt is billed once, and was computed"
     assert computed == 151 + 3 * (151 - 128), "all but the last page is shared"
     assert [result["tokens"] for result in answer["results"]] == [["!"], ['"'], ["#"], ["$"]]
     assert answer["usage"]["prompt_tokens"] == 154

@@ -79,7 +79,8 @@ class SamplingParams:
         for name, (least, most) in BOUNDS.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                bounds = f"at least {least}" if most == MAX_INT else f"from {least} to {most}"
+                is_low = most == MAX_INT and value < least
+                bounds = f"at least {least}" if is_low else f"from {least} to {most}"
                 if name == "repetition_penalty":
                     bounds = f"above 0 and at most {most}"
                 raise RequestError(f"'{name}' must be {bounds}, got {value}", name)

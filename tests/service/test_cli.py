@@ -25,9 +25,11 @@ from tests.model.checkpoint.checkpoints import tiny
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No settings are in the environment; log level and signal handler are restored."""
+    """Settings are the defaults, with any free port and plain PyTorch; log level and signal handler are restored."""
     for name in [name for name in os.environ if name.startswith("BANDED_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setenv("BANDED_PORT", "0")
+    monkeypatch.setenv("BANDED_COMPILE", "0")
     level, handler = logging.getLogger().level, signal.getsignal(signal.SIGTERM)
     yield
     logging.getLogger().setLevel(level)

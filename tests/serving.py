@@ -17,8 +17,8 @@ PATIENCE = 240.0
 
 # A fine-tuning job's process at the priority of its server: on a busy machine the lowest one hardly ever gets a core.
 JOB_CODE = (
-    "import os; from unittest.mock import Mock; from service.jobs import runner;"
-    "os.nice = runner.Path = Mock(); runner.run_process()"
+    "import os, sys; from unittest.mock import Mock; from service.jobs import runner;"
+    "os.nice = runner.Path = Mock(); runner.give_way(); from service.cli import main; sys.exit(main())"
 )
 JOB_COMMAND = (sys.executable, "-c", JOB_CODE, "finetune")
 SERVER_CODE = (

@@ -18,6 +18,7 @@ from tests.bench import inside, report, run
 from tests.bench.peers import Peers, Servers, Side
 from tests.bench.report import Line, Sample, Target
 from tests.bench.run import QUICK, REAL, SCENARIOS, Bench, Skip
+from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny
 
 NOBODY = Peers(None, None, None, Path("/nowhere"))
@@ -265,7 +266,11 @@ TOY_RUNS = [
 ]
 
 
-@pytest.mark.parametrize("names", TOY_RUNS, ids=lambda names: names[0])
+@pytest.mark.parametrize(
+    "names",
+    [pytest.param(names, marks=[needs_vnni] if names[0] in ("int8-1", "limits") else []) for names in TOY_RUNS],
+    ids=lambda names: names[0],
+)
 def test_a_toy_run(names: tuple[str, ...], parrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "convert_hf_to_gguf.py").write_text(CONVERT)
     results = tmp_path / "results"

@@ -15,8 +15,18 @@ from service.engine.engine import EngineError
 from service.engine.loading import load_served
 from service.engine.metrics import Metrics
 from service.engine.models import ModelEntry
-from service.engine.prompts import check_length, check_text_length, check_token_ids, text_prompt
-from service.engine.request import SCORING, GenerationRequest, Prompt, RequestError, SamplingParams, shown
+from service.engine.request import (
+    SCORING,
+    GenerationRequest,
+    Prompt,
+    RequestError,
+    SamplingParams,
+    check_length,
+    check_text_length,
+    check_token_ids,
+    shown,
+    text_prompt,
+)
 from service.settings import Settings
 
 T = TypeVar("T")

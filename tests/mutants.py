@@ -31,7 +31,6 @@ ENGINE = "tests/service/engine/test_"
 # The tests that are about a file, quick ones first.
 TARGETS = {
     "service/engine/scheduler.py": [f"{ENGINE}scheduler_edges.py", f"{ENGINE}scheduler.py"],
-    "service/engine/sequence.py": [f"{ENGINE}scheduler_edges.py", f"{ENGINE}scheduler.py"],
     "service/engine/pages.py": [f"{ENGINE}pages.py", f"{ENGINE}scheduler_edges.py", f"{ENGINE}scheduler.py"],
     "service/engine/text.py": [f"{ENGINE}text.py"],
     "service/engine/choice.py": [

@@ -10,13 +10,11 @@ from typing import Any, TypeVar
 from fastapi import Request
 
 from service.api.errors import APIError, invalid
-from service.api.schema.base import Body
+from service.api.schema.base import Body, SamplingFields
 from service.api.schema.fields import MAX_STOPS, too_many_stops
-from service.api.schema.sampling import SamplingFields
 from service.api.state import state_of
 from service.engine.models import ModelEntry
-from service.engine.prompts import check_token_ids
-from service.engine.request import SamplingParams, shown
+from service.engine.request import SamplingParams, check_token_ids, shown
 
 T = TypeVar("T")
 

@@ -10,7 +10,7 @@ from model.checkpoint.tokenizer import Tokenizer
 from model.step import TokenLogprobs
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, Prompt
-from service.engine.sequence import Delta, FinishReason, Start
+from service.engine.scheduler import Delta, FinishReason, Start
 from service.engine.text import TextStream
 
 

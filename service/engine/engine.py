@@ -20,8 +20,7 @@ from service.engine.choice import Choice, Output
 from service.engine.loop import StepLoop, StepRunner
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import AdapterRef, Delta, FinishReason, Sequence
+from service.engine.scheduler import AdapterRef, Delta, FinishReason, Scheduler, Sequence
 
 log = logging.getLogger("banded.engine")
 

@@ -33,8 +33,7 @@ from service.engine.models import ModelEntry, Models
 from service.engine.options import EngineOptions
 from service.engine.pages import PageAllocator, page_bytes, pool_sizes, sequence_bytes
 from service.engine.process import keep_freed_memory, one_torch_thread
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import AdapterRef, Sequence
+from service.engine.scheduler import AdapterRef, Scheduler, Sequence
 
 log = logging.getLogger("banded")
 

@@ -16,8 +16,7 @@ from model.config import KVGroup
 from model.step import Sampled, StepInput
 from service.engine.metrics import Metrics
 from service.engine.pages import PoolUsage
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import Delta
+from service.engine.scheduler import Delta, Scheduler
 
 log = logging.getLogger("banded.engine")
 

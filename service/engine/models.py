@@ -8,7 +8,7 @@ from model.checkpoint.prompt_format import PromptFormat
 from model.checkpoint.tokenizer import Tokenizer
 from model.config import GPTConfig
 from service.engine.engine import Engine
-from service.engine.sequence import NO_ADAPTER, AdapterRef
+from service.engine.scheduler import NO_ADAPTER, AdapterRef
 
 
 class ModelEntry(NamedTuple):

@@ -14,36 +14,9 @@ from typing import Literal, NamedTuple
 
 from model.checkpoint.prompt_format import PromptFormat, Turn
 from model.checkpoint.tokenizer import PromptPart, Tokenizer
-from service.engine.request import ExampleCounts, Prompt, RequestError, shown
+from service.engine.request import ExampleCounts, Prompt, RequestError, context_error, start_prompt
 
 MAX_REASON = 200  # characters of a template's own error that a message repeats
-
-
-def context_error(context: int, asked: str, param: str) -> RequestError:
-    message = f"this model's context is {context} tokens, but the request asks for {asked}"
-    return RequestError(message, param, "context_length_exceeded")
-
-
-def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str = "prompt") -> None:
-    if prompt_tokens + max_tokens > context:
-        asked = f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)"
-        raise context_error(context, asked, param)
-
-
-def check_text_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:
-    """Refuse a text before it is tokenized if even the longest tokens would leave it too long."""
-    least = len(text.encode(errors="replace")) // tokenizer.max_token_bytes
-    if least > context:
-        raise context_error(context, f"a prompt of at least {least} tokens", param)
-
-
-def check_token_ids(tokens: Iterable[int], vocab_size: int, param: str) -> None:
-    for token in tokens:
-        if not 0 <= token < vocab_size:
-            message = (
-                f"token id {shown(str(token))} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
-            )
-            raise RequestError(message, param)
 
 
 class Example(NamedTuple):
@@ -62,18 +35,6 @@ class FewShot(NamedTuple):
     output_prefix: str | None = None
     separator: str | None = None
     on_overflow: Literal["drop", "error"] = "drop"  # drop: leave out the oldest examples
-
-
-def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
-    """The prompt for plain text: as Tokenizer.encode_prompt."""
-    return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer)
-
-
-def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
-    """`tokens` with what the model needs ahead of them."""
-    if tokenizer.bos_id is not None:
-        return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
-    return Prompt(tokens) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)
 
 
 def few_shot_prompt(

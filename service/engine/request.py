@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from model.checkpoint.tokenizer import Tokenizer
 from model.step import Sampling
-from service.engine.sequence import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
+from service.engine.scheduler import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
 
 # The largest number that a 64-bit integer holds.
 MAX_INT = 2**63 - 1
@@ -46,6 +46,33 @@ class RequestError(ValueError):
         super().__init__(message)
         self.param = param
         self.code = code
+
+
+def context_error(context: int, asked: str, param: str) -> RequestError:
+    message = f"this model's context is {context} tokens, but the request asks for {asked}"
+    return RequestError(message, param, "context_length_exceeded")
+
+
+def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str = "prompt") -> None:
+    if prompt_tokens + max_tokens > context:
+        asked = f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)"
+        raise context_error(context, asked, param)
+
+
+def check_text_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:
+    """Refuse a text before it is tokenized if even the longest tokens would leave it too long."""
+    least = len(text.encode(errors="replace")) // tokenizer.max_token_bytes
+    if least > context:
+        raise context_error(context, f"a prompt of at least {least} tokens", param)
+
+
+def check_token_ids(tokens: abc.Iterable[int], vocab_size: int, param: str) -> None:
+    for token in tokens:
+        if not 0 <= token < vocab_size:
+            message = (
+                f"token id {shown(str(token))} is outside the model's vocabulary of {vocab_size} (0 to {vocab_size - 1})"
+            )
+            raise RequestError(message, param)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,6 +165,18 @@ class Prompt(NamedTuple):
     stop_token_ids: tuple[int, ...] = ()  # tokens that end it
     few_shot: ExampleCounts | None = None
     logprobs_from: int | None = None  # report the logprobs of its tokens from this position on, at least 1
+
+
+def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
+    """The prompt for plain text: as Tokenizer.encode_prompt."""
+    return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer)
+
+
+def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
+    """`tokens` with what the model needs ahead of them."""
+    if tokenizer.bos_id is not None:
+        return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
+    return Prompt(tokens) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)
 
 
 @dataclass(frozen=True)

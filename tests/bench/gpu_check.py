@@ -34,8 +34,7 @@ from model.gpt import GPT
 from model.runner import Runner
 from model.step import Sampling
 from service.engine.pages import PageAllocator, pool_sizes
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import Sequence
+from service.engine.scheduler import Scheduler, Sequence
 from service.tools.bench import Result, Workload, banded, measure, percentile, running
 from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.prompt_format import Turn
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.answers import ChargedRun, TextEvents, answer, chunk_event
+from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event
 from service.api.errors import invalid
 from service.api.schema.chat import (
     ChatChoice,
@@ -26,13 +26,12 @@ from service.api.schema.chat import (
     Message,
     TokenBytes,
 )
-from service.api.sse import STREAMED, EventStream
 from service.api.state import state_of
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
 from service.engine.choice import ShownToken
 from service.engine.models import ModelEntry
-from service.engine.prompts import chat_prompt, check_length, check_text_length
-from service.engine.request import MAX_INT, GenerationRequest, Prompt
+from service.engine.prompts import chat_prompt
+from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length
 
 router = APIRouter()
 

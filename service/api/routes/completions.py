@@ -9,7 +9,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.answers import ChargedRun, TextEvents, answer, chunk_event
+from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event
 from service.api.errors import invalid
 from service.api.schema.base import FewShotUsage, TokenUsage
 from service.api.schema.completions import (
@@ -19,22 +19,20 @@ from service.api.schema.completions import (
     CompletionResponse,
     EngineCompletionRequest,
 )
-from service.api.sse import STREAMED, EventStream
 from service.api.state import state_of
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
 from service.engine.choice import ShownToken
 from service.engine.models import ModelEntry
-from service.engine.prompts import (
-    Example,
-    FewShot,
+from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
+from service.engine.request import (
+    GenerationRequest,
+    Prompt,
     check_length,
     check_text_length,
     check_token_ids,
-    few_shot_prompt,
-    insertion_prompt,
+    shown,
     text_prompt,
 )
-from service.engine.request import GenerationRequest, Prompt, shown
 
 router = APIRouter()
 

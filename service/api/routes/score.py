@@ -9,8 +9,7 @@ from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, warnings_for
 from service.engine.choice import Score
 from service.engine.models import ModelEntry
-from service.engine.prompts import check_length, check_text_length, check_token_ids
-from service.engine.request import SCORING, GenerationRequest, Prompt
+from service.engine.request import SCORING, GenerationRequest, Prompt, check_length, check_text_length, check_token_ids
 
 router = APIRouter()
 

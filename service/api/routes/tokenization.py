@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from service.api.routes.chat import read_messages
 from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from service.api.validation import find_model, off_the_loop, warnings_for
-from service.engine.prompts import check_token_ids
+from service.engine.request import check_token_ids
 
 router = APIRouter()
 

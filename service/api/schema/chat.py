@@ -5,8 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import Body, Generated, Obfuscation, TokenUsage, Warnings, is_absent
-from service.api.schema.sampling import SamplingFields
+from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, is_absent
 from service.engine.request import MAX_INT
 
 MAX_MESSAGES = 2048

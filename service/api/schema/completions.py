@@ -5,9 +5,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import Body, Generated, Obfuscation, TokenUsage, Warnings, bounds
+from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, bounds
 from service.api.schema.fields import PromptField
-from service.api.schema.sampling import SamplingFields
 
 MAX_EXAMPLES = 2048  # as many as a context has tokens
 

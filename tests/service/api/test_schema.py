@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from service.api.schema.base import StreamOptions
 from service.api.schema.completions import CompletionRequest
 from service.api.schema.fields import check_prompt
-from service.api.schema.sampling import StreamOptions
 
 DEFAULTS: dict[str, Any] = {
     "prompt": None,

@@ -11,7 +11,7 @@ from model.step import StepInput
 from service.engine.choice import Output
 from service.engine.engine import DoesNotFitError, Engine, QueueFullError, RetiredError, StepFailedError, UnavailableError
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
-from service.engine.sequence import NO_ADAPTER, AdapterRef, Sequence
+from service.engine.scheduler import NO_ADAPTER, AdapterRef, Sequence
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, until
 

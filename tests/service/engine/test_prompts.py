@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 
 from model.checkpoint.prompt_format import PromptFormat, Turn
 from model.checkpoint.tokenizer import END_OF_TEXT, Tokenizer, r50k_base
-from service.engine.prompts import (
-    Example,
-    FewShot,
-    chat_prompt,
-    few_shot_prompt,
-    insertion_prompt,
-    text_prompt,
-)
-from service.engine.request import ExampleCounts, Prompt, RequestError
+from service.engine.prompts import Example, FewShot, chat_prompt, few_shot_prompt, insertion_prompt
+from service.engine.request import ExampleCounts, Prompt, RequestError, text_prompt
 
 R50K = r50k_base()
 END = R50K.eos_id

@@ -13,8 +13,7 @@ from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
 from model.step import DecodeToken, Sampled, Sampling, StepInput, TokenLogprobs
 from service.engine.pages import PageAllocator, chunk_slack, resting_pages
-from service.engine.scheduler import Scheduler
-from service.engine.sequence import Delta, PrefixGroup, Sequence, Start
+from service.engine.scheduler import Delta, PrefixGroup, Scheduler, Sequence, Start
 
 EOS = 7
 STOP = frozenset({EOS})

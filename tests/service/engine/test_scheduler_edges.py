@@ -13,8 +13,7 @@ from model.step import Sampled, Sampling, StepInput
 from service.engine.drafting import PromptLookup
 from service.engine.pace import Load
 from service.engine.pages import FilledPage, PageAllocator, page_hashes
-from service.engine.scheduler import MIN_CHUNK, Scheduler
-from service.engine.sequence import Delta, PrefixGroup, Sequence
+from service.engine.scheduler import MIN_CHUNK, Delta, PrefixGroup, Scheduler, Sequence
 
 CONTEXT = 512
 STOP = 7

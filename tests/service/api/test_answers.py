@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
+from service.api.answers import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_disconnected
 from service.api.errors import APIError
-from service.api.sse import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_disconnected
 from service.engine.metrics import Metrics
 from tests.conformance import contract
 from tests.service.api.helpers import Api, serving

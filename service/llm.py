@@ -22,10 +22,9 @@ from service.engine.request import (
     RequestError,
     SamplingParams,
     check_length,
-    check_text_length,
     check_token_ids,
+    read_prompt,
     shown,
-    text_prompt,
 )
 from service.settings import Settings
 
@@ -145,16 +144,10 @@ class AsyncLLM:
         return entry
 
     def _read(self, text: Text, entry: ModelEntry, max_tokens: int) -> Prompt:
-        context = entry.config.n_positions
-        if isinstance(text, str):
-            check_text_length(text, entry.tokenizer, context, "prompts")
-            prompt = text_prompt(text, entry.tokenizer)
-        else:
-            check_token_ids(text, entry.config.vocab_size, "prompts")
-            if not text:
-                raise RequestError("a prompt of token ids is empty", "prompts")
-            prompt = Prompt(list(text))
-        check_length(len(prompt.tokens), max_tokens, context, "prompts")
+        prompt = read_prompt(text, entry.tokenizer, entry.config, "prompts")
+        if not prompt.tokens:
+            raise RequestError("a prompt of token ids is empty", "prompts")
+        check_length(len(prompt.tokens), max_tokens, entry.config.n_positions, "prompts")
         return prompt
 
 

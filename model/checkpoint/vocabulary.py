@@ -34,8 +34,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     Raises CheckpointError naming what can't be read, or what encodes text in another way than GPT-2's: a normalizer,
     another pre-tokenizer, a prefix space, a byte without a token.
 
-    >>> load_tokenizer(Path("opt-125m")).encode_prompt("Hello")
-    [2, 31414]
+    >>> load_tokenizer(Path("opt-125m")).encode("Hello")
+    [31414]
     """
     try:
         files = CheckpointFiles.read(directory)

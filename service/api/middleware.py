@@ -83,7 +83,7 @@ class CountResponses(Middleware):
             if message["type"] == "http.response.start":
                 # The route's pattern, never the client's path: paths are unbounded.
                 route = getattr(scope.get("route"), "path", "other")
-                self._metrics.http_response(route, message["status"]).inc()
+                self._metrics.http_responses(route, message["status"]).inc()
             await send(message)
 
         await self._app(scope, receive, counting)

@@ -13,7 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from service.api.startup import Startup
-from service.engine.engine import Engine
+from service.engine.engine import Engine, settle
 
 
 class Server(uvicorn.Server):
@@ -82,14 +82,7 @@ async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:
     """The result of `load`. Unlike asyncio's own threads, this one does not keep a process alive that is told to exit."""
     loaded: Future[FastAPI] = Future()
     loaded.set_running_or_notify_cancel()  # from here on nobody but the thread ends it
-
-    def run() -> None:
-        try:
-            loaded.set_result(load())
-        except Exception as error:
-            loaded.set_exception(error)
-
-    threading.Thread(target=run, name="load", daemon=True).start()
+    threading.Thread(target=settle, args=(loaded, load), name="load", daemon=True).start()
     return await asyncio.wrap_future(loaded)
 
 

@@ -11,10 +11,11 @@ import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from typing import TypeVar
 
 from model.checkpoint.tokenizer import Tokenizer
-from model.config import KVGroup
 from model.step import TokenLogprobs
 from service.engine.choice import Choice, Output
 from service.engine.loop import StepLoop, StepRunner
@@ -23,6 +24,8 @@ from service.engine.request import GenerationRequest
 from service.engine.scheduler import AdapterRef, Delta, FinishReason, Scheduler, Sequence
 
 log = logging.getLogger("banded.engine")
+
+T = TypeVar("T")
 
 # A busy engine that has finished no step for this long is not ready: something hangs.
 STALL_SECONDS = 30.0
@@ -168,8 +171,8 @@ class Engine:
         metrics.requests_waiting.set_function(lambda: self._steps.num_waiting)
         for group, usage in self._steps.usage().items():
             metrics.kv_total(group).set(usage.total)
-            metrics.kv_held(group).set_function(functools.partial(held_pages, self._steps, group))
-            metrics.kv_usage(group).set_function(functools.partial(held_share, self._steps, group))
+            metrics.kv_held(group).set_function(lambda group=group: self._steps.usage()[group].held)
+            metrics.kv_usage(group).set_function(lambda group=group: self._steps.usage()[group].share)
 
     def start(self) -> None:
         """Start the step thread; call from the event loop that will use the engine."""
@@ -213,26 +216,10 @@ class Engine:
 
     async def between_steps(self, work: Callable[[], None]) -> None:
         """Run `work` in the step thread while no step runs; raises what it raises."""
-        done: asyncio.Future[None] = self._loop.create_future()
-
-        def settle(error: Exception | None) -> None:
-            if done.cancelled():
-                return
-            if error is None:
-                done.set_result(None)
-            else:
-                done.set_exception(error)
-
-        def run() -> None:
-            error = None
-            try:
-                work()
-            except Exception as caught:
-                error = caught
-            self._loop.call_soon_threadsafe(settle, error)
-
-        self._steps.send(run)
-        await done
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # `work` runs even if nobody waits for it any more
+        self._steps.send(lambda: settle(done, work))
+        await asyncio.wrap_future(done)
 
     def check_size(self, num_choices: int) -> None:
         """Raise DoesNotFitError if a request has more choices than an idle engine takes."""
@@ -364,10 +351,9 @@ class Engine:
             self._failed.set()
 
 
-def held_pages(steps: StepLoop, group: KVGroup) -> int:
-    return steps.usage()[group].held
-
-
-def held_share(steps: StepLoop, group: KVGroup) -> float:
-    usage = steps.usage()[group]
-    return usage.held / usage.total
+def settle(done: Future[T], work: Callable[[], T]) -> None:
+    """End `done` with what `work` returns or raises."""
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)

@@ -1,8 +1,13 @@
 """All Prometheus metrics of the server, in a registry of their own."""
 
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, disable_created_metrics
+
+M = TypeVar("M")
 
 # The *_created series are of no use here and double the page.
 disable_created_metrics()
@@ -24,11 +29,9 @@ class Metrics:
         self.requests_running = self._gauge("requests_running", "Choices that hold a slot")
         self.requests_waiting = self._gauge("requests_waiting", "Choices that wait for a slot")
         self.queue_limit = self._gauge("queue_limit", "Choices that may wait before a request is refused")
-        self._kv_held = Gauge("banded_kv_pages_held", "KV pages in use", ["model", "group"], registry=self.registry)
-        self._kv_total = Gauge("banded_kv_pages", "KV pages of the pool", ["model", "group"], registry=self.registry)
-        self._kv_usage = Gauge(
-            "banded_kv_usage_ratio", "Share of the KV pages in use, 0 to 1", ["model", "group"], registry=self.registry
-        )
+        self.kv_held = self._family(Gauge, "kv_pages_held", "KV pages in use", "group")
+        self.kv_total = self._family(Gauge, "kv_pages", "KV pages of the pool", "group")
+        self.kv_usage = self._family(Gauge, "kv_usage_ratio", "Share of the KV pages in use, 0 to 1", "group")
         self.prefix_cache_queries = self._counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache")
         self.prefix_cache_hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache")
         self.draft_tokens = self._counter("draft_tokens", "Tokens computed ahead on a guess")
@@ -56,18 +59,13 @@ class Metrics:
         )
         self.step_time = self._histogram("step_time_seconds", "One engine step", TOKEN_SECONDS)
         self.step_tokens = self._histogram("step_tokens", "Tokens computed in one engine step", TOKEN_COUNTS)
-        self._outcomes = Counter(
-            "banded_requests", "Choices by how they ended", ["model", "outcome"], registry=self.registry
-        )
-        self._http = Counter("banded_http_requests", "HTTP responses", ["model", "route", "status"], registry=self.registry)
+        self.outcome = self._family(Counter, "requests", "Choices by how they ended: one of OUTCOMES", "outcome")
+        self.http_responses = self._family(Counter, "http_requests", "HTTP responses", "route", "status")
         self.stream_errors = self._counter("stream_errors", "Streams that failed after their first byte, under status 200")
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")
-        self._logit_error = Gauge(
-            "banded_kernel_logit_error",
-            "Largest difference of a logit by these kernels from the reference, as measured at start",
-            ["model", "kind"],
-            registry=self.registry,
-        )
+        # By kind of model.doctor.KernelErrors; without samples if nothing was measured.
+        about = "Largest difference of a logit by these kernels from the reference, as measured at start"
+        self.kernel_logit_error = self._family(Gauge, "kernel_logit_error", about, "kind")
         self.accounting_faults = self._counter("page_accounting_faults", "Faults found by the KV accounting's self-check")
         for outcome in OUTCOMES:
             self.outcome(outcome)  # a counter that appears with its first event hides that event from rate()
@@ -75,31 +73,16 @@ class Metrics:
             {"banded": version("banded"), "torch": version("torch")}
         )
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"banded_{name}", text, ["model"], registry=self.registry).labels(self._model)
+    def _family(self, kind: Callable[..., M], name: str, about: str, *labels: str, **options: Any) -> Callable[..., M]:
+        """What gives the series of a metric for values of `labels`."""
+        family: Any = kind(f"banded_{name}", about, ["model", *labels], registry=self.registry, **options)
+        return partial(family.labels, self._model)
 
-    def _counter(self, name: str, text: str) -> Counter:
-        return Counter(f"banded_{name}", text, ["model"], registry=self.registry).labels(self._model)
+    def _gauge(self, name: str, about: str) -> Gauge:
+        return self._family(Gauge, name, about)()
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(f"banded_{name}", text, ["model"], registry=self.registry, buckets=buckets).labels(self._model)
+    def _counter(self, name: str, about: str) -> Counter:
+        return self._family(Counter, name, about)()
 
-    def kv_held(self, group: str) -> Gauge:
-        return self._kv_held.labels(self._model, group)
-
-    def kv_total(self, group: str) -> Gauge:
-        return self._kv_total.labels(self._model, group)
-
-    def kv_usage(self, group: str) -> Gauge:
-        return self._kv_usage.labels(self._model, group)
-
-    def kernel_logit_error(self, kind: str) -> Gauge:
-        """For a kind of model.doctor.KernelErrors; without samples if nothing was measured."""
-        return self._logit_error.labels(self._model, kind)
-
-    def outcome(self, outcome: str) -> Counter:
-        """Counter of choices that ended in one of OUTCOMES."""
-        return self._outcomes.labels(self._model, outcome)
-
-    def http_response(self, route: str, status: int) -> Counter:
-        return self._http.labels(self._model, route, str(status))
+    def _histogram(self, name: str, about: str, buckets: tuple[float, ...]) -> Histogram:
+        return self._family(Histogram, name, about, buckets=buckets)()

@@ -281,6 +281,10 @@ class PoolUsage(NamedTuple):
     held: int
     total: int
 
+    @property
+    def share(self) -> float:
+        return self.held / self.total
+
 
 class PageAllocator:
     """Page accounting of all groups, keyed by batch row.
@@ -397,10 +401,6 @@ class PageAllocator:
     def free(self, row: int) -> None:
         for pool in self.pools.values():
             pool.release(row)
-
-    def held(self, row: int) -> dict[KVGroup, int]:
-        """Pages that a row holds now."""
-        return {group: len(pool.held[row].page_ids) for group, pool in self.pools.items()}
 
     def usage(self) -> dict[KVGroup, PoolUsage]:
         """Pages held by rows; cached ones count as free."""

@@ -8,6 +8,7 @@ from itertools import takewhile
 from typing import NamedTuple
 
 from model.checkpoint.tokenizer import Tokenizer
+from model.config import GPTConfig
 from model.step import Sampling
 from service.engine.scheduler import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
 
@@ -167,13 +168,26 @@ class Prompt(NamedTuple):
     logprobs_from: int | None = None  # report the logprobs of its tokens from this position on, at least 1
 
 
+def read_prompt(
+    given: str | abc.Sequence[int], tokenizer: Tokenizer, config: GPTConfig, param: str, *, allow_special: bool = False
+) -> Prompt:
+    """The prompt for a text, or for token ids, which are taken as they are.
+
+    Raises RequestError about `param` for ids that the model doesn't have and for a text that can't fit its context.
+    """
+    if isinstance(given, str):
+        check_text_length(given, tokenizer, config.n_positions, param)
+        return text_prompt(given, tokenizer, allow_special=allow_special)
+    check_token_ids(given, config.vocab_size, param)
+    return Prompt(list(given))
+
+
 def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
-    """The prompt for plain text: as Tokenizer.encode_prompt."""
     return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer)
 
 
 def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
-    """`tokens` with what the model needs ahead of them."""
+    """`tokens`, after bos if the model has one. Without both it is end of text, after which a new document starts."""
     if tokenizer.bos_id is not None:
         return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
     return Prompt(tokens) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)

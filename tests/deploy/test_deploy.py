@@ -44,7 +44,7 @@ def exported_series() -> Series:
     metrics.kv_total("dense")
     metrics.kv_usage("dense")
     metrics.outcome("stop")
-    metrics.http_response("/v1/completions", 200)
+    metrics.http_responses("/v1/completions", 200)
     samples = [sample for family in metrics.registry.collect() for sample in family.samples]
     return {"up": frozenset()} | {sample.name: frozenset(sample.labels) for sample in samples}
 

@@ -24,15 +24,7 @@ from service.api.validation import check_logprobs, find_model, log_user, off_the
 from service.engine.choice import ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
-from service.engine.request import (
-    GenerationRequest,
-    Prompt,
-    check_length,
-    check_text_length,
-    check_token_ids,
-    shown,
-    text_prompt,
-)
+from service.engine.request import GenerationRequest, Prompt, check_length, check_text_length, read_prompt, shown
 
 router = APIRouter()
 
@@ -59,7 +51,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     texts = prompts_of(body)
     entry.engine.check_size(len(texts) * params.num_candidates)
     size = sum(map(len, texts)) + few_shot_size(body)
-    prompts = await off_the_loop(size, lambda: [read_prompt(text, body, entry) for text in texts])
+    prompts = await off_the_loop(size, lambda: [prompt_of(text, body, entry) for text in texts])
     if body.logprobs is not None:
         echoed = sum(len(prompt.tokens) for prompt in prompts) if body.echo else 0
         check_logprobs(params.num_candidates * (echoed + len(prompts) * body.max_tokens), "logprobs")
@@ -84,38 +76,27 @@ def few_shot_size(body: EngineCompletionRequest) -> int:
     return len(body.few_shot.instruction or "") + sum(len(each.input) + len(each.output) for each in body.few_shot.examples)
 
 
-def read_prompt(text: str | list[int], body: EngineCompletionRequest, entry: ModelEntry) -> Prompt:
+def prompt_of(text: str | list[int], body: EngineCompletionRequest, entry: ModelEntry) -> Prompt:
     """A prompt of the engine. Raises RequestError naming what does not fit the model."""
-    tokenizer, context = entry.tokenizer, entry.config.n_positions
+    tokenizer, context, prompt_format = entry.tokenizer, entry.config.n_positions, entry.prompt_format
+    special = body.allow_special
     if body.few_shot is not None:
-        given = body.few_shot
-        few_shot = FewShot(
-            [Example(example.input, example.output) for example in given.examples],
-            given.instruction,
-            given.input_prefix,
-            given.output_prefix,
-            given.separator,
-            given.on_overflow,
-        )
+        examples = [Example(example.input, example.output) for example in body.few_shot.examples]
         return few_shot_prompt(
             str(text),
-            few_shot,
-            entry.prompt_format,
+            FewShot(**vars(body.few_shot) | {"examples": examples}),
+            prompt_format,
             tokenizer,
             context=context,
             max_tokens=body.max_tokens,
-            allow_special=body.allow_special,
+            allow_special=special,
         )
-    if not isinstance(text, str):
-        check_token_ids(text, entry.config.vocab_size, "prompt")
-        prompt = Prompt(text)
-    elif body.suffix is None:
-        check_text_length(text, tokenizer, context, "prompt")
-        prompt = text_prompt(text, tokenizer, allow_special=body.allow_special)
+    if body.suffix is None:
+        prompt = read_prompt(text, tokenizer, entry.config, "prompt", allow_special=special)
     else:
-        check_text_length(text, tokenizer, context, "prompt")
+        check_text_length(str(text), tokenizer, context, "prompt")
         check_text_length(body.suffix, tokenizer, context, "suffix")
-        prompt = insertion_prompt(text, body.suffix, entry.prompt_format, tokenizer, allow_special=body.allow_special)
+        prompt = insertion_prompt(str(text), body.suffix, prompt_format, tokenizer, allow_special=special)
     check_length(len(prompt.tokens), body.max_tokens, context)
     return prompt
 

@@ -9,7 +9,7 @@ from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, warnings_for
 from service.engine.choice import Score
 from service.engine.models import ModelEntry
-from service.engine.request import SCORING, GenerationRequest, Prompt, check_length, check_text_length, check_token_ids
+from service.engine.request import SCORING, GenerationRequest, Prompt, check_length, read_prompt
 
 router = APIRouter()
 
@@ -45,27 +45,21 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
 
 def read_texts(body: ScoreRequest, entry: ModelEntry) -> tuple[list[int], list[list[int]]]:
     """Tokens of the prompt and of each continuation. Raises APIError or RequestError naming what does not fit the model."""
-    prompt = read_text(body.prompt, body, entry, "prompt")
-    if not prompt:
-        prompt = entry.tokenizer.encode_prompt("")
-    elif isinstance(body.prompt, str) and entry.tokenizer.bos_id is not None:
-        prompt = [entry.tokenizer.bos_id, *prompt]
+
+    def read(text: str | list[int], param: str) -> Prompt:
+        return read_prompt(text, entry.tokenizer, entry.config, param, allow_special=body.allow_special)
+
+    prompt = read(body.prompt or "", "prompt").tokens
     continuations = []
     for i, text in enumerate(body.continuations):
-        tokens = read_text(text, body, entry, f"continuations.{i}")
+        param = f"continuations.{i}"
+        continuation = read(text, param)
+        tokens = continuation.tokens[continuation.num_implicit :]
         if not tokens:
-            raise invalid(f"'continuations.{i}' is empty, so that there is nothing to score", f"continuations.{i}")
-        check_length(len(prompt), len(tokens), entry.config.n_positions, f"continuations.{i}")
+            raise invalid(f"'{param}' is empty, so that there is nothing to score", param)
+        check_length(len(prompt), len(tokens), entry.config.n_positions, param)
         continuations.append(tokens)
     return prompt, continuations
-
-
-def read_text(text: str | list[int], body: ScoreRequest, entry: ModelEntry, param: str) -> list[int]:
-    if isinstance(text, str):
-        check_text_length(text, entry.tokenizer, entry.config.n_positions, param)
-        return entry.tokenizer.encode(text, allow_special=body.allow_special)
-    check_token_ids(text, entry.config.vocab_size, param)
-    return text
 
 
 def result_of(score: Score, tokenizer: Tokenizer) -> ScoreResult:

@@ -49,6 +49,9 @@ class EngineCompletionRequest(SamplingFields):
         if self.min_tokens > self.max_tokens:
             message = f"is {self.min_tokens}, more than max_tokens {self.max_tokens}"
             raise PydanticCustomError("value_error", message, {"param": "min_tokens"})
+        texts = self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
+        if self.suffix is not None and not isinstance(texts[0], str):
+            raise PydanticCustomError("value_error", "needs a prompt of text, not of token ids", {"param": "suffix"})
         if self.few_shot is not None:
             if not isinstance(self.prompt, str):
                 raise PydanticCustomError("value_error", "few_shot needs a single string", {"param": "prompt"})

@@ -18,6 +18,7 @@ import model.checkpoint.tokenizer
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.tokenizer import END_OF_TEXT, PromptPart, Tokenizer, TokenizerError, r50k_base
 from model.checkpoint.vocabulary import BYTE_OF, load_tokenizer
+from service.engine.request import text_prompt
 from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
 
 Json = dict[str, Any]
@@ -124,7 +125,6 @@ class TestR50k:
         assert r50k.encode("Once upon a time") == [7454, 2402, 257, 640]
         assert r50k.token_bytes(7454) == b"Once"
         assert r50k.encode(END_OF_TEXT, allow_special=True) == [50256] == [r50k.eos_id]
-        assert r50k.encode_prompt("") == [50256]
 
     def test_published_size(self, r50k: Tokenizer) -> None:
         assert 50256 in r50k
@@ -297,9 +297,9 @@ class TestAgainstTransformers:
 
     @FAST
     @given(text=TEXTS)
-    def test_encode_prompt(self, pair: tuple[Tokenizer, Any], text: str) -> None:
+    def test_prompt(self, pair: tuple[Tokenizer, Any], text: str) -> None:
         ours, theirs = pair
-        assert ours.encode_prompt(text, allow_special=True) == (theirs.encode(text) or [theirs.eos_token_id])
+        assert text_prompt(text, ours, allow_special=True).tokens == (theirs.encode(text) or [theirs.eos_token_id])
 
     @FAST
     @given(data=st.data())
@@ -329,8 +329,8 @@ def test_opt_starts_prompts_with_its_end_of_text(tmp_path: Path) -> None:
     write_opt(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     assert (tokenizer.bos_id, tokenizer.eos_id) == (2, 2)
-    assert tokenizer.encode_prompt("Hello") == [2, *tokenizer.encode("Hello")]
-    assert tokenizer.encode_prompt("") == [2]
+    assert text_prompt("Hello", tokenizer).tokens == [2, *tokenizer.encode("Hello")]
+    assert text_prompt("", tokenizer).tokens == [2]
     assert tokenizer.token_bytes(50261) == b"madeupword0000"
     assert 50265 not in tokenizer
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from model.checkpoint.tokenizer import Tokenizer
 from tests.conformance import contract
 from tests.service.api.helpers import error_of, post, request, serving
 from tests.service.engine.fakes import FakeEngine
@@ -285,8 +286,14 @@ def test_a_prompt_that_fills_the_context_is_served() -> None:
 
 
 def test_a_prompt_longer_than_any_text_of_the_context_is_not_tokenized(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(type(FakeEngine.tokenizer), "encode_prompt")
     longest = 128  # bytes of r50k_base's longest token
+    encode = Tokenizer.encode
+
+    def encode_short(self: Tokenizer, text: str, *, allow_special: bool = False) -> list[int]:
+        assert len(text) <= 256 * longest, "a text that can't fit was tokenized"
+        return encode(self, text, allow_special=allow_special)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode_short)
     assert FakeEngine.tokenizer.max_token_bytes == longest
     error = error_of(post({"model": "fake", "prompt": " " * (257 * longest)}), 400)
     assert error["message"].endswith("256 tokens, but the request asks for a prompt of at least 257 tokens")

@@ -103,6 +103,12 @@ def test_suffix_without_an_insertion_format() -> None:
     assert error["message"] == "'suffix' is not supported by this model: its card declares no format for insertions"
 
 
+@pytest.mark.parametrize("prompt", [[1, 2], [[1], [2]]])
+def test_suffix_after_token_ids(prompt: Any) -> None:
+    error = error_of(post({"model": "fake", "prompt": prompt, "suffix": "b"}), 400)
+    assert (error["param"], error["message"]) == ("suffix", "'suffix': needs a prompt of text, not of token ids")
+
+
 @contract("completions", "suffix", "laid out by the card's insertion format")
 def test_suffix_with_an_insertion_format() -> None:
     async def test() -> None:

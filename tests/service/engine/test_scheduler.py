@@ -372,7 +372,7 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
     while not scheduler.idle:
         step = scheduler.schedule(0.0)
         assert step is not None
-        held = scheduler.cache.held(0)["banded"]
+        held = len(scheduler.cache.pools["banded"].held[0].page_ids)
         peak = max(peak, held)
         assert step.chunks or held <= 5
         scheduler.commit(answer(step), 0.01)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
+from model.checkpoint.files import few
 from service.api.errors import APIError, invalid
 from service.api.schema.base import Body, SamplingFields
 from service.api.schema.fields import MAX_STOPS, too_many_stops
@@ -23,8 +24,6 @@ log = logging.getLogger("banded.api")
 # Characters and token ids of a request that are read on the event loop. Longer ones are read in a worker thread, so that
 # the event loop keeps running.
 SHORT_PROMPTS = 4096
-# Models that an error names, and unknown fields that a warning names.
-MAX_NAMES = 5
 MAX_WARNINGS = 32
 # Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
 MAX_LOGPROBS = 2**17
@@ -37,9 +36,8 @@ def find_model(request: Request, name: str | None) -> ModelEntry:
     models = state_of(request).models
     entry = models.find(name)
     if entry is None:
-        names = [f"'{each.name}'" for each in models]
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        message = f"the model '{shown(name or '')}' does not exist; this server has {', '.join(names[:MAX_NAMES])}{more}"
+        names = few([f"'{each.name}'" for each in models])
+        message = f"the model '{shown(name or '')}' does not exist; this server has {names}"
         raise APIError(404, message, param="model", code="model_not_found")
     return entry
 

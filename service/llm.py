@@ -4,9 +4,11 @@ import asyncio
 import math
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Generator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any, Self, TypeVar, cast
 
 from model.step import TokenLogprobs
@@ -193,17 +195,21 @@ class LLM:
         self, prompt: Text, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Generator[str, None, None]:
         """Closing the iterator ends the generation."""
-        pieces = self._async.stream(prompt, params, adapter=adapter)
+        pieces: SimpleQueue[str | None] = SimpleQueue()
 
-        async def following() -> str | None:
-            return await anext(pieces, None)
+        async def pump() -> None:
+            async with aclosing(self._async.stream(prompt, params, adapter=adapter)) as texts:
+                async for text in texts:
+                    pieces.put(text)
 
+        generating = self._submit(pump())
+        generating.add_done_callback(lambda _: pieces.put(None))
         try:
-            while (piece := self._run(following())) is not None:
+            while (piece := pieces.get()) is not None:
                 yield piece
+            generating.result()  # raises what ended it early
         finally:
-            if not self._closed:  # else closing the engine has ended it
-                self._run(pieces.aclose())
+            generating.cancel()
 
     def score(self, prompt: Text, continuations: Sequence[Text], *, adapter: str | None = None) -> list[Score]:
         return self._run(self._async.score(prompt, continuations, adapter=adapter))
@@ -215,15 +221,18 @@ class LLM:
         return self._async.detokenize(tokens)
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._closed:
-            work.close()
-            raise EngineError("the model has been closed")
-        future = asyncio.run_coroutine_threadsafe(work, self._loop)
+        future = self._submit(work)
         try:
             return future.result()
         except BaseException:  # Ctrl-C too: what nobody waits for must not run on
             future.cancel()
             raise
+
+    def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        if self._closed:
+            work.close()
+            raise EngineError("the model has been closed")
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
 
 def list_of(prompts: Text | Sequence[Text]) -> list[Text]:

@@ -192,7 +192,8 @@ def test_ctrl_c_ends_a_completion_with_its_status(tmp_path: Path) -> None:
         assert process.stdout.read(5)  # it generates
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=60)
-    assert (process.returncode, stderr) == (130, "")
+    assert process.returncode == 130, stderr
+    assert stderr == ""
 
 
 def test_a_closed_model_says_so_and_ends_its_streams(recwarn: pytest.WarningsRecorder) -> None:

@@ -41,7 +41,7 @@ def run(top_logprobs):
     prompts = [[row * 1000 + i % 997 for i in range(2047)] for row in range({ROWS})]
     logprobs_from = None if top_logprobs is None else 1
     scheduler.submit(
-        Sequence(prompt, 2, Sampling(), top_logprobs=top_logprobs, logprobs_from=logprobs_from) for prompt in prompts
+        Sequence(prompt, 2, Sampling(), top_logprobs=top_logprobs, prompt_logprobs_from=logprobs_from) for prompt in prompts
     )
     num_scores = 0
     while step := scheduler.schedule(0.0):

@@ -17,13 +17,13 @@ from service.jobs.store import Store
 
 # Writes a curve of two updates and its report at once; then it may stay until it is told to end.
 PROCESS = """
-import json, signal, sys, time
+import sys, time
 from pathlib import Path
+from model.training.records import CURVE_FILE, REPORT_FILE, DataReport, FileReport, LossRow, write_curve
 out = Path(sys.argv[sys.argv.index("--out") + 1])
-(out / "loss.csv").write_text("update,loss,held_out_loss\\n1,4.0,\\n2,3.0,2.5\\n")
-found = {"examples": 3, "tokens": 20, "advice": []}
-(out / "report.tmp").write_text(json.dumps({"files": [found], "updates": 2}))
-(out / "report.tmp").rename(out / "report.json")
+rows = [LossRow(1, 3, 4.0, 1e-3, 1.0), LossRow(2, 6, 3.0, 1e-3, 1.0, 2.5)]
+write_curve(out / CURVE_FILE, rows, "example")
+DataReport([FileReport(3, 20, [])], 2).write(out / REPORT_FILE)
 while "stay" in sys.argv[1:2]:
     time.sleep(1)
 """

@@ -8,14 +8,18 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from model.checkpoint.tokenizer import r50k_base
+from model.checkpoint.tokenizer import Tokenizer
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.training.plans import TrainingPlan
 from model.training.run import train
 
+# A token is a byte: the loss over 50,000 tokens would take most of the time.
+BYTES = Tokenizer(
+    {byte: bytes([byte]) for byte in range(256)}, range(256), special={"<|endoftext|>": 256}, added={}, eos_id=256
+)
 CONFIG = GPTConfig(
-    vocab_size=50257,
+    vocab_size=257,
     n_positions=32,
     n_embd=16,
     n_layer=2,
@@ -44,7 +48,7 @@ def run(directory: Path, corpus: Path, plan: TrainingPlan = PLAN, *, resume: boo
     """Saves after every update."""
     model = GPT(CONFIG)
     model.init_weights(plan.seed)
-    train(directory, model, plan, [corpus], r50k_base(), resume=resume, save_every=0.0)
+    train(directory, model, plan, [corpus], BYTES, resume=resume, save_every=0.0)
 
 
 def main() -> None:

@@ -135,9 +135,14 @@ class PagedRun:
             assert not logprobs.top or logprobs.top[0][0] == token, "greedy is the likeliest"
 
 
-def random_steps(run: PagedRun, rng: random.Random, budgets: tuple[int, ...] = (5, 16, STEP_TOKENS)) -> None:
-    """Ragged steps as the scheduler would make them: any rows decode, prompts in chunks, first come, first served."""
-    prompts = [rng.randrange(1, len(tokens) + 1) for tokens in run.sequences]
+def random_steps(
+    run: PagedRun, rng: random.Random, budgets: tuple[int, ...] = (5, 16, STEP_TOKENS), most_decoded: int = 2048
+) -> None:
+    """Ragged steps as the scheduler would make them: any rows decode, prompts in chunks, first come, first served.
+
+    Of each sequence at most the last `most_decoded` tokens are decoded.
+    """
+    prompts = [rng.randrange(max(len(tokens) - most_decoded, 1), len(tokens) + 1) for tokens in run.sequences]
     while any(done < len(tokens) for done, tokens in zip(run.done, run.sequences, strict=True)):
         budget, decodes, chunks = rng.choice(budgets), [], []
         for row, tokens in enumerate(run.sequences):

@@ -122,7 +122,7 @@ def test_the_triton_path_gives_the_logits_of_whole_windows(path: ServedPath, ban
     directory = tiny("banded", tmp_path, n_layer=2, band=band)
     sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (band + 1, 63, 65, 130, 1)]
     run = PagedRun(directory, sequences, path=path)
-    random_steps(run, random.Random(band), budgets=(33, 96))
+    random_steps(run, random.Random(band), budgets=(33, 96), most_decoded=16)
     for logits, tokens in zip(run.logits, sequences, strict=True):
         assert (logits - our_logits(directory, tokens[None])[0]).abs().max() <= 1e-4
 
@@ -141,12 +141,12 @@ def test_rows_that_pad_a_bucket_change_nothing(path: ServedPath, tmp_path: Path)
     """bf16 products have the same bits at any batch size. cuBLAS does not promise that: on a GPU, fp32 and nearly equal."""
     on_gpu = path.device.type == "cuda"
     directory = tiny("banded", tmp_path, n_layer=2)
-    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (36, 33, 30)]
+    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (12, 10, 8)]
     runs = [PagedRun(directory, sequences, torch.float32 if on_gpu else torch.bfloat16, path) for _ in range(2)]
     runs[0].runner.buckets = [1, 2, 3]
     runs[1].runner.buckets = [3]
     for run in runs:
-        run.step([], [(0, 30), (1, 29), (2, 28)])
+        run.step([], [(0, 6), (1, 6), (2, 6)])
         for live in ([0, 1, 2], [0, 1, 2], [0, 1], [0, 1], [0], [0]):
             run.step(live, [])
     for exact, padded in zip(runs[0].logits, runs[1].logits, strict=True):

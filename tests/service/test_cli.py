@@ -183,19 +183,19 @@ def test_train_then_finetune_all_weights_then_complete(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     corpus, examples = tmp_path / "tales.txt", tmp_path / "data.jsonl"
-    corpus.write_text("a king had a golden bird " * 400, encoding="utf-8")
+    corpus.write_text("a king had a golden bird " * 100, encoding="utf-8")
     examples.write_text('{"prompt": "a =>", "completion": " b"}\n' * 4, encoding="utf-8")
     card = checkpoint / "banded.json"
     card.write_text('{"separator": " ; "}')
     trained, tuned = tmp_path / "trained", tmp_path / "tuned"
-    options = ["--init", str(checkpoint), "--tokens", "8000", "--batch-tokens", "512", "--learning-rate", "0.01"]
-    options += ["--micro-tokens", "256"]
+    options = ["--init", str(checkpoint), "--tokens", "2000", "--window", "64", "--batch-tokens", "128", "--learning-rate", "0.01"]
+    options += ["--micro-tokens", "128"]
     assert main(["train", str(corpus), "--out", str(trained), "--valid", str(corpus), *options]) == 0
     shown = capsys.readouterr().out
-    assert re.fullmatch(r"held-out perplexity \d+\.\d\d over 2402 tokens\n", shown)
+    assert re.fullmatch(r"held-out perplexity \d+\.\d\d over 602 tokens\n", shown)
     assert float(shown.split()[2]) < 100
-    assert main(["train", str(corpus), "--out", str(trained), *options[:-1], "128", "--resume"]) == 2
-    assert "is the state of another run: micro_tokens 128, not 256" in capsys.readouterr().err
+    assert main(["train", str(corpus), "--out", str(trained), *options[:-1], "64", "--resume"]) == 2
+    assert "is the state of another run: micro_tokens 64, not 128" in capsys.readouterr().err
     data = [str(examples), "--valid", str(examples)]
     assert main(["finetune", *data, "--model", str(trained), "--out", str(tuned), "--full", "--learning-rate", "0.01"]) == 0
     before, after = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())

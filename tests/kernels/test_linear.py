@@ -46,7 +46,7 @@ def test_a_packed_product_equals_the_reference(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize(
-    ("width", "out"), [(768, 2304), (768, 768), (768, 3072), (3072, 768), (1024, 256), (4096, 1024), (8192, 2048), (33, 96)]
+    ("width", "out"), [(768, 2304), (768, 768), (768, 3072), (3072, 768), (1024, 256), (4096, 512), (8192, 512), (33, 96)]
 )
 def test_a_row_has_the_same_bits_beside_any_others(
     make_ops: Callable[[torch.dtype], Ops], dtype: torch.dtype, width: int, out: int

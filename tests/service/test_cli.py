@@ -188,7 +188,18 @@ def test_train_then_finetune_all_weights_then_complete(
     card = checkpoint / "banded.json"
     card.write_text('{"separator": " ; "}')
     trained, tuned = tmp_path / "trained", tmp_path / "tuned"
-    options = ["--init", str(checkpoint), "--tokens", "2000", "--window", "64", "--batch-tokens", "128", "--learning-rate", "0.01"]
+    options = [
+        "--init",
+        str(checkpoint),
+        "--tokens",
+        "2000",
+        "--window",
+        "64",
+        "--batch-tokens",
+        "128",
+        "--learning-rate",
+        "0.01",
+    ]
     options += ["--micro-tokens", "128"]
     assert main(["train", str(corpus), "--out", str(trained), "--valid", str(corpus), *options]) == 0
     shown = capsys.readouterr().out

@@ -1,13 +1,13 @@
 """Runs and their directories. A run killed at any moment resumes to the same bits, and two ranks are as good as one."""
 
+import multiprocessing
 import os
 import random
 import signal
 import socket
-import subprocess
-import sys
 import time
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from model.checkpoint.weights import load_model
 from model.training.records import CURVE_FILE, LossRow, read_curve
 from model.training.run import PICTURE_FILE, STATE_FILE
+from tests.model.training import tiny_run
 from tests.model.training.tiny_run import PLAN, run
 
 
@@ -32,13 +33,25 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def uninterrupted(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("run")
-    start(directory, corpus).wait(60)
+    assert status(start(directory, corpus)) == 0
     return directory
 
 
-def start(directory: Path, corpus: Path, *options: str, **environment: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "tests.model.training.tiny_run", str(directory), str(corpus), *options]
-    return subprocess.Popen(command, env=os.environ | environment, stderr=subprocess.DEVNULL)
+# Processes fork from one that has imported what a run imports, which takes longer than the run.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload([tiny_run.__name__, "matplotlib.figure", "torch._dynamo"])
+
+
+def start(directory: Path, corpus: Path, *options: str, **environment: str) -> ForkServerProcess:
+    process = FORKS.Process(target=tiny_run.main, args=(directory, corpus, options, environment))
+    process.start()
+    return process
+
+
+def status(process: ForkServerProcess) -> int | None:
+    """The exit status, once the process has ended."""
+    process.join(60)
+    return process.exitcode
 
 
 def curve(directory: Path) -> list[LossRow]:
@@ -72,18 +85,18 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bits(
         process = start(tmp_path, corpus, "--resume")
         wait_for_updates(process, tmp_path, rng.randrange(1, 10))
         time.sleep(rng.random() * 0.2)
-        kills += process.poll() is None
+        kills += process.is_alive()
         process.kill()
-        process.wait()
+        process.join()
     assert kills
-    assert start(tmp_path, corpus, "--resume").wait(60) == 0
+    assert status(start(tmp_path, corpus, "--resume")) == 0
     assert_same(tmp_path, uninterrupted)
 
 
-def wait_for_updates(process: subprocess.Popen[bytes], directory: Path, count: int) -> None:
+def wait_for_updates(process: ForkServerProcess, directory: Path, count: int) -> None:
     """Until the process has replaced the state `count` times, or ended."""
     last = None
-    while process.poll() is None and count:
+    while process.is_alive() and count:
         state = directory / STATE_FILE
         time.sleep(0.01)
         now = state.stat().st_ino if state.exists() else None
@@ -94,14 +107,14 @@ def wait_for_updates(process: subprocess.Popen[bytes], directory: Path, count: i
 def test_interrupted_it_finishes_the_update_and_saves(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     process = start(tmp_path, corpus)
     wait_for_updates(process, tmp_path, 3)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130
+    os.kill(process.pid or 0, signal.SIGINT)
+    assert status(process) == 130
     assert len(curve(tmp_path)) < len(curve(uninterrupted))
-    assert start(tmp_path, corpus, "--resume").wait(60) == 0
+    assert status(start(tmp_path, corpus, "--resume")) == 0
     assert_same(tmp_path, uninterrupted)
 
 
-def start_ranks(directory: Path, corpus: Path, *options: str) -> list[subprocess.Popen[bytes]]:
+def start_ranks(directory: Path, corpus: Path, *options: str) -> list[ForkServerProcess]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -111,13 +124,13 @@ def start_ranks(directory: Path, corpus: Path, *options: str) -> list[subprocess
 
 def test_two_ranks_make_the_bits_of_one_and_stop_together(corpus: Path, tmp_path: Path) -> None:
     alone, together = tmp_path / "alone", tmp_path / "together"
-    assert start(alone, corpus, "--pairs").wait(60) == 0
+    assert status(start(alone, corpus, "--pairs")) == 0
     ranks = start_ranks(together, corpus, "--pairs")
     wait_for_updates(ranks[0], together, 3)
-    ranks[1].send_signal(signal.SIGINT)  # one is enough
-    assert [rank.wait(60) for rank in ranks] == [130, 130], "the other one stops too, without an error"
+    os.kill(ranks[1].pid or 0, signal.SIGINT)  # one is enough
+    assert [status(rank) for rank in ranks] == [130, 130], "the other one stops too, without an error"
     assert 0 < len(curve(together)) < len(curve(alone))
-    assert [rank.wait(60) for rank in start_ranks(together, corpus, "--pairs", "--resume")] == [0, 0]
+    assert [status(rank) for rank in start_ranks(together, corpus, "--pairs", "--resume")] == [0, 0]
     assert_same(together, alone)
 
 
@@ -132,7 +145,7 @@ def test_a_batch_softmax_is_of_one_process(corpus: Path, tmp_path: Path) -> None
 
 def test_batches_of_any_size_are_shared_by_ranks(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     """One process computes up to four windows at a time, each of two ranks half of them, so the sums round differently."""
-    assert [rank.wait(60) for rank in start_ranks(tmp_path, corpus)] == [0, 0]
+    assert [status(rank) for rank in start_ranks(tmp_path, corpus)] == [0, 0]
     ours, theirs = curve(tmp_path), curve(uninterrupted)
     assert [row.seen for row in ours] == [row.seen for row in theirs]
     assert [row.loss for row in ours] == pytest.approx([row.loss for row in theirs], rel=0.02)
@@ -140,7 +153,7 @@ def test_batches_of_any_size_are_shared_by_ranks(uninterrupted: Path, corpus: Pa
 
 def test_a_second_process_waits_for_the_first(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     both = [start(tmp_path, corpus, "--resume") for _ in range(2)]
-    assert [process.wait(60) for process in both] == [0, 0]
+    assert [status(process) for process in both] == [0, 0]
     assert_same(tmp_path, uninterrupted)
 
 

@@ -1,7 +1,8 @@
-"""`python -m tests.model.training.tiny_run DIR CORPUS [--resume] [--pairs]`: a run of seconds, for tests that kill it."""
+"""A training run of a second, for tests that kill its process."""
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,17 +52,15 @@ def run(directory: Path, corpus: Path, plan: TrainingPlan = PLAN, *, resume: boo
     train(directory, model, plan, [corpus], BYTES, resume=resume, save_every=0.0)
 
 
-def main() -> None:
+def main(directory: Path, corpus: Path, options: Sequence[str], environment: Mapping[str, str]) -> None:
+    """What a process does. Exits with 130 after Ctrl-C, as `banded train` does."""
+    os.environ.update(environment)
     torch.set_num_threads(1)
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group("gloo")
     try:
-        run(Path(sys.argv[1]), Path(sys.argv[2]), PAIRS if "--pairs" in sys.argv else PLAN, resume="--resume" in sys.argv)
+        run(directory, corpus, PAIRS if "--pairs" in options else PLAN, resume="--resume" in options)
     except KeyboardInterrupt:
         sys.exit(130)
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()

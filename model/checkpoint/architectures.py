@@ -7,18 +7,15 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from kernels.names import Activation, PatternKind
-from model.checkpoint.files import CONFIG_FILE, CheckpointError, few, read_json
+from model.checkpoint.files import CONFIG_FILE, CheckpointError, Json, few, read_json
 from model.config import GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
 # Fields of config.json about text, not about the decoder.
 TEXT_FIELDS = ("bos_token_id", "eos_token_id")
 
-# A config.json as it was parsed.
-Raw = Mapping[str, Any]
 
-
-def integer(raw: Raw, name: str, default: int | None = None) -> int:
+def integer(raw: Json, name: str, default: int | None = None) -> int:
     """A whole number. Absent or null means `default`; ValueError when there is none."""
     value = default if raw.get(name) is None else raw[name]
     if value is None:
@@ -28,15 +25,15 @@ def integer(raw: Raw, name: str, default: int | None = None) -> int:
     return value
 
 
-def number(raw: Raw, name: str, default: float | None = None) -> float:
+def number(raw: Json, name: str, default: float | None = None) -> float:
     """A positive number, `default` when absent."""
-    value = raw.get(name, default)
+    value: Any = raw.get(name, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
         raise ValueError(f"{name} must be a positive number, got {value!r}")
     return float(value)
 
 
-def flag(raw: Raw, name: str, default: bool | None = None) -> bool:
+def flag(raw: Json, name: str, default: bool | None = None) -> bool:
     """True or false, `default` when absent."""
     value = raw.get(name, default)
     if type(value) is not bool:
@@ -54,14 +51,14 @@ ACTIVATION_NAMES: dict[str, Activation] = {
 }
 
 
-def activation(raw: Raw, name: str, default: Activation | None = None) -> Activation:
+def activation(raw: Json, name: str, default: Activation | None = None) -> Activation:
     value = raw.get(name, default)
     if not isinstance(value, str) or value not in ACTIVATION_NAMES:
         raise ValueError(f"{name} {value!r} is not supported, only {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[value]
 
 
-def canonical(raw: Raw, aliases: Mapping[str, str]) -> Raw:
+def canonical(raw: Json, aliases: Mapping[str, str]) -> Json:
     """`raw` with its aliases renamed. ValueError when a field and its alias contradict each other."""
     renamed = dict(raw)
     for alias, name in aliases.items():
@@ -92,7 +89,7 @@ ONLY = {
 }
 
 
-def refuse_unserved(raw: Raw) -> None:
+def refuse_unserved(raw: Json) -> None:
     """ValueError naming the first field for which gpt.py lacks the maths."""
     for name, only in ONLY.items():
         value = raw.get(name)
@@ -107,7 +104,7 @@ class Source(NamedTuple):
     transposed: bool = False
 
 
-def gpt2_config(raw: Raw) -> GPTConfig:
+def gpt2_config(raw: Json) -> GPTConfig:
     """GPT-2 and Cerebras-GPT, which is a GPT-2 with the exact GELU.
 
     `reorder_and_upcast_attn` is not read: it asks for scores in fp32, and here they always are.
@@ -147,7 +144,7 @@ GPT2 = BANDED | {name: Source((name,), transposed=True) for name in LINEARS}
 NEO_KINDS: dict[str, PatternKind] = {"global": "dense", "local": "banded"}
 
 
-def neo_attention(raw: Raw, num_layers: int) -> tuple[PatternKind, ...]:
+def neo_attention(raw: Json, num_layers: int) -> tuple[PatternKind, ...]:
     """`attention_types`, [[["global", "local"], 12]] for 24 layers in turn, written out layer by layer."""
     types: Any = [[["global", "local"], 12]] if raw.get("attention_types") is None else raw["attention_types"]
     try:
@@ -162,7 +159,7 @@ def neo_attention(raw: Raw, num_layers: int) -> tuple[PatternKind, ...]:
     return kinds
 
 
-def gpt_neo_config(raw: Raw) -> GPTConfig:
+def gpt_neo_config(raw: Json) -> GPTConfig:
     """GPT-Neo: scores are not scaled, and q, k and v have no bias. Its local layers are our banded ones."""
     raw = canonical(raw, {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"})
     width, num_layers = integer(raw, "hidden_size"), integer(raw, "num_layers")
@@ -191,7 +188,7 @@ GPT_NEO = BANDED | {
 }
 
 
-def opt_config(raw: Raw) -> GPTConfig:
+def opt_config(raw: Json) -> GPTConfig:
     """OPT: positions start at row 2 of their table, and the epsilon of its norms is always 1e-5.
 
     OPT-350m normalises after the residual sums, has no final norm and projects its narrower token embedding.
@@ -231,24 +228,19 @@ OPT = BANDED | {
 }
 
 
-def attention_kinds(raw: Raw, name: str) -> tuple[str, ...]:
+def attention_kinds(raw: Json, name: str) -> tuple[str, ...]:
     value = raw.get(name)
     if not isinstance(value, list) or not all(isinstance(kind, str) for kind in value):
         raise ValueError(f"{name} must be a list of names, got {value!r}")
     return tuple(value)
 
 
-def optional(read: Callable[[Raw, str], Any]) -> Callable[[Raw, str], Any]:
-    """Null is None. Older checkpoints lack the fields of sparse patterns; others must be there."""
-
-    def read_optional(raw: Raw, name: str) -> Any:
-        absent = raw[name] is None if name in raw else name in ("stride", "summary")
-        return None if absent else read(raw, name)
-
-    return read_optional
+def optional(read: Callable[[Json, str], Any]) -> Callable[[Json, str], Any]:
+    """Null is None. The field must be there."""
+    return lambda raw, name: None if name in raw and raw[name] is None else read(raw, name)
 
 
-READERS: dict[Any, Callable[[Raw, str], Any]] = {
+READERS: dict[Any, Callable[[Json, str], Any]] = {
     int: integer,
     float: number,
     bool: flag,
@@ -260,18 +252,19 @@ READERS: dict[Any, Callable[[Raw, str], Any]] = {
 BANDED_FIELDS = {name: READERS[hint] for name, hint in get_type_hints(GPTConfig).items()}
 
 
-def banded_config(raw: Raw) -> GPTConfig:
+def banded_config(raw: Json) -> GPTConfig:
     """Our own, as save_model writes it: every field of GPTConfig, those about text, and no other."""
     unknown = raw.keys() - BANDED_FIELDS.keys() - {"model_type", *TEXT_FIELDS}
     if unknown:
         raise ValueError(f"unknown field {few(sorted(unknown))}")
+    raw = {"stride": None, "summary": None, **raw}  # older checkpoints lack the fields of sparse patterns
     return GPTConfig(**{name: read(raw, name) for name, read in BANDED_FIELDS.items()})
 
 
 class Architecture(NamedTuple):
     """How checkpoints of one model_type are read."""
 
-    config: Callable[[Raw], GPTConfig]
+    config: Callable[[Json], GPTConfig]
     modules: Mapping[str, Source]
     # What may precede every key but the head's, depending on the class that wrote the file.
     roots: tuple[str, ...] = ()
@@ -294,16 +287,11 @@ ARCHITECTURES = {
 }
 
 
-def read_config(directory: Path) -> GPTConfig:
-    """The dimensions of the model in `directory`.
+def read_architecture(directory: Path) -> tuple[Architecture, GPTConfig]:
+    """What kind of checkpoint `directory` holds, and the model's dimensions.
 
     Raises CheckpointError naming the file and the field that is missing, malformed or asks for what is not served.
     """
-    return read_architecture(directory)[1]
-
-
-def read_architecture(directory: Path) -> tuple[Architecture, GPTConfig]:
-    """What kind of checkpoint `directory` holds, and its dimensions."""
     if not directory.exists():
         raise CheckpointError(f"{directory}: no such directory")
     if not directory.is_dir():

@@ -55,13 +55,13 @@ def add_plan(commands: Commands) -> None:
 
 
 def run_plan(args: argparse.Namespace) -> int:
-    from model.checkpoint.architectures import read_config
+    from model.checkpoint.architectures import read_architecture
     from model.config import SIZES
     from service.tools.roofline import GPUS, Capacity, Training, report
 
     if args.gpu not in GPUS:
         raise ValueError(f"--gpu {args.gpu}: known are {', '.join(GPUS)}")
-    config = SIZES[args.model] if args.model in SIZES else read_config(Path(args.model))
+    config = SIZES[args.model] if args.model in SIZES else read_architecture(Path(args.model))[1]
     if args.prompt > config.n_positions:
         raise ValueError(f"--prompt {args.prompt}: the model's context is {config.n_positions} tokens")
     capacity = Capacity(config, GPUS[args.gpu], args.count)

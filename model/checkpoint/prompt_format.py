@@ -124,40 +124,33 @@ def load_prompt_format(directory: Path) -> PromptFormat:
     belongs to the default template. Raises CheckpointError naming file and field that can't be used.
     """
     fields, settings = (optional_json(directory / name) or {} for name in (PROMPT_FORMAT_FILE, SETTINGS_FILE))
-    template, published, source = directory / TEMPLATE_FILE, settings.get("chat_template"), SETTINGS_FILE
-    if template.exists():
-        published, source = read_text(template), TEMPLATE_FILE
+    published, source = settings.get("chat_template"), SETTINGS_FILE
+    if (directory / TEMPLATE_FILE).exists():
+        published, source = read_text(directory / TEMPLATE_FILE), TEMPLATE_FILE
     if not isinstance(published, str) or "chat_template" in fields:
-        published, source = None, PROMPT_FORMAT_FILE
+        published = None
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
     if "chat_template" in fields or published is not None:
         fields.setdefault("stop", ())
+    bos_token = settings.get("bos_token")
+    bos_token = bos_token.get("content") if isinstance(bos_token, dict) else bos_token  # an object or a string
+    file = PROMPT_FORMAT_FILE
     try:
-        return build_prompt_format(fields, token_name(settings.get("bos_token")), published, source)
+        refuse_unknown(fields)
+        prompt_format = PromptFormat(**fields, bos_token=bos_token if isinstance(bos_token, str) else None)
+        file = source
+        return prompt_format if published is None else dataclasses.replace(prompt_format, chat_template=published)
     except PromptFormatError as error:
-        raise PromptFormatError(f"{directory}: {error}") from None
+        raise PromptFormatError(f"{directory}: {file}: {error}") from None
 
 
-def build_prompt_format(fields: Json, bos_token: str | None, published: str | None, source: str) -> PromptFormat:
+def refuse_unknown(fields: Json) -> None:
     known = {field.name for field in dataclasses.fields(PromptFormat)} - {"bos_token"}
     for name in fields:
         if name not in known:
             expected = ", ".join(sorted(known))
-            raise PromptFormatError(f"{PROMPT_FORMAT_FILE}: unknown field {name[:MAX_SHOWN]!r}, expected one of {expected}")
-    file = PROMPT_FORMAT_FILE
-    try:
-        prompt_format = PromptFormat(**fields, bos_token=bos_token)
-        file = source
-        return prompt_format if published is None else dataclasses.replace(prompt_format, chat_template=published)
-    except PromptFormatError as error:
-        raise PromptFormatError(f"{file}: {error}") from None
-
-
-def token_name(token: Any) -> str | None:
-    """The text of a token, which is a string or an object in tokenizer_config.json."""
-    text = token.get("content") if isinstance(token, dict) else token
-    return text if isinstance(text, str) else None
+            raise PromptFormatError(f"unknown field {name[:MAX_SHOWN]!r}, expected one of {expected}")
 
 
 def raise_exception(message: str) -> NoReturn:

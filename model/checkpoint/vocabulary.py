@@ -2,11 +2,10 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from model.checkpoint.files import CONFIG_FILE, Json, optional_json, read_json, read_text
 from model.checkpoint.tokenizer import R50K_VOCAB_SIZE, Tokenizer, TokenizerError, r50k_base
@@ -37,16 +36,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     >>> load_tokenizer(Path("opt-125m")).encode("Hello")
     [31414]
     """
+    extras = (optional_json(directory / name) or {} for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE))
+    files = CheckpointFiles(read_json(directory / CONFIG_FILE), optional_json(directory / PIPELINE_FILE), *extras)
     try:
-        files = CheckpointFiles.read(directory)
         vocabulary = read_vocabulary(directory, files)
         return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(files.config)
     except TokenizerError as error:
         raise TokenizerError(f"{directory}: {error}") from None
 
 
-@dataclass(frozen=True)
-class CheckpointFiles:
+class CheckpointFiles(NamedTuple):
     """The JSON files that describe a checkpoint's tokenizer. Those that only add to others are empty when missing."""
 
     config: Json
@@ -55,47 +54,12 @@ class CheckpointFiles:
     special_map: Json
     added: Json
 
-    @staticmethod
-    def read(directory: Path) -> "CheckpointFiles":
-        extras = (optional_json(directory / name) or {} for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE))
-        return CheckpointFiles(read_json(directory / CONFIG_FILE), optional_json(directory / PIPELINE_FILE), *extras)
 
-
-@dataclass(frozen=True)
-class Vocabulary:
-    """Pieces in the byte alphabet with their ids, and merges in order. Error messages name where both come from."""
+class Vocabulary(NamedTuple):
+    """Pieces in the byte alphabet with their ids, and the ids of the bytes and of what merges make, first merge first."""
 
     ids: Mapping[str, int]
-    merges: Sequence[tuple[str, str]]
-    ids_from: str
-    # Error messages write them together: "merges.txt line 2".
-    merges_from: str
-    first_merge: int
-
-    def __post_init__(self) -> None:
-        for piece, token_id in self.ids.items():
-            check_id(piece, token_id, self.ids_from)
-        for token_id, count in Counter(self.ids.values()).most_common(1):
-            if count > 1:
-                pieces = [piece for piece, other in self.ids.items() if other == token_id]
-                raise TokenizerError(f"{self.ids_from}: {pieces} share the id {token_id}")
-        for character, byte in BYTE_OF.items():
-            if character not in self.ids:
-                raise TokenizerError(f"{self.ids_from}: no token for byte 0x{byte:02x} ({character!r})")
-        made, seen = set(BYTE_OF), set()
-        for place, (left, right) in enumerate(self.merges, self.first_merge):
-            problem = None
-            if left not in made or right not in made:
-                unknown = right if left in made else left
-                problem = f"{unknown!r} is neither a byte nor made by an earlier merge"
-            elif left + right not in self.ids:
-                problem = f"{left + right!r} is not in {self.ids_from}"
-            elif (left, right) in seen:
-                problem = f"{left!r} and {right!r} are merged before"
-            if problem:
-                raise TokenizerError(f"{self.merges_from} {place}: {problem}")
-            made.add(left + right)
-            seen.add((left, right))
+    merge_order: Sequence[int]
 
 
 def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | None:
@@ -107,8 +71,7 @@ def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | Non
     ids = read_json(directory / VOCAB_FILE)
     lines = read_text(directory / MERGES_FILE).removesuffix("\n").split("\n")
     first = 2 if lines[0].startswith("#version") else 1
-    merges = [split_merge(line, f"{MERGES_FILE} line {n}") for n, line in enumerate(lines[first - 1 :], first)]
-    return Vocabulary(ids, merges, VOCAB_FILE, f"{MERGES_FILE} line", first)
+    return checked_vocabulary(ids, VOCAB_FILE, lines[first - 1 :], f"{MERGES_FILE} line", first)
 
 
 def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
@@ -129,13 +92,52 @@ def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
         raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer {type_of(words)} does not cut words as GPT-2 does")
     if words.get("add_prefix_space"):
         raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer.add_prefix_space is not supported")
-    merges = [split_merge(merge, f"{PIPELINE_FILE} merge {n}") for n, merge in enumerate(model["merges"], 1)]
-    return Vocabulary(model["vocab"], merges, PIPELINE_FILE, f"{PIPELINE_FILE} merge", 1)
+    return checked_vocabulary(model["vocab"], PIPELINE_FILE, model["merges"], f"{PIPELINE_FILE} merge", 1)
 
 
 def type_of(part: Any) -> str:
     """The type that a part of tokenizer.json declares."""
     return str(part.get("type")) if isinstance(part, dict) else str(part)
+
+
+def checked_vocabulary(ids: Json, ids_from: str, merges: Iterable[Any], merges_from: str, first: int) -> Vocabulary:
+    """Raises TokenizerError naming where the wrong id or merge comes from; merges count from `first`: "merges.txt line 2".
+
+    Hugging Face merges the two pieces that a line names; tiktoken merges any two that spell the token. They agree if
+    the earlier lines split the token into just these two pieces, as in every trained vocabulary. Any other line never
+    fires, and is left out.
+    """
+    for piece, token_id in ids.items():
+        check_id(piece, token_id, ids_from)
+    for token_id, count in Counter(ids.values()).most_common(1):
+        if count > 1:
+            pieces = [piece for piece, other in ids.items() if other == token_id]
+            raise TokenizerError(f"{ids_from}: {pieces} share the id {token_id}")
+    for character, byte in BYTE_OF.items():
+        if character not in ids:
+            raise TokenizerError(f"{ids_from}: no token for byte 0x{byte:02x} ({character!r})")
+    order = [ids[character] for character in BYTE_OF]
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF.values())}
+    made, seen = set(BYTE_OF), set()
+    for place, entry in enumerate(merges, first):
+        left, right = split_merge(entry, f"{merges_from} {place}")
+        problem = None
+        if left not in made or right not in made:
+            unknown = right if left in made else left
+            problem = f"{unknown!r} is neither a byte nor made by an earlier merge"
+        elif left + right not in ids:
+            problem = f"{left + right!r} is not in {ids_from}"
+        elif (left, right) in seen:
+            problem = f"{left!r} and {right!r} are merged before"
+        if problem:
+            raise TokenizerError(f"{merges_from} {place}: {problem}")
+        made.add(left + right)
+        seen.add((left, right))
+        parts = [piece_bytes(left), piece_bytes(right)]
+        if merge(b"".join(parts), ranks) == parts:
+            ranks[b"".join(parts)] = len(order)
+            order.append(ids[left + right])
+    return Vocabulary(ids, order)
 
 
 def split_merge(merge: Any, place: str) -> tuple[str, str]:
@@ -184,7 +186,7 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
     tokens = {token_id: piece_bytes(piece) for piece, token_id in vocabulary.ids.items()}
     return Tokenizer(
         tokens | {token_id: name.encode() for name, token_id in {**added, **special}.items()},
-        merge_order(vocabulary),
+        vocabulary.merge_order,
         special=special,
         added={name: token_id for name, token_id in added.items() if name not in special},
         eos_id=eos_id,
@@ -273,26 +275,22 @@ def token_in_role(role: str, roles: Mapping[str, str], config: Json, ids: Mappin
 
 
 def start_of_prompt(files: CheckpointFiles, bos_id: int | None, ids: Mapping[str, int]) -> int | None:
-    """The id ahead of every prompt. As in transformers, add_bos_token counts only without a tokenizer.json."""
-    if files.pipeline is not None:
-        name = start_of_template(files.pipeline.get("post_processor"))
-        if name is not None and name not in ids:
-            raise TokenizerError(f"{PIPELINE_FILE}: the post_processor's {name!r} is not in the vocabulary")
-        return None if name is None else ids[name]
-    if not files.settings.get("add_bos_token"):
-        return None
-    if bos_id is None:
-        raise TokenizerError(f"{SETTINGS_FILE}: add_bos_token without a bos_token")
-    return bos_id
+    """The id ahead of every prompt. As in transformers, add_bos_token counts only without a tokenizer.json.
 
-
-def start_of_template(processor: Any) -> str | None:
-    """The token that tokenizer.json's post-processor puts ahead of a text. It may add nothing else."""
+    The post-processor of a tokenizer.json may put one token ahead of a text and add nothing else.
+    """
+    if files.pipeline is None:
+        if files.settings.get("add_bos_token") and bos_id is None:
+            raise TokenizerError(f"{SETTINGS_FILE}: add_bos_token without a bos_token")
+        return bos_id if files.settings.get("add_bos_token") else None
+    processor = files.pipeline.get("post_processor")
     match processor:
         case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
             return None
         case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}]}:
-            return name
+            if name not in ids:
+                raise TokenizerError(f"{PIPELINE_FILE}: the post_processor's {name!r} is not in the vocabulary")
+            return ids[name]
     raise TokenizerError(f"{PIPELINE_FILE}: post_processor {type_of(processor)} does more than start a text with bos")
 
 
@@ -312,24 +310,6 @@ def piece_bytes(piece: str) -> bytes:
         return bytes([BYTE_OF[character] for character in piece])
     except KeyError:
         return piece.encode()
-
-
-def merge_order(vocabulary: Vocabulary) -> list[int]:
-    """Ids of the bytes and of the tokens that merges make, first merge first.
-
-    Hugging Face merges the two pieces that a line names; tiktoken merges any two that spell the token. They agree if
-    the earlier lines split the token into just these two pieces, as in every trained vocabulary. Any other line never
-    fires, and is left out.
-    """
-    ids = vocabulary.ids
-    order = [ids[character] for character in BYTE_OF]
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF.values())}
-    for left, right in vocabulary.merges:
-        parts = [piece_bytes(left), piece_bytes(right)]
-        if merge(b"".join(parts), ranks) == parts:
-            ranks[b"".join(parts)] = len(order)
-            order.append(ids[left + right])
-    return order
 
 
 def merge(word: bytes, ranks: Mapping[bytes, int]) -> list[bytes]:

@@ -24,11 +24,11 @@ from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, RESCORED, Adapt, KVPool, PagedGPT
 from model.lora import Adapters
-from model.step import DecodeToken, NewPages, PageCopy, RowStart, Sample, Sampled, StepInput, TokenLogprobs
+from model.step import NewPages, PageCopy, PromptChunk, RowStart, Sample, Sampled, StepInput, TokenLogprobs
 
 # Rows of logits that exist at a time: one row takes as much memory as a hundred hidden states.
 LOGIT_ROWS = 256
-# Stands for a token that only the device knows yet.
+# Stands for the row's last sampled token, which only the device knows yet.
 UNKNOWN = -1
 
 
@@ -91,11 +91,6 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order)[:, :count], values[:, :count]
 
 
-def decode_columns(decodes: Sequence[DecodeToken]) -> list[tuple[int, int, int]]:
-    """Row, position and token of each; UNKNOWN where the token is the row's last sampled one."""
-    return [(row, position, UNKNOWN if token is None else token) for row, position, token in decodes]
-
-
 def decode_buckets(num_rows: int) -> list[int]:
     """Batch sizes that decode steps are padded to, up to `num_rows`: at most a quarter of a batch is padding."""
     buckets = [1]
@@ -135,6 +130,7 @@ class Runner:
             for kind, pattern in self.patterns.items()
         }
         self.scratch_row = num_rows
+        self._padding = (self.scratch_row, 0, UNKNOWN)  # a column of `_decode`
         # One column more than a context has pages: kernels read one entry ahead.
         width = -(-config.n_positions // PAGE_SIZE) + 1
         self.page_tables = {group: self._zeros(num_rows + 1, width, dtype=torch.int32) for group in num_pages}
@@ -235,16 +231,13 @@ class Runner:
                         for pages in pool:
                             pages[targets] = pages[sources]
 
-    @property
-    def _padding(self) -> tuple[int, int, int]:
-        return self.scratch_row, 0, UNKNOWN
-
     def _run_decode(self, step: StepInput) -> PendingStep:
         """A step without prompt tokens, padded to a bucket. Graphs support neither logprobs nor bans."""
         count = len(step.decodes)
         place = bisect_left(self.buckets, count)
         bucket = self.buckets[place] if place < len(self.buckets) else count
-        padded = [*decode_columns(step.decodes), *[self._padding] * (bucket - count)]
+        padded = [(row, position, UNKNOWN if token is None else token) for row, position, token in step.decodes]
+        padded += [self._padding] * (bucket - count)
         columns = torch.tensor(list(zip(*padded, strict=True)), pin_memory=self.device.type == "cuda")
         plain = all(sample.top_logprobs is None and not sample.banned for sample in step.samples)
         adapt = self.adapters.of_rows([self._adapter_of[row] for row, _, _ in padded])
@@ -259,61 +252,49 @@ class Runner:
     def _decode(
         self, columns: Tensor, samples: Sequence[Sample] = (), adapt: Adapt | None = None
     ) -> tuple[Tensor, list[FoundLogprobs]]:
-        """Compute and sample one token for each of decode_columns, a tensor (3, B); `samples` as in `_sample`.
+        """Sample a token after each of `columns` (3, B): row, position, and the token there or UNKNOWN.
 
-        A graph records this call without `samples` and `adapt`, so nothing in it may wait for the device.
+        `samples` is as in `_sample`. A graph records this call without `samples` and `adapt`, so nothing in it may wait for
+        the device.
         """
         rows, positions, given = columns.unbind()  # (B,) each
-        plans = {
-            kind: StepPlan(
-                self._slot_mapping(kind, rows, positions), self._decode_plan(kind, rows, positions), None, len(rows)
-            )
-            for kind in self.patterns
-        }
-        hidden = self.paged(self._decode_tokens(rows, given), positions, plans, adapt)  # (B, C)
+        tokens = torch.where(given == UNKNOWN, self.last_token[rows], given)
+        plans = self._plans(rows, positions, len(rows), [], rows[:0])
+        hidden = self.paged(tokens, positions, plans, adapt)  # (B, C)
         return self._sample(hidden, rows, positions + 1, samples)
-
-    def _decode_tokens(self, rows: Tensor, given: Tensor) -> Tensor:
-        """The tokens to compute (B,): `given`, or what was sampled last for the row."""
-        return torch.where(given == UNKNOWN, self.last_token[rows], given)
 
     def _run_mixed(self, step: StepInput) -> PendingStep:
         """A step with prompt chunks, with or without decode tokens."""
-        count = len(step.decodes)
+        given = [UNKNOWN if token is None else token for _, _, token in step.decodes]
         prompt = [token for chunk in step.chunks for token in chunk.tokens]
-        rows, positions, given, prompt_tokens, chunk_rows, sampled, sampling_rows = self._to_device(
+        rows, positions, tokens, chunk_rows, sampled, sampling_rows = self._to_device(
             step.token_rows,
             step.token_positions,
-            [given for _, _, given in decode_columns(step.decodes)],
-            prompt,
+            given + prompt,
             [chunk.row for chunk in step.chunks],
             [sample.token for sample in step.samples],
             [sample.row for sample in step.samples],
         )
-        starts, lengths = [chunk.start for chunk in step.chunks], [len(chunk.tokens) for chunk in step.chunks]
-        plans = {}
-        for kind, pattern in self.patterns.items():
-            table = self.page_tables[self.group_of[kind]]
-            plans[kind] = StepPlan(
-                slot_mapping=self._slot_mapping(kind, rows, positions),
-                decode=self._decode_plan(kind, rows[:count], positions[:count]) if count else None,
-                prefill=PrefillPlan(table[chunk_rows], starts, lengths, pattern, self.layouts[kind]),
-                num_decodes=count,
-            )
-        tokens = torch.cat((self._decode_tokens(rows[:count], given), prompt_tokens))  # (N,)
+        tokens = torch.where(tokens == UNKNOWN, self.last_token[rows], tokens)  # (N,)
         adapt = self.adapters.of_rows([self._adapter_of[row] for row in step.token_rows])
+        plans = self._plans(rows, positions, len(step.decodes), step.chunks, chunk_rows)
         hidden = self.paged(tokens, positions, plans, adapt)  # (N, C)
         new_tokens, found = self._sample(hidden[sampled], sampling_rows, positions[sampled] + 1, step.samples)
         return PendingStep(step, new_tokens, found + self._prompt_logprobs(hidden, step))
 
-    def _slot_mapping(self, kind: PatternKind, rows: Tensor, positions: Tensor) -> Tensor:
-        """Where the keys of each token are written: page * PAGE_SIZE + offset."""
-        pages = self.page_tables[self.group_of[kind]][rows, positions // PAGE_SIZE]
-        return pages.long() * PAGE_SIZE + positions % PAGE_SIZE
-
-    def _decode_plan(self, kind: PatternKind, rows: Tensor, positions: Tensor) -> DecodePlan:
-        table = self.page_tables[self.group_of[kind]]
-        return DecodePlan(table[rows], positions + 1, self.patterns[kind], self.layouts[kind])
+    def _plans(
+        self, rows: Tensor, positions: Tensor, count: int, chunks: Sequence[PromptChunk], chunk_rows: Tensor
+    ) -> dict[PatternKind, StepPlan]:
+        """Plans of tokens at `positions` (N,) of `rows` (N,): `count` decode rows first, then `chunks` of `chunk_rows`."""
+        starts, lengths = [chunk.start for chunk in chunks], [len(chunk.tokens) for chunk in chunks]
+        plans = {}
+        for kind, pattern in self.patterns.items():
+            table, layout = self.page_tables[self.group_of[kind]], self.layouts[kind]
+            slots = table[rows, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
+            decode = DecodePlan(table[rows[:count]], positions[:count] + 1, pattern, layout) if count else None
+            prefill = PrefillPlan(table[chunk_rows], starts, lengths, pattern, layout) if chunks else None
+            plans[kind] = StepPlan(slots, decode, prefill, count)
+        return plans
 
     def _sample(
         self, hidden: Tensor, rows: Tensor, positions: Tensor, samples: Sequence[Sample]

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from kernels.names import Activation
@@ -69,14 +70,14 @@ class Adapter:
     def fingerprint(self) -> str:
         """A hash of config and weights."""
         digest = hashlib.sha256(repr(self.config).encode())
-        for name, tensor in sorted(named_tensors(self.parts).items()):
+        for name, tensor in sorted(self.tensors.items()):
             digest.update(name.encode() + tensor.detach().float().contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """What training changes, by name. An adapter from a file has no parameters."""
-        tensors = named_tensors(self.parts)
-        return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, nn.Parameter)}
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All matrices by name, such as h.3.attn.c_attn.a."""
+        return {f"{name}.{side}": matrix for name, part in self.parts.items() for side, matrix in part._asdict().items()}
 
 
 def adaptable(model: GPT, targets: tuple[str, ...]) -> dict[str, Linear]:
@@ -182,14 +183,10 @@ class Adapters:
         )
 
 
-def named_tensors(parts: Mapping[str, LowRank]) -> dict[str, Tensor]:
-    return {f"{name}.{side}": tensor for name, part in parts.items() for side, tensor in part._asdict().items()}
-
-
 def save_adapter(directory: Path, adapter: Adapter) -> None:
     """Write the adapter in fp32, each file atomically."""
     directory.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().float().contiguous() for name, tensor in named_tensors(adapter.parts).items()}
+    tensors = {name: tensor.detach().float().contiguous() for name, tensor in adapter.tensors.items()}
     write_tensors(directory / ADAPTER_WEIGHTS, tensors)
     about = {"base": adapter.base, **asdict(adapter.config)}
     with write_atomically(directory / ADAPTER_CONFIG) as file:
@@ -208,8 +205,7 @@ def load_adapter(directory: Path, model: GPT) -> Adapter:
         shapes |= {f"{name}.a": (config.rank, linear.inputs), f"{name}.b": (linear.outputs, config.rank)}
     path = directory / ADAPTER_WEIGHTS
     try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"can't read {path}: {error}") from error
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from pathlib import Path
 from statistics import mode
@@ -174,7 +174,7 @@ def finetune(
     learnt = None if adapter is None else new_adapter(model, adapter, base, plan.seed)
     model.requires_grad_(learnt is None)
     adapt = None if learnt is None else adapt_all(learnt)
-    parameters = dict(model.named_parameters()) if learnt is None else learnt.parameters()
+    parameters: Mapping[str, Tensor] = dict(model.named_parameters()) if learnt is None else learnt.tensors
     trainer = Trainer(parameters, plan, lambda inputs, targets: next_token_loss(model, inputs, targets, adapt))
 
     def batches(first: int, count: int, _window: int) -> tuple[Tensor, Tensor]:

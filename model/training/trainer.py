@@ -39,7 +39,7 @@ class Trainer:
     same update.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, loss: Loss):
+    def __init__(self, parameters: Mapping[str, Tensor], plan: Plan, loss: Loss):
         self.plan, self.parameters = plan, {name: p for name, p in parameters.items() if p.requires_grad}
         self.seen = 0  # tokens or examples, whatever the plan counts
         self.num_updates = 0
@@ -83,7 +83,7 @@ class Trainer:
         return LossRow(self.num_updates, self.seen, total.item(), step.learning_rate, norm.item())
 
 
-def gradient(parameter: nn.Parameter) -> Tensor:
+def gradient(parameter: Tensor) -> Tensor:
     """The rank's own gradient of a parameter: zeros if it had no micro-batch."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)

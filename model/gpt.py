@@ -271,10 +271,6 @@ class PagedGPT:
         parts = [block.parts(pool, config.kind(layer), config.scale_of(layer)) for layer, (block, pool) in blocks]
         self._native_forward = ops.native_forward(parts, config.activation, pre_norm=config.pre_norm)
 
-    @property
-    def is_native(self) -> bool:
-        return self._native_forward is not None
-
     def __call__(
         self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan], adapt: Adapt | None = None
     ) -> Tensor:

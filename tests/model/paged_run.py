@@ -50,7 +50,7 @@ class PagedRun:
         }
         self.cache = PageAllocator(config, sizes, step_tokens=STEP_TOKENS)
         self.runner = Runner(self.model, path.ops, len(sequences), sizes)
-        self.is_native = self.runner.paged.is_native
+        self.is_native = self.runner.paged._native_forward is not None
         self.hidden: list[Tensor] = []
         self.runner.paged = self._recording(self.runner.paged)
         self.num_top: int | None = None  # if set, asks for logprobs of all tokens and checks them

@@ -31,7 +31,6 @@ from model.lora import ADAPTER_WEIGHTS
 from model.training.data import Windows, open_shard, write_shard
 from model.training.plans import TrainingPlan
 from model.training.records import CURVE_FILE, LossRow, read_curve, write_curve
-from model.training.state import load_state, save_state
 from model.training.trainer import Batches, Trainer, mean_loss, next_token_loss
 
 log = logging.getLogger("banded.training")
@@ -124,7 +123,7 @@ def follow(
             dist.barrier()  # until no other run writes there
         check_directory(directory, resume=resume)
         if state.exists():
-            load_state(state, trainer, about)
+            trainer.load(state, about)
         elif resume:
             log.info("%s holds no training run yet: starting one", directory)
         # Rows after the saved state come again. A state needs its rows, so they are written first.
@@ -132,7 +131,7 @@ def follow(
 
         def save() -> None:
             write_curve(curve, rows, trainer.plan.unit)
-            save_state(state, trainer, about)
+            trainer.save(state, about)
             write_model()
 
         with progress_bar(trainer, shown=is_first) as show:

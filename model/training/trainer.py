@@ -3,17 +3,23 @@
 Shapes: B windows of T tokens, N of them counted, C the width, V' the vocabulary with its padding.
 """
 
+import json
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import torch_ops
 from model.attention import TrainingAttention
+from model.checkpoint.files import Json, write_atomically
 from model.gpt import GPT, Adapt
 from model.training.data import consecutive_windows
 from model.training.loss import linear_cross_entropy
@@ -22,9 +28,10 @@ from model.training.records import LossRow
 
 # GPT-3's AdamW.
 BETAS, EPS = (0.9, 0.95), 1e-8
+# What AdamW keeps of every parameter.
+MOMENTS = ("exp_avg", "exp_avg_sq")
 # The target of a position that is not learnt: in a prompt, or in padding.
 IGNORED = -1
-
 
 # batch(first, count, window) -> inputs and targets, (count, T) each, of `count` windows from number `first` on.
 Batches = Callable[[int, int, int], tuple[Tensor, Tensor]]
@@ -81,6 +88,38 @@ class Trainer:
         self.seen += step.size
         self.num_updates += 1
         return LossRow(self.num_updates, self.seen, total.item(), step.learning_rate, norm.item())
+
+    def save(self, path: Path, about: Json) -> None:
+        """Replace `path` with the state. `about` must be the same when the run resumes.
+
+        The tensors are parameters and moments. There is no random state: `seen` and the seed tell which data come next.
+        """
+        tensors = {f"parameter/{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            tensors |= {f"{moment}/{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
+        facts = {"seen": self.seen, "updates": self.num_updates, "plan": asdict(self.plan), "about": about}
+        with write_atomically(path, durable=True) as file:
+            save_file(tensors, file, metadata={"training": json.dumps(facts)})
+
+    def load(self, path: Path, about: Json) -> None:
+        """Come to where the run was that saved `path`. Raises ValueError naming what has changed since.
+
+        On a CPU a run that resumes has the bits of one that never stopped.
+        """
+        with safe_open(path, framework="pt") as file:
+            facts = json.loads(file.metadata()["training"])
+            then, now = facts["plan"] | facts["about"], json.loads(json.dumps(asdict(self.plan) | about))
+            for name, value in now.items():
+                if then.get(name) != value:
+                    raise ValueError(f"{path} is the state of another run: {name} {value}, not {then.get(name)}")
+            for name, parameter in self.parameters.items():
+                with torch.no_grad():
+                    parameter.copy_(file.get_tensor(f"parameter/{name}"))
+                moments = {moment: file.get_tensor(f"{moment}/{name}").to(parameter.device) for moment in MOMENTS}
+                # AdamW counts its updates in a tensor for each parameter.
+                step = torch.tensor(float(facts["updates"]), device=parameter.device)
+                self.optimizer.state[parameter] = {"step": step, **moments}
+        self.seen, self.num_updates = facts["seen"], facts["updates"]
 
 
 def gradient(parameter: Tensor) -> Tensor:

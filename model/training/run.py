@@ -117,7 +117,7 @@ def follow(
     KeyboardInterrupt if it was stopped, with its state saved.
     """
     state, curve = directory / STATE_FILE, directory / CURVE_FILE
-    is_first = is_first_rank()
+    plan, is_first = trainer.plan, is_first_rank()
     with one_writer(directory), interruptions() as is_interrupted:
         if dist.is_initialized():
             dist.barrier()  # until no other run writes there
@@ -130,16 +130,19 @@ def follow(
         rows = read_curve(curve)[: trainer.num_updates] if trainer.num_updates else []
 
         def save() -> None:
-            write_curve(curve, rows, trainer.plan.unit)
+            write_curve(curve, rows, plan.unit)
             trainer.save(state, about)
             write_model()
 
-        with progress_bar(trainer, shown=is_first) as show:
+        with tqdm(total=plan.total, initial=trainer.seen, unit=plan.unit, unit_scale=True, disable=not is_first) as progress:
+            average: float | None = None
             saved = time.monotonic()
             while not (stopped := any_rank(is_interrupted())) and (row := trainer.update(batches)):
                 rows.append(row)
-                show(row)
-                if is_first and time.monotonic() - saved > save_every and trainer.seen < trainer.plan.total:
+                average = row.loss if average is None else 0.98 * average + 0.02 * row.loss
+                progress.update(row.seen - progress.n)
+                progress.set_postfix(loss=f"{average:.3f}", refresh=False)
+                if is_first and time.monotonic() - saved > save_every and trainer.seen < plan.total:
                     if held_out_loss is not None:
                         rows[-1] = row._replace(held_out_loss=held_out_loss(False))
                     save()
@@ -150,8 +153,8 @@ def follow(
             if held_out_loss is not None and not stopped:
                 last_loss = held_out_loss(True)
                 rows[-1] = rows[-1]._replace(held_out_loss=last_loss)
-                write_curve(curve, rows, trainer.plan.unit)
-            draw(rows, trainer.plan.unit, directory / PICTURE_FILE)
+                write_curve(curve, rows, plan.unit)
+            draw(rows, plan.unit, directory / PICTURE_FILE)
         if stopped or is_interrupted():
             raise KeyboardInterrupt
         return last_loss
@@ -211,22 +214,6 @@ def draw(rows: Sequence[LossRow], unit: str, picture: Path) -> None:
         axes.plot(*zip(*held_out, strict=True), "o", markersize=3, label="held out")
     axes.legend()
     figure.savefig(picture)
-
-
-@contextmanager
-def progress_bar(trainer: Trainer, *, shown: bool) -> Iterator[Callable[[LossRow], None]]:
-    """Tokens or examples seen, how many a second, the time left and the smoothed loss."""
-    average: float | None = None
-    plan = trainer.plan
-    with tqdm(total=plan.total, initial=trainer.seen, unit=plan.unit, unit_scale=True, disable=not shown) as progress:
-
-        def show(row: LossRow) -> None:
-            nonlocal average
-            average = row.loss if average is None else 0.98 * average + 0.02 * row.loss
-            progress.update(row.seen - progress.n)
-            progress.set_postfix(loss=f"{average:.3f}", refresh=False)
-
-        yield show
 
 
 @contextmanager

@@ -20,7 +20,10 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-        """Mean loss (fp32 scalar) of hidden (N, C), weight (V', C) and targets (N,). Rows from vocab_size on are padding."""
+        """Mean loss in nats (fp32 scalar) of hidden states (N, C) under the output projection `weight` (V', C).
+
+        Targets are (N,). Rows of the weight from vocab_size on are padding.
+        """
         count, dtype = hidden.shape[0], hidden.dtype
         low = weight.to(dtype)
         logits = hidden.new_empty(min(CHUNK, count), weight.shape[0])
@@ -46,9 +49,3 @@ class LinearCrossEntropy(torch.autograd.Function):
         scale = grads[0] / grad_hidden.shape[0]
         grad_weight = None if grad_weight is None else grad_weight * scale
         return grad_hidden * scale.to(grad_hidden.dtype), grad_weight, None, None
-
-
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Mean next-token loss in nats of hidden states (N, C) under the output projection `weight` (V', C)."""
-    loss: Tensor = LinearCrossEntropy.apply(hidden, weight, targets, vocab_size)
-    return loss

@@ -22,7 +22,7 @@ from model.attention import TrainingAttention
 from model.checkpoint.files import Json, write_atomically
 from model.gpt import GPT, Adapt
 from model.training.data import consecutive_windows
-from model.training.loss import linear_cross_entropy
+from model.training.loss import LinearCrossEntropy
 from model.training.plans import Plan
 from model.training.records import LossRow
 
@@ -150,8 +150,8 @@ def next_token_loss(
         hidden, targets = hidden[counted], targets[counted]
     if batch_softmax:
         candidates, targets = targets.unique(return_inverse=True)
-        return linear_cross_entropy(hidden, model.head[candidates], targets, len(candidates))
-    return linear_cross_entropy(hidden, model.head, targets, model.config.vocab_size)
+        return LinearCrossEntropy.apply(hidden, model.head[candidates], targets, len(candidates))
+    return LinearCrossEntropy.apply(hidden, model.head, targets, model.config.vocab_size)
 
 
 @torch.inference_mode()

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.training.loss import CHUNK, linear_cross_entropy
+from model.training.loss import CHUNK, LinearCrossEntropy
 
 
 @pytest.mark.parametrize("count", [1, CHUNK - 1, CHUNK, CHUNK + 3, 2 * CHUNK])
@@ -15,7 +15,7 @@ def test_loss_and_gradients_are_those_of_torch(count: int) -> None:
     targets = torch.randint(331, (count,), generator=generator)
     expected = F.cross_entropy((hidden @ weight.T)[:, :331], targets)
     expected_grads = torch.autograd.grad(expected * 3, (hidden, weight))
-    loss = linear_cross_entropy(hidden, weight, targets, 331)
+    loss = LinearCrossEntropy.apply(hidden, weight, targets, 331)
     grads = torch.autograd.grad(loss * 3, (hidden, weight))
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(grads, expected_grads, strict=True):

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from statistics import mode
@@ -124,8 +125,7 @@ def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: i
     """Prompt, completion, eos. Raises DataError naming the lines that don't fit the context."""
     encoded = []
     for prompt, completion in examples:
-        before = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
-        before = before or [tokenizer.eos_id]  # as when an empty prompt is served
+        before = tokenizer.encode_prompt(prompt)
         tokens = [*before, *tokenizer.encode(completion), tokenizer.eos_id]
         targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
         encoded.append(Encoded(tokens[:-1], targets))
@@ -182,23 +182,17 @@ def finetune(
         orders = {epoch: shuffled(plan.seed, epoch, len(examples)).tolist() for epoch, _ in places}
         return padded([examples[orders[epoch][place]] for epoch, place in places], device)
 
-    def write_model() -> None:
-        if learnt is None:
-            save_model(directory, model, torch.bfloat16, origin=origin)
-        else:
-            save_adapter(directory, learnt)
-
-    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
-
     def held_out_loss(whole: bool) -> float:
         return completion_loss(model, held_out if whole else held_out[:GLANCE], adapt)
 
+    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
+    save_weights = partial(save_model, directory, model, torch.bfloat16, origin=origin)
     return follow(
         directory,
         trainer,
         batches,
         {"base": base, "adapter": None if adapter is None else dataclasses.asdict(adapter), "examples": digest},
-        write_model=write_model,
+        write_model=save_weights if learnt is None else partial(save_adapter, directory, learnt),
         held_out_loss=held_out_loss if held_out else None,
         resume=resume,
         save_every=save_every,

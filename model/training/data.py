@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +92,7 @@ class Windows:
         """Raises ValueError if the text is shorter than one window and its last target."""
         self.length = length
         self._seed, self._shards = seed, shards
-        self._ends = np.cumsum([len(shard) for shard in shards])
-        self._total = int(self._ends[-1])
+        *self._firsts, self._total = accumulate(map(len, shards), initial=0)  # where each shard begins, and the end
         if self._total <= length:
             raise ValueError(f"the corpus has {self._total} tokens; at least {length + 1} are needed")
         self.per_epoch = max(1, (self._total - length) // length)
@@ -114,14 +113,11 @@ class Windows:
         return windows[:, :-1], windows[:, 1:]
 
     def _read(self, start: int, count: int) -> Tensor:
-        parts = []
-        shard = int(np.searchsorted(self._ends, start, side="right"))
-        while count:
-            place = start - (int(self._ends[shard - 1]) if shard else 0)
-            part = self._shards[shard][place : place + count]
-            parts.append(part.astype(np.int64))
-            start, count, shard = start + len(part), count - len(part), shard + 1
-        return torch.from_numpy(np.concatenate(parts))
+        parts = [
+            shard[max(0, start - first) : max(0, start + count - first)]
+            for first, shard in zip(self._firsts, self._shards, strict=True)
+        ]
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
 
 def consecutive_windows(tokens: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:

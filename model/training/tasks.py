@@ -12,6 +12,7 @@ import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,8 +58,6 @@ class Item(NamedTuple):
 
 # Makes one item per call. It already knows what a document's items share, such as the names of classes.
 Source = Callable[[random.Random], Item]
-# The same, about some of the given words.
-WordSource = Callable[[random.Random, list[str]], Item]
 
 
 class Words:
@@ -94,7 +93,7 @@ class Tasks:
         self.words = words
         # No single one is a held-out query, so any few of them make a document.
         self._copied = [word for word in words.common if not is_held_out(word)]
-        self._about_words: dict[str, WordSource] = {
+        self._about_words: dict[str, Callable[..., Item]] = {  # each makes an item of rng and `words`
             "copy": copy,
             "reverse": reverse,
             "capitals": capitals,
@@ -120,35 +119,29 @@ class Tasks:
         parts = [shown[begin:end] for begin in range(length) for end in range(begin + 2, length + 1)]
         return Item(" ".join(shown), sequence[start + length], tuple(" ".join(part) for part in parts))
 
-    def _classify(self, names: dict[str, str]) -> Source:
-        """Sentences, each about a word of a category. `names` has what each category is called."""
-
-        def make(rng: random.Random) -> Item:
-            category = rng.choice(sorted(names))
-            return Item(rng.choice(SENTENCES).format(rng.choice(self.words.categories[category])), names[category])
-
-        return make
+    def _classify(self, rng: random.Random, names: dict[str, str]) -> Item:
+        """A sentence about a word of a category. `names` has what each category is called."""
+        category = rng.choice(sorted(names))
+        return Item(rng.choice(SENTENCES).format(rng.choice(self.words.categories[category])), names[category])
 
     def _source(self, task: str, rng: random.Random) -> Source:
         """The source of a document's items."""
         if task in self._about_words:
             words = rng.sample(self.words.common, rng.choice(FEW_WORDS)) if rng.random() < 0.5 else self.words.common
-            return about(words, self._about_words[task])
+            return partial(self._about_words[task], words=words)
         if task in self._others:
             return self._others[task]
         categories = rng.sample(sorted(self.words.categories), rng.randint(2, 4))
         # In half of the documents only the examples tell what each category is called.
         names = rng.sample(self.words.common, len(categories)) if rng.random() < 0.5 else categories
-        return self._classify(dict(zip(categories, names, strict=True)))
+        return partial(self._classify, names=dict(zip(categories, names, strict=True)))
 
     def items(self, rng: random.Random, source: Source, *, held_out: bool) -> Iterator[Item]:
         """Items without end: either those whose query is held out, or those that answer no held-out query."""
-
-        def belongs(item: Item) -> bool:
-            return is_held_out(item.input) if held_out else not any(map(is_held_out, (item.input, *item.answers)))
-
         while True:
-            if belongs(item := source(rng)):
+            item = source(rng)
+            queries = (item.input,) if held_out else (item.input, *item.answers)
+            if any(map(is_held_out, queries)) == held_out:
                 yield item
 
     def document(self, rng: random.Random) -> str:
@@ -157,7 +150,7 @@ class Tasks:
     def few_shot(self, rng: random.Random) -> str:
         """Examples of one task, with the document's own separator and prefixes."""
         if rng.random() < COPYING:
-            return self._lay_out(rng, about(rng.sample(self._copied, rng.choice(COPIED_WORDS)), copy))
+            return self._lay_out(rng, partial(copy, words=rng.sample(self._copied, rng.choice(COPIED_WORDS))))
         return self._lay_out(rng, self._source(rng.choice(self.names), rng))
 
     def repetition(self, rng: random.Random) -> str:
@@ -177,9 +170,9 @@ class Tasks:
     def distinct_items(self, rng: random.Random, count: int, *, held_out: bool) -> Iterator[dict[str, str]]:
         """`count` items of every task, with distinct inputs. Fewer if the task has no more."""
         sources: dict[str, Source] = {
-            **{task: about(self.words.common, make) for task, make in self._about_words.items()},
+            **{task: partial(make, words=self.words.common) for task, make in self._about_words.items()},
             **self._others,
-            "classify": self._classify({name: name for name in self.words.categories}),
+            "classify": partial(self._classify, names={name: name for name in self.words.categories}),
         }
         for task, source in sources.items():
             seen: set[str] = set()
@@ -187,10 +180,6 @@ class Tasks:
                 if item.input not in seen and len(seen) < count:
                     seen.add(item.input)
                     yield {"task": task, "input": item.input, "output": item.output}
-
-
-def about(words: list[str], make: WordSource) -> Source:
-    return lambda rng: make(rng, words)
 
 
 def some(rng: random.Random, words: list[str], least: int, most: int) -> list[str]:

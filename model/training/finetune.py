@@ -38,35 +38,31 @@ class TrainingExample(NamedTuple):
     completion: str
 
 
-class DataError(ValueError):
-    """A file of examples that can't be learnt from. The message names the lines."""
-
-
 def read_examples(path: Path) -> list[TrainingExample]:
-    """A JSONL file of {"prompt", "completion"}. Raises DataError naming file and line."""
+    """A JSONL file of {"prompt", "completion"}. Raises ValueError naming file and line."""
     examples = []
     try:
         with path.open(encoding="utf-8") as file:  # str.splitlines would end a line at U+2028 too
             lines = [line.rstrip("\n") for line in file]
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not UTF-8: {error}") from error
+        raise ValueError(f"{path.name} is not UTF-8: {error}") from error
     for number, line in enumerate(lines, 1):
         where = f"{path.name}, line {number}"
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{where}: not JSON: {error}") from error
+            raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.keys() != {"prompt", "completion"}:
-            raise DataError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
+            raise ValueError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
         example = TrainingExample(**fields)
         for name, text in example._asdict().items():
             if not isinstance(text, str):
-                raise DataError(f"{where}: {name} must be a text, got {repr(text)[:80]}")
+                raise ValueError(f"{where}: {name} must be a text, got {repr(text)[:80]}")
         if not example.completion:
-            raise DataError(f"{where}: the completion is empty")
+            raise ValueError(f"{where}: the completion is empty")
         examples.append(example)
     if not examples:
-        raise DataError(f"{path.name} holds no examples")
+        raise ValueError(f"{path.name} holds no examples")
     return examples
 
 
@@ -122,7 +118,7 @@ class Encoded(NamedTuple):
 
 
 def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: int) -> list[Encoded]:
-    """Prompt, completion, eos. Raises DataError naming the lines that don't fit the context."""
+    """Prompt, completion, eos. Raises ValueError naming the lines that don't fit the context."""
     encoded = []
     for prompt, completion in examples:
         before = tokenizer.encode_prompt(prompt)
@@ -132,7 +128,7 @@ def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: i
     too_long = [len(example.inputs) > context for example in encoded]
     if any(too_long):
         longest = max(len(example.inputs) for example in encoded)
-        raise DataError(f"the model's context is {context} tokens; longer, up to {longest}: {lines(too_long)}")
+        raise ValueError(f"the model's context is {context} tokens; longer, up to {longest}: {lines(too_long)}")
     return encoded
 
 

@@ -1,6 +1,7 @@
 """Fine-tuning: completions are learnt, prompts are not, and files that can't be used are refused by line."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from model.lora import AdapterConfig, adapt_all, load_adapter
 from model.training.finetune import (
-    DataError,
     Encoded,
     TrainingExample,
     advice,
@@ -168,9 +168,8 @@ GOOD = {"prompt": "a =>", "completion": " b"}
     ],
 )
 def test_lines_that_are_no_examples(tmp_path: Path, line: object, message: str) -> None:
-    with pytest.raises(DataError) as error:
+    with pytest.raises(ValueError, match="^" + re.escape(message)):
         read_examples(write(tmp_path / "data.jsonl", GOOD, line, GOOD))
-    assert str(error.value).startswith(message)
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
@@ -181,16 +180,16 @@ def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
 
 
 def test_files_that_hold_none(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.jsonl holds no examples"):
+    with pytest.raises(ValueError, match=r"data\.jsonl holds no examples"):
         read_examples(write(tmp_path / "data.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "Märchen"'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8"):
+    with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8"):
         read_examples(tmp_path / "latin.jsonl")
 
 
 def test_examples_longer_than_the_context_are_named() -> None:
     long = TrainingExample("word " * 40, " end")
-    with pytest.raises(DataError, match="the model's context is 32 tokens; longer, up to 42: lines 2, 4"):
+    with pytest.raises(ValueError, match="the model's context is 32 tokens; longer, up to 42: lines 2, 4"):
         encoded([EXAMPLES[0], long, EXAMPLES[1], long])
 
 

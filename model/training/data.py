@@ -118,10 +118,3 @@ class Windows:
             for first, shard in zip(self._firsts, self._shards, strict=True)
         ]
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
-
-
-def consecutive_windows(tokens: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """The whole text once, in windows of at most `length`: inputs and targets, each (1, <= length) int64."""
-    for start in range(0, len(tokens) - 1, length):
-        window = tokens[start : start + length + 1].long()[None]
-        yield window[:, :-1], window[:, 1:]

@@ -21,7 +21,6 @@ from kernels import torch_ops
 from model.attention import TrainingAttention
 from model.checkpoint.files import Json, write_atomically
 from model.gpt import GPT, Adapt
-from model.training.data import consecutive_windows
 from model.training.loss import LinearCrossEntropy
 from model.training.plans import Plan
 from model.training.records import LossRow
@@ -160,10 +159,11 @@ def mean_loss(model: GPT, tokens: Tensor) -> float:
 
     The model computes in the dtype of its weights. All tokens but the first are predicted.
     """
-    total = 0.0
-    windows = list(consecutive_windows(tokens.to(model.head.device), model.config.n_positions))
-    for inputs, targets in tqdm(windows, desc="held-out", unit="window", leave=False):
-        hidden = hidden_states(model, inputs)  # (1, T, C)
-        for rows, labels in zip(hidden[0].split(256), targets[0].split(256), strict=True):
+    total, length = 0.0, model.config.n_positions
+    tokens = tokens.to(model.head.device)
+    for start in tqdm(range(0, len(tokens) - 1, length), desc="held-out", unit="window", leave=False):
+        window = tokens[start : start + length + 1].long()
+        hidden = hidden_states(model, window[None, :-1])  # (1, T, C)
+        for rows, labels in zip(hidden[0].split(256), window[1:].split(256), strict=True):
             total += F.cross_entropy(model.logits(rows, torch_ops), labels, reduction="sum").item()
     return total / (len(tokens) - 1)

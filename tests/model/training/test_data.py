@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model.checkpoint.tokenizer import r50k_base
-from model.training.data import Windows, consecutive_windows, documents, open_shard, read_tokens, write_shard
+from model.training.data import Windows, documents, open_shard, read_tokens, write_shard
 
 
 def windows(sizes: list[int], length: int, seed: int = 0) -> Windows:
@@ -54,12 +54,6 @@ def test_batches_are_inputs_and_the_tokens_after_them() -> None:
 def test_a_corpus_shorter_than_a_window_is_refused_with_the_numbers() -> None:
     with pytest.raises(ValueError, match="the corpus has 10 tokens; at least 11 are needed"):
         windows([4, 6], 10)
-
-
-def test_consecutive_windows_read_everything_once() -> None:
-    tokens = torch.arange(100, dtype=torch.int32)
-    seen = torch.cat([targets[0] for _, targets in consecutive_windows(tokens, 30)])
-    assert torch.equal(seen, tokens[1:].long())
 
 
 def test_documents_end_in_end_of_text_in_memory_and_in_a_shard(tmp_path: Path) -> None:

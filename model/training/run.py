@@ -219,15 +219,11 @@ def draw(rows: Sequence[LossRow], unit: str, picture: Path) -> None:
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether SIGINT or SIGTERM came. Updates are never cut short."""
-    came = False
-
-    def note(*_: Any) -> None:
-        nonlocal came
-        came = True
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    came: list[int] = []
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda number, _: came.append(number)) for number in signals}
     try:
-        yield lambda: came
+        yield lambda: bool(came)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -1,7 +1,4 @@
-"""Read and write weights. safetensors only: no pickle is ever opened.
-
-Reading checks all names and shapes against config.json, and only then reads the first weight.
-"""
+"""Read, write and identify weights. safetensors only: no pickle is ever opened."""
 
 import dataclasses
 import hashlib
@@ -34,6 +31,8 @@ VOCAB_ROWS = ("wte.weight", "lm_head.weight")
 # What a stored weight may be. Any other type is quantised, and its numbers are not weights.
 FLOATS = ("F64", "F32", "F16", "BF16")
 CPU = torch.device("cpu")
+# How a fingerprint reads parameters: as integers, by the bytes of an element, and so many rows at a time.
+INTEGERS, SUMMED_ROWS = {2: torch.int16, 4: torch.int32}, 4096
 
 
 def counted(tensors: list[str]) -> str:
@@ -91,15 +90,6 @@ def weight_files(directory: Path) -> list[Path]:
             "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
         )
     raise CheckpointError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-
-
-def weights_digest(directory: Path) -> str:
-    """A hash of the bytes of the weight files, which is the same in whatever dtype they are loaded."""
-    digest = hashlib.sha256()
-    for path in weight_files(directory):
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
 
 
 def shard_files(index: Path) -> list[Path]:
@@ -216,3 +206,41 @@ def save_model(directory: Path, model: GPT, dtype: torch.dtype, *, origin: Path 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     with write_atomically(path) as file:
         save_file(dict(tensors), file, metadata={"format": "pt"})
+
+
+def weights_digest(directory: Path) -> str:
+    """A hash of the bytes of the weight files, which is the same in whatever dtype they are loaded."""
+    digest = hashlib.sha256()
+    for path in weight_files(directory):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+@torch.inference_mode()
+def weights_fingerprint(model: GPT, *extra: str) -> str:
+    """A hash over the bits of every parameter and `extra`, such as the kernels and the dtype.
+
+    Answers with the same fingerprint are comparable. It hashes the sums of each parameter's rows and columns, read as
+    integers: they change if any element changes, or if rows or columns trade places, and cost a single pass.
+    """
+    digest = hashlib.sha256()
+    for text in extra:
+        digest.update(text.encode() + b"\0")
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\0".encode())
+        for sums in bit_sums(parameter):
+            digest.update(sums.cpu().numpy().tobytes())
+    return f"fp_{digest.hexdigest()[:10]}"
+
+
+def bit_sums(parameter: Tensor) -> tuple[Tensor, Tensor]:
+    """Sums of the rows and of the columns of a parameter's bits, both int64. A vector is one column."""
+    bits = parameter.view(INTEGERS[parameter.element_size()])
+    bits = bits.flatten(1) if bits.dim() > 1 else bits[:, None]
+    columns = torch.zeros(bits.shape[1], dtype=torch.int64, device=bits.device)
+    rows = []
+    for part in bits.split(SUMMED_ROWS):
+        rows.append(part.sum(1, dtype=torch.int64))
+        columns += part.sum(0, dtype=torch.int64)
+    return torch.cat(rows), columns

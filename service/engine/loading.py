@@ -16,11 +16,10 @@ from kernels.cpu import build as cpu_build
 from kernels.cpu import compiled as cpu_compiled
 from kernels.names import KernelChoice
 from kernels.ops import Ops
-from model.checkpoint.fingerprint import weights_fingerprint
 from model.checkpoint.prompt_format import PromptFormat, load_prompt_format
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.vocabulary import load_tokenizer
-from model.checkpoint.weights import load_model, weights_digest
+from model.checkpoint.weights import load_model, weights_digest, weights_fingerprint
 from model.doctor import kernel_errors
 from model.gpt import GPT
 from model.lora import Adapter, load_adapter

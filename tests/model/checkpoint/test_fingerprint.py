@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from model.checkpoint.fingerprint import weights_fingerprint
-from model.checkpoint.weights import load_model
+from model.checkpoint.weights import load_model, weights_fingerprint
 from model.gpt import GPT
 from tests.model.checkpoint.checkpoints import tiny
 

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -47,7 +47,7 @@ class StoredTensor(NamedTuple):
     handle: Any
 
     def read(self) -> Tensor:
-        return cast(Tensor, self.handle.get_tensor(self.key))
+        return self.handle.get_tensor(self.key)
 
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device = CPU) -> GPT:

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -77,8 +76,11 @@ class Trainer:
             loss.backward()
             total += loss.detach().cpu()
         if num_ranks > 1:
-            for tensor in [total, *map(gradient, self.parameters.values())]:
-                dist.all_reduce(tensor)
+            dist.all_reduce(total)
+            for parameter in self.parameters.values():
+                if parameter.grad is None:  # this rank had no micro-batch
+                    parameter.grad = torch.zeros_like(parameter)
+                dist.all_reduce(parameter.grad)
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.plan.clip_norm)
         for group in self.optimizer.param_groups:
             group["lr"] = step.learning_rate
@@ -121,17 +123,10 @@ class Trainer:
         self.seen, self.num_updates = facts["seen"], facts["updates"]
 
 
-def gradient(parameter: Tensor) -> Tensor:
-    """The rank's own gradient of a parameter: zeros if it had no micro-batch."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    return parameter.grad
-
-
 def hidden_states(model: GPT, inputs: Tensor, adapt: Adapt | None = None) -> Tensor:
     """(B, T, C) of whole windows (B, T)."""
     positions = torch.arange(inputs.shape[1], device=inputs.device)
-    return cast(Tensor, model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt))
+    return model(inputs, positions, TrainingAttention(model.config), torch_ops, adapt)
 
 
 def next_token_loss(

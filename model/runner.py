@@ -177,11 +177,9 @@ class Runner:
         """Apply the step's row and page updates, run the model over its tokens, sample and collect logprobs."""
         if step.starts:
             self._start_rows(step.starts)
-        if step.pages:
-            self._add_pages(step.pages)
+        self._add_pages(step.pages)
         pending = self._run_mixed(step) if step.chunks else self._run_decode(step)
-        if step.copies:
-            self._copy_pages(step.copies)
+        self._copy_pages(step.copies)
         return pending
 
     def _to_device(self, *columns: Sequence[float], dtype: torch.dtype = torch.int64) -> list[Tensor]:

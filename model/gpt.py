@@ -144,22 +144,17 @@ class Block(nn.Module):
         return x, None
 
 
-def embedding(rows: int, width: int) -> nn.Embedding:
-    """On the meta device without initial values: to draw them there, torch imports its compiler, which takes seconds."""
-    is_meta = torch.get_default_device().type == "meta"
-    return nn.Embedding(rows, width, _weight=torch.empty(rows, width) if is_meta else None)
-
-
 class GPT(nn.Module):
     """The decoder. `forward` gives hidden states; `logits` projects the rows that are wanted."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.wte = embedding(config.padded_vocab_size, config.token_width)
-        self.wpe = embedding(config.n_positions + config.position_offset, config.n_embd)
+        width, token_width, num_positions = config.n_embd, config.token_width, config.n_positions + config.position_offset
+        # Without initial values. To draw them on the meta device, torch would import its compiler, which takes seconds.
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.padded_vocab_size, token_width), freeze=False)
+        self.wpe = nn.Embedding.from_pretrained(torch.empty(num_positions, width), freeze=False)
         self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
-        width, token_width = config.n_embd, config.token_width
         projected = token_width != width
         self.project_in = Linear("project_in", token_width, width, bias=False) if projected else None
         self.project_out = Linear("project_out", width, token_width, bias=False) if projected else None

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from kernels.names import Activation
 from kernels.ops import Ops, Weight
 from model.checkpoint.files import CheckpointError, read_json, write_atomically
 from model.checkpoint.weights import write_tensors
-from model.gpt import GPT, Linear
+from model.gpt import GPT, Adapt, Linear
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
 # Ranks are padded with zeros to a multiple of this, because compiled products read so many columns at once.
@@ -105,33 +106,27 @@ class Group(NamedTuple):
     scale: float
 
 
-class AdaptedLinears:
-    """An `Adapt` of model/gpt.py: linears with the adapters of a step's rows.
+def adapted_linear(groups: Sequence[Group], linear: Linear, x: Tensor, ops: Ops, activation: Activation | None) -> Tensor:
+    """As Ops.linear, with the adapters of a step's rows: an `Adapt` of model/gpt.py once `groups` are bound.
 
-    All rows share the product with the weight, and a row has the same bits as alone. A single group is differentiable if
-    the ops are.
+    x is (N, I), or (..., I) if a group has all rows. All rows share the product with the weight, and a row has the same
+    bits as alone. A single group is differentiable if the ops are.
     """
-
-    def __init__(self, groups: Sequence[Group]):
-        self._groups = groups
-
-    def __call__(self, linear: Linear, x: Tensor, ops: Ops, activation: Activation | None) -> Tensor:
-        """As Ops.linear. x is (N, I), or (..., I) if the group has all rows."""
-        name, weight, bias = linear.name, linear.stored, linear.bias
-        groups = [(rows, parts[name], scale) for rows, parts, scale in self._groups if name in parts]
-        if not groups:
-            return ops.linear(x, weight, bias, activation)
-        if groups[0][0] is None:
-            return activated(ops.linear(x, weight, bias) + low_rank(x, *groups[0][1:], ops), activation, ops)
-        own_rows = [rows for rows, _, _ in groups if rows is not None]  # only a single group has all rows
-        adapted = torch.cat(own_rows)
-        out = ops.linear(x, weight, bias, activation)  # (N, O)
-        # Adapters add to the sums ahead of the activation, which the product includes: compute these rows again.
-        sums = ops.linear(x[adapted], weight, bias) if activation else out[adapted]
-        for own, rows, (_, part, scale) in zip(sums.split(list(map(len, own_rows))), own_rows, groups, strict=True):
-            own += low_rank(x[rows], part, scale, ops)
-        out[adapted] = activated(sums, activation, ops)
-        return out
+    name, weight, bias = linear.name, linear.stored, linear.bias
+    adapters = [(rows, parts[name], scale) for rows, parts, scale in groups if name in parts]
+    if not adapters:
+        return ops.linear(x, weight, bias, activation)
+    if adapters[0][0] is None:
+        return activated(ops.linear(x, weight, bias) + low_rank(x, *adapters[0][1:], ops), activation, ops)
+    own_rows = [rows for rows, _, _ in adapters if rows is not None]  # only a single group has all rows
+    adapted = torch.cat(own_rows)
+    out = ops.linear(x, weight, bias, activation)  # (N, O)
+    # Adapters add to the sums ahead of the activation, which the product includes: compute these rows again.
+    sums = ops.linear(x[adapted], weight, bias) if activation else out[adapted]
+    for own, rows, (_, part, scale) in zip(sums.split(list(map(len, own_rows))), own_rows, adapters, strict=True):
+        own += low_rank(x[rows], part, scale, ops)
+    out[adapted] = activated(sums, activation, ops)
+    return out
 
 
 def low_rank(x: Tensor, part: LowRank, scale: float, ops: Ops) -> Tensor:
@@ -143,9 +138,9 @@ def activated(x: Tensor, activation: Activation | None, ops: Ops) -> Tensor:
     return x if activation is None else ops.bias_activation(x, None, activation)
 
 
-def adapt_all(adapter: Adapter) -> AdaptedLinears:
+def adapt_all(adapter: Adapter) -> Adapt:
     """Every row has the adapter."""
-    return AdaptedLinears([Group(None, adapter.parts, adapter.config.scale)])
+    return partial(adapted_linear, [Group(None, adapter.parts, adapter.config.scale)])
 
 
 class Adapters:
@@ -170,17 +165,16 @@ class Adapters:
         """No running sequence may still use it."""
         del self._groups[number]
 
-    def of_rows(self, numbers: Sequence[int]) -> AdaptedLinears | None:
+    def of_rows(self, numbers: Sequence[int]) -> Adapt | None:
         """For a step whose row i has the adapter numbers[i], or none if that is 0. None if no row has an adapter."""
         distinct = set(numbers)
         if distinct <= {0}:
             return None
         if len(distinct) == 1:
-            return AdaptedLinears([self._groups[number] for number in distinct])
+            return partial(adapted_linear, [self._groups[number] for number in distinct])
         column = torch.tensor(numbers, device=self._model.head.device)
-        return AdaptedLinears(
-            [self._groups[number]._replace(rows=(column == number).nonzero()[:, 0]) for number in sorted(distinct - {0})]
-        )
+        rows_of = {number: (column == number).nonzero()[:, 0] for number in sorted(distinct - {0})}
+        return partial(adapted_linear, [self._groups[number]._replace(rows=rows) for number, rows in rows_of.items()])
 
 
 def save_adapter(directory: Path, adapter: Adapter) -> None:

@@ -104,9 +104,8 @@ class Tokenizer:
         tokens: list[int] = []
         plain: list[str] = []
         for text, allow_special in parts:
-            pieces = alternate(self._any_in_text.split(text)) if allow_special else [(False, text)]
-            for is_whole, piece in pieces:
-                if is_whole and piece in self.special_tokens:
+            for piece in filter(None, self._any_in_text.split(text)) if allow_special else [text]:
+                if allow_special and piece in self.special_tokens:
                     tokens += [*self._encode_unsplit("".join(plain)), self.special_tokens[piece]]
                     plain = []
                 else:
@@ -116,8 +115,8 @@ class Tokenizer:
     def _encode_unsplit(self, text: str) -> list[int]:
         """Token ids of text in which nothing is special."""
         tokens = []
-        for is_whole, piece in alternate(self._added_in_text.split(text)):
-            tokens += [self._added[piece]] if is_whole else self._encode_plain(piece)
+        for piece in filter(None, self._added_in_text.split(text)):
+            tokens += [self._added[piece]] if piece in self._added else self._encode_plain(piece)
         return tokens
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -182,11 +181,6 @@ def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """A pattern whose `split` cuts text at the leftmost longest of `words` and keeps them."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
-
-
-def alternate(pieces: list[str]) -> Iterator[tuple[bool, str]]:
-    """The pieces of re.split that are not empty, as (is_separator, piece)."""
-    return ((bool(place % 2), piece) for place, piece in enumerate(pieces) if piece)
 
 
 def cut_long_space(text: str) -> Iterator[str]:

@@ -104,6 +104,12 @@ class Source(NamedTuple):
     transposed: bool = False
 
 
+def sizes(raw: Json, positions: str, width: str, layers: str, heads: str) -> dict[str, Any]:
+    """The fields that every architecture has, all but the vocabulary's under a name of its own."""
+    names = {"vocab_size": "vocab_size", "n_positions": positions, "n_embd": width, "n_layer": layers, "n_head": heads}
+    return {field: integer(raw, name) for field, name in names.items()}
+
+
 def gpt2_config(raw: Json) -> GPTConfig:
     """GPT-2 and Cerebras-GPT, which is a GPT-2 with the exact GELU.
 
@@ -118,14 +124,9 @@ def gpt2_config(raw: Json) -> GPTConfig:
             "num_hidden_layers": "n_layer",
         },
     )
-    width = integer(raw, "n_embd")
     return GPTConfig(
-        vocab_size=integer(raw, "vocab_size"),
-        n_positions=integer(raw, "n_positions"),
-        n_embd=width,
-        n_layer=integer(raw, "n_layer"),
-        n_head=integer(raw, "n_head"),
-        n_inner=integer(raw, "n_inner", 4 * width),
+        **sizes(raw, "n_positions", "n_embd", "n_layer", "n_head"),
+        n_inner=integer(raw, "n_inner", 4 * integer(raw, "n_embd")),
         activation=activation(raw, "activation_function", "gelu_new"),
         softmax_scale=None if flag(raw, "scale_attn_weights", True) else 1.0,
         scale_by_inverse_layer=flag(raw, "scale_attn_by_inverse_layer_idx", False),
@@ -162,15 +163,10 @@ def neo_attention(raw: Json, num_layers: int) -> tuple[PatternKind, ...]:
 def gpt_neo_config(raw: Json) -> GPTConfig:
     """GPT-Neo: scores are not scaled, and q, k and v have no bias. Its local layers are our banded ones."""
     raw = canonical(raw, {"num_attention_heads": "num_heads", "num_hidden_layers": "num_layers"})
-    width, num_layers = integer(raw, "hidden_size"), integer(raw, "num_layers")
-    attention = neo_attention(raw, num_layers)
+    attention = neo_attention(raw, integer(raw, "num_layers"))
     return GPTConfig(
-        vocab_size=integer(raw, "vocab_size"),
-        n_positions=integer(raw, "max_position_embeddings"),
-        n_embd=width,
-        n_layer=num_layers,
-        n_head=integer(raw, "num_heads"),
-        n_inner=integer(raw, "intermediate_size", 4 * width),
+        **sizes(raw, "max_position_embeddings", "hidden_size", "num_layers", "num_heads"),
+        n_inner=integer(raw, "intermediate_size", 4 * integer(raw, "hidden_size")),
         attention=attention,
         band=integer(raw, "window_size", 256) if "banded" in attention else None,
         activation=activation(raw, "activation_function", "gelu_new"),
@@ -197,11 +193,7 @@ def opt_config(raw: Json) -> GPTConfig:
     token_width = integer(raw, "word_embed_proj_dim", width)
     bias, pre_norm = flag(raw, "enable_bias", True), flag(raw, "do_layer_norm_before", True)
     return GPTConfig(
-        vocab_size=integer(raw, "vocab_size"),
-        n_positions=integer(raw, "max_position_embeddings"),
-        n_embd=width,
-        n_layer=integer(raw, "num_hidden_layers"),
-        n_head=integer(raw, "num_attention_heads"),
+        **sizes(raw, "max_position_embeddings", "hidden_size", "num_hidden_layers", "num_attention_heads"),
         n_inner=integer(raw, "ffn_dim"),
         activation=activation(raw, "activation_function", "relu"),
         qkv_bias=bias,

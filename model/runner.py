@@ -7,7 +7,6 @@ Shapes: N tokens in a step, B sampled tokens, R rows of logits, K likeliest toke
 """
 
 import gc
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -232,8 +231,7 @@ class Runner:
     def _run_decode(self, step: StepInput) -> PendingStep:
         """A step without prompt tokens, padded to a bucket. Graphs support neither logprobs nor bans."""
         count = len(step.decodes)
-        place = bisect_left(self.buckets, count)
-        bucket = self.buckets[place] if place < len(self.buckets) else count
+        bucket = next((size for size in self.buckets if size >= count), count)
         padded = [(row, position, UNKNOWN if token is None else token) for row, position, token in step.decodes]
         padded += [self._padding] * (bucket - count)
         columns = torch.tensor(list(zip(*padded, strict=True)), pin_memory=self.device.type == "cuda")

@@ -21,16 +21,14 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} can't be read: {reason}") from error
+        raise CheckpointError(f"{path} can't be read: {getattr(error, 'strerror', error)}") from error
 
 
 def read_json(path: Path) -> Json:
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise CheckpointError(f"{path} can't be read as JSON: {reason}") from error
+        raise CheckpointError(f"{path} can't be read as JSON: {getattr(error, 'strerror', error)}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value

@@ -56,11 +56,10 @@ class GPTConfig:
     tied_head: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.embedding_width is not None and self.embedding_width < 1:
-            raise ValueError(f"embedding_width must be at least 1, got {self.embedding_width}")
+        for name in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner", "embedding_width"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
         if self.softmax_scale is not None and not 0 < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale must be positive, got {self.softmax_scale}")
         if self.position_offset < 0:

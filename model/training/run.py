@@ -135,7 +135,7 @@ def follow(
             write_model()
 
         with tqdm(total=plan.total, initial=trainer.seen, unit=plan.unit, unit_scale=True, disable=not is_first) as progress:
-            average: float | None = None
+            average: float | None = None  # of the loss, smoothed
             saved = time.monotonic()
             while not (stopped := any_rank(is_interrupted())) and (row := trainer.update(batches)):
                 rows.append(row)
@@ -219,9 +219,8 @@ def draw(rows: Sequence[LossRow], unit: str, picture: Path) -> None:
 @contextmanager
 def interruptions() -> Iterator[Callable[[], bool]]:
     """Gives a function that tells whether SIGINT or SIGTERM came. Updates are never cut short."""
-    came: list[int] = []
-    signals = (signal.SIGINT, signal.SIGTERM)
-    previous = {number: signal.signal(number, lambda number, _: came.append(number)) for number in signals}
+    came: list[bool] = []
+    previous = {number: signal.signal(number, lambda *_: came.append(True)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield lambda: bool(came)
     finally:

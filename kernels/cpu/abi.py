@@ -1,14 +1,15 @@
-"""The structures of csrc/abi.h, and the check that C++ and Python agree on their layout."""
+"""The structures of csrc/abi.h and the arguments of the functions in csrc/, for ctypes.
+
+A test holds the structures and constants of both languages to each other (tests/kernels/cpu/test_native.py).
+"""
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int64, c_void_p
-from itertools import count, takewhile
+from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
 
-from kernels.band import PAGE_SIZE
-from kernels.cpu.panels import BLOCK, GROUP, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels
+from kernels.cpu.panels import Bf16Panels, Int8Panels
 from kernels.ops import BlockParts
 from kernels.plan import StepPlan
 
@@ -110,16 +111,12 @@ class ScratchArgs(ctypes.Structure):
     _fields_ = (*pointers("normed", "qkv", "attended", "inner"), ("quantized", QuantizedRows))
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs)
-CONSTANTS = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
-FUNCTIONS: dict[str, tuple[object, ...]] = {
+ARGUMENTS: dict[str, tuple[object, ...]] = {
     "kv_write": (Pointer, Pointer, c_int64, *[Pointer] * 3, c_int64, c_int64, c_int),
     "decode_step": (*[Pointer] * 3, c_int64, *[Pointer] * 7, c_int64, c_int64, c_float, c_int),
     "prefill_attention": (Pointer, c_int64, *[Pointer] * 7, c_int64, Pointer, c_int64, c_float, c_int),
     "add_layernorm": (*[Pointer] * 4, c_int64, c_int64, c_float, Pointer, Pointer, c_int),
-}
-# Only in libraries for processors that have the instructions.
-PRODUCT_FUNCTIONS: dict[str, tuple[object, ...]] = {
+    # Only in libraries for processors that have the instructions.
     "linear_panels": (POINTER(ProductArgs), Pointer, c_int64, c_int, Pointer, POINTER(QuantizedRows), c_int),
     "project_panels": (POINTER(ProductArgs), Pointer, c_int64, Pointer, c_int),
     "run_blocks": (
@@ -127,39 +124,3 @@ PRODUCT_FUNCTIONS: dict[str, tuple[object, ...]] = {
         *(POINTER(PlanArgs), c_int64, c_int64, Pointer, Pointer, POINTER(ScratchArgs), c_int),
     ),
 }
-
-
-class AbiEntry(ctypes.Structure):
-    _fields_ = (("name", c_char_p), ("place", c_int64), ("size", c_int64))
-
-
-def layout() -> dict[str, tuple[int, int]]:
-    """Offset and size of each structure and field; value and 0 of each constant."""
-    entries = {name: (value, 0) for name, value in CONSTANTS.items()}
-    for structure in STRUCTURES:
-        entries[structure.__name__] = 0, ctypes.sizeof(structure)
-        for name, *_ in structure._fields_:
-            field = getattr(structure, name)
-            entries[f"{structure.__name__}.{name}"] = field.offset, field.size
-    return entries
-
-
-def bind(library: ctypes.CDLL) -> None:
-    """Tell ctypes the arguments of the library's functions.
-
-    Raises RuntimeError naming the structure and field, or the constant, that the library lays out in another way.
-    """
-    library.abi.restype = POINTER(AbiEntry)
-    entries = library.abi()
-    listed = takewhile(lambda entry: entry.name, (entries[i] for i in count()))
-    theirs = {entry.name.decode(): (entry.place, entry.size) for entry in listed}
-    ours = layout()
-    for name in theirs | ours:
-        if ours.get(name) != theirs.get(name):
-            raise RuntimeError(
-                f"kernels/cpu/abi.py and csrc/abi.h differ in {name}: (offset, size) is {ours.get(name)} in Python "
-                f"and {theirs.get(name)} in C++"
-            )
-    for name, arguments in (FUNCTIONS | PRODUCT_FUNCTIONS).items():
-        if name in FUNCTIONS or hasattr(library, name):
-            getattr(library, name).argtypes = arguments

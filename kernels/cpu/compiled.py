@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import torch_ops
-from kernels.cpu import abi
-from kernels.cpu.abi import ProductArgs, QuantizedRows
+from kernels.cpu.abi import ARGUMENTS, ProductArgs, QuantizedRows
 from kernels.cpu.blocks import NativeBlocks
 from kernels.cpu.build import Shape, compiled_library
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
@@ -31,8 +30,9 @@ class CompiledOps:
     sample = staticmethod(torch_ops.sample)
 
     def __init__(self, library: ctypes.CDLL):
-        """Raises RuntimeError where the library was made of other structures."""
-        abi.bind(library)
+        for name, arguments in ARGUMENTS.items():
+            if hasattr(library, name):
+                getattr(library, name).argtypes = arguments
         self._library = library
         self.has_int8 = hasattr(library, "linear_panels")  # else the processor lacks the instructions for our products
         self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())

@@ -1,7 +1,5 @@
-// What Python and C++ share: constants and structures, and a table from which kernels.cpu.abi checks both.
+// What Python and C++ share: constants, and the structures of kernels.cpu.abi.
 #pragma once
-
-#include <cstddef>
 
 #include "simd.h"
 
@@ -64,35 +62,3 @@ struct ScratchArgs {
   ELEMENT *normed, *qkv, *attended, *inner;
   QuantizedRows quantized;
 };
-
-struct AbiEntry {
-  const char* name;
-  int64_t place, size;  // bytes; of a constant its value and 0
-};
-
-#define C(NAME) {#NAME, NAME, 0}
-#define S(NAME) {#NAME, 0, sizeof(NAME)}
-#define F(STRUCTURE, NAME) {#STRUCTURE "." #NAME, offsetof(STRUCTURE, NAME), sizeof(STRUCTURE::NAME)}
-
-// Constants, structures and fields; ends with a null name.
-extern "C" const AbiEntry* abi() {
-  static const AbiEntry entries[] = {
-      C(PAGE_SIZE), C(LANES), C(GROUP), C(BLOCK), C(PANELS), C(OFFSET),
-      S(NormArgs), F(NormArgs, weight), F(NormArgs, bias), F(NormArgs, eps),
-      S(ProductArgs), F(ProductArgs, panels), F(ProductArgs, num_panels), F(ProductArgs, scales), F(ProductArgs, padded),
-      F(ProductArgs, bias), F(ProductArgs, channels), F(ProductArgs, columns),
-      S(BlockArgs), F(BlockArgs, ln_1), F(BlockArgs, ln_2), F(BlockArgs, c_attn), F(BlockArgs, c_proj), F(BlockArgs, c_fc),
-      F(BlockArgs, mlp_c_proj), F(BlockArgs, k_pages), F(BlockArgs, v_pages), F(BlockArgs, plan), F(BlockArgs, scale),
-      S(PlanArgs), F(PlanArgs, slot_mapping), F(PlanArgs, page_ids), F(PlanArgs, offsets), F(PlanArgs, visible),
-      F(PlanArgs, tile_rows), F(PlanArgs, tile_offsets), F(PlanArgs, tile_page_ids), F(PlanArgs, tile_masks),
-      F(PlanArgs, tile_hidden), F(PlanArgs, num_tiles),
-      S(QuantizedRows), F(QuantizedRows, integers), F(QuantizedRows, scales), F(QuantizedRows, sums),
-      S(ScratchArgs), F(ScratchArgs, normed), F(ScratchArgs, qkv), F(ScratchArgs, attended), F(ScratchArgs, inner),
-      F(ScratchArgs, quantized), {nullptr, 0, 0},
-  };
-  return entries;
-}
-
-#undef C
-#undef S
-#undef F

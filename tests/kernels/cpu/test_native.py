@@ -1,5 +1,9 @@
-"""The C++ without Python: no warnings, and self-tests by several compilers, under sanitizers and emulated on aarch64."""
+"""The C++ by itself: no warnings, and self-tests by several compilers, under sanitizers and emulated on aarch64.
 
+The compilers also check the layout of what it shares with Python.
+"""
+
+import ctypes
 import os
 import shutil
 import subprocess
@@ -8,7 +12,9 @@ from typing import NamedTuple
 
 import pytest
 
-from kernels.cpu import build
+from kernels.band import PAGE_SIZE
+from kernels.cpu import abi, build
+from kernels.cpu.panels import ACTIVATIONS, BLOCK, GROUP, LANES, OFFSET, PANELS
 from tests.demand import demand
 
 HERE = Path(__file__).parent
@@ -57,6 +63,48 @@ def passes(target: Target, source: str, directory: Path, *defines: str) -> None:
 @pytest.mark.parametrize("target", [GCC, GCC_AMX, CLANG, CLANG_AMX, ARM], ids=lambda t: f"{t.compiler} {t.flags}")
 def test_the_source_has_no_warnings(target: Target, element: str) -> None:
     compiled(target, "-fsyntax-only", f"-DELEMENT={element}", "-DHEAD_DIM=64", str(build.SOURCES / "kernels.cpp"))
+
+
+def layout_check(directory: Path) -> tuple[str, ...]:
+    """Arguments that make a compiler compare csrc/abi.h with what Python holds of it; a copy in `directory` comes first."""
+    constants = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
+    constants |= {str(name).upper(): number for name, number in ACTIVATIONS.items()}
+    facts = [f"{name} == {value}" for name, value in constants.items()]
+    for structure in (each for each in vars(abi).values() if hasattr(each, "_fields_")):
+        owner = structure.__name__
+        facts.append(f"sizeof({owner}) == {ctypes.sizeof(structure)}")
+        for name, *_ in structure._fields_:
+            field = getattr(structure, name)
+            facts += [f"offsetof({owner}, {name}) == {field.offset}", f"sizeof({owner}::{name}) == {field.size}"]
+    lines = "#include <cstddef>", '#include "kernels.cpp"', *(f"static_assert({fact});" for fact in facts), ""
+    source = directory / "layout.cpp"
+    source.write_text("\n".join(lines))
+    return "-fsyntax-only", "-DELEMENT=bfloat16", "-DHEAD_DIM=64", str(source)
+
+
+@pytest.mark.parametrize("target", [GCC, CLANG, ARM], ids=lambda t: t.compiler)
+def test_python_and_cpp_agree_on_structures_and_constants(target: Target, tmp_path: Path) -> None:
+    compiled(target, *layout_check(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "fact"),
+    [
+        ("float eps;", "double eps;", "sizeof(NormArgs::eps) == 4"),
+        ("int64_t channels, columns;", "int64_t columns, channels;", "offsetof(ProductArgs, channels) == 40"),
+        ("int64_t num_tiles;", "int64_t num_tiles, more;", "sizeof(PlanArgs) == 80"),
+        ("OFFSET = 128;", "OFFSET = 127;", "OFFSET == 128"),
+        ("RELU, GELU,", "GELU, RELU,", "RELU == 1"),
+    ],
+)
+def test_the_compiler_says_where_they_differ(before: str, after: str, fact: str, tmp_path: Path) -> None:
+    demand("g++")
+    sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")
+    header = sources / "abi.h"
+    header.write_text(header.read_text().replace(before, after))
+    run = subprocess.run(["g++", *FLAGS, *layout_check(sources)], capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert f"static_assert({fact})" in run.stderr
 
 
 @pytest.mark.parametrize(

@@ -7,15 +7,11 @@ import ctypes
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.cpu.panels import Bf16Panels, Int8Panels
 from kernels.ops import BlockParts
 from kernels.plan import StepPlan
-
-
-def address(x: Tensor | None) -> int | None:
-    return None if x is None else x.data_ptr()
 
 
 class Pointer:
@@ -23,25 +19,25 @@ class Pointer:
 
     @staticmethod
     def from_param(x: Tensor | None) -> c_void_p:
-        return c_void_p(address(x))
+        return c_void_p(None if x is None else x.data_ptr())
+
+
+class TensorStructure(ctypes.Structure):
+    """Takes tensors for its pointers, and is valid as long as they are."""
+
+    def __init__(self, *values: object):
+        super().__init__(*(x.data_ptr() if isinstance(x, Tensor) else x for x in values))
 
 
 def pointers(*names: str) -> tuple[tuple[str, type[c_void_p]], ...]:
     return tuple((name, c_void_p) for name in names)
 
 
-# A structure made by `of` is valid as long as the tensors that it was made from.
-
-
-class NormArgs(ctypes.Structure):
+class NormArgs(TensorStructure):
     _fields_ = (*pointers("weight", "bias"), ("eps", c_float))
 
-    @classmethod
-    def of(cls, norm: nn.LayerNorm) -> "NormArgs":
-        return cls(address(norm.weight), address(norm.bias), norm.eps)
 
-
-class ProductArgs(ctypes.Structure):
+class ProductArgs(TensorStructure):
     _fields_ = (
         ("panels", c_void_p),
         ("num_panels", c_int64),
@@ -55,11 +51,11 @@ class ProductArgs(ctypes.Structure):
     @classmethod
     def of(cls, weight: object, bias: Tensor | None) -> "ProductArgs":
         assert isinstance(weight, Bf16Panels | Int8Panels)
-        scales, padded = (weight.scales.data_ptr(), weight.padded) if isinstance(weight, Int8Panels) else (None, 0)
-        return cls(weight.panels.data_ptr(), len(weight.panels), scales, padded, address(bias), *weight.shape)
+        scales, padded = (weight.scales, weight.padded) if isinstance(weight, Int8Panels) else (None, 0)
+        return cls(weight.panels, len(weight.panels), scales, padded, bias, *weight.shape)
 
 
-class BlockArgs(ctypes.Structure):
+class BlockArgs(TensorStructure):
     _fields_ = (
         *((name, NormArgs) for name in ("ln_1", "ln_2")),
         *((name, ProductArgs) for name in ("c_attn", "c_proj", "c_fc", "mlp_c_proj")),
@@ -70,13 +66,13 @@ class BlockArgs(ctypes.Structure):
 
     @classmethod
     def of(cls, parts: BlockParts, plan: int) -> "BlockArgs":
+        norms = (NormArgs(norm.weight, norm.bias, norm.eps) for norm in (parts.ln_1, parts.ln_2))
         linears = parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj
         products = (ProductArgs.of(linear.weight, linear.bias) for linear in linears)
-        pages = parts.k_pages.data_ptr(), parts.v_pages.data_ptr()
-        return cls(NormArgs.of(parts.ln_1), NormArgs.of(parts.ln_2), *products, *pages, plan, parts.scale)
+        return cls(*norms, *products, parts.k_pages, parts.v_pages, plan, parts.scale)
 
 
-class PlanArgs(ctypes.Structure):
+class PlanArgs(TensorStructure):
     _fields_ = (
         *pointers("slot_mapping", "page_ids", "offsets", "visible"),
         *pointers("tile_rows", "tile_offsets", "tile_page_ids", "tile_masks", "tile_hidden"),
@@ -85,29 +81,25 @@ class PlanArgs(ctypes.Structure):
 
     @classmethod
     def of(cls, plan: StepPlan) -> "PlanArgs":
-        args = cls(slot_mapping=plan.slot_mapping.data_ptr())
+        decode: tuple[Tensor | None, ...] = (None, None, None)
         if plan.decode:
             pages = plan.decode.page_list
-            for name in ("page_ids", "offsets", "visible"):
-                setattr(args, name, getattr(pages, name).data_ptr())
-        if plan.prefill:
-            tiles = plan.prefill.tile_list
-            for name in ("rows", "offsets", "page_ids", "masks", "hidden"):
-                setattr(args, f"tile_{name}", getattr(tiles, name).data_ptr())
-            args.num_tiles = len(tiles.rows)
-        return args
+            decode = pages.page_ids, pages.offsets, pages.visible
+        tiles = plan.prefill.tile_list if plan.prefill else None
+        prefill = (*tiles, len(tiles.rows)) if tiles else ()
+        return cls(plan.slot_mapping, *decode, *prefill)
 
 
-class QuantizedRows(ctypes.Structure):
+class QuantizedRows(TensorStructure):
     _fields_ = pointers("integers", "scales", "sums")
 
     def __init__(self, rows: int, padded: int):
         """Room for `rows` rows of `padded` integers, as long as this object lives."""
         self.room = torch.empty(rows, padded, dtype=torch.int8), torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-        super().__init__(*(x.data_ptr() for x in self.room))
+        super().__init__(*self.room)
 
 
-class ScratchArgs(ctypes.Structure):
+class ScratchArgs(TensorStructure):
     _fields_ = (*pointers("normed", "qkv", "attended", "inner"), ("quantized", QuantizedRows))
 
 

@@ -31,7 +31,7 @@ class NativeBlocks:
         update, normed, attended = (torch.empty_like(x) for _ in range(3))
         qkv, inner = x.new_empty(tokens, 3 * columns), x.new_empty(tokens, first.c_fc.channels)
         quantized = QuantizedRows(tokens, max(first.c_attn.padded, first.mlp_c_proj.padded))
-        scratch = ScratchArgs(*(each.data_ptr() for each in (normed, qkv, attended, inner)), quantized)
+        scratch = ScratchArgs(normed, qkv, attended, inner, quantized)
         self._library.run_blocks(
             *(self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads),
             *(step, tokens, num_decodes, x, update, scratch, torch.get_num_threads()),

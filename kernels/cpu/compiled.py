@@ -5,21 +5,20 @@ serves alone.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import torch_ops
-from kernels.cpu.abi import ARGUMENTS, ProductArgs, QuantizedRows
-from kernels.cpu.blocks import NativeBlocks
+from kernels.cpu.abi import ARGUMENTS, BlockArgs, PlanArgs, ProductArgs, QuantizedRows, ScratchArgs
 from kernels.cpu.build import Shape, compiled_library
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
 from kernels.int8 import quantize_channels
-from kernels.names import Activation
+from kernels.names import Activation, PatternKind
 from kernels.ops import BlockParts, NativeForward, Weight
-from kernels.plan import DecodePlan, PrefillPlan
+from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 
 
 class CompiledOps:
@@ -121,6 +120,32 @@ class CompiledOps:
         if blocks[0].ln_1.normalized_shape[0] % LANES or not all(isinstance(w, Bf16Panels | Int8Panels) for w in products):
             return None
         return NativeBlocks(self._library, blocks, activation, pre_norm=pre_norm)
+
+
+class NativeBlocks:
+    """All blocks in one call: between ops Python would wait for the interpreter's lock. See kernels.ops.NativeForward."""
+
+    def __init__(self, library: ctypes.CDLL, parts: Sequence[BlockParts], activation: Activation, *, pre_norm: bool):
+        self._library, self._activation, self._pre_norm = library, ACTIVATIONS[activation], pre_norm
+        self._parts = list(parts)  # self._blocks points to their tensors
+        self._kinds = list(dict.fromkeys(part.kind for part in parts))
+        self._blocks = (BlockArgs * len(parts))(*(BlockArgs.of(part, self._kinds.index(part.kind)) for part in parts))
+        self._heads = parts[0].k_pages.shape[1]
+
+    def __call__(self, x: Tensor, plans: Mapping[PatternKind, StepPlan]) -> tuple[Tensor, Tensor | None]:
+        tokens, columns = x.shape  # N, C
+        first = self._blocks[0]
+        num_decodes = plans[self._kinds[0]].num_decodes
+        step = (PlanArgs * len(self._kinds))(*(PlanArgs.of(plans[kind]) for kind in self._kinds))
+        update, normed, attended = (torch.empty_like(x) for _ in range(3))
+        qkv, inner = x.new_empty(tokens, 3 * columns), x.new_empty(tokens, first.c_fc.channels)
+        quantized = QuantizedRows(tokens, max(first.c_attn.padded, first.mlp_c_proj.padded))
+        scratch = ScratchArgs(normed, qkv, attended, inner, quantized)
+        self._library.run_blocks(
+            *(self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads),
+            *(step, tokens, num_decodes, x, update, scratch, torch.get_num_threads()),
+        )
+        return x, update if self._pre_norm else None
 
 
 def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -5,29 +5,15 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.gpu.add_layernorm import add_layernorm
-from kernels.gpu.bias_activation import bias_activation
-from kernels.gpu.decode_attention import decode_attention
-from kernels.gpu.kv_write import kv_write
-from kernels.gpu.prefill_attention import prefill_attention
-from kernels.gpu.sampling import sample
+from kernels.gpu.add_layernorm import add_layernorm as add_layernorm
+from kernels.gpu.bias_activation import bias_activation as bias_activation
+from kernels.gpu.decode_attention import decode_attention as decode_attention
+from kernels.gpu.kv_write import kv_write as kv_write
+from kernels.gpu.prefill_attention import prefill_attention as prefill_attention
+from kernels.gpu.sampling import sample as sample
 from kernels.names import Activation
 from kernels.ops import BlockParts, Weight
 from kernels.plan import DecodePlan
-
-__all__ = [
-    "add_layernorm",
-    "bias_activation",
-    "decode_attention",
-    "decode_step",
-    "kv_write",
-    "linear",
-    "native_forward",
-    "pack",
-    "prefill_attention",
-    "project",
-    "sample",
-]
 
 
 def decode_step(

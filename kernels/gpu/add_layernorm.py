@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.checks import check
+
 
 @triton.jit
 def _add_layernorm(
@@ -51,18 +53,10 @@ def add_layernorm(
     """
     num_rows, width = x.shape
     assert not (torch.is_grad_enabled() and x.requires_grad), "add_layernorm keeps no gradient, and x requires one"
-    assert x.stride(1) == 1, f"elements of x must lie side by side, strides are {x.stride()}"
-    if residual is not None:
-        assert residual.shape == x.shape, f"residual has shape {tuple(residual.shape)}, x {tuple(x.shape)}"
-        assert residual.stride(1) == 1, f"elements of residual must lie side by side, strides are {residual.stride()}"
-    for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None:
-            assert parameter.shape == (width,), f"{name} has shape {tuple(parameter.shape)}, not ({width},)"
-            assert parameter.stride(0) == 1, f"{name} is not contiguous, its stride is {parameter.stride(0)}"
-    for name, other in (("residual", residual), ("weight", weight), ("bias", bias)):
-        if other is not None:
-            assert other.dtype == x.dtype, f"{name} is {other.dtype}, x {x.dtype}"
-            assert other.device == x.device, f"{name} is on {other.device}, x on {x.device}"
+    check("x", x, x.shape, x, rows_apart=True)
+    check("residual", residual, x.shape, x, rows_apart=True)
+    check("weight", weight, (width,), x)
+    check("bias", bias, (width,), x)
     normed = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x if residual is None else torch.empty_like(normed)
     block = triton.next_power_of_2(width)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
+from kernels.gpu.checks import check
 from kernels.gpu.tiles import Phase, capability_of, padded_head_dim, tile_of
 from kernels.plan import DecodePlan, PrefillPlan
 
@@ -107,20 +108,14 @@ def launch_arguments(
 ) -> dict[str, Any]:
     """What every attention kernel takes, by name, the output that it fills included. Asserts what a kernel trusts.
 
-    q (N, H, D) has whole heads side by side, pages (P, H, PAGE_SIZE, D) are contiguous and of q's dtype.
+    Rows of q (N, H, D) may lie apart. Pages (P, H, PAGE_SIZE, D) are contiguous and of q's dtype.
     """
     _, num_heads, head_dim = q.shape
     table, layout, pattern = plan.page_table, plan.layout, plan.pattern
-    assert q.stride()[1:] == (head_dim, 1), f"heads of q must lie side by side, strides are {q.stride()}"
-    shape = (num_heads, PAGE_SIZE, head_dim)
+    check("q", q, q.shape, q, rows_apart=True)
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        assert pages.shape[1:] == shape, f"{name} has shape {tuple(pages.shape)} for q {tuple(q.shape)}"
-        assert pages.is_contiguous(), f"{name} is not contiguous"
-        assert pages.dtype == q.dtype, f"{name} is {pages.dtype}, q {q.dtype}"
-    assert table.dtype == torch.int32, f"page_table is {table.dtype}, not int32"
-    assert table.stride(1) == 1, f"rows of page_table must be contiguous, strides are {table.stride()}"
-    devices = {str(x.device) for x in (q, k_pages, v_pages, table)}
-    assert len(devices) == 1, f"q, pages and page_table lie on {sorted(devices)}"
+        check(name, pages, (len(pages), num_heads, PAGE_SIZE, head_dim), q)
+    check("page_table", table, table.shape, q, torch.int32, rows_apart=True)
     assert pattern.is_sparse == (layout is not None), f"a {pattern.kind} pattern and its layout disagree"
     assert scale > 0, f"scale must be positive, got {scale}"
     tile = tile_of(phase, capability_of(q.device), head_dim, q.element_size())

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.checks import check
 from kernels.names import Activation
 
 BLOCK = 1024  # columns of a program: 16 bytes per thread in 4 warps; never tuned
@@ -52,12 +53,8 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> T
     num_rows, width = x.shape
     assert activation in get_args(Activation), f"unknown activation {activation!r}"
     assert not (torch.is_grad_enabled() and x.requires_grad), "bias_activation keeps no gradient, and x requires one"
-    assert x.stride(1) == 1, f"elements of x must lie side by side, strides are {x.stride()}"
-    if bias is not None:
-        assert bias.shape == (width,), f"bias has shape {tuple(bias.shape)}, not ({width},)"
-        assert bias.stride(0) == 1, f"bias is not contiguous, its stride is {bias.stride(0)}"
-        assert bias.dtype == x.dtype, f"bias is {bias.dtype}, x {x.dtype}"
-        assert bias.device == x.device, f"bias is on {bias.device}, x on {x.device}"
+    check("x", x, x.shape, x, rows_apart=True)
+    check("bias", bias, (width,), x)
     _bias_activation[(num_rows, triton.cdiv(width, BLOCK))](
         x,
         bias,

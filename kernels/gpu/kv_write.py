@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.band import PAGE_SIZE
+from kernels.gpu.checks import check
 
 
 @triton.jit
@@ -44,19 +45,11 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
     may win.
     """
     num_tokens, num_heads, head_dim = k.shape
-    assert v.shape == k.shape, f"v has shape {tuple(v.shape)}, k {tuple(k.shape)}"
     for name, x in (("k", k), ("v", v)):
-        assert x.stride()[1:] == (head_dim, 1), f"heads of {name} must lie side by side, strides are {x.stride()}"
+        check(name, x, k.shape, k, rows_apart=True)
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        shape = (len(pages), num_heads, PAGE_SIZE, head_dim)
-        assert pages.shape == shape, f"{name} has shape {tuple(pages.shape)}, not {shape}"
-        assert pages.is_contiguous(), f"{name} is not contiguous, strides are {pages.stride()}"
-        assert pages.dtype == k.dtype == v.dtype, f"{name} is {pages.dtype}, k {k.dtype}, v {v.dtype}"
-        assert pages.device == k.device == v.device, f"{name} is on {pages.device}, k on {k.device}, v on {v.device}"
-    assert slot_mapping.shape == (num_tokens,), f"slot_mapping has shape {tuple(slot_mapping.shape)}, not ({num_tokens},)"
-    assert slot_mapping.dtype == torch.int64, f"slot_mapping is {slot_mapping.dtype}, not int64"
-    assert slot_mapping.is_contiguous(), f"slot_mapping is not contiguous, strides are {slot_mapping.stride()}"
-    assert slot_mapping.device == k.device, f"slot_mapping is on {slot_mapping.device}, k on {k.device}"
+        check(name, pages, (len(pages), num_heads, PAGE_SIZE, head_dim), k)
+    check("slot_mapping", slot_mapping, (num_tokens,), k, torch.int64)
     block = triton.next_power_of_2(num_heads * head_dim)
     _kv_write[(num_tokens,)](
         k,

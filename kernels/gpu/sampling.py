@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.checks import check
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
 BLOCK = 4096  # tokens of a tile: 16 bytes per thread; never tuned
@@ -195,27 +196,16 @@ def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: 
     gets token 0, and a row with +inf its first. Launches one kernel and waits for nothing, so a CUDA graph can capture it.
     """
     batch, vocab_size = logits.shape
-    assert logits.dtype == torch.float32, f"logits are {logits.dtype}, not float32"
+    check("logits", logits, logits.shape, logits, torch.float32, rows_apart=True)
     for name, column in (("batch_rows", batch_rows), ("positions", positions)):
-        assert column.shape == (batch,), f"{name} has shape {tuple(column.shape)}, not ({batch},)"
-        assert column.dtype == torch.int64, f"{name} is {column.dtype}, not int64"
-        assert column.is_contiguous(), f"{name} is not contiguous"
-    columns = {name: getattr(state, name) for name in COLUMNS}
-    tables = {name: getattr(state, name) for name in TABLES}
-    num_batch_rows = len(state.adjusted)
-    for name, column in columns.items():
-        assert column.shape == (num_batch_rows,), f"{name} has shape {tuple(column.shape)}, not ({num_batch_rows},)"
-        assert column.dtype == COLUMNS[name], f"{name} is {column.dtype}, not {COLUMNS[name]}"
-        assert column.is_contiguous(), f"{name} is not contiguous"
-    shape, stride = (num_batch_rows, vocab_size), state.bias.stride(0)
-    for name, table in tables.items():
-        assert table.shape == shape, f"{name} has shape {tuple(table.shape)}, not {shape}"
-        assert table.dtype == TABLES[name], f"{name} is {table.dtype}, not {TABLES[name]}"
+        check(name, column, (batch,), logits, torch.int64)
+    num_batch_rows, stride = len(state.adjusted), state.bias.stride(0)
+    for name, dtype in COLUMNS.items():
+        check(name, getattr(state, name), (num_batch_rows,), logits, dtype)
+    for name, dtype in TABLES.items():
+        table = getattr(state, name)
+        check(name, table, (num_batch_rows, vocab_size), logits, dtype, rows_apart=True)
         assert table.stride(0) == stride, f"rows of {name} lie {table.stride(0)} elements apart, those of bias {stride}"
-    for name, tensor in {"logits": logits, **tables}.items():
-        assert tensor.stride(1) == 1, f"elements of {name} must lie side by side, strides are {tensor.stride()}"
-    for name, tensor in {"batch_rows": batch_rows, "positions": positions, **columns, **tables}.items():
-        assert tensor.device == logits.device, f"{name} is on {tensor.device}, logits on {logits.device}"
     tokens = torch.empty_like(batch_rows)
     scratch = logits.new_empty(batch, triton.cdiv(vocab_size, BLOCK) * BLOCK)
     _sample[(batch,)](
@@ -223,14 +213,13 @@ def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: 
         tokens,
         batch_rows,
         positions,
-        *columns.values(),
-        *tables.values(),
+        *state,
         scratch,
         logits.stride(0),
         stride,
         scratch.stride(0),
         vocab_size,
-        ALIGNED=all(has_aligned_rows(tensor) for tensor in (logits, *tables.values())),
+        ALIGNED=all(map(has_aligned_rows, (logits, state.bias, state.generated, state.in_prompt))),
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
         enable_fp_fusion=False,  # so that x and the noise are rounded as in PyTorch

@@ -213,15 +213,15 @@ def test_launchers_refuse_what_their_kernels_do_not_expect() -> None:
     chunks, rows = prefill_case([0], [9], DENSE), decode_case([9], DENSE)
     for op, case in ((triton_ops.prefill_attention, chunks), (triton_ops.decode_attention, rows)):
         transposed = case.q.transpose(1, 2).contiguous().transpose(1, 2)
-        refused("heads of q must lie side by side, strides are", op, case, q=transposed)
-        refused(r"k_pages has shape \(\d+, 3, 64, 16\)", op, case, k_pages=cache_of([9], [0], heads=3).k)
-        refused("v_pages is torch.float16, q torch.float32", op, case, v_pages=case.cache.v.half())
+        refused("rows of q must be contiguous, strides are", op, case, q=transposed)
+        refused(r"k_pages has shape \(4, 3, 64, 16\), not \(4, 2, 64, 16\)", op, case, k_pages=cache_of([9], [0], heads=3).k)
+        refused("v_pages is torch.float16, not torch.float32", op, case, v_pages=case.cache.v.half())
         spread = torch.empty(*case.cache.k.shape[:3], 32)[..., ::2]
-        refused("k_pages is not contiguous", op, case, k_pages=spread)
+        refused(r"^k_pages must be contiguous", op, case, k_pages=spread)
         refused("scale must be positive, got -1.0", op, case, scale=-1.0)
     table = rows.plan.page_table
     wide = DecodePlan(table.long(), rows.plan.lengths, DENSE, None)
-    refused("page_table is torch.int64, not int32", triton_ops.decode_attention, rows, plan=wide)
+    refused("page_table is torch.int64, not torch.int32", triton_ops.decode_attention, rows, plan=wide)
     strided = DecodePlan(table.T.contiguous().T.expand(-1, 41), rows.plan.lengths, DENSE, None)
     assert strided.page_table.stride(1) == 1 or strided.page_table.shape[0] == 1
     refused(r"\(1,\) lengths for 2 queries", triton_ops.decode_attention, rows, q=rows.q.expand(2, -1, -1))

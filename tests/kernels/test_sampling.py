@@ -554,17 +554,17 @@ def test_rows_whose_padding_ends_with_the_storage_are_not_read_beyond_it() -> No
 def test_the_launcher_refuses_what_the_kernel_would_misread() -> None:
     state = make_state(4, 64)
     logits, batch_rows, positions = torch.zeros(2, 64), torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
-    with pytest.raises(AssertionError, match=r"logits are torch\.float64, not float32"):
+    with pytest.raises(AssertionError, match=r"logits is torch\.float64, not torch\.float32"):
         sampling.sample(logits.double(), state, batch_rows, positions)
-    with pytest.raises(AssertionError, match=r"elements of logits must lie side by side, strides are \(1, 2\)"):
+    with pytest.raises(AssertionError, match=r"rows of logits must be contiguous, strides are \(1, 2\)"):
         sampling.sample(torch.zeros(64, 2).T, state, batch_rows, positions)
-    with pytest.raises(AssertionError, match=r"batch_rows is torch\.int32, not int64"):
+    with pytest.raises(AssertionError, match=r"batch_rows is torch\.int32, not torch\.int64"):
         sampling.sample(logits, state, batch_rows.int(), positions)
     with pytest.raises(AssertionError, match=r"positions has shape \(1,\), not \(2,\)"):
         sampling.sample(logits, state, batch_rows, positions[:1])
     with pytest.raises(AssertionError, match=r"top_k is torch\.int32, not torch\.int64"):
         sampling.sample(logits, state._replace(top_k=state.top_k.int()), batch_rows, positions)
-    with pytest.raises(AssertionError, match="seed is not contiguous"):
+    with pytest.raises(AssertionError, match=r"^seed must be contiguous"):
         sampling.sample(logits, state._replace(seed=torch.zeros(8, dtype=torch.int64)[::2]), batch_rows, positions)
     with pytest.raises(AssertionError, match=r"bias has shape \(4, 63\), not \(4, 64\)"):
         sampling.sample(logits, state._replace(bias=torch.zeros(4, 63)), batch_rows, positions)

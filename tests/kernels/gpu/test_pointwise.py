@@ -257,45 +257,45 @@ def refused(message: str) -> "pytest.RaisesExc[AssertionError]":
 
 def test_kv_write_refuses_what_it_would_scatter_wrongly() -> None:
     k, pages, slots = torch.zeros(3, 2, 16), torch.zeros(4, 2, PAGE_SIZE, 16), torch.arange(3)
-    with refused(r"v has shape \(2, 2, 16\), k \(3, 2, 16\)"):
+    with refused(r"v has shape \(2, 2, 16\), not \(3, 2, 16\)"):
         kv_write(k, k[:2], pages, pages, slots)
-    with refused(r"heads of k must lie side by side, strides are \(32, 1, 2\)"):
+    with refused(r"rows of k must be contiguous, strides are \(32, 1, 2\)"):
         kv_write(torch.zeros(3, 16, 2).transpose(1, 2), k, pages, pages, slots)
-    with refused(r"heads of v must lie side by side, strides are \(64, 32, 1\)"):
+    with refused(r"rows of v must be contiguous, strides are \(64, 32, 1\)"):
         kv_write(k, torch.zeros(3, 2, 32)[..., :16], pages, pages, slots)
     with refused(r"k_pages has shape \(4, 3, 64, 16\), not \(4, 2, 64, 16\)"):
         kv_write(k, k, torch.zeros(4, 3, PAGE_SIZE, 16), pages, slots)
-    with refused("v_pages is not contiguous"):
+    with refused(r"^v_pages must be contiguous, strides are \(2048, 16, 32, 1\)"):
         kv_write(k, k, pages, torch.zeros(4, PAGE_SIZE, 2, 16).transpose(1, 2), slots)
-    with refused(r"k_pages is torch.float16, k torch.float32, v torch.float32"):
+    with refused("k_pages is torch.float16, not torch.float32"):
         kv_write(k, k, pages.half(), pages, slots)
-    with refused("k_pages is on cpu, k on meta, v on meta"):
+    with refused("k_pages is on cpu, not on meta"):
         kv_write(k.to("meta"), k.to("meta"), pages, pages, slots)
     with refused(r"slot_mapping has shape \(4,\), not \(3,\)"):
         kv_write(k, k, pages, pages, torch.arange(4))
-    with refused("slot_mapping is torch.int32, not int64"):
+    with refused("slot_mapping is torch.int32, not torch.int64"):
         kv_write(k, k, pages, pages, slots.int())
-    with refused(r"slot_mapping is not contiguous, strides are \(2,\)"):
+    with refused(r"^slot_mapping must be contiguous, strides are \(2,\)"):
         kv_write(k, k, pages, pages, torch.arange(6)[::2])
-    with refused("slot_mapping is on meta, k on cpu"):
+    with refused("slot_mapping is on meta, not on cpu"):
         kv_write(k, k, pages, pages, slots.to("meta"))
 
 
 def test_add_layernorm_refuses_what_it_would_compute_wrongly() -> None:
     x, weight = torch.zeros(3, 16), torch.zeros(16)
-    with refused(r"elements of x must lie side by side, strides are \(1, 3\)"):
+    with refused(r"rows of x must be contiguous, strides are \(1, 3\)"):
         add_layernorm(torch.zeros(16, 3).t(), None, None, None, 1e-5)
-    with refused(r"residual has shape \(1, 16\), x \(3, 16\)"):
+    with refused(r"residual has shape \(1, 16\), not \(3, 16\)"):
         add_layernorm(x, x[:1], None, None, 1e-5)
-    with refused(r"elements of residual must lie side by side, strides are \(1, 3\)"):
+    with refused(r"rows of residual must be contiguous, strides are \(1, 3\)"):
         add_layernorm(x, torch.zeros(16, 3).t(), None, None, 1e-5)
     with refused(r"weight has shape \(15,\), not \(16,\)"):
         add_layernorm(x, None, weight[:15], None, 1e-5)
-    with refused("bias is not contiguous, its stride is 2"):
+    with refused(r"^bias must be contiguous, strides are \(2,\)"):
         add_layernorm(x, None, weight, torch.zeros(32)[::2], 1e-5)
-    with refused("residual is torch.float16, x torch.float32"):
+    with refused("residual is torch.float16, not torch.float32"):
         add_layernorm(x, x.half(), None, None, 1e-5)
-    with refused("weight is on meta, x on cpu"):
+    with refused("weight is on meta, not on cpu"):
         add_layernorm(x, None, weight.to("meta"), None, 1e-5)
     with refused("keeps no gradient"):
         add_layernorm(x.clone().requires_grad_(), None, None, None, 1e-5)
@@ -305,15 +305,15 @@ def test_bias_activation_refuses_what_it_would_compute_wrongly() -> None:
     x, bias = torch.zeros(3, 16), torch.zeros(16)
     with refused("unknown activation 'silu'"):
         bias_activation(x, None, "silu")  # type: ignore[arg-type]
-    with refused(r"elements of x must lie side by side, strides are \(1, 3\)"):
+    with refused(r"rows of x must be contiguous, strides are \(1, 3\)"):
         bias_activation(torch.zeros(16, 3).t(), None, "relu")
     with refused(r"bias has shape \(3, 16\), not \(16,\)"):
         bias_activation(x, x, "relu")
-    with refused("bias is not contiguous, its stride is 2"):
+    with refused(r"^bias must be contiguous, strides are \(2,\)"):
         bias_activation(x, torch.zeros(32)[::2], "relu")
-    with refused("bias is torch.bfloat16, x torch.float32"):
+    with refused("bias is torch.bfloat16, not torch.float32"):
         bias_activation(x, bias.bfloat16(), "relu")
-    with refused("bias is on meta, x on cpu"):
+    with refused("bias is on meta, not on cpu"):
         bias_activation(x, bias.to("meta"), "relu")
     with refused("keeps no gradient"):
         bias_activation(x.clone().requires_grad_(), None, "relu")

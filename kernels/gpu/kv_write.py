@@ -63,11 +63,6 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
         D=head_dim,
         PAGE=PAGE_SIZE,
         BLOCK=block,
-        num_warps=num_warps(block),
+        num_warps=min(max(block // 256, 1), 8),  # 16 bytes per thread, in at most 8 warps; never tuned
         enable_fp_fusion=True,
     )
-
-
-def num_warps(block: int) -> int:
-    """16 bytes per thread, in at most 8 warps. Never tuned."""
-    return min(max(block // 256, 1), 8)

@@ -16,14 +16,13 @@ def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: 
 
     Rows do not influence each other. A row of NaN or of -inf gets some token of the vocabulary.
     """
-    adjusted = state.adjusted[batch_rows]
-    if not adjusted.any():
-        return pick(logits, state, batch_rows, positions)
-    tokens = torch.empty_like(batch_rows)
-    rows = torch.nonzero(~adjusted).squeeze(1)
-    tokens[rows] = pick(logits[rows], state, batch_rows[rows], positions[rows])
-    rows = torch.nonzero(adjusted).squeeze(1)
-    tokens[rows] = pick(adjust(logits[rows], state, batch_rows[rows]), state, batch_rows[rows], positions[rows])
+    rows = torch.nonzero(state.adjusted[batch_rows]).squeeze(1)
+    if len(rows):
+        logits = logits.index_copy(0, rows, adjust(logits[rows], state, batch_rows[rows]))
+    tokens = first_argmax(logits)
+    drawn = torch.nonzero(state.temperature[batch_rows]).squeeze(1)  # a temperature of 0 takes the first maximum
+    if len(drawn):
+        tokens[drawn] = draw(logits[drawn], state, batch_rows[drawn], positions[drawn])
     return tokens
 
 
@@ -36,15 +35,6 @@ def adjust(logits: Tensor, state: SamplingState, batch_rows: Tensor) -> Tensor:
     logits = logits - state.frequency_penalty[batch_rows, None] * generated
     logits = logits - state.presence_penalty[batch_rows, None] * (generated > 0)
     return logits + state.bias[batch_rows]
-
-
-def pick(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
-    """Token ids (B,) for adjusted logits (B, V). A temperature of 0 takes the first maximum."""
-    tokens = first_argmax(logits)
-    drawn = torch.nonzero(state.temperature[batch_rows]).squeeze(1)
-    if len(drawn):
-        tokens[drawn] = draw(logits[drawn], state, batch_rows[drawn], positions[drawn])
-    return tokens
 
 
 def draw(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:

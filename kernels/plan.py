@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -91,19 +92,16 @@ class PrefillPlan:
     @cached_property
     def chunks(self) -> Tensor:
         """(chunks, 3) int32 on the device: start, length, and the row of q in which the chunk begins."""
-        rows, begin = [], 0
-        for start, length in zip(self.starts, self.lengths, strict=True):
-            rows.append((start, length, begin))
-            begin += length
+        first_rows = accumulate(self.lengths[:-1], initial=0)
+        rows = list(zip(self.starts, self.lengths, first_rows, strict=True))
         device = self.page_table.device
-        host = torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda")
-        return host.reshape(-1, 3).to(device, non_blocking=True)
+        return torch.tensor(rows, dtype=torch.int32, pin_memory=device.type == "cuda").to(device, non_blocking=True)
 
     @cached_property
     def tiles(self) -> list[Tile]:
         """The form that kernels.torch_ops takes. A query's pages are the same wherever its chunk begins and ends."""
-        found, begin = [], 0
-        for table, start, length in zip(self.page_table.tolist(), self.starts, self.lengths, strict=True):
+        found = []
+        for table, (start, length, begin) in zip(self.page_table.tolist(), self.chunks.tolist(), strict=True):
             stop = start + length
             for tile in pages_spanned(start, stop):
                 pages = self._pages_of_tile(tile)
@@ -114,7 +112,6 @@ class PrefillPlan:
                 rows = slice(begin + first - start, begin + last - start)
                 hidden = hidden_keys(self.pattern, range(first, last), pages)
                 found.append(Tile(rows, page_ids, hidden, (tile + 1) * PAGE_SIZE - last))
-            begin += length
         return found
 
     @cached_property

@@ -28,7 +28,7 @@ class Int8Weight(PackedWeight):
         """(O, C) int8."""
 
     def dense(self) -> Tensor:
-        integers = self.integers()
+        integers = self.integers().double()
         return integers * self.scales[: len(integers), None]
 
 

@@ -69,8 +69,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activatio
     if isinstance(weight, Int8Weight):
         integers, scales = quantize_rows(x)  # how rows are rounded is a definition: there is nothing to check
         rows = (integers.double() - ZERO_POINT) * scales.double()
-        channels = weight.integers().double()
-        product = rows @ (channels * weight.scales[: len(channels), None]).T
+        product = rows @ weight.dense().T
         product = (product if bias is None else product + bias.double()).to(x.dtype)
     elif isinstance(weight, PackedWeight):
         product = F.linear(x, weight.dense(), bias)

@@ -24,11 +24,9 @@ def kv_write(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mappin
 
 
 def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
-    rows = [
-        attend(q[i, None], length - 1, k_pages, v_pages, plan.page_table[i], plan.pattern, scale)
-        for i, length in enumerate(plan.lengths.tolist())
-    ]
-    return torch.cat(rows)
+    starts = (plan.lengths - 1).tolist()
+    chunks = PrefillPlan(plan.page_table, starts, [1] * len(q), plan.pattern, plan.layout)
+    return prefill_attention(q, k_pages, v_pages, chunks, scale)
 
 
 def decode_step(

@@ -65,19 +65,6 @@ class Ops(Protocol):
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
         """Attention of one query per sequence, q (B, H, D), over its live pages: (B, H, D)."""
 
-    def decode_step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        slot_mapping: Tensor,
-        plan: DecodePlan,
-        scale: float,
-    ) -> Tensor:
-        """kv_write of each sequence's newest key and value, then decode_attention; q, k and v are (B, H, D)."""
-
     def prefill_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
         """Attention of prompt chunks, q (N, H, D) chunk after chunk, over their sequences' pages: (N, H, D)."""
 

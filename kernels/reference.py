@@ -29,13 +29,6 @@ def decode_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePl
     return prefill_attention(q, k_pages, v_pages, chunks, scale)
 
 
-def decode_step(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor, plan: DecodePlan, scale: float
-) -> Tensor:
-    kv_write(k, v, k_pages, v_pages, slot_mapping)
-    return decode_attention(q, k_pages, v_pages, plan, scale)
-
-
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
     queries = q.split(plan.lengths)
     rows = [

@@ -83,13 +83,6 @@ def attend_pages(
     return peak, weights.sum(-1), torch.matmul(weights.unsqueeze(2), v).squeeze(2)
 
 
-def decode_step(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor, plan: DecodePlan, scale: float
-) -> Tensor:
-    kv_write(k, v, k_pages, v_pages, slot_mapping)
-    return decode_attention(q, k_pages, v_pages, plan, scale)
-
-
 def prefill_attention(q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: PrefillPlan, scale: float) -> Tensor:
     """One tile of queries after the other. A row has the same bits however its prompt is cut.
 

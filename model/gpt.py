@@ -44,13 +44,12 @@ class PagedAttention:
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         pool, plan = self.pools[layer], self.plans[self.config.kind(layer)]
-        scale, count, slots = self.config.scale_of(layer), plan.num_decodes, plan.slot_mapping
+        scale, count = self.config.scale_of(layer), plan.num_decodes
+        self.ops.kv_write(k, v, pool.k, pool.v, plan.slot_mapping)
         parts = []
         if plan.decode:
-            rows = q[:count], k[:count], v[:count]
-            parts.append(self.ops.decode_step(*rows, pool.k, pool.v, slots[:count], plan.decode, scale))
+            parts.append(self.ops.decode_attention(q[:count], pool.k, pool.v, plan.decode, scale))
         if plan.prefill:
-            self.ops.kv_write(k[count:], v[count:], pool.k, pool.v, slots[count:])
             parts.append(self.ops.prefill_attention(q[count:], pool.k, pool.v, plan.prefill, scale))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 

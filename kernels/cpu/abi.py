@@ -105,7 +105,7 @@ class ScratchArgs(TensorStructure):
 
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "kv_write": (Pointer, Pointer, c_int64, *[Pointer] * 3, c_int64, c_int64, c_int),
-    "decode_step": (*[Pointer] * 3, c_int64, *[Pointer] * 7, c_int64, c_int64, c_float, c_int),
+    "decode_attention": (Pointer, c_int64, *[Pointer] * 6, c_int64, c_int64, c_float, c_int),
     "prefill_attention": (Pointer, c_int64, *[Pointer] * 7, c_int64, Pointer, c_int64, c_float, c_int),
     "add_layernorm": (*[Pointer] * 4, c_int64, c_int64, c_float, Pointer, Pointer, c_int),
     # Only in libraries for processors that have the instructions.

@@ -24,7 +24,6 @@ from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 class CompiledOps:
     """kernels.torch_ops with some of its functions compiled. A row has the same bits in any batch."""
 
-    decode_attention = staticmethod(torch_ops.decode_attention)
     bias_activation = staticmethod(torch_ops.bias_activation)
     sample = staticmethod(torch_ops.sample)
 
@@ -70,22 +69,12 @@ class CompiledOps:
         threads = torch.get_num_threads()
         self._library.kv_write(k, v, k.stride(0), k_pages, v_pages, slot_mapping, len(k), k.shape[1], threads)
 
-    def decode_step(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        slot_mapping: Tensor,
-        plan: DecodePlan,
-        scale: float,
-    ) -> Tensor:
-        q, k, v = same_strides(q, k, v)
+    def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
+        (q,) = same_strides(q)
         pages, out = plan.page_list, q.new_empty(q.shape)
-        self._library.decode_step(
-            *(q, k, v, q.stride(0), k_pages, v_pages, slot_mapping, pages.page_ids, pages.offsets, pages.visible),
-            *(out, len(q), q.shape[1], scale, torch.get_num_threads()),
+        self._library.decode_attention(
+            *(q, q.stride(0), k_pages, v_pages, pages.page_ids, pages.offsets, pages.visible, out),
+            *(len(q), q.shape[1], scale, torch.get_num_threads()),
         )
         return out
 

@@ -13,14 +13,6 @@ from kernels.gpu.prefill_attention import prefill_attention as prefill_attention
 from kernels.gpu.sampling import sample as sample
 from kernels.names import Activation
 from kernels.ops import BlockParts, Weight
-from kernels.plan import DecodePlan
-
-
-def decode_step(
-    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor, plan: DecodePlan, scale: float
-) -> Tensor:
-    kv_write(k, v, k_pages, v_pages, slot_mapping)
-    return decode_attention(q, k_pages, v_pages, plan, scale)
 
 
 def pack(weight: Tensor, *, quantize: bool) -> Weight:

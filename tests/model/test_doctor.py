@@ -26,15 +26,7 @@ dtypes = pytest.mark.parametrize("dtype", LIMITS, ids=lambda dtype: str(dtype)[6
 
 def broken(**functions: Any) -> Ops:
     """kernels.torch_ops with other functions."""
-    ops = SimpleNamespace(**vars(torch_ops) | functions)
-
-    def decode_step(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-        k_pages, v_pages, slot_mapping, plan, scale = rest
-        ops.kv_write(k, v, k_pages, v_pages, slot_mapping)
-        return ops.decode_attention(q, k_pages, v_pages, plan, scale)
-
-    ops.decode_step = decode_step
-    return cast(Ops, ops)
+    return cast(Ops, SimpleNamespace(**vars(torch_ops) | functions))
 
 
 def with_pattern(kind: str, change: int) -> Ops:

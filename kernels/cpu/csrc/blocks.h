@@ -26,18 +26,15 @@ extern "C" void run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_
   const auto attention = [&](const BlockArgs& block, const ELEMENT* input) {
     multiply(block.c_attn, input, scratch.qkv, NONE);
     const PlanArgs& plan = plans[block.plan];
+    const ELEMENT* q = scratch.qkv;
+    kv_write(q + columns, q + 2 * columns, row, block.k_pages, block.v_pages, plan.slot_mapping, tokens, heads, threads);
     if (decodes)
-      decode_step(scratch.qkv, scratch.qkv + columns, scratch.qkv + 2 * columns, row, block.k_pages, block.v_pages,
-                  plan.slot_mapping, plan.page_ids, plan.offsets, plan.visible, scratch.attended, decodes, heads,
-                  block.scale, threads);
-    if (decodes < tokens) {
-      const ELEMENT* q = scratch.qkv + decodes * row;
-      kv_write(q + columns, q + 2 * columns, row, block.k_pages, block.v_pages, plan.slot_mapping + decodes,
-               tokens - decodes, heads, threads);
-      prefill_attention(q, row, block.k_pages, block.v_pages, plan.tile_rows, plan.tile_offsets, plan.tile_page_ids,
-                        plan.tile_masks, plan.tile_hidden, plan.num_tiles, scratch.attended + decodes * columns, heads,
-                        block.scale, threads);
-    }
+      decode_attention(q, row, block.k_pages, block.v_pages, plan.page_ids, plan.offsets, plan.visible, scratch.attended,
+                       decodes, heads, block.scale, threads);
+    if (decodes < tokens)
+      prefill_attention(q + decodes * row, row, block.k_pages, block.v_pages, plan.tile_rows, plan.tile_offsets,
+                        plan.tile_page_ids, plan.tile_masks, plan.tile_hidden, plan.num_tiles,
+                        scratch.attended + decodes * columns, heads, block.scale, threads);
     multiply(block.c_proj, scratch.attended, update, NONE);
   };
   const auto mlp = [&](const BlockArgs& block, const ELEMENT* input) {

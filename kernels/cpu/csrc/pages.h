@@ -30,25 +30,16 @@ void prefetch_head(const ELEMENT* source) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(ELEMENT)) __builtin_prefetch(source + i, 0, 2);
 }
 
-// Copies keys or values of `count` tokens, `stride` apart, to pages. Every thread of a parallel region calls it.
-void write_pages(const ELEMENT* source, int64_t stride, ELEMENT* pages, const int64_t* slot_mapping, int64_t count,
-                 int64_t heads) {
-#pragma omp for nowait
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t h = 0; h < heads; h++) {
-      const int64_t row = (slot_mapping[i] / PAGE_SIZE * heads + h) * PAGE_SIZE + slot_mapping[i] % PAGE_SIZE;
-      std::memcpy(pages + row * HEAD_DIM, source + i * stride + h * HEAD_DIM, HEAD_DIM * sizeof(ELEMENT));
-    }
-}
-
 }  // namespace
 
 // kernels.ops.Ops.kv_write: k and v (count, heads, HEAD_DIM), tokens `stride` apart.
 extern "C" void kv_write(const ELEMENT* k, const ELEMENT* v, int64_t stride, ELEMENT* k_pages, ELEMENT* v_pages,
                          const int64_t* slot_mapping, int64_t count, int64_t heads, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-    write_pages(k, stride, k_pages, slot_mapping, count, heads);
-    write_pages(v, stride, v_pages, slot_mapping, count, heads);
-  }
+#pragma omp parallel for num_threads(threads)
+  for (int64_t i = 0; i < count; i++)
+    for (int64_t h = 0; h < heads; h++) {
+      const int64_t row = (slot_mapping[i] / PAGE_SIZE * heads + h) * PAGE_SIZE + slot_mapping[i] % PAGE_SIZE;
+      std::memcpy(k_pages + row * HEAD_DIM, k + i * stride + h * HEAD_DIM, HEAD_DIM * sizeof(ELEMENT));
+      std::memcpy(v_pages + row * HEAD_DIM, v + i * stride + h * HEAD_DIM, HEAD_DIM * sizeof(ELEMENT));
+    }
 }

@@ -87,8 +87,9 @@ void check_decode(int64_t batch) {
     }
     offsets.push_back(page_ids.size());
   }
-  decode_step(q.data(), q.data() + row, q.data() + 2 * row, 3 * row, k_pages.data(), v_pages.data(), slots.data(),
-              page_ids.data(), offsets.data(), visible.data(), out.data(), batch, HEADS, SCALE, THREADS);
+  kv_write(q.data() + row, q.data() + 2 * row, 3 * row, k_pages.data(), v_pages.data(), slots.data(), batch, HEADS, THREADS);
+  decode_attention(q.data(), 3 * row, k_pages.data(), v_pages.data(), page_ids.data(), offsets.data(), visible.data(),
+                   out.data(), batch, HEADS, SCALE, THREADS);
   for (int64_t b = 0; b < batch; b++)
     for (int h = 0; h < HEADS; h++)
       for (int d = 0; d < HEAD_DIM; d++) {
@@ -97,7 +98,7 @@ void check_decode(int64_t batch) {
         expect("a written key", place, plain(k_pages[place]), plain(q[source + row]), 0);
         expect("a written value", place, plain(v_pages[place]), plain(q[source + 2 * row]), 0);
         const double wanted = attended(&q[b * 3 * row + h * HEAD_DIM], k_pages, v_pages, keys[b], h, d);
-        expect("decode_step", b, plain(out[b * row + h * HEAD_DIM + d]), wanted, 4 * STEP);
+        expect("decode_attention", b, plain(out[b * row + h * HEAD_DIM + d]), wanted, 4 * STEP);
       }
 }
 

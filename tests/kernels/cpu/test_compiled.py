@@ -1,4 +1,4 @@
-"""Compiled CPU kernels: decode attention's values, bits and keys; the cache; libraries that can't be made or loaded."""
+"""Compiled CPU kernels: decode attention's values and bits; the cache; libraries that can't be made or loaded."""
 
 import ctypes
 import logging
@@ -7,20 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from kernels import reference
-from kernels.band import PAGE_SIZE
 from kernels.cpu import build as cpu_build
 from kernels.cpu import compiled as cpu_compiled
 from kernels.cpu.build import Shape
 from kernels.cpu.compiled import CompiledOps, load
-from kernels.ops import Ops
 from kernels.patterns import Pattern
 from kernels.plan import DecodePlan
 from tests.kernels.cases import DENSE, TOLERANCE, alone, assert_close, decode, patterns
 from tests.kernels.compiled import VARIANTS, compiled_ops
-from tests.kernels.paged import Cache, DecodeCase, decode_case
+from tests.kernels.paged import DecodeCase, decode_case
 
 NUM_HEADS, DIM = 3, 32
 
@@ -35,20 +32,6 @@ def ops(shape: Shape, request: pytest.FixtureRequest) -> CompiledOps:
     return compiled_ops(*shape, request.param)
 
 
-def step(ops: Ops, case: DecodeCase, scale: float = 0.3) -> Tensor:
-    """`decode_step` of a case whose newest keys have been taken out of its cache, and must be in it afterwards."""
-    lengths, table = case.plan.lengths, case.plan.page_table
-    last = lengths - 1
-    pages, offsets = table[torch.arange(len(lengths)), last // PAGE_SIZE].long(), last % PAGE_SIZE
-    k, v = (x[pages, :, offsets] for x in (case.cache.k, case.cache.v))
-    cache = Cache(case.cache.k.clone(), case.cache.v.clone(), table)
-    cache.k[pages, :, offsets] = cache.v[pages, :, offsets] = float("nan")
-    out = ops.decode_step(case.q, k, v, cache.k, cache.v, pages * PAGE_SIZE + offsets, case.plan, scale)
-    for ours, expected in ((cache.k, case.cache.k), (cache.v, case.cache.v)):
-        torch.testing.assert_close(ours, expected, atol=0, rtol=0, equal_nan=True)
-    return out
-
-
 def case_of(shape: Shape, lengths: list[int], pattern: Pattern) -> DecodeCase:
     return decode_case(lengths, pattern, heads=NUM_HEADS, dim=DIM, dtype=shape.dtype)
 
@@ -57,13 +40,13 @@ def case_of(shape: Shape, lengths: list[int], pattern: Pattern) -> DecodeCase:
 def test_it_equals_the_reference(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
     # All that is not a live key is NaN.
     case = case_of(shape, [1, 63, 64, 65, 256, 257, 2048, 700, 320], pattern)
-    assert_close(step(ops, case), decode(reference, case))
+    assert_close(decode(ops, case), decode(reference, case))
 
 
 @pytest.mark.parametrize("length", [1, 64, 65, 700])
 def test_a_lone_sequence(ops: CompiledOps, shape: Shape, length: int) -> None:
     case = case_of(shape, [length], DENSE)
-    out = step(ops, case)
+    out = decode(ops, case)
     assert out.shape == case.q.shape
     assert_close(out, decode(reference, case))
 
@@ -72,17 +55,17 @@ def test_a_lone_sequence(ops: CompiledOps, shape: Shape, length: int) -> None:
 def test_a_row_has_the_same_bits_in_any_batch(ops: CompiledOps, shape: Shape, pattern: Pattern) -> None:
     lengths = [64 * 20 + 7, 3, 900, 2048, 65, 64, 700]
     case = case_of(shape, lengths, pattern)
-    together = step(ops, case)
+    together = decode(ops, case)
     for i in range(len(lengths)):
-        assert torch.equal(step(ops, alone(case, i))[0], together[i])
+        assert torch.equal(decode(ops, alone(case, i))[0], together[i])
     plan = DecodePlan(case.plan.page_table[2:5], case.plan.lengths[2:5], pattern, case.plan.layout)
-    assert torch.equal(step(ops, DecodeCase(case.q[2:5], case.cache, plan)), together[2:5])
+    assert torch.equal(decode(ops, DecodeCase(case.q[2:5], case.cache, plan)), together[2:5])
 
 
 def test_scores_far_from_0_do_not_overflow(ops: CompiledOps, shape: Shape) -> None:
     case = case_of(shape, [300, 70], DENSE)
     tolerance = max(1e-3, TOLERANCE[shape.dtype])
-    torch.testing.assert_close(step(ops, case, 100.0), decode(reference, case, 100.0), atol=tolerance, rtol=tolerance)
+    torch.testing.assert_close(decode(ops, case, 100.0), decode(reference, case, 100.0), atol=tolerance, rtol=tolerance)
 
 
 def test_the_second_start_takes_what_the_first_has_compiled(

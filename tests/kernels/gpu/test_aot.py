@@ -23,7 +23,6 @@ GOOD = Report(
     spills=0,
     shared_bytes=114688,
     math="HGMMA",
-    wide_loads=32,
     narrow=(),
     tiles_in_flight=2,
     buffers=3,
@@ -91,9 +90,7 @@ def test_resource_usage_adds_stack_and_local_memory() -> None:
 
 def test_opcodes_are_counted_with_or_without_predicate() -> None:
     ops = aot.opcodes(SASS)
-    assert ops.total() == 8
-    assert [aot.count(ops, name) for name in ("LDG", "LDGSTS", "HMMA", "HGMMA", "STL", "LDL")] == [2, 1, 1, 0, 1, 1]
-    assert aot.count(ops, "LDG", ".128") == 1
+    assert ops == {"IMAD": 1, "LDG": 2, "LDGSTS": 1, "LDS": 1, "STL": 1, "LDL": 1, "HMMA": 1}
 
 
 def test_tiles_in_flight_are_those_of_the_wait_in_the_loop() -> None:
@@ -136,6 +133,8 @@ def test_narrow_and_missing_accesses_are_named() -> None:
         (80, 32, 81 * 1024, 4, 2),
         (80, 32, 81 * 1024 + 1, 4, 1),  # a block reserves 1 KB
         (90, 32, 81 * 1024 + 1, 4, 2),
+        (90, 32, 227 * 1024, 4, 1),
+        (90, 32, 227 * 1024 + 1, 4, 0),
     ],
 )
 def test_blocks_of_sm(capability: Any, registers: int, shared_bytes: int, num_warps: int, blocks: int) -> None:
@@ -156,7 +155,6 @@ def test_a_good_report_has_no_problems() -> None:
         ({"narrow": ("a.py:1:2 of 8 bytes",)}, "narrow access at a.py:1:2 of 8 bytes"),
         ({"tiles_in_flight": 1}, "1 tiles in flight, in 3 buffers, not 2"),
         ({"buffers": 1}, "2 tiles in flight, in 1 buffers, not 2"),
-        ({"shared_bytes": 232449}, "needs 232449 bytes of shared memory of 232448"),
         ({"blocks": 1}, "1 blocks fit an SM, not 2"),
     ],
 )
@@ -181,8 +179,6 @@ def test_refuses_to_run_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(SystemExit, match="unset it"):
         aot.main()
-    with pytest.raises(RuntimeError, match="unset it"):
-        aot.compile_(GOOD.configuration)
 
 
 # The tests run in Triton's interpreter and cannot compile. So this script needs a process of its own.
@@ -233,11 +229,10 @@ def test_a_tile_that_is_too_large_spills(compiled: Compiled) -> None:
 
 
 def test_without_the_attributes_of_a_launch_another_kernel_is_inspected(compiled: Compiled) -> None:
-    """That kernel has no 16-byte accesses, and therefore no pipeline."""
+    """That kernel has no 16-byte accesses, and therefore no pipeline. The one that ships has both, or it would not pass."""
     [bare] = compiled.reports["bare"]
-    assert compiled.reports["shipped"][0]["wide_loads"] >= 16
-    assert bare["wide_loads"] == 0
     assert len(bare["narrow"]) == 4  # q, k, v and the output
+    assert bare["tiles_in_flight"] == 0
 
 
 def test_main_prints_the_table_and_exits_with_the_problems(compiled: Compiled) -> None:

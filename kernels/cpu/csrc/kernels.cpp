@@ -3,10 +3,4 @@
 // kernels/cpu/build.py compiles this where it runs, for one ELEMENT (the type of activations, keys and values) and
 // one HEAD_DIM. A row's arithmetic depends on its own numbers and pages only, so its bits are the same in any batch.
 
-#include "abi.h"
-#include "blocks.h"
-#include "decode_attention.h"
-#include "norms.h"
-#include "pages.h"
-#include "prefill_attention.h"
-#include "products.h"
+#include "blocks.h"  // which includes all others

@@ -8,13 +8,14 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import pytest
 
 from kernels.band import PAGE_SIZE
 from kernels.cpu import abi, build
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, GROUP, LANES, OFFSET, PANELS
+from kernels.names import Activation
 from tests.demand import demand
 
 HERE = Path(__file__).parent
@@ -68,7 +69,7 @@ def test_the_source_has_no_warnings(target: Target, element: str) -> None:
 def layout_check(directory: Path) -> tuple[str, ...]:
     """Arguments that make a compiler compare csrc/abi.h with what Python holds of it; a copy in `directory` comes first."""
     constants = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
-    constants |= {str(name).upper(): number for name, number in ACTIVATIONS.items()}
+    constants |= {str(name).upper(): ACTIVATIONS[name] for name in (None, *get_args(Activation))}
     facts = [f"{name} == {value}" for name, value in constants.items()]
     for structure in (each for each in vars(abi).values() if hasattr(each, "_fields_")):
         owner = structure.__name__

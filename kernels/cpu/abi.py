@@ -1,15 +1,18 @@
 """The structures of csrc/abi.h and the arguments of the functions in csrc/, for ctypes.
 
-A test holds the structures and constants of both languages to each other (tests/kernels/cpu/test_native.py).
+Whoever compiles a library compiles `layout` with it, so that none is made in which the two languages differ.
 """
 
 import ctypes
 from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from kernels.cpu.panels import Bf16Panels, Int8Panels
+from kernels.band import PAGE_SIZE
+from kernels.cpu.panels import ACTIVATIONS, BLOCK, GROUP, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels
+from kernels.names import Activation
 from kernels.ops import BlockParts
 from kernels.plan import StepPlan
 
@@ -103,6 +106,7 @@ class ScratchArgs(TensorStructure):
     _fields_ = (*pointers("normed", "qkv", "attended", "inner"), ("quantized", QuantizedRows))
 
 
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs)
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "kv_write": (Pointer, Pointer, c_int64, *[Pointer] * 3, c_int64, c_int64, c_int),
     "decode_attention": (Pointer, c_int64, *[Pointer] * 6, c_int64, c_int64, c_float, c_int),
@@ -116,3 +120,17 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
         *(POINTER(PlanArgs), c_int64, c_int64, Pointer, Pointer, POINTER(ScratchArgs), c_int),
     ),
 }
+
+
+def layout() -> str:
+    """C++ that compiles after csrc/abi.h only if that has the constants, the structures and the fields of this file."""
+    constants = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
+    constants |= {str(name).upper(): ACTIVATIONS[name] for name in (None, *get_args(Activation))}
+    facts = [f"{name} == {value}" for name, value in constants.items()]
+    for structure in STRUCTURES:
+        owner = structure.__name__
+        facts.append(f"sizeof({owner}) == {ctypes.sizeof(structure)}")
+        for name, *_ in structure._fields_:
+            field = getattr(structure, name)
+            facts += [f"offsetof({owner}, {name}) == {field.offset}", f"sizeof({owner}::{name}) == {field.size}"]
+    return "\n".join(("#include <cstddef>", *(f"static_assert({fact});" for fact in facts), ""))

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from kernels.cpu.abi import layout
+
 log = logging.getLogger("banded.kernels")
 
 SOURCES = Path(__file__).with_name("csrc")
@@ -60,7 +62,7 @@ def cache_directory() -> Path:
 def key(shape: Shape) -> str:
     """A hash of everything that the machine code depends on."""
     sources = (f"{path.name}\0{path.read_text(encoding='utf-8')}" for path in sorted(SOURCES.iterdir()))
-    facts = (*sources, FLAGS, os.environ.get("CXX", ""), *map(str, shape), processor())
+    facts = (*sources, layout(), FLAGS, os.environ.get("CXX", ""), *map(str, shape), processor())
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
 
 
@@ -91,15 +93,16 @@ def build(shape: Shape, library: Path) -> str | None:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / "built.so"
             finished = subprocess.run(
-                [*compiler(), *FLAGS.split(), *defines, str(SOURCES / "kernels.cpp"), "-o", str(built)],
+                [*compiler(), *FLAGS.split(), *defines, f"-I{SOURCES}", "-xc++", "-", "-o", str(built)],
+                input=f'#include "kernels.cpp"\n{layout()}',
                 capture_output=True,
                 text=True,
                 timeout=BUILD_TIMEOUT,
                 check=False,
             )
             if finished.returncode:
-                lines = finished.stderr.strip().splitlines()
-                return lines[-1] if lines else f"the compiler ended with {finished.returncode}"
+                lines = finished.stderr.strip().splitlines() or [f"the compiler ended with {finished.returncode}"]
+                return next((line for line in lines if "error: " in line), lines[-1])
             built.replace(library)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)

@@ -13,7 +13,7 @@ from kernels.int8 import Int8Weight
 from kernels.names import Activation
 from kernels.ops import PackedWeight
 
-# csrc/abi.h explains these. tests/kernels/cpu/test_native.py checks that both files say the same.
+# csrc/abi.h explains these. kernels.cpu.abi.layout has the compiler check that both files say the same.
 LANES, GROUP, BLOCK, PANELS, OFFSET = 16, 4, 64, 2, 128
 # The enum Activation there.
 ACTIVATIONS: dict[Activation | None, int] = {None: 0, "relu": 1, "gelu": 2, "gelu_new": 3}

@@ -151,3 +151,16 @@ def test_every_source_file_changes_the_name_in_the_cache(tmp_path: Path, monkeyp
         file.write_text(file.read_text() + "\n")
         keys.add(cpu_build.key(shape))
     assert len(keys) == 1 + len(files)
+
+
+def test_no_library_is_made_whose_structures_differ_from_python_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor loaded: the structures are part of the name in the cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before = cpu_build.key(Shape(16, torch.float32))
+    layout = cpu_build.layout().replace("static_assert(sizeof(PlanArgs) == 80)", "static_assert(sizeof(PlanArgs) == 72)")
+    monkeypatch.setattr(cpu_build, "layout", lambda: layout)
+    assert cpu_build.key(Shape(16, torch.float32)) != before
+    assert load(Shape(16, torch.float32)) is None
+    assert "static assertion failed" in caplog.text

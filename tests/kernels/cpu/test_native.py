@@ -3,19 +3,16 @@
 The compilers also check the layout of what it shares with Python.
 """
 
-import ctypes
 import os
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple, get_args
+from typing import NamedTuple
 
 import pytest
 
-from kernels.band import PAGE_SIZE
-from kernels.cpu import abi, build
-from kernels.cpu.panels import ACTIVATIONS, BLOCK, GROUP, LANES, OFFSET, PANELS
-from kernels.names import Activation
+from kernels.cpu import build
+from kernels.cpu.abi import layout
 from tests.demand import demand
 
 HERE = Path(__file__).parent
@@ -66,26 +63,16 @@ def test_the_source_has_no_warnings(target: Target, element: str) -> None:
     compiled(target, "-fsyntax-only", f"-DELEMENT={element}", "-DHEAD_DIM=64", str(build.SOURCES / "kernels.cpp"))
 
 
-def layout_check(directory: Path) -> tuple[str, ...]:
-    """Arguments that make a compiler compare csrc/abi.h with what Python holds of it; a copy in `directory` comes first."""
-    constants = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
-    constants |= {str(name).upper(): ACTIVATIONS[name] for name in (None, *get_args(Activation))}
-    facts = [f"{name} == {value}" for name, value in constants.items()]
-    for structure in (each for each in vars(abi).values() if hasattr(each, "_fields_")):
-        owner = structure.__name__
-        facts.append(f"sizeof({owner}) == {ctypes.sizeof(structure)}")
-        for name, *_ in structure._fields_:
-            field = getattr(structure, name)
-            facts += [f"offsetof({owner}, {name}) == {field.offset}", f"sizeof({owner}::{name}) == {field.size}"]
-    lines = "#include <cstddef>", '#include "kernels.cpp"', *(f"static_assert({fact});" for fact in facts), ""
-    source = directory / "layout.cpp"
-    source.write_text("\n".join(lines))
+def with_layout(directory: Path) -> tuple[str, ...]:
+    """Arguments that compile what a library is made of; a copy of the sources in `directory` comes first."""
+    source = directory / "library.cpp"
+    source.write_text(f'#include "kernels.cpp"\n{layout()}')
     return "-fsyntax-only", "-DELEMENT=bfloat16", "-DHEAD_DIM=64", str(source)
 
 
 @pytest.mark.parametrize("target", [GCC, CLANG, ARM], ids=lambda t: t.compiler)
 def test_python_and_cpp_agree_on_structures_and_constants(target: Target, tmp_path: Path) -> None:
-    compiled(target, *layout_check(tmp_path))
+    compiled(target, *with_layout(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -103,7 +90,7 @@ def test_the_compiler_says_where_they_differ(before: str, after: str, fact: str,
     sources = shutil.copytree(build.SOURCES, tmp_path / "csrc")
     header = sources / "abi.h"
     header.write_text(header.read_text().replace(before, after))
-    run = subprocess.run(["g++", *FLAGS, *layout_check(sources)], capture_output=True, text=True, check=False)
+    run = subprocess.run(["g++", *FLAGS, *with_layout(sources)], capture_output=True, text=True, check=False)
     assert run.returncode == 1
     assert f"static_assert({fact})" in run.stderr
 

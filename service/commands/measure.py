@@ -75,7 +75,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         served = RemoteModel(url, model)
         results["model"] = model
         if text is not None:
-            found = results["text"] = perplexity(served, text).report()
+            found = results["text"] = perplexity(served, text)
             bits = f"{found['bits_per_byte']:.3f} bits per byte"
             print(f"perplexity {found['perplexity']:.2f}, {bits}, {found['tokens']} tokens", flush=True)
         if questions:

@@ -5,14 +5,13 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
-from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 
 from model.checkpoint.prompt_format import PromptFormat
 from service.engine.prompts import Example, FewShot, few_shot_parts
@@ -50,24 +49,11 @@ class RemoteModel:
             raise EvaluationError(f"POST {self.url}{path}: {error.reason}") from error
 
 
-class Perplexity(NamedTuple):
-    """How well a model predicts every token of a text but the first."""
+def perplexity(served: RemoteModel, text: str) -> dict[str, float]:
+    """How well a model predicts every token of a text but the first, with the text's numbers of tokens and bytes.
 
-    tokens: int
-    bytes: int
-    nats: float
-
-    def report(self) -> dict[str, float]:
-        return {
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "perplexity": math.exp(self.nats / (self.tokens - 1)),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-        }
-
-
-def perplexity(served: RemoteModel, text: str) -> Perplexity:
-    """Of a whole text, in windows of the model's context. A window begins with the last token of the one before it."""
+    The model reads windows of its context's length. A window begins with the last token of the one before it.
+    """
     found = served.post("/tokenize", {"prompt": text, "add_special_tokens": False})
     try:
         tokens, context = found["tokens"], found["max_model_len"]
@@ -77,7 +63,7 @@ def perplexity(served: RemoteModel, text: str) -> Perplexity:
         raise EvaluationError(f"the text has {len(tokens)} tokens; perplexity needs 2 at least")
     windows = [tokens[start : start + context] for start in range(0, len(tokens) - 1, context - 1)]
 
-    def nats(window: list[int]) -> float:
+    def nats_of(window: list[int]) -> float:
         body = {"prompt": window, "max_tokens": 0, "echo": True, "logprobs": 0}
         logprobs = (served.post("/v1/completions", body)["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
         if len(logprobs) != len(window):
@@ -85,7 +71,14 @@ def perplexity(served: RemoteModel, text: str) -> Perplexity:
             raise EvaluationError(f"POST {served.url}/v1/completions: {asked}, {len(logprobs)} came")
         return -sum(logprobs[1:])
 
-    return Perplexity(len(tokens), len(text.encode()), sum(in_parallel(nats, windows, "perplexity", "window")))
+    nats = sum(thread_map(nats_of, windows, max_workers=IN_FLIGHT, desc="perplexity", unit="window"))
+    num_bytes = len(text.encode())
+    return {
+        "tokens": len(tokens),
+        "bytes": num_bytes,
+        "perplexity": math.exp(nats / (len(tokens) - 1)),
+        "bits_per_byte": nats / math.log(2) / num_bytes,
+    }
 
 
 def read_text(path: Path) -> str:
@@ -165,12 +158,7 @@ def few_shot_accuracy(served: RemoteModel, questions: list[Question]) -> dict[st
         return answer.strip() == question.item.output.strip()
 
     right: dict[str, dict[int, list[bool]]] = {}
-    for question, hit in zip(questions, in_parallel(is_right, questions, "few-shot", "item"), strict=True):
+    answers = thread_map(is_right, questions, max_workers=IN_FLIGHT, desc="few-shot", unit="item")
+    for question, hit in zip(questions, answers, strict=True):
         right.setdefault(question.item.task, {}).setdefault(question.shots, []).append(hit)
     return {task: {count: sum(hits) / len(hits) for count, hits in by.items()} for task, by in right.items()}
-
-
-def in_parallel(work: Any, inputs: list[Any], what: str, unit: str) -> list[Any]:
-    """The results of `work` on `inputs`, in order. Shows progress."""
-    with ThreadPoolExecutor(IN_FLIGHT) as threads:
-        return list(tqdm(threads.map(work, inputs), total=len(inputs), desc=what, unit=unit))

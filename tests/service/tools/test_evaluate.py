@@ -43,7 +43,7 @@ def test_over_http_and_in_process_a_text_has_one_perplexity(
     (tmp_path / "items.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     report = tmp_path / "report.json"
     with banded_serve(checkpoint, tmp_path / "log") as server:
-        found = perplexity(RemoteModel(server.url, checkpoint.name), TEXT).report()
+        found = perplexity(RemoteModel(server.url, checkpoint.name), TEXT)
         options = ["--url", server.url, "--text", str(tmp_path / "text.txt"), "--json", str(report)]
         assert main(["evaluate", *options, "--few-shot", str(tmp_path / "items.jsonl"), "--shots", "4", "0"]) == 0
         with pytest.raises(EvaluationError, match=r"POST /tokenize: 404 .*'nobody'"):
@@ -96,8 +96,13 @@ def test_windows_overlap_by_a_token_and_every_other_one_is_counted_once() -> Non
     found = perplexity(Fake(answer), "x" * 300)
     assert sorted(token for window in seen for token in window[1:]) == list(range(2, 101))
     assert max(map(len, seen)) == 30
-    assert found.nats == sum(range(2, 101))
-    assert (found.tokens, found.bytes) == (100, 300)
+    nats = sum(range(2, 101))
+    assert found == {
+        "tokens": 100,
+        "bytes": 300,
+        "perplexity": math.exp(nats / 99),
+        "bits_per_byte": nats / math.log(2) / 300,
+    }
 
 
 def test_a_text_of_one_token_has_no_perplexity() -> None:

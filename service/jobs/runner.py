@@ -16,8 +16,7 @@ from pathlib import Path
 
 from model.training.records import CURVE_FILE, REPORT_FILE, DataReport, LossRow, read_curve
 from service.engine.models import Models
-from service.jobs.job import UNFINISHED, Job
-from service.jobs.store import Store
+from service.jobs.store import UNFINISHED, Job, Store
 
 log = logging.getLogger("banded.jobs")
 

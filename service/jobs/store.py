@@ -9,10 +9,9 @@ import sqlite3
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from model.checkpoint.files import write_atomically
-from service.jobs.job import UNFINISHED, Event, Hyperparameters, Job, Status, StoredFile
 
 log = logging.getLogger("banded.store")
 
@@ -20,6 +19,9 @@ MAX_FILES = 1000
 MAX_TOTAL_BYTES = 4 << 30
 MAX_JOBS = 1000
 
+Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
+# A job with one of these goes on, after a restart too.
+UNFINISHED = ("validating_files", "running")
 HAS_NOT_ENDED = f"status IN {UNFINISHED}"
 LAST_NUMBER = 2**63 - 1
 
@@ -40,6 +42,47 @@ CREATE INDEX IF NOT EXISTS events_of ON events (job, number);
 """
 
 
+class StoredFile(NamedTuple):
+    id: str
+    filename: str
+    purpose: str
+    bytes: int
+    created: int
+
+
+class Hyperparameters(NamedTuple):
+    n_epochs: int
+    batch_size: int
+    learning_rate: float
+    rank: int
+
+
+class Job(NamedTuple):
+    id: str
+    status: Status
+    model: str
+    suffix: str
+    seed: int
+    hyperparameters: Hyperparameters
+    training_file: str
+    validation_file: str | None
+    created: int
+    finished: int | None = None
+    error: str | None = None
+    fine_tuned_model: str | None = None
+    trained_tokens: int | None = None
+
+
+class Event(NamedTuple):
+    number: int
+    job: str
+    created: int
+    level: str  # info, warn or error
+    type: str  # message, or metrics
+    message: str
+    data: dict[str, Any]
+
+
 class StoreFullError(Exception):
     """There is no room. `param` is the field of a request that there is no room for, if there is one."""
 
@@ -48,15 +91,11 @@ class StoreFullError(Exception):
         self.param = param
 
 
-class StoreInUseError(ValueError):
-    """Another process has the store."""
-
-
 class Store:
     """Belongs to one process, and to one thread at a time. A change is on disk when the call returns."""
 
     def __init__(self, directory: Path):
-        """Raises StoreInUseError if another process has the directory."""
+        """Raises ValueError if another process has the directory."""
         self.directory = directory
         (directory / "files").mkdir(parents=True, exist_ok=True)
         self._lock = (directory / "lock").open("w")
@@ -64,7 +103,7 @@ class Store:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.close()
-            raise StoreInUseError(f"another server keeps its files in {directory}") from None
+            raise ValueError(f"another server keeps its files in {directory}") from None
         path = directory / "banded.sqlite"
         is_new = not path.exists()
         self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)

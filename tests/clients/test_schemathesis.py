@@ -16,9 +16,8 @@ from schemathesis.specs.openapi.checks import positive_data_acceptance
 
 import service.jobs.store
 from service.api.app import create_app
-from service.jobs.job import Hyperparameters
 from service.jobs.runner import Jobs
-from service.jobs.store import Store
+from service.jobs.store import Hyperparameters, Store
 from tests.conformance import contract
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine

@@ -13,9 +13,8 @@ from service.api.schema.files import FileList, FileObject
 from service.api.schema.fine_tuning import CheckpointObject
 from service.api.state import state_of
 from service.engine.request import shown
-from service.jobs.job import Job, StoredFile
 from service.jobs.runner import Jobs
-from service.jobs.store import Store
+from service.jobs.store import Job, Store, StoredFile
 
 router = APIRouter()
 

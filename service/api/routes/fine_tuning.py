@@ -23,8 +23,7 @@ from service.api.validation import find_model, warnings_for
 from service.engine.models import ModelEntry, Models
 from service.engine.pages import sequence_bytes
 from service.engine.request import shown
-from service.jobs.job import UNFINISHED, Hyperparameters, Job
-from service.jobs.store import Store
+from service.jobs.store import UNFINISHED, Hyperparameters, Job, Store
 
 router = APIRouter()
 

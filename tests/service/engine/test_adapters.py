@@ -16,8 +16,7 @@ from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable, new_
 from service.commands.serve import load_app
 from service.engine.loading import LoadError, load_served
 from service.engine.metrics import Metrics
-from service.jobs.job import Hyperparameters
-from service.jobs.store import Store
+from service.jobs.store import Hyperparameters, Store
 from service.settings import Settings
 from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny

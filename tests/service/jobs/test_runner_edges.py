@@ -11,9 +11,8 @@ import pytest
 
 from service.engine.models import Models
 from service.jobs import runner
-from service.jobs.job import Hyperparameters, Job
 from service.jobs.runner import Jobs
-from service.jobs.store import Store
+from service.jobs.store import Hyperparameters, Job, Store
 
 # Writes a curve of two updates and its report at once; then it may stay until it is told to end.
 PROCESS = """

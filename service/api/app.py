@@ -9,7 +9,6 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from service.api import errors, openapi
-from service.api.limits import RateLimits
 from service.api.middleware import (
     HEALTH,
     AnswerFaults,
@@ -63,7 +62,9 @@ def create_app(models: Models, metrics: Metrics, settings: Settings, jobs: Jobs 
     # The last one added is the outermost.
     app.add_middleware(AnswerFaults)
     app.add_middleware(LimitBody, max_bytes=settings.max_body_bytes)
-    app.add_middleware(LimitRates, limits=RateLimits(settings.limit_requests, settings.limit_tokens))
+    app.add_middleware(
+        LimitRates, keys=settings.api_keys, limit_requests=settings.limit_requests, limit_tokens=settings.limit_tokens
+    )
     if settings.api_keys:
         app.add_middleware(RequireKey, keys=settings.api_keys, open_paths=open_paths)
     if settings.cors_origins:

@@ -38,7 +38,7 @@ class Bucket:
 class KeyLimits:
     """What one key has left. A limit of 0 means that there is none."""
 
-    def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float]):
+    def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float] = time.monotonic):
         limits = {"requests": limit_requests, "tokens": limit_tokens}
         self._clock = clock
         self._buckets = {unit: Bucket(limit, clock()) for unit, limit in limits.items() if limit}
@@ -74,23 +74,6 @@ class KeyLimits:
             headers[f"x-ratelimit-remaining-{unit}"] = str(remaining(bucket, now))
             headers[f"x-ratelimit-reset-{unit}"] = duration_text(bucket.seconds_until(bucket.limit, now))
         return headers
-
-
-class RateLimits:
-    """The limits of all keys, each named by its hash. Every key has the same limits; 0 means none."""
-
-    def __init__(self, limit_requests: int, limit_tokens: int, clock: Callable[[], float] = time.monotonic):
-        self._limits = limit_requests, limit_tokens
-        self._clock = clock
-        self._keys: dict[bytes, KeyLimits] = {}
-
-    def of(self, key: bytes) -> KeyLimits | None:
-        """None if nothing is limited. Call it for configured keys only: it remembers every key."""
-        if not any(self._limits):
-            return None
-        if key not in self._keys:
-            self._keys[key] = KeyLimits(*self._limits, self._clock)
-        return self._keys[key]
 
 
 def remaining(bucket: Bucket, now: float) -> int:

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import APIError, api_error
-from service.api.limits import LimitError, RateLimits
+from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
 
 HEALTH = ("/health/live", "/health/ready")
@@ -103,19 +103,15 @@ class RequireKey(Middleware):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] not in self._open_paths:
-            key = self._key(scope)
-            if key is None:
+            kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
+            key = digest(token.strip())
+            matches = [hmac.compare_digest(key, known) for known in self._digests]
+            if kind.lower() != "bearer" or not any(matches):
                 message, headers = "missing or wrong API key in the Authorization header", {"www-authenticate": "Bearer"}
                 await APIError(401, message, code="invalid_api_key", headers=headers).response(scope, receive, send)
                 return
             scope["state"]["key"] = key
         await self._app(scope, receive, send)
-
-    def _key(self, scope: Scope) -> bytes | None:
-        kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
-        given = digest(token.strip())
-        matches = [hmac.compare_digest(given, known) for known in self._digests]
-        return given if kind.lower() == "bearer" and any(matches) else None
 
 
 class LimitRates(Middleware):
@@ -124,13 +120,14 @@ class LimitRates(Middleware):
     Only routes know the number of tokens, so they charge those: request.state.limits is the key's KeyLimits, or None.
     """
 
-    def __init__(self, app: ASGIApp, limits: RateLimits):
+    def __init__(self, app: ASGIApp, keys: tuple[str, ...], limit_requests: int, limit_tokens: int):
         super().__init__(app)
-        self._limits = limits
+        self._limits = {
+            digest(key): KeyLimits(limit_requests, limit_tokens) for key in keys if limit_requests or limit_tokens
+        }
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        key = scope["state"].get("key")
-        limits = scope["state"]["limits"] = self._limits.of(key) if key else None
+        limits = scope["state"]["limits"] = self._limits.get(scope["state"].get("key"))
         if limits is None:
             await self._app(scope, receive, send)
             return

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from service.api.limits import KeyLimits, LimitError, RateLimits, duration_text
+from service.api.limits import KeyLimits, LimitError, duration_text
 
 
 class Clock:
@@ -91,18 +91,6 @@ def test_headers_are_those_of_the_limits_there_are() -> None:
     only_requests.charge(10**9)
     only_requests.refund(10**9)
     assert only_requests.headers()["x-ratelimit-remaining-requests"] == "5"
-
-
-def test_keys_do_not_share() -> None:
-    rates = RateLimits(1, 0, Clock())
-    one, two = rates.of(b"one"), rates.of(b"two")
-    assert one is not None
-    assert two is not None
-    one.charge(1, "requests")
-    two.charge(1, "requests")
-    refused(lambda: one.charge(1, "requests"))
-    assert rates.of(b"one") is one
-    assert RateLimits(0, 0).of(b"one") is None
 
 
 @given(

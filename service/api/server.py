@@ -1,4 +1,7 @@
-"""uvicorn with a start and an end: it listens while the model loads, drains on SIGTERM and exits if the engine fails."""
+"""uvicorn with a start and an end: it listens while the model loads, drains on SIGTERM and exits if the engine fails.
+
+While the model loads, the answer to everything but liveness is a 503.
+"""
 
 import asyncio
 import signal
@@ -11,8 +14,11 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.startup import Startup
+from service.api.errors import APIError
+from service.api.middleware import IdentifyRequests
 from service.engine.engine import Engine, settle
 
 
@@ -24,10 +30,10 @@ class Server(uvicorn.Server):
 
     def __init__(self, load: Callable[[], FastAPI], *, host: str, port: int, drain_timeout: float):
         """`load` makes the application. It runs in a thread of its own."""
-        self._startup = Startup()
         super().__init__(
-            uvicorn.Config(self._startup, host=host, port=port, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
+            uvicorn.Config(self, host=host, port=port, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
         )
+        self._app: ASGIApp = IdentifyRequests(answer_while_loading)
         self.engine: Engine | None = None  # None until it is loaded
         self.is_loading = False
         self.load_error: Exception | None = None
@@ -37,11 +43,12 @@ class Server(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
         self._signals = 0
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self._loop = asyncio.get_running_loop()
-        await super().startup(sockets)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Hand a request to the application, or answer it while there is none."""
+        await self._app(scope, receive, send)
 
     async def main_loop(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._tasks.append(asyncio.create_task(self._run_app()))
         await super().main_loop()
 
@@ -65,7 +72,7 @@ class Server(uvicorn.Server):
             self.is_loading = False
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
             self.engine = app.state.shared.models.base.engine
-            self._startup.app = app
+            self._app = app
             await self.engine.failed()
         except Exception as error:
             self.is_loading = False
@@ -76,6 +83,14 @@ class Server(uvicorn.Server):
         assert self.engine is not None
         await self.engine.drain(seconds)
         self.should_exit = True
+
+
+async def answer_while_loading(scope: Scope, receive: Receive, send: Send) -> None:
+    if scope["path"] == "/health/live":
+        await JSONResponse({"status": "live"})(scope, receive, send)
+        return
+    error = APIError(503, "the model is still loading", code="unavailable", headers={"retry-after": "1"})
+    await error.response(scope, receive, send)
 
 
 async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:

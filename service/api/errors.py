@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
 from service.api.limits import LimitError
-from service.api.schema.errors import ErrorResponse
+from service.api.schema.base import ErrorResponse
 from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
 from service.engine.request import RequestError, shown
 from service.jobs.store import StoreFullError

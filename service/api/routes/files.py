@@ -7,10 +7,8 @@ from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
 
 from service.api.errors import APIError, invalid
-from service.api.schema.base import DeletedObject
-from service.api.schema.errors import ErrorResponse
-from service.api.schema.files import FileList, FileObject
-from service.api.schema.fine_tuning import CheckpointObject
+from service.api.schema.base import DeletedObject, ErrorResponse
+from service.api.schema.fine_tuning import CheckpointObject, FileList, FileObject
 from service.api.state import state_of
 from service.engine.request import shown
 from service.jobs.runner import Jobs

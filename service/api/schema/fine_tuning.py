@@ -1,4 +1,4 @@
-"""Bodies of /v1/fine_tuning/jobs."""
+"""Bodies of /v1/files and /v1/fine_tuning/jobs."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,6 +13,20 @@ AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
 
 def or_auto(kind: str, **bounds: float) -> WithJsonSchema:
     return WithJsonSchema({"anyOf": [{"type": kind, **bounds}, {"type": "string", "enum": ["auto"]}, {"type": "null"}]})
+
+
+class FileObject(BaseModel):
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: Literal["processed"] = "processed"
+
+
+class FileList(Page):
+    data: list[FileObject]
 
 
 class JobHyperparameters(Body):

@@ -7,6 +7,7 @@ import asyncio
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from service.api.schema.chat import ChatChunk
 from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
 from service.engine.engine import Generation
+from service.engine.models import ModelEntry
 
 log = logging.getLogger("banded.api")
 
@@ -88,6 +90,16 @@ class ChargedRun:
             total_tokens=self.prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached[:1] if self._is_shared else cached)),
         )
+
+
+def heading(prefix: str, entry: ModelEntry) -> dict[str, Any]:
+    """What an answer and all its chunks begin with: the fields of schema.base.Generated, without `object`."""
+    return {
+        "id": f"{prefix}-{secrets.token_hex(12)}",
+        "created": int(time.time()),
+        "model": entry.name,
+        "system_fingerprint": entry.fingerprint,
+    }
 
 
 def chunk_event(chunk: CompletionResponse | ChatChunk, *, with_usage: bool, obfuscate: bool) -> bytes:

@@ -1,7 +1,5 @@
 """POST /v1/chat/completions: messages laid out by the model's template, answered as chat front ends expect."""
 
-import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -11,8 +9,9 @@ from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.prompt_format import Turn
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event
+from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
 from service.api.errors import invalid
+from service.api.schema.base import TokenUsage
 from service.api.schema.chat import (
     ChatChoice,
     ChatChunk,
@@ -86,8 +85,7 @@ class ChatAnswer:
         self._entry = entry
         self._run = run
         self._warnings = warnings
-        self._id = f"chatcmpl-{secrets.token_hex(12)}"
-        self._created = int(time.time())
+        self._heading = heading("chatcmpl", entry)
 
     async def collect(self) -> ChatResponse:
         """The whole answer."""
@@ -101,53 +99,34 @@ class ChatAnswer:
             )
             for i, candidate in enumerate(candidates)
         ]
-        return ChatResponse(
-            id=self._id,
-            created=self._created,
-            model=self._entry.name,
-            system_fingerprint=self._entry.fingerprint,
-            choices=choices,
-            usage=self._run.usage,
-            warnings=self._warnings,
-        )
+        return ChatResponse(**self._heading, choices=choices, usage=self._run.usage, warnings=self._warnings)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
         begun: set[int] = set()
         no_logprobs = self._logprobs(())
-        text_event = TextEvents("content", lambda choice: self._event(choice, ChatDelta(content=""), logprobs=no_logprobs))
+        text_event = TextEvents("content", lambda choice: self._piece(choice, ChatDelta(content=""), logprobs=no_logprobs))
         async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
                 if output.choice not in begun:
                     begun.add(output.choice)
-                    yield self._event(output.choice, ChatDelta(role="assistant", content=""))
+                    yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
                 if output.shown or (output.text and self._body.include_obfuscation):
                     logprobs = self._logprobs(output.shown)
-                    yield self._event(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
+                    yield self._piece(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
                 elif output.text:
                     yield text_event(output.choice, output.text)
                 if output.finish_reason:
-                    yield self._event(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
+                    yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
         if self._body.include_usage:
-            chunk = self._chunk([])
-            chunk.usage = self._run.usage
-            yield self._framed(chunk)
+            yield self._event([], self._run.usage)
 
-    def _event(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
-        chunk = self._chunk([ChatChunkChoice(index=index, delta=delta, **fields)])
-        chunk.warnings, self._warnings = self._warnings, None  # once is enough
-        return self._framed(chunk)
+    def _piece(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
+        return self._event([ChatChunkChoice(index=index, delta=delta, **fields)])
 
-    def _chunk(self, choices: list[ChatChunkChoice]) -> ChatChunk:
-        return ChatChunk(
-            id=self._id,
-            created=self._created,
-            model=self._entry.name,
-            system_fingerprint=self._entry.fingerprint,
-            choices=choices,
-        )
-
-    def _framed(self, chunk: ChatChunk) -> bytes:
+    def _event(self, choices: list[ChatChunkChoice], usage: TokenUsage | None = None) -> bytes:
+        chunk = ChatChunk(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
+        self._warnings = None  # once is enough
         return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
     def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
@@ -157,8 +136,7 @@ class ChatAnswer:
         for token, logprobs, _ in shown:
             assert logprobs is not None, "only the first token of a prompt has none"
             top = [token_bytes(other, logprob, tokenizer) for other, logprob in logprobs.top]
-            entry = token_bytes(token, logprobs.logprob, tokenizer)
-            content.append(ChatToken(token=entry.token, logprob=entry.logprob, bytes=entry.bytes, top_logprobs=top))
+            content.append(ChatToken(**vars(token_bytes(token, logprobs.logprob, tokenizer)), top_logprobs=top))
         return ChatLogprobs(content=content)
 
 

@@ -1,7 +1,5 @@
 """POST /v1/completions: a body becomes a request of the engine, its outputs become a response or a stream of chunks."""
 
-import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
@@ -9,7 +7,7 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event
+from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
 from service.api.errors import invalid
 from service.api.schema.base import FewShotUsage, TokenUsage
 from service.api.schema.completions import (
@@ -117,8 +115,7 @@ class CompletionAnswer:
         self._prompts = prompts
         self._run = run
         self._warnings = warnings
-        self._id = f"cmpl-{secrets.token_hex(12)}"
-        self._created = int(time.time())
+        self._heading = heading("cmpl", entry)
 
     async def collect(self) -> CompletionResponse:
         """The whole completion."""
@@ -127,45 +124,30 @@ class CompletionAnswer:
             sum(len(each.shown) for each in chosen),
             lambda: [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)],
         )
-        response = self._response(choices, self._usage())
-        response.warnings = self._warnings
-        return response
+        return CompletionResponse(**self._heading, choices=choices, usage=self._usage(), warnings=self._warnings)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""
-        body, warnings = self._body, self._warnings
-        text_event = TextEvents(
-            "text", lambda choice: self._event(self._response([self._choice(choice, "", (), None)], None))
-        )
+        body = self._body
+        text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
         async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
-                if output.shown or output.finish_reason or (output.text and (warnings or body.include_obfuscation)):
-                    choice = self._choice(output.choice, output.text, output.shown, output.finish_reason)
-                    chunk = self._response([choice], None)
-                    chunk.warnings, warnings = warnings, None  # once is enough
-                    yield self._event(chunk)
+                if output.shown or output.finish_reason or (output.text and (self._warnings or body.include_obfuscation)):
+                    yield self._event([self._choice(output.choice, output.text, output.shown, output.finish_reason)])
                 elif output.text:
                     yield text_event(output.choice, output.text)
-        if self._body.include_usage:
-            yield self._event(self._response([], self._usage()))
+        if body.include_usage:
+            yield self._event([], self._usage())
 
-    def _event(self, chunk: CompletionResponse) -> bytes:
+    def _event(self, choices: list[CompletionChoice], usage: TokenUsage | None = None) -> bytes:
+        chunk = CompletionResponse(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
+        self._warnings = None  # once is enough
         return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
 
     def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish_reason: str | None) -> CompletionChoice:
         k = self._body.logprobs
         logprobs = None if k is None else logprobs_of(tokens, k, self._entry.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
-
-    def _response(self, choices: list[CompletionChoice], usage: TokenUsage | None) -> CompletionResponse:
-        return CompletionResponse(
-            id=self._id,
-            created=self._created,
-            model=self._entry.name,
-            system_fingerprint=self._entry.fingerprint,
-            choices=choices,
-            usage=usage,
-        )
 
     def _usage(self) -> TokenUsage:
         usage = self._run.usage

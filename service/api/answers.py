@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.errors import api_error
 from service.api.limits import KeyLimits
-from service.api.schema.base import PromptTokensDetails, TokenUsage
+from service.api.schema.base import PromptTokensDetails, StreamOptions, TokenUsage
 from service.api.schema.chat import ChatChunk
 from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
@@ -102,10 +102,10 @@ def heading(prefix: str, entry: ModelEntry) -> dict[str, Any]:
     }
 
 
-def chunk_event(chunk: CompletionResponse | ChatChunk, *, with_usage: bool, obfuscate: bool) -> bytes:
-    """A chunk as a server-sent event; `obfuscate` pads it, so that its length on the wire does not reveal its words."""
-    left_out = None if with_usage else {"usage"}
-    if obfuscate:
+def chunk_event(chunk: CompletionResponse | ChatChunk, options: StreamOptions) -> bytes:
+    """A chunk as a server-sent event. Obfuscation pads it, so that its length on the wire does not reveal its words."""
+    left_out = None if options.include_usage else {"usage"}
+    if options.include_obfuscation:
         chunk.obfuscation = "x"
         length = len(chunk.model_dump_json(exclude=left_out).encode())
         chunk.obfuscation += secrets.token_hex(PADDED_TO)[: -length % PADDED_TO]

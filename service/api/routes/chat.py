@@ -81,7 +81,8 @@ class ChatAnswer:
     """The answer to a request, whole or in chunks."""
 
     def __init__(self, body: ChatRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
-        self._body = body
+        self._has_logprobs = body.logprobs
+        self._options = body.stream_options
         self._entry = entry
         self._run = run
         self._warnings = warnings
@@ -111,14 +112,14 @@ class ChatAnswer:
                 if output.choice not in begun:
                     begun.add(output.choice)
                     yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
-                if output.shown or (output.text and self._body.include_obfuscation):
+                if output.shown or (output.text and self._options.include_obfuscation):
                     logprobs = self._logprobs(output.shown)
                     yield self._piece(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
                 elif output.text:
                     yield text_event(output.choice, output.text)
                 if output.finish_reason:
                     yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
-        if self._body.include_usage:
+        if self._options.include_usage:
             yield self._event([], self._run.usage)
 
     def _piece(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
@@ -127,10 +128,10 @@ class ChatAnswer:
     def _event(self, choices: list[ChatChunkChoice], usage: TokenUsage | None = None) -> bytes:
         chunk = ChatChunk(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
         self._warnings = None  # once is enough
-        return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
+        return chunk_event(chunk, self._options)
 
     def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:
-        if not self._body.logprobs:
+        if not self._has_logprobs:
             return None
         tokenizer, content = self._entry.tokenizer, []
         for token, logprobs, _ in shown:

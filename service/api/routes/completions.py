@@ -110,7 +110,8 @@ class CompletionAnswer:
         run: ChargedRun,
         warnings: list[str] | None,
     ):
-        self._body = body
+        self._num_top = body.logprobs
+        self._options = body.stream_options
         self._entry = entry
         self._prompts = prompts
         self._run = run
@@ -128,25 +129,24 @@ class CompletionAnswer:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""
-        body = self._body
+        is_padded = self._options.include_obfuscation
         text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
         async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
-                if output.shown or output.finish_reason or (output.text and (self._warnings or body.include_obfuscation)):
+                if output.shown or output.finish_reason or (output.text and (self._warnings or is_padded)):
                     yield self._event([self._choice(output.choice, output.text, output.shown, output.finish_reason)])
                 elif output.text:
                     yield text_event(output.choice, output.text)
-        if body.include_usage:
+        if self._options.include_usage:
             yield self._event([], self._usage())
 
     def _event(self, choices: list[CompletionChoice], usage: TokenUsage | None = None) -> bytes:
         chunk = CompletionResponse(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
         self._warnings = None  # once is enough
-        return chunk_event(chunk, with_usage=self._body.include_usage, obfuscate=self._body.include_obfuscation)
+        return chunk_event(chunk, self._options)
 
     def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish_reason: str | None) -> CompletionChoice:
-        k = self._body.logprobs
-        logprobs = None if k is None else logprobs_of(tokens, k, self._entry.tokenizer)
+        logprobs = None if self._num_top is None else logprobs_of(tokens, self._num_top, self._entry.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
 
     def _usage(self) -> TokenUsage:

@@ -110,23 +110,15 @@ class SamplingFields(Body):
     ignore_eos: StrictBool = False
     include_stop_str_in_output: StrictBool = False
     stream: StrictBool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: StrictStr | None = None
     allow_special: StrictBool = Field(False, description="special-token text in a string becomes the token")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
-        if self.stream_options is not None and not self.stream:
+        if "stream_options" in self.model_fields_set and not self.stream:
             raise PydanticCustomError("value_error", "allowed only with stream true", {"param": "stream_options"})
         return self
-
-    @property
-    def include_usage(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_usage)
-
-    @property
-    def include_obfuscation(self) -> bool:
-        return bool(self.stream_options and self.stream_options.include_obfuscation)
 
 
 class PromptTokensDetails(BaseModel):

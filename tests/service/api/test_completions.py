@@ -9,6 +9,7 @@ import pytest
 
 from model.step import Sampling, StepInput
 from service.api.answers import TextEvents, chunk_event
+from service.api.schema.base import StreamOptions
 from service.api.schema.completions import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
 from tests.service.api.helpers import Api, events_of, post, prompts_run, serving
@@ -464,7 +465,7 @@ def test_the_event_of_a_text_is_that_of_its_chunk(text: str, with_usage: bool) -
         choices = [CompletionChoice(text=text, index=choice, logprobs=None, finish_reason=None)]
         model = 'named "text":"" by somebody'
         response = CompletionResponse(id="cmpl-1", created=1, model=model, system_fingerprint="fp", choices=choices)
-        return chunk_event(response, with_usage=with_usage, obfuscate=False)
+        return chunk_event(response, StreamOptions(include_usage=with_usage))
 
     events = TextEvents("text", lambda choice: chunk(choice, ""))
     for choice in (0, 1, 0):

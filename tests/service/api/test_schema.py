@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "ignore_eos": False,
     "stream": False,
-    "stream_options": None,
+    "stream_options": {"include_usage": False, "include_obfuscation": False},
     "user": None,
     "allow_special": False,
     "best_of": None,
@@ -84,7 +84,7 @@ def test_stop_becomes_a_tuple() -> None:
     ],
 )
 def test_include_usage(options: Any, include_usage: bool) -> None:
-    assert read(stream=True, stream_options=options).include_usage is include_usage
+    assert read(stream=True, stream_options=options).stream_options.include_usage is include_usage
 
 
 def test_a_request_does_not_change() -> None:

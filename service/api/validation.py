@@ -24,7 +24,7 @@ log = logging.getLogger("banded.api")
 # Characters and token ids of a request that are read on the event loop. Longer ones are read in a worker thread, so that
 # the event loop keeps running.
 SHORT_PROMPTS = 4096
-MAX_WARNINGS = 32
+MAX_WARNINGS = 32  # unknown fields that are named
 # Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
 MAX_LOGPROBS = 2**17
 # Fields of the body that mean the same to the engine.

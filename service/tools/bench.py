@@ -58,10 +58,6 @@ class Stream(NamedTuple):
     def first_token(self) -> float:
         return self.events[0] - self.sent
 
-    @property
-    def gaps(self) -> list[float]:
-        return [later - earlier for earlier, later in pairwise(self.events)]
-
 
 class Result(NamedTuple):
     """The streams of a load. Times are in seconds."""
@@ -82,7 +78,7 @@ class Result(NamedTuple):
     @property
     def gaps(self) -> list[float]:
         """Times between the events of a stream. A server that sends several tokens in an event looks too slow here."""
-        return sorted(gap for stream in self.streams for gap in stream.gaps)
+        return sorted(later - earlier for stream in self.streams for earlier, later in pairwise(stream.events))
 
 
 def percentile(ordered: list[float], share: float) -> float:

@@ -2,7 +2,6 @@
 
 from fastapi import APIRouter, Request, Response
 
-from model.checkpoint.tokenizer import Tokenizer
 from service.api.answers import ChargedRun, answer
 from service.api.errors import invalid
 from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
@@ -30,8 +29,10 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
     run = ChargedRun(generation, request, prompt_tokens=len(prompt) + num_scored)
 
     async def scores() -> ScoreResponse:
-        scored = zip(continuations, await run.finish(), strict=True)
-        results = [result_of(Score.of(tokens, choice, entry.tokenizer), entry.tokenizer) for tokens, choice in scored]
+        results = []
+        for tokens, choice in zip(continuations, await run.finish(), strict=True):
+            names = [entry.tokenizer.token_name(token) for token in tokens]
+            results.append(ScoreResult(**vars(Score.of(tokens, choice, entry.tokenizer)) | {"tokens": names}))
         return ScoreResponse(
             model=entry.name,
             system_fingerprint=entry.fingerprint,
@@ -60,8 +61,3 @@ def read_texts(body: ScoreRequest, entry: ModelEntry) -> tuple[list[int], list[l
         check_length(len(prompt), len(tokens), entry.config.n_positions, param)
         continuations.append(tokens)
     return prompt, continuations
-
-
-def result_of(score: Score, tokenizer: Tokenizer) -> ScoreResult:
-    names = [tokenizer.token_name(token) for token in score.tokens]
-    return ScoreResult(**vars(score) | {"tokens": names})

@@ -59,11 +59,6 @@ class EngineCompletionRequest(SamplingFields):
                 raise PydanticCustomError("value_error", "can't be used together with suffix", {"param": "few_shot"})
         return self
 
-    @property
-    def num_candidates(self) -> int:
-        """Choices generated for each prompt."""
-        return self.best_of or self.n
-
 
 class CompletionRequest(EngineCompletionRequest):
     """Body of POST /v1/completions."""

@@ -179,7 +179,7 @@ def test_a_load_is_what_was_asked_for(server: Answering, monkeypatch: pytest.Mon
     result = measure(server.url, "parrot", Workload(3, 8, prompt=17, output=3), seed=1)
     assert len(result.streams) == len(server.asked) == 8
     assert server.most_running == 3
-    assert all(stream.first_token >= 0.05 and stream.cached == 5 and len(stream.gaps) == 2 for stream in result.streams)
+    assert all(stream.first_token >= 0.05 and stream.cached == 5 and len(stream.events) == 3 for stream in result.streams)
     assert server.keys == {"Bearer secret"}
     prompts = [tuple(body.pop("prompt")) for body in server.asked]
     assert len(set(prompts)) == 8

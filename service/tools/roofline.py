@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -47,23 +48,6 @@ class Training:
     dollars_per_hour: float = 1.50
 
 
-def count_parameters(config: GPTConfig) -> int:
-    """Parameters of the decoder as it is stored, without the padding of the vocabulary."""
-    with torch.device("meta"):
-        model = GPT(config)
-    padding = (config.padded_vocab_size - config.vocab_size) * config.token_width
-    return sum(p.numel() for p in model.parameters()) - padding * (1 if config.tied_head else 2)
-
-
-def count_matrices(config: GPTConfig) -> int:
-    """The parameters that every token is multiplied by: without the embeddings, and without the output head, since only a
-    prompt's last token goes through it."""
-    with torch.device("meta"):
-        model = GPT(config)
-    tables = ("wte.weight", "wpe.weight", "lm_head.weight")
-    return sum(p.numel() for name, p in model.named_parameters() if p.dim() == 2 and name not in tables)
-
-
 @dataclass(frozen=True)
 class Capacity:
     """A model on `count` GPUs that split weights, keys, values and work evenly and communicate in no time.
@@ -75,9 +59,18 @@ class Capacity:
     gpu: Gpu
     count: int
 
+    @cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        """Of the model's parameters, by name."""
+        with torch.device("meta"):
+            return {name: parameter.shape for name, parameter in GPT(self.config).named_parameters()}
+
     @property
     def parameters(self) -> int:
-        return count_parameters(self.config)
+        """Parameters of the decoder as it is stored, without the padding of the vocabulary."""
+        config = self.config
+        padding = (config.padded_vocab_size - config.vocab_size) * config.token_width
+        return sum(map(math.prod, self._shapes.values())) - padding * (1 if config.tied_head else 2)
 
     @property
     def weights(self) -> float:
@@ -119,12 +112,14 @@ class Capacity:
 
     @property
     def _work_per_token(self) -> float:
-        """A product and a sum for each weight."""
-        return 2.0 * count_matrices(self.config)
+        """A product and a sum for each weight, but for those of the embeddings and of the output head."""
+        tables = ("wte.weight", "wpe.weight", "lm_head.weight")
+        shapes = self._shapes.items()
+        return 2.0 * sum(math.prod(shape) for name, shape in shapes if len(shape) == 2 and name not in tables)
 
     @property
     def _work_per_sample(self) -> float:
-        """The same for the output head."""
+        """The same for the output head. Only a prompt's last token goes through it."""
         return 2.0 * self.config.vocab_size * self.config.token_width
 
 

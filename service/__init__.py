@@ -10,17 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from service.engine.engine import EngineError as EngineError
-    from service.engine.request import RequestError as RequestError
-    from service.engine.request import SamplingParams as SamplingParams
-    from service.llm import LLM as LLM
-    from service.llm import AsyncLLM as AsyncLLM
-    from service.llm import Completion as Completion
+    from service.engine.engine import EngineError
+    from service.engine.request import RequestError, SamplingParams
+    from service.llm import LLM, AsyncLLM, Completion
 
+# The names that take no torch either. The others are service.llm's.
 HOMES = {
-    "LLM": "service.llm",
-    "AsyncLLM": "service.llm",
-    "Completion": "service.llm",
     "SamplingParams": "service.engine.request",
     "RequestError": "service.engine.request",
     "EngineError": "service.engine.engine",
@@ -29,6 +24,6 @@ __all__ = ["LLM", "AsyncLLM", "Completion", "EngineError", "RequestError", "Samp
 
 
 def __getattr__(name: str) -> Any:
-    if name not in HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'service' has no attribute '{name}'")
-    return getattr(import_module(HOMES[name]), name)
+    return getattr(import_module(HOMES.get(name, "service.llm")), name)

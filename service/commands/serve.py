@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from contextlib import ExitStack, closing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from service.commands.options import Commands, add_model_options, settings_from
 from service.settings import Settings
@@ -22,13 +22,10 @@ def add_serve(commands: Commands) -> None:
     add_model_options(command)
     command.add_argument("--host")
     command.add_argument("--port", type=int)
-    command.add_argument("--allow-unauthenticated", action="store_true", default=None)
-    command.add_argument(
-        "--doctor", action="store_true", default=None, help="check the kernels first, as `banded doctor` does"
-    )
-    command.add_argument(
-        "--lenient", action="store_true", default=None, help="warn of unknown fields instead of refusing the request"
-    )
+    flag: dict[str, Any] = {"action": "store_const", "const": True}  # None unless it is given: see settings_from
+    command.add_argument("--allow-unauthenticated", **flag)
+    command.add_argument("--doctor", **flag, help="check the kernels first, as `banded doctor` does")
+    command.add_argument("--lenient", **flag, help="warn of unknown fields instead of refusing the request")
     command.add_argument("--metrics-alias", help="vllm: export vLLM's metric names too")
     command.add_argument("--data-dir", help="keep files and fine-tuning jobs there; without it there are none")
     command.add_argument(

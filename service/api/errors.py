@@ -56,9 +56,7 @@ class APIError(Exception):
     ):
         super().__init__(message)
         self.status = status
-        error_type = "invalid_request_error" if status < 500 and status != 429 else "server_error"
-        if status == 429:
-            error_type = "rate_limit_error"
+        error_type = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}
         self.response = JSONResponse(self.body, status, headers)
 

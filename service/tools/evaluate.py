@@ -24,10 +24,6 @@ TIMEOUT = 600.0
 LAYOUT = PromptFormat()
 
 
-class EvaluationError(ValueError):
-    """Something can't be evaluated; the message says why."""
-
-
 @dataclass(frozen=True)
 class RemoteModel:
     """A model of the server at `url`."""
@@ -36,7 +32,7 @@ class RemoteModel:
     model: str
 
     def post(self, path: str, body: dict[str, Any]) -> Any:
-        """The JSON that answers `body`. Raises EvaluationError with the server's message if it refuses."""
+        """The JSON that answers `body`. Raises ValueError with the server's message if it refuses."""
         headers = {"content-type": "application/json", **authorization()}
         data = json.dumps({"model": self.model, **body}).encode()
         try:
@@ -44,9 +40,9 @@ class RemoteModel:
                 return json.load(answer)
         except HTTPError as error:
             text = error.read().decode(errors="replace")
-            raise EvaluationError(f"POST {path}: {error.code} {message(text)}") from error
+            raise ValueError(f"POST {path}: {error.code} {message(text)}") from error
         except URLError as error:
-            raise EvaluationError(f"POST {self.url}{path}: {error.reason}") from error
+            raise ValueError(f"POST {self.url}{path}: {error.reason}") from error
 
 
 def perplexity(served: RemoteModel, text: str) -> dict[str, float]:
@@ -58,9 +54,9 @@ def perplexity(served: RemoteModel, text: str) -> dict[str, float]:
     try:
         tokens, context = found["tokens"], found["max_model_len"]
     except (KeyError, TypeError) as error:
-        raise EvaluationError(f"POST {served.url}/tokenize: the answer lacks tokens or max_model_len") from error
+        raise ValueError(f"POST {served.url}/tokenize: the answer lacks tokens or max_model_len") from error
     if len(tokens) < 2:
-        raise EvaluationError(f"the text has {len(tokens)} tokens; perplexity needs 2 at least")
+        raise ValueError(f"the text has {len(tokens)} tokens; perplexity needs 2 at least")
     windows = [tokens[start : start + context] for start in range(0, len(tokens) - 1, context - 1)]
 
     def nats_of(window: list[int]) -> float:
@@ -68,7 +64,7 @@ def perplexity(served: RemoteModel, text: str) -> dict[str, float]:
         logprobs = (served.post("/v1/completions", body)["choices"][0].get("logprobs") or {}).get("token_logprobs") or []
         if len(logprobs) != len(window):
             asked = f"echo with logprobs of {len(window)} tokens was asked for"
-            raise EvaluationError(f"POST {served.url}/v1/completions: {asked}, {len(logprobs)} came")
+            raise ValueError(f"POST {served.url}/v1/completions: {asked}, {len(logprobs)} came")
         return -sum(logprobs[1:])
 
     nats = sum(thread_map(nats_of, windows, max_workers=IN_FLIGHT, desc="perplexity", unit="window"))
@@ -82,11 +78,11 @@ def perplexity(served: RemoteModel, text: str) -> dict[str, float]:
 
 
 def read_text(path: Path) -> str:
-    """Raises EvaluationError if it is not UTF-8."""
+    """Raises ValueError if it is not UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise EvaluationError(f"{path} is not UTF-8: {error}") from error
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
 class TaskItem(NamedTuple):
@@ -102,7 +98,7 @@ def few_shot_text(examples: Sequence[TaskItem], query: str) -> str:
 
 
 def read_items(path: Path) -> list[TaskItem]:
-    """The items of a JSONL file: "input", "output" and perhaps "task". Raises EvaluationError with the line."""
+    """The items of a JSONL file: "input", "output" and perhaps "task". Raises ValueError with the line."""
     items = []
     for number, whole in enumerate(io.StringIO(read_text(path)), 1):  # str.splitlines would end a line at U+2028 too
         line = whole.rstrip("\n")
@@ -113,10 +109,10 @@ def read_items(path: Path) -> list[TaskItem]:
                 raise TypeError
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             expected = 'an object of the texts "input", "output" and perhaps "task"'
-            raise EvaluationError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}") from error
+            raise ValueError(f"{path}, line {number}: expected {expected}, got {line[:80]!r}") from error
         items.append(TaskItem(*texts))
     if not items:
-        raise EvaluationError(f"{path} holds no items")
+        raise ValueError(f"{path} holds no items")
     return items
 
 
@@ -131,17 +127,17 @@ class Question(NamedTuple):
 def few_shot_questions(items: list[TaskItem], pool: list[TaskItem], shots: list[int], seed: int = 0) -> list[Question]:
     """Every item after each number of examples in `shots`, drawn from the other items of its task in `pool`.
 
-    Raises EvaluationError with the task that has too few examples, or with the item that can't be answered.
+    Raises ValueError with the task that has too few examples, or with the item that can't be answered.
     """
     rng = random.Random(seed)
     questions = []
     for item in items:
         if LAYOUT.separator in item.output:
             where = f"an answer ends at {LAYOUT.separator!r}"
-            raise EvaluationError(f"task {item.task}, input {item.input[:80]!r}: {where}, which its output holds")
+            raise ValueError(f"task {item.task}, input {item.input[:80]!r}: {where}, which its output holds")
         others = [other for other in pool if other.task == item.task and other.input != item.input]
         if len(others) < max(shots):
-            raise EvaluationError(f"task {item.task} has {len(others)} other examples; {max(shots)} are needed (--examples)")
+            raise ValueError(f"task {item.task} has {len(others)} other examples; {max(shots)} are needed (--examples)")
         examples = rng.sample(others, max(shots))
         questions += [Question(item, count, few_shot_text(examples[:count], item.input)) for count in shots]
     return questions

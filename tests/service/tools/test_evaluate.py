@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from model.training.trainer import mean_loss
 from service.cli import main
 from service.commands.measure import few_shot_table
 from service.tools.evaluate import (
-    EvaluationError,
     RemoteModel,
     TaskItem,
     few_shot_accuracy,
@@ -46,7 +46,7 @@ def test_over_http_and_in_process_a_text_has_one_perplexity(
         found = perplexity(RemoteModel(server.url, checkpoint.name), TEXT)
         options = ["--url", server.url, "--text", str(tmp_path / "text.txt"), "--json", str(report)]
         assert main(["evaluate", *options, "--few-shot", str(tmp_path / "items.jsonl"), "--shots", "4", "0"]) == 0
-        with pytest.raises(EvaluationError, match=r"POST /tokenize: 404 .*'nobody'"):
+        with pytest.raises(ValueError, match=r"POST /tokenize: 404 .*'nobody'"):
             perplexity(RemoteModel(server.url, "nobody"), TEXT)
     written = json.loads(report.read_text(encoding="utf-8"))
     assert written["model"] == checkpoint.name
@@ -106,7 +106,7 @@ def test_windows_overlap_by_a_token_and_every_other_one_is_counted_once() -> Non
 
 
 def test_a_text_of_one_token_has_no_perplexity() -> None:
-    with pytest.raises(EvaluationError, match="the text has 1 tokens; perplexity needs 2 at least"):
+    with pytest.raises(ValueError, match="the text has 1 tokens; perplexity needs 2 at least"):
         perplexity(Fake(lambda *_: {"tokens": [5], "max_model_len": 30}), "x")
 
 
@@ -138,13 +138,13 @@ def test_accuracy_counts_exact_answers_by_task_and_examples() -> None:
 
 def test_a_task_with_too_few_examples_is_named() -> None:
     items = [TaskItem("one", str(i), "x") for i in range(4)]
-    with pytest.raises(EvaluationError, match=r"task one has 3 other examples; 4 are needed \(--examples\)"):
+    with pytest.raises(ValueError, match=r"task one has 3 other examples; 4 are needed \(--examples\)"):
         few_shot_questions(items, items, [0, 4])
 
 
 def test_an_answer_that_would_be_cut_is_named() -> None:
     items = [TaskItem("one", "a", "x\n###\ny"), TaskItem("one", "b", "y")]
-    with pytest.raises(EvaluationError, match=r"task one, input 'a': an answer ends at .*, which its output holds"):
+    with pytest.raises(ValueError, match=r"task one, input 'a': an answer ends at .*, which its output holds"):
         few_shot_questions(items, items, [0])
 
 
@@ -163,9 +163,8 @@ def test_an_answer_that_would_be_cut_is_named() -> None:
 )
 def test_a_server_that_answers_something_else_is_not_believed(tokenized: Any, choice: Any, message: str) -> None:
     served = Fake(lambda path, _: tokenized if path == "/tokenize" else {"choices": [choice]})
-    with pytest.raises(EvaluationError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         perplexity(served, "x y z")
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +174,9 @@ def test_a_server_that_answers_something_else_is_not_believed(tokenized: Any, ch
 def test_lines_that_are_no_items(tmp_path: Path, line: str) -> None:
     path = tmp_path / "items.jsonl"
     path.write_text(f'{{"input": "a", "output": "b"}}\n{line}\n', encoding="utf-8")
-    with pytest.raises(EvaluationError) as error:
-        read_items(path)
     expected = 'expected an object of the texts "input", "output" and perhaps "task"'
-    assert str(error.value) == f"{path}, line 2: {expected}, got {line!r}"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{path}, line 2: {expected}, got {line!r}')}$"):
+        read_items(path)
 
 
 def test_what_can_not_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

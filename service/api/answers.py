@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from service.api.errors import api_error
 from service.api.limits import KeyLimits
-from service.api.schema.base import PromptTokensDetails, StreamOptions, TokenUsage
+from service.api.schema.base import FewShotUsage, PromptTokensDetails, StreamOptions, TokenUsage
 from service.api.schema.chat import ChatChunk
 from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
@@ -82,13 +82,15 @@ class ChargedRun:
 
     @property
     def usage(self) -> TokenUsage:
-        """So far. A prompt counts once; choices that are not returned count too."""
+        """So far. A prompt counts once; choices that are not returned count too. Only a single prompt has examples."""
         completion_tokens, cached = self._generation.completion_tokens, self._generation.cached_tokens
+        examples = self._generation.request.prompts[0].few_shot
         return TokenUsage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=completion_tokens,
             total_tokens=self.prompt_tokens + completion_tokens,
             prompt_tokens_details=PromptTokensDetails(cached_tokens=sum(cached[:1] if self._is_shared else cached)),
+            few_shot=FewShotUsage(**examples._asdict()) if examples else None,
         )
 
 

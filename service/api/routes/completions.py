@@ -9,7 +9,7 @@ from fastapi import APIRouter, Request, Response
 from model.checkpoint.tokenizer import Tokenizer
 from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
 from service.api.errors import invalid
-from service.api.schema.base import FewShotUsage, TokenUsage
+from service.api.schema.base import TokenUsage
 from service.api.schema.completions import (
     CompletionChoice,
     CompletionLogprobs,
@@ -55,7 +55,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
         check_logprobs(params.num_candidates * (echoed + len(prompts) * body.max_tokens), "logprobs")
     log_user(body.user, request)
     generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
-    completion = CompletionAnswer(body, entry, prompts, ChargedRun(generation, request), warnings)
+    completion = CompletionAnswer(body, entry, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, completion.collect())
@@ -102,18 +102,10 @@ def prompt_of(text: str | list[int], body: EngineCompletionRequest, entry: Model
 class CompletionAnswer:
     """The answer to a request, whole or in chunks."""
 
-    def __init__(
-        self,
-        body: EngineCompletionRequest,
-        entry: ModelEntry,
-        prompts: Sequence[Prompt],
-        run: ChargedRun,
-        warnings: list[str] | None,
-    ):
+    def __init__(self, body: EngineCompletionRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
         self._num_top = body.logprobs
         self._options = body.stream_options
         self._entry = entry
-        self._prompts = prompts
         self._run = run
         self._warnings = warnings
         self._heading = heading("cmpl", entry)
@@ -125,7 +117,7 @@ class CompletionAnswer:
             sum(len(each.shown) for each in chosen),
             lambda: [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)],
         )
-        return CompletionResponse(**self._heading, choices=choices, usage=self._usage(), warnings=self._warnings)
+        return CompletionResponse(**self._heading, choices=choices, usage=self._run.usage, warnings=self._warnings)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""
@@ -138,7 +130,7 @@ class CompletionAnswer:
                 elif output.text:
                     yield text_event(output.choice, output.text)
         if self._options.include_usage:
-            yield self._event([], self._usage())
+            yield self._event([], self._run.usage)
 
     def _event(self, choices: list[CompletionChoice], usage: TokenUsage | None = None) -> bytes:
         chunk = CompletionResponse(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
@@ -148,12 +140,6 @@ class CompletionAnswer:
     def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish_reason: str | None) -> CompletionChoice:
         logprobs = None if self._num_top is None else logprobs_of(tokens, self._num_top, self._entry.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
-
-    def _usage(self) -> TokenUsage:
-        usage = self._run.usage
-        if counts := self._prompts[0].few_shot:
-            usage.few_shot = FewShotUsage(**counts._asdict())
-        return usage
 
 
 def logprobs_of(tokens: Sequence[ShownToken], k: int, tokenizer: Tokenizer) -> CompletionLogprobs:

@@ -390,13 +390,6 @@ COLUMNS = {
 }
 
 
-def figures(result: Result) -> dict[str, float]:
-    """The row of a result, by column."""
-    times = [1e3 * percentile(values, share) for values in (result.first_token, result.gaps) for share in (0.5, 0.99)]
-    found = (result.load.streams, result.load.requests, result.tokens_per_second, *times)
-    return dict(zip(COLUMNS, found, strict=True))
-
-
 def bench(url: str, model: str, loads: list[Workload], out: TextIO, rows: TextIO | None) -> None:
     """Print a table with a row for each load, as soon as it is measured. `rows`, if given, gets the same as CSV."""
     print(f"{url}, {model}: {loads[0].prompt} + {loads[0].output} tokens, greedy, streaming", file=out)
@@ -406,7 +399,9 @@ def bench(url: str, model: str, loads: list[Workload], out: TextIO, rows: TextIO
         writer.writerow(("url", "model", "prompt", "output", *COLUMNS))
     measure(url, model, loads[0]._replace(streams=1, requests=1, output=min(loads[0].output, 8)), seed="warm-up")
     for load in loads:
-        found = figures(measure(url, model, load, seed=f"{load} {time.time()}"))
-        print(" ".join(f"{found[name]:{form}}" for name, form in COLUMNS.items()), file=out, flush=True)
+        result = measure(url, model, load, seed=f"{load} {time.time()}")
+        times = [1e3 * percentile(values, share) for values in (result.first_token, result.gaps) for share in (0.5, 0.99)]
+        row = (load.streams, load.requests, result.tokens_per_second, *times)
+        print(" ".join(f"{value:{form}}" for value, form in zip(row, COLUMNS.values(), strict=True)), file=out, flush=True)
         if writer:
-            writer.writerow((url, model, load.prompt, load.output, *(round(value, 3) for value in found.values())))
+            writer.writerow((url, model, load.prompt, load.output, *(round(value, 3) for value in row)))

@@ -3,9 +3,7 @@
 from typing import NamedTuple
 
 from fastapi import Request
-from prometheus_client import CollectorRegistry
 
-from service.api.metrics_alias import VllmNames
 from service.engine.metrics import Metrics
 from service.engine.models import Models
 from service.jobs.runner import Jobs
@@ -17,12 +15,6 @@ class AppState(NamedTuple):
     metrics: Metrics
     settings: Settings
     jobs: Jobs | None  # None on a server without a data directory
-
-    @property
-    def exported(self) -> CollectorRegistry | VllmNames:
-        """What /metrics shows."""
-        registry = self.metrics.registry
-        return VllmNames(registry) if self.settings.metrics_alias == "vllm" else registry
 
 
 def state_of(request: Request) -> AppState:

@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api.errors import APIError
+from service.api.metrics_alias import VllmNames
 from service.api.state import state_of
 
 router = APIRouter()
@@ -33,4 +34,7 @@ async def version() -> dict[str, str]:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(request: Request) -> Response:
     """Prometheus text."""
-    return Response(generate_latest(state_of(request).exported), media_type=CONTENT_TYPE_LATEST)
+    state = state_of(request)
+    registry = state.metrics.registry
+    exported = VllmNames(registry) if state.settings.metrics_alias == "vllm" else registry
+    return Response(generate_latest(exported), media_type=CONTENT_TYPE_LATEST)

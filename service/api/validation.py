@@ -27,8 +27,6 @@ SHORT_PROMPTS = 4096
 MAX_WARNINGS = 32  # unknown fields that are named
 # Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
 MAX_LOGPROBS = 2**17
-# Fields of the body that mean the same to the engine.
-SHARED_FIELDS = [field.name for field in fields(SamplingParams) if field.name in SamplingFields.model_fields]
 
 
 def find_model(request: Request, name: str | None) -> ModelEntry:
@@ -66,8 +64,8 @@ async def off_the_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size <= SHORT_PROMPTS else await asyncio.to_thread(work)
 
 
-def sampling_params(body: SamplingFields, entry: ModelEntry, **own: Any) -> SamplingParams:
-    """What `body` says to the engine; `own` are the fields that completions and chat have apart.
+def sampling_params(body: SamplingFields, entry: ModelEntry, **changed: Any) -> SamplingParams:
+    """What `body` says to the engine; `changed` are the fields that have another meaning there.
 
     Raises APIError for too many stop strings and RequestError for token ids that the model doesn't have.
     """
@@ -76,9 +74,9 @@ def sampling_params(body: SamplingFields, entry: ModelEntry, **own: Any) -> Samp
         raise invalid(f"'stop': {too_many_stops(len(strings))}", "stop")
     check_token_ids([token for token, _ in body.logit_bias], entry.config.vocab_size, "logit_bias")
     check_token_ids(body.stop_token_ids, entry.config.vocab_size, "stop_token_ids")
-    shared = {name: getattr(body, name) for name in SHARED_FIELDS}
+    shared = {field.name: vars(body)[field.name] for field in fields(SamplingParams) if field.name in vars(body)}
     converted = {"logit_bias": dict(body.logit_bias), "stop_token_ids": tuple(body.stop_token_ids)}
-    return SamplingParams(**shared | converted | own)
+    return SamplingParams(**shared | converted | changed)
 
 
 def check_logprobs(count: int, param: str) -> None:

@@ -44,8 +44,7 @@ async def create_engine_completion(engine: str, body: EngineCompletionRequest, r
 async def complete(body: EngineCompletionRequest, model: str, request: Request) -> Response:
     entry = find_model(request, model)
     warnings = warnings_for(body, request)
-    own = {name: getattr(body, name) for name in ("max_tokens", "best_of", "logprobs", "echo")}
-    params = sampling_params(body, entry, **own)
+    params = sampling_params(body, entry)
     texts = prompts_of(body)
     entry.engine.check_size(len(texts) * params.num_candidates)
     size = sum(map(len, texts)) + few_shot_size(body)

@@ -45,7 +45,8 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     entry = find_model(request, model)
     warnings = warnings_for(body, request)
     params = sampling_params(body, entry)
-    texts = prompts_of(body)
+    prompt: Any = body.prompt or ""  # a text, token ids, or a list of either
+    texts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     entry.engine.check_size(len(texts) * params.num_candidates)
     size = sum(map(len, texts)) + few_shot_size(body)
     prompts = await off_the_loop(size, lambda: [prompt_of(text, body, entry) for text in texts])
@@ -58,12 +59,6 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     if body.stream:
         return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, completion.collect())
-
-
-def prompts_of(body: EngineCompletionRequest) -> list[str | list[int]]:
-    """The request's prompts, each a text or token ids."""
-    prompt: Any = body.prompt or ""
-    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
 
 
 def few_shot_size(body: EngineCompletionRequest) -> int:

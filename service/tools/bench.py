@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from itertools import pairwise
 from pathlib import Path
@@ -272,13 +272,10 @@ def get(url: str, path: str) -> tuple[int, str]:
     """Status and body. Raises OSError or HTTPException if nobody answers."""
     parts = urlsplit(url)
     kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
-    connection = kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)
-    try:
+    with closing(kind(parts.hostname or "", parts.port, timeout=CONNECT_SECONDS)) as connection:
         connection.request("GET", parts.path + path, headers=authorization())
         answer = connection.getresponse()
         return answer.status, answer.read().decode(errors="replace")
-    finally:
-        connection.close()
 
 
 def base_url(url: str) -> str:

@@ -53,7 +53,7 @@ class ChargedRun:
         self._generation = generation
         self._is_shared = prompt_tokens is not None
         self.prompt_tokens = generation.prompt_tokens if prompt_tokens is None else prompt_tokens
-        self._limits: KeyLimits | None = request.state.limits
+        self._limits: KeyLimits = request.state.limits
 
     async def outputs(self) -> AsyncGenerator[Output, None]:
         """What the choices gain, as it comes.
@@ -62,16 +62,14 @@ class ChargedRun:
         """
         generation = self._generation
         most = self.prompt_tokens + generation.request.num_choices * generation.request.params.max_tokens
-        if self._limits:
-            self._limits.charge(most)
+        self._limits.charge(most)
         try:
             async with aclosing(generation.outputs()) as outputs:
                 async for output in outputs:
                     yield output
         finally:
-            if self._limits:
-                used = self.prompt_tokens + generation.completion_tokens if generation.has_begun else 0
-                self._limits.refund(most - used)
+            used = self.prompt_tokens + generation.completion_tokens if generation.has_begun else 0
+            self._limits.refund(most - used)
 
     async def finish(self) -> list[Choice]:
         """The choices to return, when all have ended."""

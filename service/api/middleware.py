@@ -117,20 +117,15 @@ class RequireKey(Middleware):
 class LimitRates(Middleware):
     """Charges every POST below /v1/ to its key. Each response to a key says what the key has left.
 
-    Only routes know the number of tokens, so they charge those: request.state.limits is the key's KeyLimits, or None.
+    Only routes know the number of tokens, so they charge those to request.state.limits, which allows all without a key.
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], limit_requests: int, limit_tokens: int):
         super().__init__(app)
-        self._limits = {
-            digest(key): KeyLimits(limit_requests, limit_tokens) for key in keys if limit_requests or limit_tokens
-        }
+        self._limits = {digest(key): KeyLimits(limit_requests, limit_tokens) for key in keys}
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limits = scope["state"]["limits"] = self._limits.get(scope["state"].get("key"))
-        if limits is None:
-            await self._app(scope, receive, send)
-            return
+        limits = scope["state"]["limits"] = self._limits.get(scope["state"].get("key"), KeyLimits(0, 0))
 
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":

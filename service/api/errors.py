@@ -100,16 +100,13 @@ def api_error(error: Exception) -> APIError:
 
 
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Answer what the `routes` of `app` raise in the one shape. AnswerFaults answers what no handler here is for."""
+    """Answer what FastAPI itself raises for the `routes` of `app` in the one shape. AnswerFaults answers all else."""
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
-        return api_error(error).response
-
-    async def answer_http(request: Request, error: HTTPException) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> JSONResponse:
         path = shown(request.url.path)
-        if error.status_code == 404:
+        if isinstance(error, HTTPException) and error.status_code == 404:
             return APIError(404, f"no route {request.method} {path}", code="not_found").response
-        if error.status_code == 405:
+        if isinstance(error, HTTPException) and error.status_code == 405:
             methods = {*dict(error.headers or {})["Allow"].split(", ")}
             for route in routes:  # the header names the methods of only the first route with this path
                 if route.matches(request.scope)[0] != Match.NONE:
@@ -119,9 +116,8 @@ def install(app: FastAPI, routes: Sequence[Route]) -> None:
             return APIError(405, f"{path} does not take {request.method}", code="method_not_allowed", headers=allow).response
         return api_error(error).response
 
-    for kind in (APIError, EngineError, LimitError, RequestError, StoreFullError, RequestValidationError):
+    for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)
-    app.add_exception_handler(HTTPException, answer_http)  # type: ignore[arg-type]
 
 
 def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:

@@ -176,7 +176,7 @@ class LimitBody(Middleware):
 
 
 class AnswerFaults(Middleware):
-    """Answers an exception that has no handler with a 500.
+    """Answers an exception that has no handler in the application, as api_error does.
 
     Starlette would do so outside all middleware: the response would not be counted, and the exception would be raised
     again for the server to log a second time.

@@ -177,8 +177,12 @@ class Progress:
             self._is_validated = True
             if reason := self._note_report(DataReport.read(self._report)):
                 return reason
-        if self._curve.exists() and (to_the_end or version_of(self._curve) != self._read):
-            self._read = version_of(self._curve)
+        if not self._curve.exists():
+            return None
+        status = self._curve.stat()
+        version = status.st_ino, status.st_mtime_ns
+        if to_the_end or version != self._read:
+            self._read = version
             rows = await asyncio.to_thread(read_curve, self._curve, self._last)
             rows = rows if to_the_end else rows[:-1]
             self._store.add_metrics(self._job.id, [metrics_of(row) for row in rows if is_shown(row)])
@@ -196,11 +200,6 @@ class Progress:
             self._store.add_event(self._job.id, "Files validated")
             self._store.add_event(self._job.id, "The job has started")
         return None
-
-
-def version_of(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_ino, status.st_mtime_ns
 
 
 def is_shown(row: LossRow) -> bool:

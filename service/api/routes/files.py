@@ -118,12 +118,10 @@ Listed = TypeVar("Listed", StoredFile, Job, CheckpointObject)
 
 def page(items: list[Listed], limit: int, after: str | None) -> tuple[list[Listed], bool]:
     """The `limit` items after the one with id `after`, and whether more follow. Raises APIError if no item has that id."""
-    start = 0
-    if after is not None:
-        ids = [item.id for item in items]
-        if after not in ids:
-            raise unknown_id(after)
-        start = ids.index(after) + 1
+    ids = [item.id for item in items]
+    if after is not None and after not in ids:
+        raise unknown_id(after)
+    start = 0 if after is None else ids.index(after) + 1
     return items[start : start + limit], len(items) > start + limit
 
 

@@ -11,8 +11,6 @@ from typing import Any
 
 from service.commands.options import Commands, add_model_options, positive, settings_from
 
-DEFAULT_SHOTS = (0, 1, 4, 16)
-
 
 def add_bench(commands: Commands) -> None:
     command = commands.add_parser("bench", help="measure a server under load, over HTTP: tokens/s and latencies")
@@ -60,7 +58,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise ValueError("nothing to evaluate: give --text, --few-shot or both")
     if not args.few_shot and (args.examples or args.shots):
         raise ValueError("--examples and --shots are for --few-shot")
-    shots = sorted(set(args.shots or DEFAULT_SHOTS))
+    shots = sorted(set(args.shots or (0, 1, 4, 16)))
     if shots[0] < 0:
         raise ValueError(f"--shots {shots[0]}: examples can't be fewer than none")
     if args.json and not args.json.parent.is_dir():

@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from service.api.schema.fields import LogitBiasField, Number, Penalty, StopField
+from service.api.schema.fields import LogitBiasField, Number, StopField
 from service.engine.request import BOUNDS
 
 MAX_STOP_TOKENS = 1024
@@ -94,8 +94,8 @@ class SamplingFields(Body):
     top_p: Annotated[Number, bounds("top_p")] = 1.0
     top_k: Annotated[StrictInt, bounds("top_k")] = Field(0, description="0 and -1 keep every token")
     min_p: Annotated[Number, bounds("min_p")] = 0.0
-    presence_penalty: Penalty = 0.0
-    frequency_penalty: Penalty = 0.0
+    presence_penalty: Annotated[Number, bounds("presence_penalty")] = 0.0
+    frequency_penalty: Annotated[Number, bounds("frequency_penalty")] = 0.0
     repetition_penalty: Number = Field(
         1.0, gt=0, le=BOUNDS["repetition_penalty"][1], description="over prompt and completion"
     )

@@ -145,4 +145,3 @@ LogitBiasField = Annotated[
     ),
 ]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(strict=True, allow_inf_nan=False, ge=-2, le=2)]

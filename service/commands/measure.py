@@ -68,10 +68,9 @@ def run_evaluate(args: argparse.Namespace) -> int:
     if args.few_shot:
         items = read_items(args.few_shot)
         questions = few_shot_questions(items, read_items(args.examples) if args.examples else items, shots)
-    results: dict[str, Any] = {}
     with reachable(args) as (url, model):
         served = RemoteModel(url, model)
-        results["model"] = model
+        results: dict[str, Any] = {"model": model}
         if text is not None:
             found = results["text"] = perplexity(served, text)
             bits = f"{found['bits_per_byte']:.3f} bits per byte"

@@ -112,8 +112,7 @@ class ChatAnswer:
                     begun.add(output.choice)
                     yield self._piece(output.choice, {"role": "assistant", "content": ""})
                 if output.shown or (output.text and self._options.include_obfuscation):
-                    logprobs = self._logprobs(output.shown)
-                    yield self._piece(output.choice, {"content": output.text}, logprobs=logprobs)
+                    yield self._piece(output.choice, {"content": output.text}, logprobs=self._logprobs(output.shown))
                 elif output.text:
                     yield text_event(output.choice, output.text)
                 if output.finish_reason:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from service.commands import local, measure, serve, train
+from service.commands import complete, inspect, measure, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -33,13 +33,13 @@ def parser() -> argparse.ArgumentParser:
     root = argparse.ArgumentParser(prog="banded", description="Serve GPT-3-style decoders over the Completions API.")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
     serve.add_serve(commands)
-    local.add_complete(commands)
+    complete.add_complete(commands)
     measure.add_bench(commands)
-    local.add_doctor(commands)
+    inspect.add_doctor(commands)
     train.add_train(commands)
     train.add_finetune(commands)
     measure.add_evaluate(commands)
-    local.add_plan(commands)
+    inspect.add_plan(commands)
     return root
 
 

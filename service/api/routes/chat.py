@@ -16,6 +16,7 @@ from service.api.schema.chat import (
     ChatChoice,
     ChatChunk,
     ChatChunkChoice,
+    ChatDelta,
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
@@ -105,22 +106,23 @@ class ChatAnswer:
         """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
         begun: set[int] = set()
         no_logprobs = self._logprobs(())
-        text_event = TextEvents("content", lambda choice: self._piece(choice, {"content": ""}, logprobs=no_logprobs))
+        text_event = TextEvents("content", lambda choice: self._piece(choice, ChatDelta(content=""), logprobs=no_logprobs))
         async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
                 if output.choice not in begun:
                     begun.add(output.choice)
-                    yield self._piece(output.choice, {"role": "assistant", "content": ""})
+                    yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
                 if output.shown or (output.text and self._options.include_obfuscation):
-                    yield self._piece(output.choice, {"content": output.text}, logprobs=self._logprobs(output.shown))
+                    logprobs = self._logprobs(output.shown)
+                    yield self._piece(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
                 elif output.text:
                     yield text_event(output.choice, output.text)
                 if output.finish_reason:
-                    yield self._piece(output.choice, {}, finish_reason=cast(Any, output.finish_reason))
+                    yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
         if self._options.include_usage:
             yield self._event([], self._run.usage)
 
-    def _piece(self, index: int, delta: dict[str, str], **fields: Any) -> bytes:
+    def _piece(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
         return self._event([ChatChunkChoice(index=index, delta=delta, **fields)])
 
     def _event(self, choices: list[ChatChunkChoice], usage: TokenUsage | None = None) -> bytes:

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings
+from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, is_absent
 from service.engine.request import MAX_INT
 
 MAX_MESSAGES = 2048
@@ -135,9 +135,14 @@ class ChatResponse(Generated):
     warnings: Warnings = None
 
 
+class ChatDelta(BaseModel):
+    role: Annotated[Literal["assistant"] | None, Field(exclude_if=is_absent)] = None
+    content: Annotated[str | None, Field(exclude_if=is_absent)] = None
+
+
 class ChatChunkChoice(BaseModel):
     index: int
-    delta: dict[str, str]  # what the message gains: its role, a piece of its content, or nothing
+    delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import TypeVar
 
 from model.checkpoint.tokenizer import Tokenizer
+from model.config import KVGroup
 from model.step import TokenLogprobs
 from service.engine.choice import Choice, Output
 from service.engine.loop import StepLoop, StepRunner
@@ -169,10 +170,14 @@ class Engine:
         metrics.queue_limit.set(max_queue)
         metrics.requests_running.set_function(lambda: self._steps.num_running)
         metrics.requests_waiting.set_function(lambda: self._steps.num_waiting)
-        for group, usage in self._steps.usage().items():
-            metrics.kv_total(group).set(usage.total)
-            metrics.kv_held(group).set_function(lambda group=group: self._steps.usage()[group].held)
-            metrics.kv_usage(group).set_function(lambda group=group: self._steps.usage()[group].share)
+        for group in self._steps.usage():
+            self._export_usage(group)
+
+    def _export_usage(self, group: KVGroup) -> None:
+        usage = self._steps.usage
+        self._metrics.kv_total(group).set(usage()[group].total)
+        self._metrics.kv_held(group).set_function(lambda: usage()[group].held)
+        self._metrics.kv_usage(group).set_function(lambda: usage()[group].share)
 
     def start(self) -> None:
         """Start the step thread; call from the event loop that will use the engine."""

@@ -112,6 +112,14 @@ class Tokenizer:
                     plain.append(piece)
         return tokens + self._encode_unsplit("".join(plain))
 
+    def encode_prompt(self, text: str) -> list[int]:
+        """The prompt that the model gets for `text`: bos if the checkpoint has one, then `encode`. Never empty.
+
+        The empty text without bos becomes eos: the end of a document, after which a new one starts.
+        """
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return bos + self.encode(text) or [self.eos_id]
+
     def _encode_unsplit(self, text: str) -> list[int]:
         """Token ids of text in which nothing is special."""
         tokens = []

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.cpu import abi
 from kernels.cpu import build as cpu_build
 from kernels.cpu import compiled as cpu_compiled
 from kernels.cpu.build import Shape
@@ -159,7 +160,7 @@ def test_no_library_is_made_whose_structures_differ_from_python_s(
     """Nor loaded: the structures are part of the name in the cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     before = cpu_build.key(Shape(16, torch.float32))
-    layout = cpu_build.layout().replace("static_assert(sizeof(PlanArgs) == 80)", "static_assert(sizeof(PlanArgs) == 72)")
+    layout = abi.layout().replace("static_assert(sizeof(PlanArgs) == 80)", "static_assert(sizeof(PlanArgs) == 72)")
     monkeypatch.setattr(cpu_build, "layout", lambda: layout)
     assert cpu_build.key(Shape(16, torch.float32)) != before
     assert load(Shape(16, torch.float32)) is None

@@ -49,6 +49,15 @@ class StoredTensor(NamedTuple):
     def read(self) -> Tensor:
         return self.handle.get_tensor(self.key)
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.handle.get_slice(self.key).get_shape())
+
+    @property
+    def dtype(self) -> str:
+        """As safetensors spells it: F32, BF16."""
+        return str(self.handle.get_slice(self.key).get_dtype())
+
 
 def load_model(directory: Path, dtype: torch.dtype, device: torch.device = CPU) -> GPT:
     """The model in `directory`, ready for inference, its weights cast to `dtype` one by one on `device`.
@@ -143,18 +152,15 @@ def check_shapes(shape: tuple[int, ...], source: Source, stored: Mapping[str, St
     expected = shape[::-1] if source.transposed else shape
     for key in source.keys:
         tensor = stored[key]
-        header = tensor.handle.get_slice(tensor.key)
-        found, dtype = tuple(header.get_shape()), header.get_dtype()
-        if found != expected:
-            raise CheckpointError(f"{tensor.file}: {tensor.key} has shape {found}, expected {expected}")
-        if dtype not in FLOATS:
-            raise CheckpointError(f"{tensor.file}: {tensor.key} is {dtype}, expected one of {', '.join(FLOATS)}")
+        if tensor.shape != expected:
+            raise CheckpointError(f"{tensor.file}: {tensor.key} has shape {tensor.shape}, expected {expected}")
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{tensor.file}: {tensor.key} is {tensor.dtype}, expected one of {', '.join(FLOATS)}")
 
 
 def check_same(head: StoredTensor, embedding: StoredTensor) -> None:
     """CheckpointError unless the head of a tied model, which some files repeat, is the embedding."""
-    ours, theirs = head.read(), embedding.read()
-    if ours.dtype != theirs.dtype or not torch.equal(ours, theirs):
+    if head.shape != embedding.shape or head.dtype != embedding.dtype or not torch.equal(head.read(), embedding.read()):
         raise CheckpointError(
             f"{head.file}: {head.key} differs from {embedding.key} though {CONFIG_FILE} ties them; "
             "if the head is meant, set tie_word_embeddings to false"

@@ -11,23 +11,23 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".cpp", ".h", ".toml"}
 
-# All of the product: it had 16,030 before the Python API (260 lines), the kernels for other CPUs than x86, their check of
-# the ABI (300) and the engine's request type came. The packages' budgets add up to more, so that lines can move.
-TOTAL = 16_500
+# All of the product: it had 16,030 before the Python API and kernels for other CPUs than x86 came, and others went. The
+# packages' budgets add up to more, so that lines can move.
+TOTAL = 15_900
 
 BUDGET = {
     "service": 470,
-    "service/api": 2850,
+    "service/api": 2670,
     "service/commands": 530,
-    "service/engine": 2970,
-    "service/jobs": 520,
-    "service/tools": 800,
-    "model": 1400,
-    "model/checkpoint": 1420,
-    "model/training": 1460,
-    "kernels": 1060,
-    "kernels/cpu": 1700,
-    "kernels/gpu": 1450,
+    "service/engine": 2960,
+    "service/jobs": 510,
+    "service/tools": 770,
+    "model": 1360,
+    "model/checkpoint": 1350,
+    "model/training": 1390,
+    "kernels": 1030,
+    "kernels/cpu": 1600,
+    "kernels/gpu": 1400,
 }
 
 

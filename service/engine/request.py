@@ -111,15 +111,15 @@ class SamplingParams:
                 bounds = f"at least {least}" if is_low else f"from {least} to {most}"
                 if name == "repetition_penalty":
                     bounds = f"above 0 and at most {most}"
-                raise RequestError(f"'{name}' must be {bounds}, got {value}", name)
+                raise RequestError(f"'{name}': must be {bounds}, got {value}", name)
         if isinstance(self.stop, str) or not all(self.stop):
-            raise RequestError("'stop' must be a tuple of texts, none of them empty", "stop")
+            raise RequestError("'stop': must be a tuple of texts, none of them empty", "stop")
         if self.best_of is not None and self.best_of < self.n:
-            raise RequestError(f"'best_of' is {self.best_of}, less than n {self.n}", "best_of")
+            raise RequestError(f"'best_of': is {self.best_of}, less than n {self.n}", "best_of")
         if self.min_tokens > self.max_tokens:
-            raise RequestError(f"'min_tokens' is {self.min_tokens}, more than max_tokens {self.max_tokens}", "min_tokens")
+            raise RequestError(f"'min_tokens': is {self.min_tokens}, more than max_tokens {self.max_tokens}", "min_tokens")
         if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in self.logit_bias.values()):
-            raise RequestError(f"'logit_bias' holds a bias that is not from -{MAX_BIAS} to {MAX_BIAS}", "logit_bias")
+            raise RequestError(f"'logit_bias': holds a bias that is not from -{MAX_BIAS} to {MAX_BIAS}", "logit_bias")
 
     @property
     def num_candidates(self) -> int:

@@ -112,11 +112,11 @@ NO_GPU = "device cuda: PyTorch sees no GPU here; use --device cpu, or install a 
             ["complete", "a", "--device", "cuda"],
             NO_GPU,
         ),
-        (["complete", "a", "--max-tokens", "-1"], "'max_tokens' must be at least 0, got -1"),
-        (["complete", "a", "--temperature", "2.5"], "'temperature' must be from 0 to 2, got 2.5"),
-        (["complete", "a", "--temperature", "nan"], "'temperature' must be from 0 to 2, got nan"),
-        (["complete", "a", "--top-p", "-0.5"], "'top_p' must be from 0 to 1, got -0.5"),
-        (["complete", "a", "--seed", str(2**63)], f"'seed' must be from {-(2**63)} to {2**63 - 1}, got {2**63}"),
+        (["complete", "a", "--max-tokens", "-1"], "'max_tokens': must be at least 0, got -1"),
+        (["complete", "a", "--temperature", "2.5"], "'temperature': must be from 0 to 2, got 2.5"),
+        (["complete", "a", "--temperature", "nan"], "'temperature': must be from 0 to 2, got nan"),
+        (["complete", "a", "--top-p", "-0.5"], "'top_p': must be from 0 to 1, got -0.5"),
+        (["complete", "a", "--seed", str(2**63)], f"'seed': must be from {-(2**63)} to {2**63 - 1}, got {2**63}"),
     ],
 )
 def test_options_out_of_range(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

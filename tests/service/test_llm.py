@@ -142,14 +142,14 @@ def test_numbers_out_of_bounds_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"max_tokens": -1}, "'max_tokens' must be at least 0, got -1"),
-        ({"temperature": 3}, "'temperature' must be from 0 to 2, got 3"),
-        ({"repetition_penalty": 0}, "'repetition_penalty' must be above 0 and at most 10, got 0"),
-        ({"stop": "."}, "'stop' must be a tuple of texts, none of them empty"),
-        ({"stop": ("",)}, "'stop' must be a tuple of texts, none of them empty"),
-        ({"n": 3, "best_of": 2}, "'best_of' is 2, less than n 3"),
-        ({"max_tokens": 1, "min_tokens": 2}, "'min_tokens' is 2, more than max_tokens 1"),
-        ({"logit_bias": {5: 101.0}}, "'logit_bias' holds a bias that is not from -100 to 100"),
+        ({"max_tokens": -1}, "'max_tokens': must be at least 0, got -1"),
+        ({"temperature": 3}, "'temperature': must be from 0 to 2, got 3"),
+        ({"repetition_penalty": 0}, "'repetition_penalty': must be above 0 and at most 10, got 0"),
+        ({"stop": "."}, "'stop': must be a tuple of texts, none of them empty"),
+        ({"stop": ("",)}, "'stop': must be a tuple of texts, none of them empty"),
+        ({"n": 3, "best_of": 2}, "'best_of': is 2, less than n 3"),
+        ({"max_tokens": 1, "min_tokens": 2}, "'min_tokens': is 2, more than max_tokens 1"),
+        ({"logit_bias": {5: 101.0}}, "'logit_bias': holds a bias that is not from -100 to 100"),
     ],
 )
 def test_params_that_make_no_sense_are_refused(fields: dict[str, object], message: str) -> None:

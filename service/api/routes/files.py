@@ -63,15 +63,15 @@ async def upload_file(request: Request) -> FileObject:
             raise invalid(f"unknown field '{shown(unknown[0])}'", shown(unknown[0]), "unknown_parameter")
         file, purpose = form.get("file"), form.get("purpose")
         if not isinstance(file, UploadFile):
-            raise invalid("file: a file is needed", "file")
+            raise invalid("'file': a file is needed", "file")
         if purpose != PURPOSE:
-            raise invalid(f"purpose: '{PURPOSE}' is the only one, got '{shown(str(purpose))}'", "purpose")
+            raise invalid(f"'purpose': '{PURPOSE}' is the only one, got '{shown(str(purpose))}'", "purpose")
         content = await file.read()
         name = file.filename or "file.jsonl"
     if len(name) > MAX_FILENAME:
-        raise invalid(f"file: its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
+        raise invalid(f"'file': its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
     if not content:
-        raise invalid("file: it is empty", "file")
+        raise invalid("'file': it is empty", "file")
     return file_object(store.add_file(name, PURPOSE, content))
 
 

@@ -49,7 +49,7 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     warnings = warnings_for(body, request)
     entry = find_model(request, body.model)
     if entry.parent is not None:
-        raise invalid(f"model: '{entry.name}' is an adapter; fine-tune '{entry.parent}'", "model")
+        raise invalid(f"'model': '{entry.name}' is an adapter; fine-tune '{entry.parent}'", "model")
     find_file(store, body.training_file, "training_file")
     if body.validation_file is not None:
         find_file(store, body.validation_file, "validation_file")

@@ -169,18 +169,18 @@ def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"json": {"file": "x"}}, "a file is sent as multipart/form-data"),
-        ({"files": {"file": ("a", b"x")}}, "purpose: 'fine-tune' is the only one, got 'None'"),
+        ({"files": {"file": ("a", b"x")}}, "'purpose': 'fine-tune' is the only one, got 'None'"),
         (
             {"files": {"file": ("a", b"x")}, "data": {"purpose": "batch"}},
-            "purpose: 'fine-tune' is the only one, got 'batch'",
+            "'purpose': 'fine-tune' is the only one, got 'batch'",
         ),
-        ({"files": {"file": ("a", b"")}, "data": {"purpose": "fine-tune"}}, "file: it is empty"),
+        ({"files": {"file": ("a", b"")}, "data": {"purpose": "fine-tune"}}, "'file': it is empty"),
         (
             {"files": {"file": ("a" * 256, b"x")}, "data": {"purpose": "fine-tune"}},
-            "file: its name has 256 characters, at most 255 are taken",
+            "'file': its name has 256 characters, at most 255 are taken",
         ),
         ({"files": {"other": ("a", b"x")}, "data": {"purpose": "fine-tune"}}, "unknown field 'other'"),
-        ({"files": {"purpose": (None, "fine-tune")}}, "file: a file is needed"),
+        ({"files": {"purpose": (None, "fine-tune")}}, "'file': a file is needed"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "Missing boundary in multipart."),
     ],
 )
@@ -275,7 +275,7 @@ def test_a_job_from_its_files_to_its_model(tmp_path: Path, process: Callable[...
             assert checkpoint["metrics"] == {"step": 3, "train_loss": 2.0, "valid_loss": 4.5, "full_valid_loss": 4.5}
             assert (await api.get(f"/v1/models/{name}"))["parent"] == "fake"
             answer = await api.client.post("/v1/fine_tuning/jobs", json={"model": name, "training_file": training})
-            assert answer.json()["error"]["message"] == f"model: '{name}' is an adapter; fine-tune 'fake'"
+            assert answer.json()["error"]["message"] == f"'model': '{name}' is an adapter; fine-tune 'fake'"
 
             assert (await api.client.delete(f"/v1/models/{name}")).json() == {"id": name, "object": "model", "deleted": True}
             assert api.loader.unloaded == [name]

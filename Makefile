@@ -22,7 +22,7 @@ serve: install
 
 # The programs that some tests run, each with Debian's package: Prometheus beside the server, and the compilers and the emulator
 # that the C++ has to pass through. Installs what is missing, where it may; elsewhere those tests are skipped, unless
-# BANDED_DEMAND=1. Prometheus's package starts a service, which is stopped.
+# DEMAND_TOOLS=1. Prometheus's package starts a service, which is stopped.
 TOOLS := prometheus=prometheus promtool=prometheus clang++-14=clang-14 aarch64-linux-gnu-g++=g++-aarch64-linux-gnu \
   qemu-aarch64=qemu-user
 
@@ -36,7 +36,7 @@ tools:
 	  case "$$missing" in *prometheus*) service prometheus stop && update-rc.d prometheus disable;; esac; \
 	else \
 	  echo "some tests will be skipped: install Debian's packages$$missing, or what they contain" >&2; \
-	  [ "$$BANDED_DEMAND" != 1 ]; \
+	  [ "$$DEMAND_TOOLS" != 1 ]; \
 	fi
 
 # The tests that need no torch: scheduling, pages, drafting, pace, text, limits, the band, configurations and training's tasks,

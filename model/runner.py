@@ -248,7 +248,7 @@ class Runner:
     def _decode(
         self, columns: Tensor, samples: Sequence[Sample] = (), adapt: Adapt | None = None
     ) -> tuple[Tensor, list[FoundLogprobs]]:
-        """Sample a token after each of `columns` (3, B): row, position, and the token there or UNKNOWN.
+        """Sample a token after each of `columns` (3, B). A column is a row, a position and the token there, or UNKNOWN.
 
         `samples` is as in `_sample`. A graph records this call without `samples` and `adapt`, so nothing in it may wait for
         the device.

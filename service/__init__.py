@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from service.engine.request import RequestError, SamplingParams
     from service.llm import LLM, AsyncLLM, Completion
 
-# The names that take no torch either. The others are service.llm's.
+# Where the names come from that need no torch. All others come from service.llm.
 HOMES = {
     "SamplingParams": "service.engine.request",
     "RequestError": "service.engine.request",

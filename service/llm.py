@@ -194,7 +194,7 @@ class LLM:
     def stream(
         self, prompt: Text, params: SamplingParams | None = None, *, adapter: str | None = None
     ) -> Generator[str, None, None]:
-        """Closing the iterator ends the generation."""
+        """Closing the iterator ends the generation soon after."""
         pieces: SimpleQueue[str | None] = SimpleQueue()
 
         async def pump() -> None:
@@ -207,6 +207,8 @@ class LLM:
         try:
             while (piece := pieces.get()) is not None:
                 yield piece
+            if self._closed and generating.exception():
+                raise EngineError("the model has been closed")
             generating.result()  # raises what ended it early
         finally:
             generating.cancel()

@@ -44,7 +44,7 @@ def test_make_says_what_to_install_where_it_may_not_and_fails_where_that_is_dema
     assert missing.returncode == 0
     assert "install Debian's packages" in missing.stderr
     assert TOOLS["prometheus"] in missing.stderr
-    assert make_tools(tmp_path, BANDED_DEMAND="1").returncode != 0
+    assert make_tools(tmp_path, DEMAND_TOOLS="1").returncode != 0
 
 
 def test_make_installs_what_is_missing_for_root_and_leaves_no_service(tmp_path: Path) -> None:
@@ -69,15 +69,15 @@ def test_make_installs_what_is_missing_for_root_and_leaves_no_service(tmp_path: 
 
 def test_a_missing_tool_skips_its_test_and_fails_it_where_tools_are_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demand("sh") == demand("no-such-tool", "sh") == shutil.which("sh")
-    monkeypatch.setenv("BANDED_DEMAND", "0")
+    monkeypatch.setenv("DEMAND_TOOLS", "0")
     with pytest.raises(pytest.skip.Exception, match=r"^no-such-tool is not installed: compiles; `make tools` installs it$"):
         demand("no-such-tool", why="compiles")
-    monkeypatch.setenv("BANDED_DEMAND", "1")
-    with pytest.raises(pytest.fail.Exception, match=r"BANDED_DEMAND=1, but no-such-tool or another is not installed"):
+    monkeypatch.setenv("DEMAND_TOOLS", "1")
+    with pytest.raises(pytest.fail.Exception, match=r"DEMAND_TOOLS=1, but no-such-tool or another is not installed"):
         demand("no-such-tool", "another")
 
 
 def test_ci_demands_the_tools() -> None:
     script = (ROOT / ".ci" / "run").read_text()
-    assert "export BANDED_DEMAND=1\n" in script[: script.index("make check")]
+    assert "export DEMAND_TOOLS=1\n" in script[: script.index("make check")]
     assert os.access(ROOT / ".ci" / "run", os.X_OK)

@@ -1,6 +1,6 @@
 """The structures of csrc/abi.h and the arguments of the functions in csrc/, for ctypes.
 
-Whoever compiles a library compiles `layout` with it, so that none is made in which the two languages differ.
+kernels.cpu.build compiles `layout` into every library. Compiling fails where C++ and Python differ.
 """
 
 import ctypes

@@ -93,7 +93,7 @@ def build(shape: Shape, library: Path) -> str | None:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / "built.so"
             finished = subprocess.run(
-                [*compiler(), *FLAGS.split(), *defines, f"-I{SOURCES}", "-xc++", "-", "-o", str(built)],
+                [*compiler(), *FLAGS.split(), *defines, "-iquote", str(SOURCES), "-xc++", "-", "-o", str(built)],
                 input=f'#include "kernels.cpp"\n{layout()}',
                 capture_output=True,
                 text=True,

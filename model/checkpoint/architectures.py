@@ -105,7 +105,7 @@ class Source(NamedTuple):
 
 
 def sizes(raw: Json, positions: str, width: str, layers: str, heads: str) -> dict[str, Any]:
-    """The fields that every architecture has, all but the vocabulary's under a name of its own."""
+    """The five sizes that every architecture has. Only `vocab_size` has the same name in all of them."""
     names = {"vocab_size": "vocab_size", "n_positions": positions, "n_embd": width, "n_layer": layers, "n_head": heads}
     return {field: integer(raw, name) for field, name in names.items()}
 

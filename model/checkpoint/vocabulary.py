@@ -56,7 +56,7 @@ class CheckpointFiles(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """Pieces in the byte alphabet with their ids, and the ids of the bytes and of what merges make, first merge first."""
+    """`ids` of all pieces, written in the byte alphabet. `merge_order`: ids of the bytes, then of what each merge makes."""
 
     ids: Mapping[str, int]
     merge_order: Sequence[int]
@@ -101,7 +101,9 @@ def type_of(part: Any) -> str:
 
 
 def checked_vocabulary(ids: Json, ids_from: str, merges: Iterable[Any], merges_from: str, first: int) -> Vocabulary:
-    """Raises TokenizerError naming where the wrong id or merge comes from; merges count from `first`: "merges.txt line 2".
+    """The vocabulary of `ids` and `merges`. `first` is the number of the first merge.
+
+    Raises TokenizerError naming the wrong id or merge and its place, such as "merges.txt line 2".
 
     Hugging Face merges the two pieces that a line names; tiktoken merges any two that spell the token. They agree if
     the earlier lines split the token into just these two pieces, as in every trained vocabulary. Any other line never

@@ -31,8 +31,8 @@ VOCAB_ROWS = ("wte.weight", "lm_head.weight")
 # What a stored weight may be. Any other type is quantised, and its numbers are not weights.
 FLOATS = ("F64", "F32", "F16", "BF16")
 CPU = torch.device("cpu")
-# How a fingerprint reads parameters: as integers, by the bytes of an element, and so many rows at a time.
-INTEGERS, SUMMED_ROWS = {2: torch.int16, 4: torch.int32}, 4096
+INTEGERS = {2: torch.int16, 4: torch.int32}  # by bytes of an element: a fingerprint reads parameters as integers
+SUMMED_ROWS = 4096  # of a parameter, at a time
 
 
 def counted(tensors: list[str]) -> str:

@@ -183,12 +183,13 @@ def finetune(
 
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()
     save_weights = partial(save_model, directory, model, torch.bfloat16, origin=origin)
+    write_model = save_weights if learnt is None else partial(save_adapter, directory, learnt)
     return follow(
         directory,
         trainer,
         batches,
         {"base": base, "adapter": None if adapter is None else dataclasses.asdict(adapter), "examples": digest},
-        write_model=save_weights if learnt is None else partial(save_adapter, directory, learnt),
+        write_model=write_model,
         held_out_loss=held_out_loss if held_out else None,
         resume=resume,
         save_every=save_every,

@@ -42,6 +42,37 @@ KEEP_ALIVE_SECONDS = 15.0
 PADDED_TO = 64  # bytes
 
 
+class ClientGoneError(Exception):
+    """The client closed the connection, so nobody would read an answer."""
+
+
+def event(body: str) -> bytes:
+    """One event that carries a JSON text."""
+    return f"data: {body}\n\n".encode()
+
+
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`. If the client leaves first, `work` is cancelled and ClientGoneError raised.
+
+    The body of the request must have been read: what `receive` gives next is then the disconnection.
+    """
+
+    async def disconnect() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGoneError
+        return await working
+    finally:
+        for task in (working, leaving):
+            task.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
+
+
 class ChargedRun:
     """A generation, charged to the key that the HTTP request came with."""
 
@@ -140,37 +171,6 @@ async def answer(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Resp
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
     return Response(body.model_dump_json(), media_type="application/json")
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection, so nobody would read an answer."""
-
-
-def event(body: str) -> bytes:
-    """One event that carries a JSON text."""
-    return f"data: {body}\n\n".encode()
-
-
-async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`. If the client leaves first, `work` is cancelled and ClientGoneError raised.
-
-    The body of the request must have been read: what `receive` gives next is then the disconnection.
-    """
-
-    async def disconnect() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(disconnect())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientGoneError
-        return await working
-    finally:
-        for task in (working, leaving):
-            task.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 class EventStream(Response):

@@ -100,21 +100,21 @@ def api_error(error: Exception) -> APIError:
 
 
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
-    """Answer what FastAPI itself raises for the `routes` of `app` in the one shape. AnswerFaults answers all else."""
+    """Answer what FastAPI itself raises, in the one shape. AnswerFaults answers everything else. `routes` are the app's."""
 
     async def answer(request: Request, error: Exception) -> JSONResponse:
+        if not isinstance(error, HTTPException) or error.status_code not in (404, 405):
+            return api_error(error).response
         path = shown(request.url.path)
-        if isinstance(error, HTTPException) and error.status_code == 404:
+        if error.status_code == 404:
             return APIError(404, f"no route {request.method} {path}", code="not_found").response
-        if isinstance(error, HTTPException) and error.status_code == 405:
-            methods = {*dict(error.headers or {})["Allow"].split(", ")}
-            for route in routes:  # the header names the methods of only the first route with this path
-                if route.matches(request.scope)[0] != Match.NONE:
-                    methods |= route.methods or set()
-            allowed = methods | {"HEAD"} if "GET" in methods else methods  # see AnswerHead
-            allow = {"allow": ", ".join(sorted(allowed))}
-            return APIError(405, f"{path} does not take {request.method}", code="method_not_allowed", headers=allow).response
-        return api_error(error).response
+        methods = {*dict(error.headers or {})["Allow"].split(", ")}
+        for route in routes:  # the header names the methods of only the first route with this path
+            if route.matches(request.scope)[0] != Match.NONE:
+                methods |= route.methods or set()
+        allowed = methods | {"HEAD"} if "GET" in methods else methods  # see AnswerHead
+        allow = {"allow": ", ".join(sorted(allowed))}
+        return APIError(405, f"{path} does not take {request.method}", code="method_not_allowed", headers=allow).response
 
     for kind in (HTTPException, RequestValidationError):
         app.add_exception_handler(kind, answer)

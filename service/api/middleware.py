@@ -117,15 +117,16 @@ class RequireKey(Middleware):
 class LimitRates(Middleware):
     """Charges every POST below /v1/ to its key. Each response to a key says what the key has left.
 
-    Only routes know the number of tokens, so they charge those to request.state.limits, which allows all without a key.
+    Only routes know the number of tokens, so they charge those to request.state.limits. Without a key it allows everything.
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], limit_requests: int, limit_tokens: int):
         super().__init__(app)
         self._limits = {digest(key): KeyLimits(limit_requests, limit_tokens) for key in keys}
+        self._unlimited = KeyLimits(0, 0)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        limits = scope["state"]["limits"] = self._limits.get(scope["state"].get("key"), KeyLimits(0, 0))
+        limits = scope["state"]["limits"] = self._limits.get(scope["state"].get("key"), self._unlimited)
 
         async def telling(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -176,7 +177,7 @@ class LimitBody(Middleware):
 
 
 class AnswerFaults(Middleware):
-    """Answers an exception that has no handler in the application, as api_error does.
+    """Answers every exception that errors.install leaves: a refused request with its own error, anything else with a 500.
 
     Starlette would do so outside all middleware: the response would not be counted, and the exception would be raised
     again for the server to log a second time.

@@ -65,7 +65,7 @@ async def off_the_loop(size: int, work: Callable[[], T]) -> T:
 
 
 def sampling_params(body: SamplingFields, entry: ModelEntry, **changed: Any) -> SamplingParams:
-    """What `body` says to the engine; `changed` are the fields that have another meaning there.
+    """What `body` says to the engine; `changed` replaces the fields that mean something else in the body.
 
     Raises APIError for too many stop strings and RequestError for token ids that the model doesn't have.
     """

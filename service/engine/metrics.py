@@ -59,7 +59,7 @@ class Metrics:
         )
         self.step_time = self._histogram("step_time_seconds", "One engine step", TOKEN_SECONDS)
         self.step_tokens = self._histogram("step_tokens", "Tokens computed in one engine step", TOKEN_COUNTS)
-        self.outcome = self._family(Counter, "requests", "Choices by how they ended: one of OUTCOMES", "outcome")
+        self.outcome = self._family(Counter, "requests", "Choices by how they ended", "outcome")  # one of OUTCOMES
         self.http_responses = self._family(Counter, "http_requests", "HTTP responses", "route", "status")
         self.stream_errors = self._counter("stream_errors", "Streams that failed after their first byte, under status 200")
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")
@@ -74,7 +74,7 @@ class Metrics:
         )
 
     def _family(self, kind: Callable[..., M], name: str, about: str, *labels: str, **options: Any) -> Callable[..., M]:
-        """What gives the series of a metric for values of `labels`."""
+        """A function from the values of `labels` to the metric's series."""
         family: Any = kind(f"banded_{name}", about, ["model", *labels], registry=self.registry, **options)
         return partial(family.labels, self._model)
 

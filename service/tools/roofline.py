@@ -112,7 +112,7 @@ class Capacity:
 
     @property
     def _work_per_token(self) -> float:
-        """A product and a sum for each weight, but for those of the embeddings and of the output head."""
+        """A product and a sum for each number of a matrix, except those of the embeddings and of the output head."""
         tables = ("wte.weight", "wpe.weight", "lm_head.weight")
         shapes = self._shapes.items()
         return 2.0 * sum(math.prod(shape) for name, shape in shapes if len(shape) == 2 and name not in tables)

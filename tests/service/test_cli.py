@@ -188,19 +188,8 @@ def test_train_then_finetune_all_weights_then_complete(
     card = checkpoint / "banded.json"
     card.write_text('{"separator": " ; "}')
     trained, tuned = tmp_path / "trained", tmp_path / "tuned"
-    options = [
-        "--init",
-        str(checkpoint),
-        "--tokens",
-        "2000",
-        "--window",
-        "64",
-        "--batch-tokens",
-        "128",
-        "--learning-rate",
-        "0.01",
-    ]
-    options += ["--micro-tokens", "128"]
+    sizes = "--tokens 2000 --window 64 --learning-rate 0.01 --batch-tokens 128 --micro-tokens 128"
+    options = ["--init", str(checkpoint), *sizes.split()]
     assert main(["train", str(corpus), "--out", str(trained), "--valid", str(corpus), *options]) == 0
     shown = capsys.readouterr().out
     assert re.fullmatch(r"held-out perplexity \d+\.\d\d over 602 tokens\n", shown)

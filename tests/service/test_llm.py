@@ -201,7 +201,7 @@ def test_a_closed_model_says_so_and_ends_its_streams(recwarn: pytest.WarningsRec
     stream = llm.stream("Once", SamplingParams(max_tokens=1000, ignore_eos=True))
     next(stream)
     llm.close()
-    with pytest.raises(EngineError):
+    with pytest.raises(EngineError, match="the model has been closed"):
         list(stream)
     stream.close()
     assert list(recwarn) == []

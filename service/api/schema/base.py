@@ -165,6 +165,7 @@ class DeletedObject(BaseModel):
     deleted: bool = True
 
 
+# The body of every error.
 class ErrorDetail(BaseModel):
     message: str
     type: str
@@ -173,6 +174,4 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorResponse(BaseModel):
-    """The body of every error."""
-
     error: ErrorDetail

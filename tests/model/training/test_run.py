@@ -43,9 +43,14 @@ FORKS.set_forkserver_preload([tiny_run.__name__, "matplotlib.figure", "torch._dy
 
 
 def start(directory: Path, corpus: Path, *options: str, **environment: str) -> ForkServerProcess:
-    process = FORKS.Process(target=tiny_run.main, args=(directory, corpus, options, environment))
+    process = FORKS.Process(target=tiny_run.main, args=(directory, corpus, options, environment), daemon=True)
     process.start()
     return process
+
+
+def interrupt(process: ForkServerProcess) -> None:
+    assert process.pid
+    os.kill(process.pid, signal.SIGINT)
 
 
 def status(process: ForkServerProcess) -> int | None:
@@ -107,7 +112,7 @@ def wait_for_updates(process: ForkServerProcess, directory: Path, count: int) ->
 def test_interrupted_it_finishes_the_update_and_saves(uninterrupted: Path, corpus: Path, tmp_path: Path) -> None:
     process = start(tmp_path, corpus)
     wait_for_updates(process, tmp_path, 3)
-    os.kill(process.pid or 0, signal.SIGINT)
+    interrupt(process)
     assert status(process) == 130
     assert len(curve(tmp_path)) < len(curve(uninterrupted))
     assert status(start(tmp_path, corpus, "--resume")) == 0
@@ -127,7 +132,7 @@ def test_two_ranks_make_the_bits_of_one_and_stop_together(corpus: Path, tmp_path
     assert status(start(alone, corpus, "--pairs")) == 0
     ranks = start_ranks(together, corpus, "--pairs")
     wait_for_updates(ranks[0], together, 3)
-    os.kill(ranks[1].pid or 0, signal.SIGINT)  # one is enough
+    interrupt(ranks[1])  # one is enough
     assert [status(rank) for rank in ranks] == [130, 130], "the other one stops too, without an error"
     assert 0 < len(curve(together)) < len(curve(alone))
     assert [status(rank) for rank in start_ranks(together, corpus, "--pairs", "--resume")] == [0, 0]

@@ -44,6 +44,8 @@ class TestText:
         prompt = text_prompt(text, tokenizer, allow_special=allow_special)
         tokens = tokenizer.encode(text, allow_special=allow_special)
         assert prompt.tokens[prompt.num_implicit :] == tokens
+        if not allow_special:
+            assert prompt.tokens == tokenizer.encode_prompt(text), "fine-tuning begins its examples like this"
         implicit = [tokenizer.bos_id] if tokenizer.bos_id is not None else [] if tokens else [tokenizer.eos_id]
         assert prompt.tokens[: prompt.num_implicit] == implicit
 

@@ -28,12 +28,14 @@ class Collected:
 
 def test_the_table_is_up_to_date() -> None:
     """All of it passed when it was written, and the lines and tests are those of today."""
+    # Importing the files that show nothing of the contract would take most of the time.
+    files = [str(file) for file in Path(__file__).parent.rglob("test_*.py") if "@contract(" in file.read_text("utf-8")]
     code = (
         "import sys, pytest; from tests.test_conformance import Collected, table; found = Collected();"
-        "status = pytest.main(['--collect-only', '-qq', '-m', 'contract', 'tests'], plugins=[found]);"
+        "status = pytest.main(['--collect-only', '-qq', '-m', 'contract', *sorted(sys.argv[1:])], plugins=[found]);"
         "sys.stderr.write(table(found.outcomes)); sys.exit(status)"
     )
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=FILE.parent)
+    made = subprocess.run([sys.executable, "-c", code, *files], capture_output=True, text=True, cwd=FILE.parent)
     assert made.returncode == 0, made.stdout
     assert made.stderr.endswith(FILE.read_text()), "run `make conformance`"
 

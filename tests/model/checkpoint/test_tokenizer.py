@@ -117,7 +117,7 @@ FRAGMENTS = st.one_of(
     st.sampled_from(SPELLINGS),
 )
 TEXTS = st.lists(FRAGMENTS, max_size=12).map("".join)
-FAST = settings(max_examples=150, deadline=None)
+FAST = settings(max_examples=75, deadline=None)
 
 
 class TestR50k:

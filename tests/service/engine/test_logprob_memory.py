@@ -11,7 +11,7 @@ from model.runner import LOGIT_ROWS
 
 ROOT = Path(__file__).parents[3]
 VOCAB_SIZE = 50257
-ROWS = 8
+ROWS = 2
 SLICE_BYTES = LOGIT_ROWS * VOCAB_SIZE * 4
 
 # Runs in a process of its own: memory that earlier tests used and freed would hide the peak.

@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     device: Device = "auto"
     kernels: KernelChoice = Field("auto", description="triton: run the GPU path in Triton's interpreter on a CPU, for tests")
     compile: bool = Field(
-        True, description="on a CPU, compile the CPU kernels at the first start, in a second; takes a C++ compiler"
+        True, description="on a CPU, compile the CPU kernels at the first start, in a few seconds; takes a C++ compiler"
     )
     doctor: bool = Field(False, description="compare the kernels with the reference at start, and refuse where they differ")
     kv_bytes: int | None = Field(

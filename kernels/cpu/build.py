@@ -1,6 +1,6 @@
 """Compiles csrc/ on the machine that will run it, and caches the library.
 
-That takes a C++ compiler, and a second for each head size, dtype and machine.
+That takes a C++ compiler, and seconds for each head size, dtype and machine.
 """
 
 import ctypes
@@ -44,7 +44,7 @@ def compiled_library(shape: Shape) -> ctypes.CDLL | None:
     """The compiled code, built first if the cache lacks it; None, and a line in the log, if that fails."""
     library = cache_directory() / f"cpu-{key(shape)}.so"
     if not library.exists():
-        log.info("compiling the CPU kernels for this machine and size of heads: once, it takes a second")
+        log.info("compiling the CPU kernels for this machine and size of heads: once, it takes seconds")
         if problem := build(shape, library):
             log.warning("the CPU kernels are not compiled, so that steps take several times as long: %s", problem)
             return None

@@ -89,7 +89,7 @@ def test_the_second_start_takes_what_the_first_has_compiled(
     assert first == second
     assert len(built) == 1
     assert [record.message for record in caplog.records] == [
-        "compiling the CPU kernels for this machine and size of heads: once, it takes a second"
+        "compiling the CPU kernels for this machine and size of heads: once, it takes seconds"
     ]
     load(shape._replace(head_dim=48))
     assert len(built) == 2, "another shape, another library"

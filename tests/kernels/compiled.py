@@ -38,11 +38,11 @@ def compiled_ops(dim: int, dtype: torch.dtype, variant: str = "compiled") -> Com
 
 
 class AnyCompiled:
-    """Compiled ops that take their shape from the first tensor of a call."""
+    """Compiled ops that take their shape from the first tensor of a call: heads (N, H, D), or rows of any width."""
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(x: torch.Tensor, *rest: Any) -> Any:
-            return getattr(compiled_ops(x.shape[-1], x.dtype), name)(x, *rest)
+            return getattr(compiled_ops(x.shape[-1] if x.dim() == 3 else 16, x.dtype), name)(x, *rest)
 
         return call
 

@@ -132,10 +132,10 @@ def test_the_async_twin_runs_in_the_callers_loop(llm: LLM) -> None:
 @pytest.mark.parametrize("name", BOUNDS)
 def test_numbers_out_of_bounds_are_refused_by_name(name: str) -> None:
     least, most = BOUNDS[name]
-    with pytest.raises(RequestError, match=f"'{name}' must be ") as refused:
+    with pytest.raises(RequestError, match=f"'{name}': must be ") as refused:
         SamplingParams(**{name: least - 1})  # type: ignore[arg-type]
     assert refused.value.param == name
-    with pytest.raises(RequestError, match=f"'{name}' must be "):
+    with pytest.raises(RequestError, match=f"'{name}': must be "):
         SamplingParams(**{name: 2 * most + 1})  # type: ignore[arg-type]
 
 
@@ -186,7 +186,11 @@ def test_ctrl_c_ends_a_completion_with_its_status(tmp_path: Path) -> None:
     command = "import sys; from service.cli import main; sys.exit(main())"
     options = ["complete", "Once", "--dtype", "float32", "--max-tokens", "2000", "--temperature", "0"]
     with subprocess.Popen(
-        [sys.executable, "-c", command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", command, *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        pipesize=4096,  # bytes: less than the text, which the process can't end before it is read
+        text=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.read(5)  # it generates

@@ -33,8 +33,8 @@ SERVED = Target("g++", "-O3 -march=native")
 GCC, GCC_AMX = Target("g++", "-O1 -march=native"), Target("g++", "-O1 -march=sapphirerapids")
 AVX2, PORTABLE = Target("g++", "-O1 -march=x86-64-v3"), Target("g++", "-O1")
 CLANG, CLANG_AMX = Target("clang++-14", "-O1 -march=native"), Target("clang++-14", "-O1 -march=sapphirerapids")
-SANITIZED = Target("g++", "-O1 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all")
-ARM = Target(AARCH64, "-O1", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"))
+SANITIZED = Target("g++", "-O0 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all")
+ARM = Target(AARCH64, "-O2", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"))
 
 
 def compiled(target: Target, *arguments: str) -> None:

@@ -26,6 +26,7 @@ from model.step import Sampling
 from service.engine.pages import PageAllocator, pool_sizes
 from service.engine.scheduler import Scheduler, Sequence
 
+torch.set_num_threads(1)
 runner.LOGIT_ROWS = int(sys.argv[1])
 config = GPTConfig(
     vocab_size={VOCAB_SIZE}, n_positions=2048, n_embd=32, n_layer=2, n_head=1, n_inner=32,

@@ -540,7 +540,7 @@ def test_expire_ends_only_the_waiting_and_late() -> None:
     for each in (first, late, patient):
         scheduler.submit([each])
     drive(scheduler)
-    assert scheduler.expire(1.5) == []
+    assert scheduler.expire(2.0) == [], "at its deadline a sequence may still begin"
     assert scheduler.expire(3.0) == [Delta(late, [], "timeout")]
     assert list(scheduler.waiting) == [patient]
 
@@ -696,6 +696,8 @@ def test_choices_of_one_prompt_compute_it_once_and_fork_behind_it() -> None:
     assert [(chunk.row, chunk.start, len(chunk.tokens)) for chunk in step.chunks] == [(0, 128, 72)]
     assert [(row.row, row.token) for row in step.samples] == [(0, 71), (1, 71), (2, 71), (3, 71)]
     assert [start.row for start in step.starts] == [1, 2, 3]
+    starts = [delta.start for delta in scheduler.begun if delta.start]
+    assert [(start.num_looked_up, start.num_cached) for start in starts] == [(0, 0)] * 3, "the first counts for all"
     assert len(step.copies) == 6, "the last page of each group, for each fork"
     scheduler.commit(sampled([1, 1, 1, 1]), 0.01)
     assert scheduler.cache.usage()["dense"].held == 3 + 4, "3 full pages once, and one page for each sequence"

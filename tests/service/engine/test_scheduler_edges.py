@@ -255,6 +255,12 @@ def test_a_step_asks_for_as_many_likeliest_tokens_of_a_prompt_as_its_sequence_do
     assert [rows.top_logprobs for rows in launch(scheduler).prompt_logprobs] == [3, 0, 0]
 
 
+def test_a_first_token_may_be_a_stop_unless_the_sequence_says_otherwise() -> None:
+    scheduler = make()
+    scheduler.submit([alone(20), sequence([next(fresh_tokens)], min_tokens=1)])
+    assert [sample.banned for sample in launch(scheduler).samples] == [(), (STOP,)]
+
+
 def test_the_pace_learns_what_a_step_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler = make()
     learnt: list[tuple[Load, float]] = []

@@ -3,7 +3,7 @@
 import pytest
 
 from model.config import GPT3_SIZES, GPTConfig
-from service.engine.pages import PageAllocator, pool_sizes, resting_pages, sequence_bytes
+from service.engine.pages import PageAllocator, page_hashes, pool_sizes, resting_pages, sequence_bytes
 
 SMALL = GPT3_SIZES["gpt3-125m"]
 DENSE = GPTConfig(vocab_size=50257, n_positions=2048, n_embd=768, n_layer=12, n_head=12, n_inner=3072)
@@ -60,3 +60,40 @@ def test_faults_names_a_lost_page_and_a_page_held_twice() -> None:
     cache.pools["dense"].free[-1] = lost
     cache.pools["banded"].reserved += 1
     assert cache.check_integrity() == ["banded: 4 pages promised to rows, 5 booked, of 12"]
+
+
+def test_a_band_finds_a_prefix_whose_first_pages_are_gone() -> None:
+    """SMALL's band is 256 tokens, so that after 10 pages only the last 4 are seen."""
+    cache, prompt = PageAllocator(SMALL, {"dense": 40, "banded": 20}, step_tokens=640), list(range(640))
+    hashes = page_hashes(prompt)
+    assert cache.try_reserve(0, 640)
+    cache.extend(0, 640)
+    cache.publish(cache.fill(0, 0, 640, hashes))
+    cache.free(0)
+    banded = cache.pools["banded"]
+    for content in hashes[:6]:
+        page = banded._published[content]
+        del banded.cached[page]
+        banded._forget_hash(page)
+        banded.free.append(page)
+    assert cache.check_integrity() == []
+    assert cache.prefix(hashes) == 10
+    assert cache.prefix(hashes[:9]) == 0, "page 5, which the query after page 8 sees, is gone"
+
+
+def test_a_fork_shares_the_full_pages_that_its_parent_still_holds() -> None:
+    cache = PageAllocator(SMALL, {"dense": 40, "banded": 20}, step_tokens=640)
+    assert cache.try_reserve(0, 700)
+    assert cache.try_join(1, 0, 600, 700)
+    cache.extend(0, 600)
+    cache.release_passed(0, 600)
+    pages, copies = cache.fork(1, 0, 600)
+    parent = {group: (pool.held[0].first, list(pool.held[0].page_ids)) for group, pool in cache.pools.items()}
+    assert [first for first, _ in parent.values()] == [0, 5]
+    for group, (first, page_ids) in parent.items():
+        shared, own = (new for new in pages if new.group == group)
+        assert (shared.first, shared.page_ids) == (first, page_ids[:-1])
+        assert (own.first, len(own.page_ids)) == (9, 1)
+        [copy] = [copy for copy in copies if copy.group == group]
+        assert (copy.source, copy.target) == (page_ids[-1], own.page_ids[0])
+    assert cache.check_integrity() == []

@@ -60,6 +60,15 @@ def test_faults_names_a_lost_page_and_a_page_held_twice() -> None:
     cache.pools["dense"].free[-1] = lost
     cache.pools["banded"].reserved += 1
     assert cache.check_integrity() == ["banded: 4 pages promised to rows, 5 booked, of 12"]
+    cache.pools["banded"].reserved -= 1
+    cache.pools["dense"]._holders[lost] += 1
+    assert cache.check_integrity() == ["dense: rows hold 4 pages, 5 are booked"]
+
+
+def test_a_sequence_fits_if_every_group_has_room_for_it() -> None:
+    cache = PageAllocator(SMALL, {"dense": 3, "banded": 20}, step_tokens=512)
+    assert cache.fits_when_empty(192)
+    assert not cache.fits_when_empty(193)
 
 
 def test_a_band_finds_a_prefix_whose_first_pages_are_gone() -> None:

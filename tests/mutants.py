@@ -34,6 +34,7 @@ TARGETS = {
     "service/engine/pages.py": [f"{ENGINE}pages.py", f"{ENGINE}scheduler_edges.py", f"{ENGINE}scheduler.py"],
     "service/engine/text.py": [f"{ENGINE}text.py"],
     "service/engine/choice.py": [
+        f"{ENGINE}choice.py",
         f"{ENGINE}engine.py",
         "tests/service/api/test_logprobs.py",
         "tests/service/api/test_score.py",

@@ -60,7 +60,9 @@ def passes(target: Target, source: str, directory: Path, *defines: str) -> None:
 @pytest.mark.parametrize("element", build.ELEMENTS.values())
 @pytest.mark.parametrize("target", [GCC, GCC_AMX, CLANG, CLANG_AMX, ARM], ids=lambda t: f"{t.compiler} {t.flags}")
 def test_the_source_has_no_warnings(target: Target, element: str) -> None:
-    compiled(target, "-fsyntax-only", f"-DELEMENT={element}", "-DHEAD_DIM=64", str(build.SOURCES / "kernels.cpp"))
+    # Warnings of uninitialized variables need the optimizer, which one target has to be enough for.
+    goal = ("-c", "-o", os.devnull) if target is GCC_AMX else ("-fsyntax-only",)
+    compiled(target, *goal, f"-DELEMENT={element}", "-DHEAD_DIM=64", str(build.SOURCES / "kernels.cpp"))
 
 
 def with_layout(directory: Path) -> tuple[str, ...]:

@@ -70,8 +70,8 @@ def sea_of(view: Tensor) -> Tensor:
 
 @all_paths
 @dtypes
-@pytest.mark.parametrize(("heads", "dim"), [(2, 16), (12, 64), (3, 80), (2, 96), (5, 128)])
-@pytest.mark.parametrize("rows", [1, 3, 63])
+@pytest.mark.parametrize(("heads", "dim"), [(2, 16), (4, 64), (3, 80), (2, 96), (1, 128)])
+@pytest.mark.parametrize("rows", [1, 3, 33])
 def test_kv_write_moves_bits_and_touches_nothing_else(
     path: str, dtype: torch.dtype, heads: int, dim: int, rows: int
 ) -> None:

@@ -24,7 +24,10 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="BANDED_", frozen=True, extra="forbid")
 
-    model: str = Field("demo", description="'demo', or a checkpoint directory; it is served under the directory's name")
+    model: str = Field("demo", description="'demo', or a checkpoint directory")
+    names: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated names for the model; by default the directory's, all after the first are aliases"
+    )
     adapters: Annotated[dict[str, str], NoDecode] = Field(
         {}, description="comma-separated NAME=DIR: adapters of the model, each served under its name"
     )
@@ -49,6 +52,10 @@ class Settings(BaseSettings):
     max_queue: int = Field(1024, ge=0, description="choices that may wait for a slot; one more is a 429")
     step_tokens: int = Field(512, ge=1, description="tokens computed in one step, prompt and generated together")
     queue_timeout: float = Field(120.0, gt=0, description="seconds that a choice may wait for a slot before a 503")
+    keep_alive: int = Field(
+        90, ge=1, description="seconds that an idle connection stays open, longer than proxies keep theirs, often 60 or 75"
+    )
+    root_path: str = Field("", description="/PREFIX of all paths, if a proxy serves the API below one, removed or not")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
     api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), description="comma-separated; one of them opens the API")
     open_metrics: bool = Field(False, description="/metrics needs no key")
@@ -71,7 +78,7 @@ class Settings(BaseSettings):
         """Those that are about the engine."""
         return EngineOptions(**{field.name: getattr(self, field.name) for field in fields(EngineOptions)})
 
-    @field_validator("api_keys", "cors_origins", mode="before")
+    @field_validator("names", "api_keys", "cors_origins", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
@@ -99,6 +106,23 @@ class Settings(BaseSettings):
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError(f"key {place} can't be sent in a header: it may hold printable ASCII only, and no space")
         return keys
+
+    @field_validator("names")
+    @classmethod
+    def _check_names(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if not name or name != name.strip("/ ") or not name.isprintable() or names.count(name) > 1:
+                raise ValueError(
+                    f"'{name[:80]}' is no name for the model: names differ, are printable and begin with no slash"
+                )
+        return names
+
+    @field_validator("root_path")
+    @classmethod
+    def _check_root_path(cls, path: str) -> str:
+        if path and (not path.startswith("/") or path.endswith("/")):
+            raise ValueError(f"'{path[:80]}' must begin with a slash and not end with one, like /llm")
+        return path
 
     @field_validator("cors_origins")
     @classmethod

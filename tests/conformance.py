@@ -23,8 +23,9 @@ ROUTES = {
     "tokenizer_info": "GET /tokenizer_info",
     "models": "GET /v1/models",
     "fine_tuning": "/v1/files, /v1/fine_tuning/jobs",
-    "health": "GET /health/live, /health/ready, /version",
+    "health": "GET /health, /health/live, /health/ready, /ping, /version",
     "metrics": "GET /metrics",
+    "connections": "Connections, paths and encodings",
     "errors": "Errors, headers, keys and limits",
     "clients": "Clients that nobody here wrote",
 }

@@ -18,6 +18,7 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from service.api.encoding import on_one_line
 from service.api.errors import api_error
 from service.api.limits import KeyLimits
 from service.api.schema.base import FewShotUsage, PromptTokensDetails, StreamOptions, TokenUsage
@@ -36,7 +37,7 @@ CLIENT_CLOSED_REQUEST = 499
 # For the OpenAPI document: with `stream` the answer is a stream of events.
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 DONE = b"data: [DONE]\n\n"
-KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE = b": keep-alive\n"  # a blank line would look like the end of an event to clients that count them
 # Proxies close a connection that stays silent, some of them after 30 s.
 KEEP_ALIVE_SECONDS = 15.0
 PADDED_TO = 64  # bytes
@@ -48,7 +49,7 @@ class ClientGoneError(Exception):
 
 def event(body: str) -> bytes:
     """One event that carries a JSON text."""
-    return f"data: {body}\n\n".encode()
+    return b"data: " + on_one_line(body.encode()) + b"\n\n"
 
 
 async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -161,7 +162,7 @@ class TextEvents:
             assert found, f"no {self._empty.decode()} in the event"
             self._around[choice] = before + self._empty[:-2], after
         before, after = self._around[choice]
-        return before + to_json(text) + after
+        return before + on_one_line(to_json(text)) + after
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
@@ -170,7 +171,7 @@ async def answer(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Resp
         body = await unless_disconnected(request.receive, work)
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(body.model_dump_json(), media_type="application/json")
+    return Response(on_one_line(body.model_dump_json().encode()), media_type="application/json")
 
 
 class EventStream(Response):

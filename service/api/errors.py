@@ -6,11 +6,11 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from service.api.encoding import LineResponse
 from service.api.limits import LimitError
 from service.api.schema.base import ErrorResponse
 from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
@@ -28,6 +28,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         404: "No such route or model",
         405: "A method that the route does not take",
         413: "The body is too large",
+        415: "The body is compressed",
         429: "A key's limit or the queue's is reached; retry-after says for how many seconds",
         500: "The server failed",
         503: "Draining, or no slot was free in time",
@@ -58,7 +59,7 @@ class APIError(Exception):
         self.status = status
         error_type = "rate_limit_error" if status == 429 else "invalid_request_error" if status < 500 else "server_error"
         self.body = {"error": {"message": message, "type": error_type, "param": param, "code": code}}
-        self.response = JSONResponse(self.body, status, headers)
+        self.response = LineResponse(self.body, status, headers)
 
 
 def invalid(message: str, param: str | None = None, code: str | None = None) -> APIError:
@@ -102,7 +103,7 @@ def api_error(error: Exception) -> APIError:
 def install(app: FastAPI, routes: Sequence[Route]) -> None:
     """Answer what FastAPI itself raises, in the one shape. AnswerFaults answers everything else. `routes` are the app's."""
 
-    async def answer(request: Request, error: Exception) -> JSONResponse:
+    async def answer(request: Request, error: Exception) -> LineResponse:
         if not isinstance(error, HTTPException) or error.status_code not in (404, 405):
             return api_error(error).response
         path = shown(request.url.path)

@@ -8,19 +8,31 @@ import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import APIError, api_error
 from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
+from service.engine.request import shown
+from service.settings import Settings
 
-HEALTH = ("/health/live", "/health/ready")
+HEALTH = ("/health", "/health/live", "/health/ready", "/ping")
+# Headers that a script of another origin may read.
+EXPOSED_HEADERS = (
+    "x-request-id",
+    "openai-processing-ms",
+    "openai-version",
+    "retry-after",
+    *(f"x-ratelimit-{what}-{unit}" for unit in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
+)
 SANE_ID = re.compile(r"[!-~]{1,128}")
 # OpenAI's version of its API that the routes follow.
 API_VERSION = "2020-10-01"
 
 
-class Middleware:
+class HTTPMiddleware:
     """Hands HTTP requests to `handle`; any other connection goes straight to the application."""
 
     def __init__(self, app: ASGIApp):
@@ -33,7 +45,7 @@ class Middleware:
         raise NotImplementedError
 
 
-class IdentifyRequests(Middleware):
+class IdentifyRequests(HTTPMiddleware):
     """Gives every request an id, and every response that id and the time until it began.
 
     A client's own id is kept if it is printable and short. Routes find the id in request.state.request_id.
@@ -56,7 +68,27 @@ class IdentifyRequests(Middleware):
         await self._app(scope, receive, identifying)
 
 
-class AnswerHead(Middleware):
+class FindPath(HTTPMiddleware):
+    """Finds routes below `root_path`, which a proxy may have removed or not, and ignores slashes at the end of a path."""
+
+    def __init__(self, app: ASGIApp, root_path: str):
+        super().__init__(app)
+        self._root_path = root_path
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"]
+        if path.startswith(self._root_path + "/"):
+            path = path.removeprefix(self._root_path)
+        path = "/" + path.strip("/")
+        await self._app({**scope, "root_path": self._root_path, "path": self._root_path + path}, receive, send)
+
+
+def route_path(scope: Scope) -> str:
+    """The path of a request below the server's root path."""
+    return str(scope["path"]).removeprefix(scope["root_path"])
+
+
+class AnswerHead(HTTPMiddleware):
     """Answers HEAD like GET, without the body."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +103,7 @@ class AnswerHead(Middleware):
         await self._app({**scope, "method": "GET"}, receive, without_body)
 
 
-class CountResponses(Middleware):
+class CountResponses(HTTPMiddleware):
     """Counts responses by route and status, errors and unknown routes included."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
@@ -89,7 +121,7 @@ class CountResponses(Middleware):
         await self._app(scope, receive, counting)
 
 
-class RequireKey(Middleware):
+class RequireKey(HTTPMiddleware):
     """Refuses a request without one of `keys` as its bearer token, except to `open_paths`.
 
     Keys are stored as hashes, and every one is compared in constant time. The hash that matched is in
@@ -102,7 +134,7 @@ class RequireKey(Middleware):
         self._open_paths = open_paths
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["path"] not in self._open_paths:
+        if route_path(scope) not in self._open_paths:
             kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
             key = digest(token.strip())
             matches = [hmac.compare_digest(key, known) for known in self._digests]
@@ -114,7 +146,7 @@ class RequireKey(Middleware):
         await self._app(scope, receive, send)
 
 
-class LimitRates(Middleware):
+class LimitRates(HTTPMiddleware):
     """Charges every POST below /v1/ to its key. Each response to a key says what the key has left.
 
     Only routes know the number of tokens, so they charge those to request.state.limits. Without a key it allows everything.
@@ -133,7 +165,7 @@ class LimitRates(Middleware):
                 MutableHeaders(scope=message).update(limits.headers())
             await send(message)
 
-        if scope["method"] == "POST" and scope["path"].startswith("/v1/"):
+        if scope["method"] == "POST" and route_path(scope).startswith("/v1/"):
             try:
                 limits.charge(1, "requests")
             except LimitError as error:
@@ -142,8 +174,8 @@ class LimitRates(Middleware):
         await self._app(scope, receive, telling)
 
 
-class LimitBody(Middleware):
-    """Answers a body of more than `max_bytes` with a 413.
+class CheckBody(HTTPMiddleware):
+    """Answers a compressed body with a 415 and one of more than `max_bytes` with a 413.
 
     A declared length is checked before anything is read, any other once that many bytes have come. The server then
     discards the rest, so that a client that reads only after sending everything still gets the answer.
@@ -155,6 +187,11 @@ class LimitBody(Middleware):
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)
+        coding = headers.get("content-encoding", "identity")
+        if coding.lower() != "identity":
+            message = f"'content-encoding': is '{shown(coding)}', but this server reads bodies that are not compressed only"
+            await APIError(415, message, headers={"accept-encoding": "identity"}).response(scope, receive, send)
+            return
         declared = headers.get("content-length", "")
         if declared.isdecimal() and int(declared) > self._max_bytes:
             message = f"the body is {declared} bytes, this server's limit is {self._max_bytes}"
@@ -176,7 +213,7 @@ class LimitBody(Middleware):
         await self._app(scope, counting, send)
 
 
-class AnswerFaults(Middleware):
+class AnswerFaults(HTTPMiddleware):
     """Answers every exception that errors.install leaves: a refused request with its own error, anything else with a 500.
 
     Starlette would do so outside all middleware: the response would not be counted, and the exception would be raised
@@ -197,6 +234,20 @@ class AnswerFaults(Middleware):
             if started:
                 raise
             await api_error(error).response(scope, receive, send)
+
+
+def allow_origins(settings: Settings) -> list[Middleware]:
+    """The middleware by which pages of other origins may read the answers, if there are any."""
+    if not settings.cors_origins:
+        return []
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=("GET", "HEAD", "POST", "DELETE"),
+        allow_headers=("*",),
+        expose_headers=EXPOSED_HEADERS,
+    )
+    return [cors]
 
 
 def digest(key: str) -> bytes:

@@ -14,12 +14,17 @@ from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
+from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.api.connection import Connection
 from service.api.errors import APIError
-from service.api.middleware import IdentifyRequests
+from service.api.middleware import AnswerHead, FindPath, IdentifyRequests, allow_origins, route_path
 from service.engine.engine import Engine, settle
+from service.settings import Settings
 
 
 class Server(uvicorn.Server):
@@ -28,18 +33,28 @@ class Server(uvicorn.Server):
     It also listens while loading and draining: health checks then read 503, and clients get an error, not a closed port.
     """
 
-    def __init__(self, load: Callable[[], FastAPI], *, host: str, port: int, drain_timeout: float):
+    def __init__(self, load: Callable[[], FastAPI], settings: Settings):
         """`load` makes the application. It runs in a thread of its own."""
         super().__init__(
-            uvicorn.Config(self, host=host, port=port, lifespan="off", log_config=None, timeout_graceful_shutdown=5)
+            uvicorn.Config(
+                self,
+                host=settings.host,
+                port=settings.port,
+                http=Connection,
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                timeout_keep_alive=settings.keep_alive,
+                timeout_graceful_shutdown=5,
+            )
         )
-        self._app: ASGIApp = IdentifyRequests(answer_while_loading)
+        self._app: ASGIApp = loading_app(settings)
         self.engine: Engine | None = None  # None until it is loaded
         self.is_loading = False
         self.load_error: Exception | None = None
         self._load = load
         self._lifespan = AsyncExitStack()
-        self._drain_timeout = drain_timeout
+        self._drain_timeout = settings.drain_timeout
         self._tasks: list[asyncio.Task[None]] = []
         self._signals = 0
 
@@ -85,8 +100,21 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
+def loading_app(settings: Settings) -> ASGIApp:
+    """What answers while the model loads."""
+    return Starlette(
+        routes=[Mount("/", answer_while_loading)],
+        middleware=[
+            Middleware(IdentifyRequests),
+            Middleware(AnswerHead),
+            Middleware(FindPath, root_path=settings.root_path),
+            *allow_origins(settings),
+        ],
+    )
+
+
 async def answer_while_loading(scope: Scope, receive: Receive, send: Send) -> None:
-    if scope["path"] == "/health/live":
+    if route_path(scope) == "/health/live":
         await JSONResponse({"status": "live"})(scope, receive, send)
         return
     error = APIError(503, "the model is still loading", code="unavailable", headers={"retry-after": "1"})

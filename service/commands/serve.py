@@ -20,6 +20,7 @@ def add_serve(commands: Commands) -> None:
     command = commands.add_parser("serve", help="serve a model over HTTP")
     command.set_defaults(command=run_serve)
     add_model_options(command)
+    command.add_argument("--name", action="append", dest="names", help="the name it is served under; once more: an alias")
     command.add_argument("--host")
     command.add_argument("--port", type=int)
     flag: dict[str, Any] = {"action": "store_const", "const": True}  # None unless it is given: see settings_from
@@ -43,7 +44,7 @@ def run_serve(args: argparse.Namespace) -> int:
     settings = settings_from(args)
     from service.api.server import Server, serve
 
-    server = Server(lambda: load_app(settings), host=settings.host, port=settings.port, drain_timeout=settings.drain_timeout)
+    server = Server(lambda: load_app(settings), settings)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, if it is installed
         status = runner.run(serve(server))
     if server.is_loading or (server.engine and server.engine.hangs):
@@ -62,7 +63,7 @@ def load_app(settings: Settings) -> "FastAPI":
     from service.jobs.runner import Jobs
     from service.jobs.store import Store
 
-    name = served_name(settings.model)
+    name = next(iter(settings.names), served_name(settings.model))
     metrics = Metrics(name)
     with ExitStack() as opened:
         store = opened.enter_context(closing(Store(settings.data_dir))) if settings.data_dir else None

@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import itertools
 import logging
+import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -70,8 +71,16 @@ def model_directory(model: str) -> Path:
 
 
 def served_name(model: str) -> str:
-    """A directory is served under its own name."""
-    return "demo" if model == "demo" else Path(model).resolve().name
+    """A directory is served under its own name, one in Hugging Face's cache under the repository's.
+
+    >>> served_name("hub/models--openai-community--gpt2/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e")
+    'openai-community/gpt2'
+    """
+    directory = Path(os.path.abspath(model))  # a link keeps its own name
+    repository = directory.parents[1].name if directory.parent.name == "snapshots" else ""
+    if repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/")
+    return directory.name
 
 
 def choose_device(device: str) -> torch.device:
@@ -147,7 +156,7 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     fingerprint = weights_fingerprint(model, kernels, shown)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     model.pack(served_ops, quantize=options.dtype == "int8")
-    name = served_name(options.model)
+    name = next(iter(options.names), served_name(options.model))
     return Checkpoint(name, model, tokenizer, prompt_format, served_ops, kernels, shown, fingerprint, num_parameters)
 
 
@@ -236,9 +245,10 @@ def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
 class EngineAdapters:
     """The adapters of a served model, numbered from 1. No number is used twice."""
 
-    def __init__(self, base: ModelEntry, model: GPT, runner: Runner, digest: str):
+    def __init__(self, base: ModelEntry, aliases: tuple[str, ...], model: GPT, runner: Runner, digest: str):
         """`digest` is weights_digest of the model."""
         self._base, self._model, self._runner, self._digest = base, model, runner, digest
+        self._taken = (base.name, *aliases)
         self._numbers = itertools.count(1)
 
     async def load(self, name: str, directory: Path) -> ModelEntry:
@@ -258,7 +268,7 @@ class EngineAdapters:
         await self._base.engine.retire(served.adapter, lambda: self._runner.adapters.remove(served.adapter.number))
 
     def _read(self, name: str, directory: Path) -> Adapter:
-        if name == self._base.name:
+        if name in self._taken:
             raise LoadError(f"adapter {name}: the model itself has that name")
         adapter = load_adapter(directory, self._model)
         if adapter.base != self._digest:
@@ -304,7 +314,8 @@ def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tup
     if len(options.adapters) > options.max_adapters:
         raise LoadError(f"{len(options.adapters)} adapters are named, but max_adapters is {options.max_adapters}")
     digest = weights_digest(model_directory(options.model)) if options.adapters or options.data_dir else ""
-    loader = EngineAdapters(base, checkpoint.model, runner, digest)
+    aliases = options.names[1:]
+    loader = EngineAdapters(base, aliases, checkpoint.model, runner, digest)
     adapters = [loader.load_first(name, Path(directory)) for name, directory in options.adapters.items()]
     for name, directory in finished:
         try:
@@ -313,4 +324,4 @@ def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tup
             adapters.append(loader.load_first(name, directory))
         except ValueError as error:  # DELETE /v1/models takes it away
             log.error("%s is not served: %s", name, error)
-    return Models([base, *adapters], loader)
+    return Models([base, *(base._replace(name=name, alias_of=base.name) for name in aliases), *adapters], loader)

@@ -25,6 +25,12 @@ class ModelEntry(NamedTuple):
     parent: str | None = None  # the model that it is an adapter of
     num_parameters: int = 0
     item_bytes: int = 2  # of a key, and of a weight unless it is quantised
+    alias_of: str | None = None
+
+    @property
+    def root(self) -> str:
+        """The name that an alias stands for, else the entry's own."""
+        return self.alias_of or self.name
 
 
 class AdapterLoader(Protocol):

@@ -14,6 +14,7 @@ Device = Literal["auto", "cpu", "cuda"]
 @dataclass(frozen=True, kw_only=True)
 class EngineOptions:
     model: str
+    names: tuple[str, ...]  # that it is served under; none: the directory's
     adapters: Mapping[str, str]  # directories by name
     max_adapters: int
     data_dir: Path | None  # where jobs leave adapters that are served later

@@ -50,7 +50,8 @@ class RequestError(ValueError):
 
 
 def context_error(context: int, asked: str, param: str) -> RequestError:
-    message = f"this model's context is {context} tokens, but the request asks for {asked}"
+    # litellm's and LangChain's fallbacks look for OpenAI's words.
+    message = f"This model's maximum context length is {context} tokens, but the request asks for {asked}"
     return RequestError(message, param, "context_length_exceeded")
 
 

@@ -260,4 +260,4 @@ def test_a_long_chat_is_refused(client: httpx.Client, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": " a" * 3000}], "stream": True}
     error = client.post("/chat/completions", json=body).json()["error"]
     assert error["code"] == "context_length_exceeded"
-    assert "this model's context is 2048 tokens" in error["message"]
+    assert "This model's maximum context length is 2048 tokens" in error["message"]

@@ -299,7 +299,7 @@ def test_complete_refuses_more_than_the_context(
     prompt: str, max_tokens: int, message: str, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(capsys, "complete", prompt, "--model", checkpoint, "--max-tokens", max_tokens)
-    assert line == f"this model's context is 256 tokens, but the request asks for {message}"
+    assert line == f"This model's maximum context length is 256 tokens, but the request asks for {message}"
 
 
 class Written(io.StringIO):

@@ -30,6 +30,9 @@ def refused(**fields: Any) -> list[tuple[str, str]]:
 def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "model": "/models/small",
+        "names": "small, org/small",
+        "keep_alive": "75",
+        "root_path": "/llm",
         "host": "::1",
         "port": "0",
         "dtype": "float32",
@@ -61,6 +64,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setenv(f"BANDED_{name.upper()}", value)
     read = settings()
     assert (read.model, read.host, read.port, read.dtype) == ("/models/small", "::1", 0, "float32")
+    assert (read.names, read.keep_alive, read.root_path) == (("small", "org/small"), 75, "/llm")
     assert (read.max_slots, read.max_queue, read.step_tokens, read.queue_timeout) == (4, 0, 20, 0.5)
     assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
     assert (read.adapters, read.data_dir, read.max_adapters) == ({"one": "runs/one"}, Path("/var/banded"), 3)
@@ -176,3 +180,16 @@ def test_adapters_that_are_none(text: str, message: str, monkeypatch: pytest.Mon
     monkeypatch.setenv("BANDED_ADAPTERS", text)
     with pytest.raises(ValidationError, match=message):
         settings()
+
+
+@pytest.mark.parametrize("names", ["a,a", "/a", "a/", "a,b\x00", "\u200b"])
+def test_names_that_clients_could_not_ask_for(names: str) -> None:
+    [(field, message)] = refused(names=names)
+    assert field == "names"
+    assert message.endswith("is no name for the model: names differ, are printable and begin with no slash")
+
+
+@pytest.mark.parametrize("path", ["llm", "/llm/", "/"])
+def test_a_root_path_begins_with_a_slash(path: str) -> None:
+    message = f"Value error, '{path}' must begin with a slash and not end with one, like /llm"
+    assert refused(root_path=path) == [("root_path", message)]

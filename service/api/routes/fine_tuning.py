@@ -64,7 +64,7 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
         rank=given.rank,
     )
     seed = secrets.randbits(31) if body.seed is None else body.seed
-    job = store.add_job(entry.name, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
+    job = store.add_job(entry.root, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
     store.add_event(job.id, f"Created job {job.id}")
     jobs.notice()
     return job_object(job, warnings)

@@ -4,7 +4,7 @@ from fastapi import APIRouter, Request
 
 from service.api.errors import invalid
 from service.api.schema.base import DeletedObject
-from service.api.schema.models import ModelList, ModelObject
+from service.api.schema.models import EngineList, EngineObject, ModelList, ModelObject
 from service.api.state import state_of
 from service.api.validation import find_model
 from service.engine.models import ModelEntry
@@ -15,6 +15,17 @@ router = APIRouter()
 @router.get("/v1/models")
 async def list_models(request: Request) -> ModelList:
     return ModelList(data=[model_object(entry) for entry in state_of(request).models])
+
+
+@router.get("/v1/engines")
+async def list_engines(request: Request) -> EngineList:
+    """The models, for clients from when a model was called an engine."""
+    return EngineList(data=[EngineObject(id=entry.name) for entry in state_of(request).models])
+
+
+@router.get("/v1/engines/{name:path}")
+async def get_engine(name: str, request: Request) -> EngineObject:
+    return EngineObject(id=find_model(request, name).name)
 
 
 @router.get("/v1/models/{name:path}")
@@ -37,4 +48,10 @@ async def delete_model(name: str, request: Request) -> DeletedObject:
 
 
 def model_object(entry: ModelEntry) -> ModelObject:
-    return ModelObject(id=entry.name, created=entry.created, root=entry.name, parent=entry.parent)
+    return ModelObject(
+        id=entry.name,
+        created=entry.created,
+        root=entry.root,
+        parent=entry.parent,
+        max_model_len=entry.config.n_positions,
+    )

@@ -18,6 +18,8 @@ async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
+@router.get("/ping")
+@router.get("/health")
 @router.get("/health/ready")
 async def ready(request: Request) -> dict[str, str]:
     """Requests may be sent: weights loaded, not draining, and idle or a step finished recently."""

@@ -35,8 +35,9 @@ class Api(NamedTuple):
         return choices
 
 
-def served(fake: FakeEngine, prompt_format: PromptFormat = DEFAULT_FORMAT) -> Models:
-    return Models([ModelEntry("fake", 1700000000, CONFIG, fake.tokenizer, prompt_format, "fp_0123456789", fake.engine)])
+def served(fake: FakeEngine, prompt_format: PromptFormat = DEFAULT_FORMAT, aliases: tuple[str, ...] = ()) -> Models:
+    base = ModelEntry("fake", 1700000000, CONFIG, fake.tokenizer, prompt_format, "fp_0123456789", fake.engine)
+    return Models([base, *(base._replace(name=name, alias_of="fake") for name in aliases)])
 
 
 @asynccontextmanager
@@ -44,7 +45,7 @@ async def serving(
     fake: FakeEngine | None = None, prompt_format: PromptFormat = DEFAULT_FORMAT, **settings: Any
 ) -> AsyncIterator[Api]:
     fake = fake or FakeEngine()
-    app = create_app(served(fake, prompt_format), fake.metrics, settings_of(**settings))
+    app = create_app(served(fake, prompt_format, settings_of(**settings).names), fake.metrics, settings_of(**settings))
     async with app.router.lifespan_context(app):
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
             yield Api(app, fake, client)

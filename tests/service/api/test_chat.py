@@ -102,7 +102,7 @@ def test_the_default_of_max_tokens() -> None:
     assert error["code"] == "context_length_exceeded"
     assert error["param"] == "messages"
     assert (
-        "this model's context is 256 tokens, but the request asks for 307 tokens (306 in the prompt, 1 for"
+        "This model's maximum context length is 256 tokens, but the request asks for 307 tokens (306 in the prompt, 1 for"
         in error["message"]
     )
 

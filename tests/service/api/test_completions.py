@@ -1,6 +1,7 @@
 """POST /v1/completions where it succeeds: prompts, parameters, choices and the two forms of the answer."""
 
 import hashlib
+import json
 import threading
 import time
 from typing import Any
@@ -12,7 +13,7 @@ from service.api.answers import TextEvents, chunk_event
 from service.api.schema.base import StreamOptions
 from service.api.schema.completions import CompletionChoice, CompletionRequest, CompletionResponse
 from tests.conformance import contract
-from tests.service.api.helpers import Api, events_of, post, prompts_run, serving
+from tests.service.api.helpers import Api, events_of, post, prompts_run, request, serving
 from tests.service.engine.fakes import CONFIG, FakeEngine
 from tests.service.helpers import run
 
@@ -470,3 +471,25 @@ def test_the_event_of_a_text_is_that_of_its_chunk(text: str, with_usage: bool) -
     events = TextEvents("text", lambda choice: chunk(choice, ""))
     for choice in (0, 1, 0):
         assert events(choice, text) == chunk(choice, text)
+
+
+@contract("connections", "line breaks", "U+0085, U+2028 and U+2029 are escaped, in events and in bodies")
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_what_goes_out_is_one_line_for_every_reader(path: str) -> None:
+    """Python's splitlines, which older SDKs cut a stream with, knows more line breaks than JSON escapes."""
+    breaks = "a\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029b"
+    body = {"model": "fake", "max_tokens": 30, "stop": "never", "prompt": breaks, "echo": True}
+    if "chat" in path:
+        body = {"model": "fake", "max_tokens": 30, "messages": [{"role": "user", "content": breaks}], "stop": "never"}
+    whole = request("POST", path, FakeEngine(breaks), json=body)
+    assert whole.status_code == 200
+    assert len(whole.text.splitlines()) == 1
+    streamed = request("POST", path, FakeEngine(breaks), json=body | {"stream": True})
+    lines = [line for line in streamed.text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    found = [json.loads(line[6:])["choices"][0] for line in lines[:-1]]
+    text = "".join(choice["text"] if "text" in choice else choice["delta"].get("content", "") for choice in found)
+    assert breaks in text
+    error = request("GET", f"/v1/models/{breaks[6:]}")
+    assert (error.status_code, len(error.text.splitlines())) == (404, 1)
+    assert breaks[6:9] in error.json()["error"]["message"]

@@ -1,6 +1,7 @@
 """Middleware: ids, HEAD, keys, limits, other origins, and a count of every response."""
 
 import asyncio
+import gzip
 import json
 import logging
 import re
@@ -13,8 +14,8 @@ from fastapi import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.app import EXPOSED_HEADERS, ROUTERS
-from service.api.middleware import HEALTH, AnswerFaults
+from service.api.app import ROUTERS
+from service.api.middleware import EXPOSED_HEADERS, HEALTH, AnswerFaults
 from tests.conformance import contract
 from tests.service.api.helpers import Api, error_of, request, serving
 from tests.service.engine.fakes import FakeEngine
@@ -31,9 +32,9 @@ ROUTES = [
     ("GET", "/nope"),
     ("DELETE", "/v1/models"),
     ("OPTIONS", "/v1/completions"),
-    ("GET", "/health/live/"),
-    ("GET", "//health/live"),
-    ("GET", "/health"),
+    ("GET", "/health/live/x"),
+    ("GET", "/health//live"),
+    ("GET", "/healthy"),
 ]
 
 
@@ -68,7 +69,7 @@ def test_of_all_routes_only_health_is_open() -> None:
     run(test)
 
 
-@pytest.mark.parametrize("path", ["/health/live", "/health/ready"])
+@pytest.mark.parametrize("path", HEALTH)
 def test_health_needs_no_key(path: str) -> None:
     assert request("GET", path, api_keys=KEYS).status_code == 200
 
@@ -321,6 +322,66 @@ def test_head_of_what_is_only_posted_is_a_405() -> None:
 async def chunks(size: int, number: int) -> AsyncIterator[bytes]:
     for _ in range(number):
         yield b" " * size
+
+
+@contract("connections", "paths", "slashes at either end are ignored")
+@pytest.mark.parametrize("path", ["/v1/models/", "//v1/models", "/v1/models//", "/v1/models"])
+def test_slashes_at_the_ends_of_a_path_are_ignored(path: str) -> None:
+    assert request("GET", "http://test" + path).json()["object"] == "list"
+    assert request("GET", "http://test" + path, api_keys=KEYS).status_code == 401
+
+
+@contract("connections", "root_path", "routes answer below it, whether a proxy removes the prefix or not")
+def test_routes_below_a_prefix() -> None:
+    async def test() -> None:
+        async with serving(api_keys=KEYS, root_path="/llm/a", limit_requests=5) as api:
+            for prefix in ("/llm/a", ""):
+                assert (await api.client.get(prefix + "/health")).status_code == 200
+                assert (await api.client.get(prefix + "/v1/models")).status_code == 401
+                assert (await api.client.get(prefix + "/v1/models", headers=FIRST)).status_code == 200
+                body = {"model": "fake", "max_tokens": 1}
+                answer = await api.client.post(prefix + "/v1/completions", json=body, headers=FIRST)
+                assert (answer.status_code, "x-ratelimit-limit-requests" in answer.headers) == (200, True)
+                document = (await api.client.get(prefix + "/openapi.json", headers=FIRST)).json()
+                assert document["servers"] == [{"url": "/llm/a"}]
+            assert (await api.client.get("/llm/ab/health")).status_code == 401
+            assert (await api.client.get("/llm/a/llm/a/v1/models", headers=FIRST)).status_code == 404
+            assert counted(api.fake)[("/v1/models", "200")] == 2
+
+    run(test)
+
+
+@contract("connections", "/docs", "works without any other server")
+@pytest.mark.parametrize("root_path", ["", "/llm"])
+@pytest.mark.parametrize("page", ["/docs", "/redoc"])
+def test_the_docs_pages_load_from_this_server_alone(page: str, root_path: str) -> None:
+    async def test() -> None:
+        async with serving(root_path=root_path) as api:
+            html = (await api.client.get(root_path + page)).text
+            links = re.findall(r'(?:src|href|url)(?:=|: )["\']([^"\']+)', html)
+            assert len(links) >= 2
+            for link in links:
+                assert link.startswith(root_path + "/")
+                assert (await api.client.get(link)).status_code == 200, link
+            assert "http://" not in html.replace("http://www.w3.org", "")
+            assert "https://" not in html
+
+    run(test)
+
+
+@contract("connections", "content-encoding", "a compressed body is a 415")
+def test_a_compressed_body_is_refused_by_name() -> None:
+    body = json.dumps({"model": "fake", "max_tokens": 1}).encode()
+    for coding in ("gzip", "br", "zstd, gzip"):
+        headers = {"content-encoding": coding, "content-type": "application/json"}
+        answer = request("POST", "/v1/completions", content=gzip.compress(body), headers=headers)
+        error = error_of(answer, 415)
+        assert error["message"] == (
+            f"'content-encoding': is '{coding}', but this server reads bodies that are not compressed only"
+        )
+        assert answer.headers["accept-encoding"] == "identity"
+    headers = {"content-encoding": "identity", "content-type": "application/json"}
+    assert request("POST", "/v1/completions", content=body, headers=headers).status_code == 200
 
 
 @contract("errors", "413", "by the declared length")

@@ -14,6 +14,8 @@ from tests.service.helpers import run, until
 async def unready(api: Api) -> str:
     """Why the server is not ready, in its own words."""
     assert (await api.client.get("/health/live")).json() == {"status": "live"}
+    for path in ("/health", "/ping"):
+        assert (await api.client.get(path)).status_code == 503
     answer = await api.client.get("/health/ready")
     assert answer.status_code == 503
     error = answer.json()["error"]
@@ -27,8 +29,10 @@ def test_ready() -> None:
     async def test() -> None:
         async with serving() as api:
             assert (await api.client.get("/health/live")).json() == {"status": "live"}
-            answer = await api.client.get("/health/ready")
-            assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+            for path in ("/health/ready", "/health", "/ping"):
+                answer = await api.client.get(path)
+                assert (answer.status_code, answer.json()) == (200, {"status": "ready"})
+                assert (await api.client.head(path)).status_code == 200
 
     run(test)
 

@@ -91,7 +91,7 @@ def test_another_model() -> None:
         (
             {"continuations": [" a" * 256]},
             "continuations.0",
-            "this model's context is 256 tokens, but the request asks for 257 tokens "
+            "This model's maximum context length is 256 tokens, but the request asks for 257 tokens "
             "(1 in the prompt, 256 for the completion)",
         ),
     ],

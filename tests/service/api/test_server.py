@@ -8,10 +8,10 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import httpx
 import openai
@@ -24,41 +24,10 @@ from service.engine.engine import STOP_SECONDS
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
 from tests.service.api.helpers import served
+from tests.service.api.listening import listening, statuses
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, settings_of, until
 from tests.serving import PATIENCE, banded_serve
-
-
-class Running(NamedTuple):
-    """A server in this process, over a fake engine."""
-
-    fake: FakeEngine
-    server: Server
-    client: httpx.AsyncClient
-    status: asyncio.Task[int]
-
-    async def complete(self, **fields: Any) -> httpx.Response:
-        return await self.client.post("/v1/completions", json={"model": "fake", "prompt": "a"} | fields)
-
-    def signal(self) -> None:
-        self.server.handle_exit(signal.SIGTERM, None)
-
-
-@asynccontextmanager
-async def listening(*, drain_timeout: float = 20, **options: Any) -> AsyncIterator[Running]:
-    fake = FakeEngine()
-    fake.runner.fault = lambda step: time.sleep(0.002)
-    app = create_app(served(fake), fake.metrics, settings_of(**options))
-    server = Server(lambda: app, host="127.0.0.1", port=0, drain_timeout=drain_timeout)
-    status = asyncio.create_task(serve(server))
-    await until(lambda: server.engine is not None)
-    port = server.servers[0].sockets[0].getsockname()[1]
-    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-        yield Running(fake, server, client, status)
-    fake.runner.gate.set()
-    if not status.done():
-        server.should_exit = True
-        await status
 
 
 @contract("errors", "503", "while loading")
@@ -71,14 +40,16 @@ def test_while_it_loads_a_server_says_so() -> None:
             assert go.wait(20)
             return create_app(served(fake), fake.metrics, settings_of())
 
-        server = Server(load, host="127.0.0.1", port=0, drain_timeout=1)
+        origin = "https://page.example"
+        server = Server(load, settings_of(port=0, drain_timeout=1, cors_origins=(origin,), root_path="/llm"))
         status = asyncio.create_task(serve(server))
         await until(lambda: server.started)
         port = server.servers[0].sockets[0].getsockname()[1]
         async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
-            assert (await client.get("/health/live")).json() == {"status": "live"}
-            for path in ("/health/ready", "/v1/models", "/metrics", "/nope"):
-                answer = await client.get(path)
+            for path in ("/health/live", "/health/live/", "/llm/health/live"):
+                assert (await client.get(path)).json() == {"status": "live"}
+            for path in ("/health/ready", "/health", "/ping", "/v1/models", "/metrics", "/nope", "/llm/v1/models"):
+                answer = await client.get(path, headers={"origin": origin})
                 assert answer.status_code == 503
                 assert answer.json()["error"] == {
                     "message": "the model is still loading",
@@ -88,6 +59,12 @@ def test_while_it_loads_a_server_says_so() -> None:
                 }
                 assert answer.headers["retry-after"] == "1"
                 assert answer.headers["x-request-id"].startswith("req_")
+                # Without these a browser tells its page nothing but "Failed to fetch".
+                assert answer.headers["access-control-allow-origin"] == origin
+                assert "x-request-id" in answer.headers["access-control-expose-headers"]
+            asking = {"origin": origin, "access-control-request-method": "POST"}
+            preflight = await client.options("/v1/completions", headers=asking)
+            assert (preflight.status_code, preflight.headers["access-control-allow-origin"]) == (200, origin)
             go.set()
             await until(lambda: server.engine is not None)
             assert (await client.get("/health/ready")).json() == {"status": "ready"}
@@ -102,13 +79,13 @@ def test_what_can_not_be_loaded_ends_the_server_with_its_error() -> None:
         raise ValueError("no such weights")
 
     with pytest.raises(ValueError, match="no such weights"):
-        asyncio.run(serve(Server(load, host="127.0.0.1", port=0, drain_timeout=1)))
+        asyncio.run(serve(Server(load, settings_of(port=0, drain_timeout=1))))
 
 
 def test_a_signal_while_loading_ends_the_server_at_once() -> None:
     async def test() -> None:
         go = threading.Event()
-        server = Server(lambda: go.wait(20) and FastAPI(), host="127.0.0.1", port=0, drain_timeout=20)  # type: ignore[arg-type, return-value]
+        server = Server(lambda: go.wait(20) and FastAPI(), settings_of(port=0))  # type: ignore[arg-type, return-value]
         status = asyncio.create_task(serve(server))
         await until(lambda: server.is_loading)
         server.handle_exit(signal.SIGTERM, None)
@@ -240,32 +217,6 @@ def test_wrong_methods_and_half_requests_leave_the_connection_usable() -> None:
     run(test)
 
 
-STATUS = rb"HTTP/1.1 (\d+)"
-
-
-async def statuses(running: Running, *turns: tuple[bytes, int], closes: bool = False) -> list[int]:
-    """Write the bytes of each turn and wait until so many answers have come in all. Then check whether the server closes."""
-    reader, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)
-    text = b""
-    async with asyncio.timeout(PATIENCE):
-        for part, count in turns:
-            writer.write(part)
-            while len(re.findall(STATUS, text)) < count:
-                chunk = await reader.read(65536)
-                assert chunk, f"closed after {text!r}"
-                text += chunk
-        if closes:
-            text += await reader.read()
-    if not closes:
-        with suppress(TimeoutError):
-            async with asyncio.timeout(0.3):
-                while chunk := await reader.read(65536):
-                    text += chunk
-        assert not reader.at_eof()
-    writer.close()
-    return [int(status) for status in re.findall(STATUS, text)]
-
-
 POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
 GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
 BODY = b"x" * 200_000  # more than the server buffers before the application reads
@@ -294,9 +245,7 @@ def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     fake = FakeEngine()
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        server = Server(
-            lambda: create_app(served(fake), fake.metrics, settings_of()), host="127.0.0.1", port=port, drain_timeout=1
-        )
+        server = Server(lambda: create_app(served(fake), fake.metrics, settings_of()), settings_of(port=port))
         with pytest.raises(SystemExit) as exit_:
             asyncio.run(serve(server))
     assert exit_.value.code != 0

@@ -11,7 +11,15 @@ import torch
 from kernels import torch_ops
 from kernels.names import KernelChoice
 from service.engine import loading
-from service.engine.loading import LoadError, choose_device, choose_dtype, kernels_in_words, kv_budget, load_served
+from service.engine.loading import (
+    LoadError,
+    choose_device,
+    choose_dtype,
+    kernels_in_words,
+    kv_budget,
+    load_served,
+    served_name,
+)
 from service.engine.metrics import Metrics
 from service.engine.models import ModelEntry
 from service.engine.options import EngineOptions
@@ -19,6 +27,7 @@ from service.engine.request import GenerationRequest, Prompt, SamplingParams
 from service.settings import Settings
 from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny
+from tests.service.helpers import settings_of
 
 
 def served(directory: Path, metrics: Metrics | None = None, **settings: Any) -> ModelEntry:
@@ -263,3 +272,36 @@ def test_int8_on_a_cpu_that_would_saturate_is_refused(tmp_path: Path, monkeypatc
         LoadError, match="dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype fl"
     ):
         served(tiny("banded", tmp_path, vocab_size=50257), dtype="int8")
+
+
+def test_a_model_has_its_directorys_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "models--openai-community--gpt2" / "snapshots" / "607a30d783dfa663caf39e06633721c8d4cfcd7e"
+    snapshot.mkdir(parents=True)
+    assert served_name(str(snapshot)) == "openai-community/gpt2", "as Hugging Face's cache names its directories"
+    (tmp_path / "mine").symlink_to(snapshot)
+    assert served_name(str(tmp_path / "mine")) == "mine"
+    assert served_name(f"{tmp_path}/mine/../mine/") == "mine"
+    monkeypatch.chdir(snapshot)
+    assert served_name(".") == "openai-community/gpt2"
+    assert served_name("demo") == "demo"
+
+
+def test_a_model_is_served_under_given_names(tmp_path: Path) -> None:
+    directory = tiny("banded", tmp_path, vocab_size=50257)
+    options = settings_of(model=str(directory), dtype="float32", names="first,org/second").engine
+    models = load_served(options, Metrics("first"))
+    assert [(entry.name, entry.root, entry.parent) for entry in models] == [
+        ("first", "first", None),
+        ("org/second", "first", None),
+    ]
+    assert models.find(None) is models.base
+    assert models.find("org/second") == models.base._replace(name="org/second", alias_of="first")
+    assert models.find("banded") is None
+
+
+@pytest.mark.parametrize("name", ["first", "second"])
+def test_an_adapter_can_not_have_a_name_of_the_model(name: str, tmp_path: Path) -> None:
+    directory, adapters = tiny("banded", tmp_path, vocab_size=50257), f"{name}=nowhere"
+    options = settings_of(model=str(directory), dtype="float32", names="first,second", adapters=adapters).engine
+    with pytest.raises(LoadError, match=f"adapter {name}: the model itself has that name"):
+        load_served(options, Metrics("first"))

@@ -180,13 +180,13 @@ class TestFewShot:
             (
                 "error",
                 4,
-                "this model's context is 20 tokens, but the request asks for 25 tokens "
+                "This model's maximum context length is 20 tokens, but the request asks for 25 tokens "
                 "(21 in the prompt with 3 of its 3 examples, 4 for the completion)",
             ),
             (
                 "drop",
                 18,
-                "this model's context is 20 tokens, but the request asks for 21 tokens "
+                "This model's maximum context length is 20 tokens, but the request asks for 21 tokens "
                 "(3 in the prompt with 0 of its 3 examples, 18 for the completion)",
             ),
         ],

@@ -23,11 +23,6 @@ async def list_engines(request: Request) -> EngineList:
     return EngineList(data=[EngineObject(id=entry.name) for entry in state_of(request).models])
 
 
-@router.get("/v1/engines/{name:path}")
-async def get_engine(name: str, request: Request) -> EngineObject:
-    return EngineObject(id=find_model(request, name).name)
-
-
 @router.get("/v1/models/{name:path}")
 async def get_model(name: str, request: Request) -> ModelObject:
     return model_object(find_model(request, name))

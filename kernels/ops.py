@@ -86,7 +86,10 @@ class Ops(Protocol):
         """activation(x + bias) of x (N, C) and bias (C,), after a product that did not apply them. May overwrite x."""
 
     def sample(self, logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
-        """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens."""
+        """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
+
+        A row that no token can be sampled from gets NOT_FINITE or NONE_LEFT of kernels.names. No row depends on another.
+        """
 
     def native_forward(
         self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.band import PAGE_SIZE
 from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
-from kernels.names import Activation
+from kernels.names import NONE_LEFT, NOT_FINITE, Activation
 from kernels.noise import gumbel, row_keys
 from kernels.ops import BlockParts, PackedWeight, Weight
 from kernels.patterns import Pattern
@@ -107,8 +107,12 @@ def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: 
 
 def sample_row(logits: Tensor, state: SamplingState, batch_row: int, position: int) -> int:
     """The token of one row of logits (V,): their first maximum, or that of logit + noise over the tokens that stay."""
+    if not (logits < math.inf).all():
+        return NOT_FINITE
     if state.adjusted[batch_row]:
         logits = adjust(logits, state, batch_row)
+    if (logits == -math.inf).all():
+        return NONE_LEFT
     if state.temperature[batch_row] == 0:
         return int(logits.argmax())
     x = (logits - logits.max()) / state.temperature[batch_row]

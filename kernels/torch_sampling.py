@@ -1,9 +1,12 @@
 """Sampling in plain PyTorch: from the likeliest tokens, and from the whole vocabulary only if those are not enough."""
 
+import math
+
 import torch
 from torch import Tensor
 
 from kernels.long_rows import first_argmax
+from kernels.names import NONE_LEFT, NOT_FINITE
 from kernels.noise import gumbel, row_keys
 from kernels.sampling_state import SamplingState
 
@@ -14,16 +17,20 @@ SHORTLIST = 1024
 def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
     """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
 
-    Rows do not influence each other. A row of NaN or of -inf gets some token of the vocabulary.
+    Rows do not influence each other. A row that no token can be sampled from gets NOT_FINITE or NONE_LEFT.
     """
-    rows = torch.nonzero(state.adjusted[batch_rows]).squeeze(1)
+    rows, given = torch.nonzero(state.adjusted[batch_rows]).squeeze(1), logits
     if len(rows):
         logits = logits.index_copy(0, rows, adjust(logits[rows], state, batch_rows[rows]))
     tokens = first_argmax(logits)
+    peaks = logits.gather(1, tokens[:, None]).squeeze(1)  # NaN, if the row holds one
+    is_finite = peaks < math.inf
+    if len(rows):  # what a penalty makes infinite is no fault of the model
+        is_finite[rows] = given[rows].amax(-1) < math.inf
     drawn = torch.nonzero(state.temperature[batch_rows]).squeeze(1)  # a temperature of 0 takes the first maximum
     if len(drawn):
         tokens[drawn] = draw(logits[drawn], state, batch_rows[drawn], positions[drawn])
-    return tokens
+    return tokens.masked_fill_(peaks == -math.inf, NONE_LEFT).masked_fill_(~is_finite, NOT_FINITE)
 
 
 def adjust(logits: Tensor, state: SamplingState, batch_rows: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import names
 from kernels.gpu.checks import check
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
@@ -12,6 +13,7 @@ BLOCK = 4096  # tokens of a tile: 16 bytes per thread; never tuned
 NUM_WARPS = 32
 VECTOR = tl.constexpr(4)  # logits in 16 bytes
 INFINITY = tl.constexpr(0x7F800000)  # bits of infinity in fp32
+NOT_FINITE, NONE_LEFT = tl.constexpr(names.NOT_FINITE), tl.constexpr(names.NONE_LEFT)
 
 
 @triton.jit
@@ -43,7 +45,7 @@ def _sample(
 ):
     """One row: its maximum, the distance from it within which tokens stay, and the maximum of logit + noise over these.
 
-    NaN needs no care, since it loses every comparison before a reduction could see it.
+    NaN loses every comparison and no reduction sees it, so the first pass looks for it.
     """
     row = tl.program_id(0).to(tl.int64)
     batch_row = tl.load(batch_rows_ptr + row)
@@ -55,9 +57,11 @@ def _sample(
 
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_token = tl.zeros([BLOCK], tl.int32)
+    faults = tl.zeros([BLOCK], tl.int32)
     for start in range(0, vocab_size, BLOCK):
         ids = start + lanes
         logits = _load(source, ids, vocab_size, float("-inf"), ALIGNED)
+        faults |= tl.where(logits < float("inf"), 0, 1)
         if adjusted:
             table = batch_row * table_stride
             generated = _load(generated_ptr + table, ids, vocab_size, 0, ALIGNED)
@@ -73,7 +77,9 @@ def _sample(
         best_token = tl.where(logits > best, ids, best_token)
         best = tl.where(logits > best, logits, best)
     peak, token = _first_maximum(best, best_token)
-    if temperature == 0:
+    token = tl.where(peak == float("-inf"), NONE_LEFT, token)
+    token = tl.where(tl.max(faults, axis=0) > 0, NOT_FINITE, token)
+    if (temperature == 0) | (token < 0):
         tl.store(tokens_ptr + row, token)
         return
 
@@ -192,8 +198,8 @@ def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: 
     """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
 
     Rows of logits may lie apart. So may rows of the state's tables, equally far in all three. Loads are 16 bytes wide if
-    both distances are multiples of 16 elements. Rows never influence each other. NaN counts as -inf; a row of only these
-    gets token 0, and a row with +inf its first. Launches one kernel and waits for nothing, so a CUDA graph can capture it.
+    both distances are multiples of 16 elements. Rows never influence each other. A row that no token can be sampled from
+    gets NOT_FINITE or NONE_LEFT. Launches one kernel and waits for nothing, so a CUDA graph can capture it.
     """
     batch, vocab_size = logits.shape
     check("logits", logits, logits.shape, logits, torch.float32, rows_apart=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels import noise, reference, torch_sampling
 from kernels.gpu import sampling
+from kernels.names import NONE_LEFT, NOT_FINITE
 from kernels.sampling_state import TABLES, SamplingState
 from tests.kernels.interpreter import Work
 
@@ -394,23 +395,42 @@ def test_batch_rows_without_adjustment_read_no_tables() -> None:
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.parametrize("make", [make_state, adjusted_state])
 @pytest.mark.parametrize("given", [{"temperature": 0}, {}, {"top_p": 0.9, "top_k": 5, "min_p": 0.1}])
-def test_a_row_without_numbers_gets_some_token_and_disturbs_no_other(sample: Sample, given: dict[str, float]) -> None:
-    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(8))
-    state = make_state(1, 300, **given)
-    batch_rows, positions = torch.zeros(5, dtype=torch.int64), torch.arange(5)
+def test_a_row_that_no_token_can_be_sampled_from_says_so_and_disturbs_no_other(
+    sample: Sample, make: Callable[..., SamplingState], given: dict[str, float]
+) -> None:
+    logits = torch.randn(9, 300, generator=torch.Generator().manual_seed(8))
+    state = make(1, 300, **given)
+    batch_rows, positions = torch.zeros(9, dtype=torch.int64), torch.arange(9)
     before = sample(logits, state, batch_rows, positions)
     logits[0] = NAN
     logits[1] = -INF
     logits[2, 100:] = NAN
     logits[3, [7, 9]] = INF
-    after = sample(logits, state, batch_rows, positions)
-    assert ((after >= 0) & (after < 300)).all()
-    assert after[4] == before[4]
-    if sample is sampling.sample:
-        assert after[:2].tolist() == [0, 0]
-        assert after[2] < 100
-        assert after[3] == 7
+    logits[4, 299] = NAN  # the last token, in a tile of its own
+    logits[5, 0] = NAN
+    logits[6] = -INF
+    logits[6, 255] = NAN
+    logits[7] = -INF
+    logits[7, 290] = 3.0
+    after = sample(logits, state, batch_rows, positions).tolist()
+    assert after == [NOT_FINITE, NONE_LEFT, *[NOT_FINITE] * 5, 290, before[8]]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_bias_of_minus_infinity_on_all_tokens_leaves_none(sample: Sample, temperature: float) -> None:
+    bias = torch.full((2, 300), -INF)
+    bias[1, 299] = 0.0
+    state = adjusted_state(2, 300, temperature=temperature, bias=bias)
+    assert sample(torch.zeros(2, 300), state, torch.arange(2), torch.arange(2)).tolist() == [NONE_LEFT, 299]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_a_penalty_makes_infinite_is_no_fault_of_the_model(sample: Sample) -> None:
+    """A repetition penalty may be so small that fp32 holds 0."""
+    state = adjusted_state(2, 300, temperature=[0.0, 1.0], repetition_penalty=0.0, in_prompt=1)
+    assert (sample(torch.ones(2, 300), state, torch.arange(2), torch.arange(2)) >= 0).all()
 
 
 def test_tokens_of_minus_infinity_are_never_drawn(sample: Sample) -> None:

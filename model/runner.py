@@ -7,6 +7,7 @@ Shapes: N tokens in a step, B sampled tokens, R rows of logits, K likeliest toke
 """
 
 import gc
+import math
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kernels.band import PAGE_SIZE
 from kernels.block_layout import block_layout
-from kernels.names import PatternKind
+from kernels.names import NOT_FINITE, PatternKind
 from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
@@ -66,7 +67,12 @@ class PendingStep:
         step = self._step
         sampled = [None if sample.top_logprobs is None else logprobs(sample.top_logprobs) for sample in step.samples]
         prompt = [[logprobs(wanted.top_logprobs) for _ in wanted.targets] for wanted in step.prompt_logprobs]
-        return Sampled(self._tokens.tolist(), sampled, prompt)
+        # A token that was banned may have had the only logit that is not finite.
+        tokens = [
+            token if token < 0 or found is None or math.isfinite(found.logprob) else NOT_FINITE
+            for token, found in zip(self._tokens.tolist(), sampled, strict=True)
+        ]
+        return Sampled(tokens, sampled, prompt)
 
 
 def start_copy(tensor: Tensor) -> Tensor:
@@ -315,13 +321,14 @@ class Runner:
             tokens = self.ops.sample(logits, self.sampling, rows[part], positions[part])
             parts.append(tokens)
             if wanted:
-                chosen = logits.gather(1, tokens[:, None]) - totals
+                chosen = logits.gather(1, tokens[:, None].clamp_min(0)) - totals
                 (kept,) = self._to_device(wanted)
                 found.append(FoundLogprobs(chosen[kept, 0], top_ids[kept], (top_logits - totals)[kept]))
             del logits  # or it would stay allocated while the next ones are computed
         tokens = torch.cat(parts) if parts else rows
-        self.last_token[rows] = tokens
-        self.sampling.generated[rows, tokens] += 1
+        known = tokens.clamp_min(0)  # the next step may be launched before anyone sees that there is no token
+        self.last_token[rows] = known
+        self.sampling.generated[rows, known] += 1
         return tokens, found
 
     def _prompt_logprobs(self, hidden: Tensor, step: StepInput) -> list[FoundLogprobs]:

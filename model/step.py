@@ -135,6 +135,6 @@ class TokenLogprobs(NamedTuple):
 class Sampled(NamedTuple):
     """What a step brought forth."""
 
-    tokens: list[int]  # one for each of StepInput.samples
+    tokens: list[int]  # one for each of StepInput.samples: an id, or NOT_FINITE or NONE_LEFT of kernels.names
     logprobs: list[TokenLogprobs | None]  # of these tokens, where asked for
     prompt_logprobs: list[list[TokenLogprobs]]  # for each of StepInput.prompt_logprobs, one for each target

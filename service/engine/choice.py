@@ -81,6 +81,13 @@ class Choice:
     def mean_logprob(self) -> float:
         return self._total_logprob / len(self.tokens) if self.tokens else 0.0
 
+    @property
+    def facts(self) -> str:
+        """What an error says of it."""
+        cached = self.start.num_cached if self.start else 0
+        prompt = f"{len(self._prompt.tokens)} prompt tokens, {cached} of them cached"
+        return f"choice {self._index} ({prompt}, and {len(self.tokens)} generated)"
+
     def begin(self, start: Start) -> None:
         """The engine computes the first tokens of the sequence."""
         self.start = start

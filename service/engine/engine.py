@@ -21,8 +21,8 @@ from model.step import TokenLogprobs
 from service.engine.choice import Choice, Output
 from service.engine.loop import StepLoop, StepRunner
 from service.engine.metrics import Metrics
-from service.engine.request import GenerationRequest
-from service.engine.scheduler import AdapterRef, Delta, FinishReason, Scheduler, Sequence
+from service.engine.request import GenerationRequest, RequestError
+from service.engine.scheduler import AdapterRef, Delta, Scheduler, Sequence
 
 log = logging.getLogger("banded.engine")
 
@@ -59,7 +59,7 @@ class RetiredError(EngineError):
 
 
 class StepFailedError(EngineError):
-    """The step that the request ran in raised."""
+    """The step that the request ran in raised, or gave it logits that are NaN or infinite."""
 
 
 class Generation:
@@ -77,7 +77,8 @@ class Generation:
         """What the choices gain, as it comes. Closing the iterator aborts what still runs.
 
         Raises DoesNotFitError, QueueFullError, RetiredError or UnavailableError before the first output, UnavailableError
-        when a choice waited too long to start, StepFailedError when a step raised.
+        when a choice waited too long to start, StepFailedError when a step raised or its logits are not finite, RequestError
+        when the request bans every token.
         """
         self._engine.submit(self)
         unfinished = dict.fromkeys(self.choice_of)
@@ -93,9 +94,9 @@ class Generation:
                     sequence = delta.sequence
                     if sequence not in unfinished:
                         continue  # from a step that was in flight when the stop string was found
-                    if delta.finish_reason in ("error", "timeout"):
+                    if delta.finish_reason not in (None, "stop", "length"):
                         outcome = "error"
-                        raise self._engine.failure(delta.finish_reason)
+                        raise self._engine.failure(self, delta)
                     output = self.choice_of[sequence].advance(delta, now)
                     if output.finish_reason:
                         del unfinished[sequence]
@@ -293,10 +294,22 @@ class Engine:
         if outcome:
             self._metrics.outcome(outcome).inc()
 
-    def failure(self, reason: FinishReason) -> EngineError:
-        """What a request is told whose sequence ended for a reason of the engine's own."""
-        if reason == "timeout":
-            return UnavailableError(f"the request waited more than {self._queue_timeout:g} s for a slot")
+    def failure(self, generation: Generation, delta: Delta) -> EngineError | RequestError:
+        """What a request is told that `delta` ends early. A fault of the model is logged and counted."""
+        choice = generation.choice_of[delta.sequence]
+        match delta.finish_reason:
+            case "timeout":
+                return UnavailableError(f"the request waited more than {self._queue_timeout:g} s for a slot")
+            case "none_left":
+                message = f"'min_tokens': every token is a stop token or banned, so that none is left for {choice.facts}"
+                return RequestError(message, "min_tokens")
+            case "not_finite":
+                self._metrics.non_finite_logits.inc()
+                log.error("logits are NaN or infinite: %s, adapter %d", choice.facts, generation.request.adapter.number)
+                return StepFailedError(
+                    f"the model's logits are NaN or infinite, so that no token can be chosen for {choice.facts}; "
+                    "try dtype float32 if 16 bits overflow; 'banded doctor' checks the kernels on these weights"
+                )
         return StepFailedError("the engine failed while it ran this request")
 
     # -- from the step loop -------------------------------------------------------------------------------------------

@@ -247,6 +247,11 @@ class PagePool:
                 del self.cached[page]
                 self.free.append(page)
 
+    def unpublish(self, content: PageHash) -> None:
+        """No page is found by this content any more, whoever wrote it. Rows that hold one keep it."""
+        if content in self._published:
+            self.discard(self._published[content], content)
+
     def _forget_hash(self, page: int) -> None:
         content = self._hash_of.pop(page)
         if self._published.get(content) == page:
@@ -393,6 +398,12 @@ class PageAllocator:
         """The steps that fill these pages have failed, or wrote them for a sequence that had."""
         for group, page, content in filled:
             self.pools[group].discard(page, content)
+
+    def unpublish(self, hashes: Sequence[PageHash]) -> None:
+        """Pages with these hashes can't be trusted: none will be found, whoever wrote or holds it."""
+        for pool in self.pools.values():
+            for content in hashes:
+                pool.unpublish(content)
 
     def release_passed(self, row: int, next_position: int) -> None:
         for pool in self.pools.values():

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Literal, NamedTuple
 
 from kernels.band import PAGE_SIZE
+from kernels.names import NONE_LEFT, NOT_FINITE
 from model.step import (
     DecodeToken,
     PromptChunk,
@@ -29,7 +30,9 @@ from service.engine.pages import FilledPage, PageAllocator, PageHash, page_hashe
 MIN_CHUNK = 16
 
 # "stop" and "length" are for the client. "error": the step raised. "timeout": the sequence waited too long to start.
-FinishReason = Literal["stop", "length", "error", "timeout"]
+# "not_finite": the model's logits are NaN or infinite. "none_left": the request bans every token.
+FinishReason = Literal["stop", "length", "error", "timeout", "not_finite", "none_left"]
+FAULTS: dict[int, FinishReason] = {NOT_FINITE: "not_finite", NONE_LEFT: "none_left"}  # by what is sampled instead
 
 
 class AdapterRef(NamedTuple):
@@ -406,11 +409,17 @@ class Scheduler:
         gains |= self._verified(scheduled, sampled)
         for sequence, logprobs in zip(scheduled.explaining, sampled.prompt_logprobs, strict=True):
             gains[sequence] = gains[sequence]._replace(prompt_logprobs=logprobs)
-        return [
-            self._advance(delta) if sequence in past_prompt else delta
-            for sequence, delta in gains.items()
-            if self._is_running(sequence) and (sequence in past_prompt or delta.prompt_logprobs)
-        ]
+        deltas = []
+        for sequence, delta in gains.items():
+            if not self._is_running(sequence):
+                continue
+            if not all(math.isfinite(each.logprob) for each in delta.prompt_logprobs):
+                deltas.append(self._fail(sequence, "not_finite"))
+            elif sequence in past_prompt:
+                deltas += self._advance(delta)
+            elif delta.prompt_logprobs:
+                deltas.append(delta)
+        return deltas
 
     def _verified(self, scheduled: Scheduled, sampled: Sampled) -> dict[Sequence, Delta]:
         """The samples that follow a sequence's own tokens. Tokens from a wrong guess on count as not computed."""
@@ -454,11 +463,12 @@ class Scheduler:
     def _is_running(self, sequence: Sequence) -> bool:
         return self.running.get(sequence.row) is sequence
 
-    def _advance(self, delta: Delta) -> Delta:
-        """Book what a sequence gained, and end the sequence if that was its last token."""
+    def _advance(self, delta: Delta) -> list[Delta]:
+        """Book what a sequence gained, and end the sequence if that was its last token or the next can't be sampled."""
         sequence = delta.sequence
         end = next((i for i, token in enumerate(delta.tokens, 1) if token in sequence.stop_ids), None)
-        tokens = delta.tokens[:end]
+        fault = FAULTS.get(delta.tokens[-1]) if delta.tokens and end is None else None
+        tokens = delta.tokens[: -1 if fault else end]
         sequence.num_generated += len(tokens)
         finish: FinishReason | None = None
         if end is not None:
@@ -471,7 +481,17 @@ class Scheduler:
             sequence.lookup = sequence.lookup or PromptLookup(sequence.prompt)
             for token in tokens:
                 sequence.lookup.append(token)
-        return delta._replace(tokens=tokens, logprobs=delta.logprobs[: len(tokens)], finish_reason=finish)
+        gained = delta._replace(tokens=tokens, logprobs=delta.logprobs[: len(tokens)], finish_reason=finish)
+        if fault is None:
+            return [gained]
+        return [*([gained] if tokens or delta.prompt_logprobs else []), self._fail(sequence, fault)]
+
+    def _fail(self, sequence: Sequence, fault: FinishReason) -> Delta:
+        """End a sequence. Pages of its prompt may hold NaN, so nobody may find them: its own, and those it found cached."""
+        if fault == "not_finite":
+            self.cache.unpublish(sequence.page_hashes)
+        self._retire(sequence)
+        return Delta(sequence, [], fault)
 
     def _retire(self, sequence: Sequence) -> None:
         del self.running[sequence.row]

@@ -1,6 +1,8 @@
 """The whole path of a step, from weights to logits, through the paged cache, against transformers. Free pages are NaN."""
 
+import math
 import random
+from collections import abc
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from kernels.band import PAGE_SIZE
+from kernels.names import NONE_LEFT, NOT_FINITE
 from model.runner import decode_buckets, likeliest
 from model.step import (
     DecodeToken,
@@ -406,6 +409,59 @@ def test_a_step_of_prompts_alone_may_sample_nothing_and_score(tmp_path: Path) ->
     wanted = [PromptLogprobs(3, [4, 5], 0), PromptLogprobs(19, [7], 2)]
     sampled = run.runner.launch(step_of([start], [], [], [prompt], samples=[], prompt_logprobs=wanted)).result()
     assert [[len(each.top) for each in some] for some in sampled.prompt_logprobs] == [[0, 0], [2]]
+
+
+@served_paths
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("num_top", [None, 2])
+@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[3]])
+def test_a_row_of_nan_says_so_and_disturbs_neither_the_rows_next_to_it_nor_later_steps(
+    path: ServedPath, sampling: Sampling, num_top: int | None, tmp_path: Path
+) -> None:
+    """Row 0 meets the position whose embedding is NaN. A step is launched on top of it before that is known."""
+    directory = tiny("banded", tmp_path, n_layer=2)
+    found = []
+    for poison in (False, True):
+        run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)] * 2, path=path)
+        run.runner.buckets = [2]
+        if poison:
+            with torch.inference_mode():
+                run.model.wpe.weight[12] = math.nan
+        pages = [new for row in range(2) for new in run.cache.extend(row, 60)]
+        prompts = [PromptChunk(0, 0, list(range(12))), PromptChunk(1, 0, list(range(5)))]
+        starts = [RowStart(chunk.row, sampling, chunk.tokens) for chunk in prompts]
+        pending = [run.runner.launch(step_of(starts, pages, [], prompts))]
+        for i in range(4):
+            samples = [Sample(0, 0, num_top), Sample(1, 1, num_top)]
+            decodes = [DecodeToken(0, 12 + i), DecodeToken(1, 5 + i)]
+            pending.append(run.runner.launch(step_of([], [], decodes, [], samples=samples)))
+        found.append([each.result() for each in pending])
+    clean, poisoned = found
+    assert [step.tokens[0] for step in poisoned] == [clean[0].tokens[0], *[NOT_FINITE] * 4]
+    assert [(step.tokens[1], step.logprobs[1]) for step in poisoned] == [
+        (step.tokens[1], step.logprobs[1]) for step in clean
+    ]
+
+
+def test_bans_may_leave_no_token_or_hide_the_only_logit_that_is_not_finite(tmp_path: Path) -> None:
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1, tied_head=False), [torch.zeros(60, dtype=torch.int64)])
+    assert run.model.lm_head is not None
+    prompt, pages = PromptChunk(0, 0, list(range(20))), run.cache.extend(0, 60)
+
+    def sampled(num_top: int | None, banned: abc.Iterable[int]) -> int:
+        samples = [Sample(0, 19, num_top, tuple(banned))]
+        step = step_of([RowStart(0, Sampling(), prompt.tokens)], pages, [], [prompt], samples=samples)
+        (token,) = run.runner.launch(step).result().tokens
+        return token
+
+    for num_top in (None, 2):
+        assert sampled(num_top, range(331)) == NONE_LEFT
+        assert sampled(num_top, {*range(331)} - {330}) == 330
+    with torch.inference_mode():
+        run.model.lm_head.weight[7] = math.nan
+    assert sampled(None, [7]) >= 0
+    assert sampled(2, [7]) == NOT_FINITE, "its logprob is no number"
+    assert sampled(None, [8]) == sampled(2, [8]) == NOT_FINITE
 
 
 def test_graphs_are_replayed_for_plain_steps_only(tmp_path: Path) -> None:

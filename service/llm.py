@@ -89,7 +89,7 @@ class AsyncLLM:
     ) -> list[Completion]:
         """Completions of one prompt or several, n of each prompt, in the order of the prompts.
 
-        Raises RequestError naming the field that the model can't honour, EngineError if the engine can't take the request.
+        Raises RequestError naming the field that the model can't honour, EngineError if the engine can't run the request.
         """
         params, entry = params or SamplingParams(), self._entry(adapter)
         read = [self._read(text, entry, params.max_tokens) for text in list_of(prompts)]

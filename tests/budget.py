@@ -12,14 +12,15 @@ ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".cpp", ".h", ".toml"}
 
 # All of the product. It had 16,030 lines before the Python API and the kernels for CPUs other than x86. Simplifying made
-# room for both. The packages' budgets add up to more, so that lines can move.
-TOTAL = 15_900
+# room for both. Logits that are not finite became errors for 81 more. The packages' budgets add up to more, so that lines
+# can move.
+TOTAL = 15_975
 
 BUDGET = {
     "service": 470,
     "service/api": 2670,
     "service/commands": 530,
-    "service/engine": 2960,
+    "service/engine": 2995,  # logits that are not finite: scheduler, pages, log and message
     "service/jobs": 510,
     "service/tools": 770,
     "model": 1360,

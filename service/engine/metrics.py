@@ -62,9 +62,7 @@ class Metrics:
         self.outcome = self._family(Counter, "requests", "Choices by how they ended", "outcome")  # one of OUTCOMES
         self.http_responses = self._family(Counter, "http_requests", "HTTP responses", "route", "status")
         self.stream_errors = self._counter("stream_errors", "Streams that failed after their first byte, under status 200")
-        self.non_finite_logits = self._counter(
-            "non_finite_logits", "Requests that ended because logits were NaN or infinite"
-        )
+        self.non_finite_logits = self._counter("non_finite_logits", "Requests ended by logits that were NaN or infinite")
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")
         # By kind of model.doctor.KernelErrors; without samples if nothing was measured.
         about = "Largest difference of a logit by these kernels from the reference, as measured at start"

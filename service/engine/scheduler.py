@@ -482,9 +482,8 @@ class Scheduler:
             for token in tokens:
                 sequence.lookup.append(token)
         gained = delta._replace(tokens=tokens, logprobs=delta.logprobs[: len(tokens)], finish_reason=finish)
-        if fault is None:
-            return [gained]
-        return [*([gained] if tokens or delta.prompt_logprobs else []), self._fail(sequence, fault)]
+        deltas = [gained] if tokens or finish else []
+        return [*deltas, self._fail(sequence, fault)] if fault else deltas
 
     def _fail(self, sequence: Sequence, fault: FinishReason) -> Delta:
         """End a sequence. Pages of its prompt may hold NaN, so nobody may find them: its own, and those it found cached."""

@@ -113,6 +113,7 @@ def test_metrics_show_a_completed_request() -> None:
                 'banded_kv_pages_held{group="dense",model="fake"}': 0,
                 'banded_kv_usage_ratio{group="banded",model="fake"}': 0,
                 'banded_stream_errors_total{model="fake"}': 0,
+                'banded_non_finite_logits_total{model="fake"}': 0,
             }.items():
                 assert float(samples[name]) == value, name
 

@@ -40,8 +40,8 @@ class Server:
 
     def __init__(self, directory: Path, *, max_draft: int | None = None, **settings: Any):
         self.name, self._metrics = directory.name, Metrics("tiny")
-        settings = {"kv_bytes": 64 << 20, "dtype": "float32", "compile": False, "step_tokens": 100} | settings
-        self._served = load_served(Settings(model=str(directory), **settings).engine, self._metrics)
+        plain: dict[str, Any] = {"kv_bytes": 64 << 20, "dtype": "float32", "compile": False, "step_tokens": 100}
+        self._served = load_served(Settings(model=str(directory), **plain | settings).engine, self._metrics)
         self.engine = self._served.base.engine
         self.app = create_app(self._served, self._metrics, settings_of())
         self.client = httpx.AsyncClient(transport=httpx.ASGITransport(self.app), base_url="http://test", timeout=120)
@@ -128,9 +128,9 @@ def test_a_request_that_meets_nan_fails_alone_and_succeeds_when_the_fault_is_gon
     """The embedding of position 70 is NaN. Two requests meet it in their prompt, one later; four stay ahead of it."""
     rng = random.Random(5)
     shared = random_tokens(rng, 64)
-    long = {"prompt": [*shared, *random_tokens(rng, 120)], "max_tokens": 4, "seed": 1}  # in two chunks
-    longest = {"prompt": random_tokens(rng, 200), "max_tokens": 3, "temperature": 0, "logprobs": 2}
-    growing = {"prompt": random_tokens(rng, 61), "max_tokens": 20, "seed": 3, "ignore_eos": True}
+    long: dict[str, Any] = {"prompt": [*shared, *random_tokens(rng, 120)], "max_tokens": 4, "seed": 1}  # in two chunks
+    longest: dict[str, Any] = {"prompt": random_tokens(rng, 200), "max_tokens": 3, "temperature": 0, "logprobs": 2}
+    growing: dict[str, Any] = {"prompt": random_tokens(rng, 61), "max_tokens": 20, "seed": 3, "ignore_eos": True}
     others: list[dict[str, Any]] = [
         {"prompt": random_tokens(rng, 30), "max_tokens": 40, "temperature": 0, "ignore_eos": True},
         {"prompt": random_tokens(rng, 50), "max_tokens": 20, "seed": 4, "top_p": 0.9, "logprobs": 3},
@@ -289,7 +289,8 @@ def test_an_overflow_of_float16_is_an_error_and_float32_a_remedy(name: str, fact
     save_file(weights, directory / "model.safetensors")
 
     async def test() -> None:
-        for body in ({"temperature": 0}, {"seed": 1}, {"logprobs": 2}):
+        bodies: list[dict[str, Any]] = [{"temperature": 0}, {"seed": 1}, {"logprobs": 2}]
+        for body in bodies:
             async with Server(directory, dtype="float16").running() as server:
                 answer = await server.post(prompt="Once upon a time", max_tokens=3, **body)
                 assert "try dtype float32" in error_of(answer, 500, "server_error")["message"]

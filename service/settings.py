@@ -64,6 +64,8 @@ class Settings(BaseSettings):
         0, ge=0, description="tokens, of prompts and completions, that each key may ask for in a minute; 0: any number"
     )
     max_body_bytes: int = Field(16 * 2**20, gt=0, description="bytes of a request's body; one more is a 413")
+    max_logprobs: int = Field(20, ge=0, le=1000, description="likeliest tokens that a request may ask for with each token")
+    max_stops: int = Field(16, ge=1, le=64, description="stop strings of a request")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma-separated origins whose pages may use the API from a browser; * lets all"
     )

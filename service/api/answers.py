@@ -136,7 +136,7 @@ def heading(prefix: str, entry: ModelEntry) -> dict[str, Any]:
 
 def chunk_event(chunk: CompletionResponse | ChatChunk, options: StreamOptions) -> bytes:
     """A chunk as a server-sent event. Obfuscation pads it, so that its length on the wire does not reveal its words."""
-    left_out = None if options.include_usage else {"usage"}
+    left_out = None if options.include_usage or options.continuous_usage_stats else {"usage"}
     if options.include_obfuscation:
         chunk.obfuscation = "x"
         length = len(chunk.model_dump_json(exclude=left_out).encode())

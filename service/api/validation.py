@@ -12,10 +12,11 @@ from fastapi import Request
 from model.checkpoint.files import few
 from service.api.errors import APIError, invalid
 from service.api.schema.base import Body, SamplingFields
-from service.api.schema.fields import MAX_STOPS, too_many_stops
+from service.api.schema.fields import too_many_stops
 from service.api.state import state_of
 from service.engine.models import ModelEntry
 from service.engine.request import SamplingParams, check_token_ids, shown
+from service.settings import Settings
 
 T = TypeVar("T")
 
@@ -25,17 +26,20 @@ log = logging.getLogger("banded.api")
 # the event loop keeps running.
 SHORT_PROMPTS = 4096
 MAX_WARNINGS = 32  # unknown fields that are named
-# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent.
+# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent, with so many likeliest ones.
 MAX_LOGPROBS = 2**17
+TOP_COUNTED = 20
 
 
 def find_model(request: Request, name: str | None) -> ModelEntry:
-    """The model that a request names, or the first if it names none. Raises APIError 404."""
+    """The model that a request names, or the only one. Raises APIError: 404, or 400 if none of several is named."""
     models = state_of(request).models
+    names = [f"'{each.name}'" for each in models]
+    if name is None and len(names) > 1:
+        raise invalid(f"'model' is required: this server has {few(names)}", "model", "missing_required_parameter")
     entry = models.find(name)
     if entry is None:
-        names = few([f"'{each.name}'" for each in models])
-        message = f"the model '{shown(name or '')}' does not exist; this server has {names}"
+        message = f"the model '{shown(name or '')}' does not exist; this server has {few(names)}"
         raise APIError(404, message, param="model", code="model_not_found")
     return entry
 
@@ -64,14 +68,18 @@ async def off_the_loop(size: int, work: Callable[[], T]) -> T:
     return work() if size <= SHORT_PROMPTS else await asyncio.to_thread(work)
 
 
-def sampling_params(body: SamplingFields, entry: ModelEntry, **changed: Any) -> SamplingParams:
+def sampling_params(body: SamplingFields, entry: ModelEntry, settings: Settings, **changed: Any) -> SamplingParams:
     """What `body` says to the engine; `changed` replaces the fields that mean something else in the body.
 
-    Raises APIError for too many stop strings and RequestError for token ids that the model doesn't have.
+    Raises APIError for more than `settings` allow and RequestError for token ids that the model doesn't have.
     """
     strings = [stop for stop in body.stop if stop not in entry.tokenizer.special_tokens]
-    if len(strings) > MAX_STOPS:
-        raise invalid(f"'stop': {too_many_stops(len(strings))}", "stop")
+    if len(strings) > settings.max_stops:
+        raise invalid(f"'stop': {too_many_stops(len(strings), settings.max_stops)}", "stop")
+    for name in ("logprobs", "top_logprobs"):
+        count = getattr(body, name, None) or 0
+        if count > settings.max_logprobs:
+            raise invalid(f"'{name}': is {count}, at most {settings.max_logprobs} are given by this server", name)
     check_token_ids([token for token, _ in body.logit_bias], entry.config.vocab_size, "logit_bias")
     check_token_ids(body.stop_token_ids, entry.config.vocab_size, "stop_token_ids")
     shared = {field.name: vars(body)[field.name] for field in fields(SamplingParams) if field.name in vars(body)}
@@ -79,8 +87,9 @@ def sampling_params(body: SamplingFields, entry: ModelEntry, **changed: Any) -> 
     return SamplingParams(**shared | converted | changed)
 
 
-def check_logprobs(count: int, param: str) -> None:
-    """Refuse an answer that would hold the logprobs of more tokens than memory should be spent on."""
-    if count > MAX_LOGPROBS:
-        message = f"the request asks for logprobs of up to {count} tokens, at most {MAX_LOGPROBS} are given in one answer"
+def check_logprobs(count: int, num_top: int, param: str) -> None:
+    """Refuse an answer that would hold the logprobs of more tokens, each with `num_top` others, than fit in memory."""
+    most = MAX_LOGPROBS * TOP_COUNTED // max(num_top, TOP_COUNTED)
+    if count > most:
+        message = f"the request asks for logprobs of up to {count} tokens, at most {most} are given in one answer"
         raise invalid(message, param, "request_too_large")

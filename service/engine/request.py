@@ -30,7 +30,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (math.ulp(0.0), 10),  # above 0
     "min_tokens": (0, MAX_INT),
     "seed": (-MAX_INT - 1, MAX_INT),
-    "logprobs": (0, 20),
+    "logprobs": (0, 1000),
 }
 
 

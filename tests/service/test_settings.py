@@ -54,6 +54,8 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "limit_requests": "60",
         "limit_tokens": "90000",
         "max_body_bytes": "1000",
+        "max_logprobs": "5",
+        "max_stops": "4",
         "cors_origins": "https://one.example, http://localhost:3000",
         "lenient": "1",
         "metrics_alias": "vllm",
@@ -70,6 +72,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.adapters, read.data_dir, read.max_adapters) == ({"one": "runs/one"}, Path("/var/banded"), 3)
     assert read.api_keys == ("one", "two", "three")
     assert (read.limit_requests, read.limit_tokens, read.max_body_bytes) == (60, 90000, 1000)
+    assert (read.max_logprobs, read.max_stops) == (5, 4)
     assert read.cors_origins == ("https://one.example", "http://localhost:3000")
     assert read.metrics_alias == "vllm"
     assert read.doctor is read.open_metrics is read.lenient is read.allow_unauthenticated is True
@@ -97,6 +100,8 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         ("limit_requests", "-1", "Input should be greater than or equal to 0"),
         ("limit_tokens", "1e3", "Input should be a valid integer, unable to parse string as an integer"),
         ("max_body_bytes", "0", "Input should be greater than 0"),
+        ("max_logprobs", "1001", "Input should be less than or equal to 1000"),
+        ("max_stops", "65", "Input should be less than or equal to 64"),
         ("metrics_alias", "tgi", "Input should be 'vllm'"),
         ("open_metrics", "perhaps", "Input should be a valid boolean, unable to interpret input"),
     ],

@@ -11,7 +11,6 @@ from model.checkpoint.prompt_format import Turn
 from model.checkpoint.tokenizer import Tokenizer
 from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
 from service.api.errors import invalid
-from service.api.schema.base import TokenUsage
 from service.api.schema.chat import (
     ChatChoice,
     ChatChunk,
@@ -41,12 +40,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     entry = find_model(request, body.model)
     warnings = warnings_for(body, request)
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    params = sampling_params(body, entry, logprobs=logprobs, max_tokens=MAX_INT)
+    params = sampling_params(body, entry, state_of(request).settings, logprobs=logprobs, max_tokens=MAX_INT)
     entry.engine.check_size(body.n)
     prompt = await read_messages(body.messages, entry, allow_special=body.allow_special)
     max_tokens = max_tokens_of(body, len(prompt.tokens), entry)
     if body.logprobs:
-        check_logprobs(body.n * max_tokens, "logprobs")
+        check_logprobs(body.n * max_tokens, body.top_logprobs or 0, "logprobs")
     log_user(body.user, request)
     params = replace(params, max_tokens=max_tokens)
     generation = entry.engine.generate(GenerationRequest([prompt], params, entry.adapter))
@@ -105,6 +104,7 @@ class ChatAnswer:
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
         begun: set[int] = set()
+        is_plain = not (self._options.include_obfuscation or self._options.continuous_usage_stats)
         no_logprobs = self._logprobs(())
         text_event = TextEvents("content", lambda choice: self._piece(choice, ChatDelta(content=""), logprobs=no_logprobs))
         async with aclosing(self._run.outputs()) as outputs:
@@ -112,7 +112,7 @@ class ChatAnswer:
                 if output.choice not in begun:
                     begun.add(output.choice)
                     yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
-                if output.shown or (output.text and self._options.include_obfuscation):
+                if output.shown or (output.text and not is_plain):
                     logprobs = self._logprobs(output.shown)
                     yield self._piece(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
                 elif output.text:
@@ -120,12 +120,13 @@ class ChatAnswer:
                 if output.finish_reason:
                     yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
         if self._options.include_usage:
-            yield self._event([], self._run.usage)
+            yield self._event([])
 
     def _piece(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
         return self._event([ChatChunkChoice(index=index, delta=delta, **fields)])
 
-    def _event(self, choices: list[ChatChunkChoice], usage: TokenUsage | None = None) -> bytes:
+    def _event(self, choices: list[ChatChunkChoice]) -> bytes:
+        usage = self._run.usage if self._options.continuous_usage_stats or not choices else None
         chunk = ChatChunk(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
         self._warnings = None  # once is enough
         return chunk_event(chunk, self._options)

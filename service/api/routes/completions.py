@@ -9,13 +9,11 @@ from fastapi import APIRouter, Request, Response
 from model.checkpoint.tokenizer import Tokenizer
 from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
 from service.api.errors import invalid
-from service.api.schema.base import TokenUsage
 from service.api.schema.completions import (
     CompletionChoice,
     CompletionLogprobs,
     CompletionRequest,
     CompletionResponse,
-    EngineCompletionRequest,
 )
 from service.api.state import state_of
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
@@ -34,17 +32,17 @@ async def create_completion(body: CompletionRequest, request: Request) -> Respon
 
 
 @router.post("/v1/engines/{engine:path}/completions", response_model=CompletionResponse, responses=STREAMED)
-async def create_engine_completion(engine: str, body: EngineCompletionRequest, request: Request) -> Response:
+async def create_engine_completion(engine: str, body: CompletionRequest, request: Request) -> Response:
     """The same for clients from when a model was called an engine and named in the path."""
     if body.model is not None and body.model != engine:
         raise invalid(f"'model' is '{shown(body.model)}', but the path names the engine '{shown(engine)}'", "model")
     return await complete(body, engine, request)
 
 
-async def complete(body: EngineCompletionRequest, model: str, request: Request) -> Response:
+async def complete(body: CompletionRequest, model: str | None, request: Request) -> Response:
     entry = find_model(request, model)
     warnings = warnings_for(body, request)
-    params = sampling_params(body, entry)
+    params = sampling_params(body, entry, state_of(request).settings)
     prompt: Any = body.prompt or ""  # a text, token ids, or a list of either
     texts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     entry.engine.check_size(len(texts) * params.num_candidates)
@@ -52,7 +50,7 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     prompts = await off_the_loop(size, lambda: [prompt_of(text, body, entry) for text in texts])
     if body.logprobs is not None:
         echoed = sum(len(prompt.tokens) for prompt in prompts) if body.echo else 0
-        check_logprobs(params.num_candidates * (echoed + len(prompts) * body.max_tokens), "logprobs")
+        check_logprobs(params.num_candidates * (echoed + len(prompts) * body.max_tokens), body.logprobs, "logprobs")
     log_user(body.user, request)
     generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
     completion = CompletionAnswer(body, entry, ChargedRun(generation, request), warnings)
@@ -61,14 +59,14 @@ async def complete(body: EngineCompletionRequest, model: str, request: Request) 
     return await answer(request, completion.collect())
 
 
-def few_shot_size(body: EngineCompletionRequest) -> int:
+def few_shot_size(body: CompletionRequest) -> int:
     """Characters of the few-shot fields."""
     if body.few_shot is None:
         return 0
     return len(body.few_shot.instruction or "") + sum(len(each.input) + len(each.output) for each in body.few_shot.examples)
 
 
-def prompt_of(text: str | list[int], body: EngineCompletionRequest, entry: ModelEntry) -> Prompt:
+def prompt_of(text: str | list[int], body: CompletionRequest, entry: ModelEntry) -> Prompt:
     """A prompt of the engine. Raises RequestError naming what does not fit the model."""
     tokenizer, context, prompt_format = entry.tokenizer, entry.config.n_positions, entry.prompt_format
     special = body.allow_special
@@ -83,7 +81,7 @@ def prompt_of(text: str | list[int], body: EngineCompletionRequest, entry: Model
             max_tokens=body.max_tokens,
             allow_special=special,
         )
-    if body.suffix is None:
+    if not body.suffix:
         prompt = read_prompt(text, tokenizer, entry.config, "prompt", allow_special=special)
     else:
         check_text_length(str(text), tokenizer, context, "prompt")
@@ -96,7 +94,7 @@ def prompt_of(text: str | list[int], body: EngineCompletionRequest, entry: Model
 class CompletionAnswer:
     """The answer to a request, whole or in chunks."""
 
-    def __init__(self, body: EngineCompletionRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
+    def __init__(self, body: CompletionRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
         self._num_top = body.logprobs
         self._options = body.stream_options
         self._entry = entry
@@ -115,18 +113,19 @@ class CompletionAnswer:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""
-        is_padded = self._options.include_obfuscation
+        is_plain = not (self._options.include_obfuscation or self._options.continuous_usage_stats)
         text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
         async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
-                if output.shown or output.finish_reason or (output.text and (self._warnings or is_padded)):
+                if output.shown or output.finish_reason or (output.text and (self._warnings or not is_plain)):
                     yield self._event([self._choice(output.choice, output.text, output.shown, output.finish_reason)])
                 elif output.text:
                     yield text_event(output.choice, output.text)
         if self._options.include_usage:
-            yield self._event([], self._run.usage)
+            yield self._event([])
 
-    def _event(self, choices: list[CompletionChoice], usage: TokenUsage | None = None) -> bytes:
+    def _event(self, choices: list[CompletionChoice]) -> bytes:
+        usage = self._run.usage if self._options.continuous_usage_stats or not choices else None
         chunk = CompletionResponse(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
         self._warnings = None  # once is enough
         return chunk_event(chunk, self._options)

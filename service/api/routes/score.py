@@ -22,7 +22,7 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
     size = len(body.prompt) + sum(map(len, body.continuations))
     prompt, continuations = await off_the_loop(size, lambda: read_texts(body, entry))
     num_scored = sum(map(len, continuations))
-    check_logprobs(num_scored, "continuations")
+    check_logprobs(num_scored, SCORING.logprobs or 0, "continuations")
     log_user(body.user, request)
     prompts = [Prompt(prompt + continuation, logprobs_from=len(prompt)) for continuation in continuations]
     generation = entry.engine.generate(GenerationRequest(prompts, SCORING, entry.adapter))

@@ -6,16 +6,23 @@ from fastapi import APIRouter, Request
 
 from service.api.routes.chat import read_messages
 from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
+from service.api.state import state_of
 from service.api.validation import find_model, off_the_loop, warnings_for
+from service.engine.models import ModelEntry
 from service.engine.request import check_token_ids
 
 router = APIRouter()
 
 
+def entry_of(name: str | None, request: Request) -> ModelEntry:
+    """The model whose tokenizer is meant. Adapters have the base model's, so that none need be named."""
+    return state_of(request).models.base if name is None else find_model(request, name)
+
+
 @router.post("/tokenize")
 async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     """Token ids of a text, or of a chat laid out by its template. Special-token text becomes the special token."""
-    entry = find_model(request, body.model)
+    entry = entry_of(body.model, request)
     warnings = warnings_for(body, request)
     tokenizer = entry.tokenizer
     if body.messages is not None:
@@ -37,7 +44,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
 @router.post("/detokenize")
 async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
     """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
-    entry = find_model(request, body.model)
+    entry = entry_of(body.model, request)
     warnings = warnings_for(body, request)
     check_token_ids(body.tokens, entry.config.vocab_size, "tokens")
     # A model may have more ids than its vocabulary has tokens; the extra ids have no text.
@@ -48,7 +55,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRes
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> dict[str, Any]:
     """The fields that a client's tokenizer class reads from tokenizer_config.json."""
-    entry = find_model(request, None)
+    entry = entry_of(None, request)
     tokenizer = entry.tokenizer
     eos, bos = (None if token is None else tokenizer.token_name(token) for token in (tokenizer.eos_id, tokenizer.bos_id))
     return {

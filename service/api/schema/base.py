@@ -18,7 +18,7 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from service.api.schema.fields import LogitBiasField, Number, StopField
+from service.api.schema.fields import LogitBiasField, Number, StopField, whole
 from service.engine.request import BOUNDS
 
 MAX_STOP_TOKENS = 1024
@@ -56,7 +56,8 @@ class Body(BaseModel):
         if not isinstance(body, dict):
             return validate(body)
         # Pydantic would make an error of every unknown field, and a hostile body can hold very many.
-        read = validate({name: value for name, value in body.items() if name in cls.model_fields and value is not None})
+        known = {name: whole(value) for name, value in body.items() if name in cls.model_fields and value is not None}
+        read = validate(known)
         read._unknown += [name for name in body if name not in cls.model_fields]
         return read
 
@@ -85,11 +86,13 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
+    continuous_usage_stats: StrictBool = Field(False, description="every chunk has the usage so far")
 
 
 class SamplingFields(Body):
-    """How tokens are sampled and where the text ends."""
+    """Which model answers, how tokens are sampled and where the text ends."""
 
+    model: StrictStr | None = Field(None, description="may be left out where one model is served")
     temperature: Annotated[Number, bounds("temperature")] = 1.0
     top_p: Annotated[Number, bounds("top_p")] = 1.0
     top_k: Annotated[StrictInt, bounds("top_k")] = Field(0, description="0 and -1 keep every token")

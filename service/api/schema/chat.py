@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, is_absent
+from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, bounds, is_absent
 from service.engine.request import MAX_INT
 
 MAX_MESSAGES = 2048
@@ -60,12 +60,11 @@ class Message(Body):
 class ChatRequest(SamplingFields):
     """Body of POST /v1/chat/completions."""
 
-    model: StrictStr
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     logprobs: StrictBool = False
-    top_logprobs: StrictInt | None = Field(None, ge=0, le=20)
+    top_logprobs: Annotated[StrictInt, bounds("logprobs")] | None = None
     # Notes about a request that have no effect on its answer.
     metadata: dict[str, Any] | None = None
     prompt_cache_key: StrictStr | None = None

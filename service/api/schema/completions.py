@@ -27,16 +27,15 @@ class FewShotFields(Body):
     on_overflow: Literal["drop", "error"] = Field("drop", description="drop: leave out the oldest examples, and say so")
 
 
-class EngineCompletionRequest(SamplingFields):
-    """Body of POST /v1/engines/{name}/completions: the path names the model."""
+class CompletionRequest(SamplingFields):
+    """Body of POST /v1/completions and of /v1/engines/{name}/completions, where the path names the model."""
 
-    model: StrictStr | None = None
     prompt: PromptField = None
     max_tokens: Annotated[StrictInt, bounds("max_tokens")] = 16
     best_of: Annotated[StrictInt, bounds("best_of")] | None = None
-    logprobs: StrictInt | None = Field(None, ge=0, le=5)
+    logprobs: Annotated[StrictInt, bounds("logprobs")] | None = None
     echo: StrictBool = False
-    suffix: StrictStr | None = None
+    suffix: StrictStr = Field("", description="inserts text ahead of it, where the model's card has a format for that")
     few_shot: FewShotFields | None = None
 
     @model_validator(mode="after")
@@ -50,20 +49,14 @@ class EngineCompletionRequest(SamplingFields):
             message = f"is {self.min_tokens}, more than max_tokens {self.max_tokens}"
             raise PydanticCustomError("value_error", message, {"param": "min_tokens"})
         texts = self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
-        if self.suffix is not None and not isinstance(texts[0], str):
+        if self.suffix and not isinstance(texts[0], str):
             raise PydanticCustomError("value_error", "needs a prompt of text, not of token ids", {"param": "suffix"})
         if self.few_shot is not None:
             if not isinstance(self.prompt, str):
                 raise PydanticCustomError("value_error", "few_shot needs a single string", {"param": "prompt"})
-            if self.suffix is not None:
+            if self.suffix:
                 raise PydanticCustomError("value_error", "can't be used together with suffix", {"param": "few_shot"})
         return self
-
-
-class CompletionRequest(EngineCompletionRequest):
-    """Body of POST /v1/completions."""
-
-    model: StrictStr
 
 
 class CompletionLogprobs(BaseModel):

@@ -8,8 +8,7 @@ from pydantic.json_schema import WithJsonSchema
 from service.engine.request import MAX_BIAS, shown
 
 MAX_PROMPTS = 1024
-MAX_STOPS = 4
-# A stop that names a special token is a stop token and does not count among the four: see validation.sampling_params.
+# A stop that names a special token is a stop token and does not count: see validation.sampling_params.
 MAX_STOPS_SENT = 64
 # Characters. A longer stop would only cost time, for every choice.
 MAX_STOP_LENGTH = 1024
@@ -23,6 +22,13 @@ JSON_TYPES = {
     dict: "an object",
     type(None): "null",
 }
+
+
+def whole(value: Any) -> Any:
+    """`value` with its whole floats as integers, also in lists: to JSON 16.0 is 16, and some clients write it so."""
+    if isinstance(value, list):
+        return [whole(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def check_types(items: list[Any], expected: type, place: str = "") -> None:
@@ -91,8 +97,8 @@ TextOrTokens = Annotated[
 STOP_SCHEMA = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_LENGTH}
 
 
-def too_many_stops(count: int) -> str:
-    return f"holds {count} strings, at most {MAX_STOPS} are allowed"
+def too_many_stops(count: int, most: int) -> str:
+    return f"holds {count} strings, at most {most} are allowed"
 
 
 def check_stop(value: Any) -> tuple[str, ...]:
@@ -100,7 +106,7 @@ def check_stop(value: Any) -> tuple[str, ...]:
     if not isinstance(stops, list) or not all(isinstance(stop, str) for stop in stops):
         raise ValueError("must be a string or an array of strings")
     if len(stops) > MAX_STOPS_SENT:
-        raise ValueError(too_many_stops(len(stops)))
+        raise ValueError(too_many_stops(len(stops), MAX_STOPS_SENT))
     if "" in stops:
         raise ValueError("must not hold an empty string")
     longest = max(map(len, stops), default=0)
@@ -113,7 +119,7 @@ StopField = Annotated[
     tuple[str, ...],
     PlainValidator(check_stop),
     WithJsonSchema(
-        {"anyOf": [STOP_SCHEMA, {"type": "array", "items": STOP_SCHEMA, "maxItems": MAX_STOPS}, {"type": "null"}]}
+        {"anyOf": [STOP_SCHEMA, {"type": "array", "items": STOP_SCHEMA, "maxItems": MAX_STOPS_SENT}, {"type": "null"}]}
     ),
 ]
 

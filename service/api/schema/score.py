@@ -11,7 +11,7 @@ from service.api.schema.fields import MAX_PROMPTS, TextOrTokens
 class ScoreRequest(Body):
     """Body of POST /v1/score."""
 
-    model: StrictStr
+    model: StrictStr | None = None
     prompt: TextOrTokens = ""
     continuations: list[TextOrTokens] = Field(min_length=1, max_length=MAX_PROMPTS)
     allow_special: StrictBool = False

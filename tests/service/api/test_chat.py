@@ -271,7 +271,7 @@ def test_messages_that_are_refused(messages: object, param: str, message: str | 
     [
         ({"top_logprobs": 2}, "'top_logprobs': allowed only with logprobs true"),
         ({"logprobs": 2}, "'logprobs': input should be a valid boolean"),
-        ({"logprobs": True, "top_logprobs": 21}, "'top_logprobs': input should be less than or equal to 20"),
+        ({"logprobs": True, "top_logprobs": 21}, "'top_logprobs': is 21, at most 20 are given by this server"),
         ({"max_tokens": 0}, "'max_tokens': input should be greater than or equal to 1"),
         ({"min_tokens": 3, "max_tokens": 2}, "'min_tokens': is 3, more than max_tokens 2"),
         ({"best_of": 2}, "unknown field 'best_of'"),

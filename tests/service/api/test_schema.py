@@ -22,7 +22,7 @@ DEFAULTS: dict[str, Any] = {
     "seed": None,
     "ignore_eos": False,
     "stream": False,
-    "stream_options": {"include_usage": False, "include_obfuscation": False},
+    "stream_options": {"include_usage": False, "include_obfuscation": False, "continuous_usage_stats": False},
     "user": None,
     "allow_special": False,
     "best_of": None,
@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
     "stop_token_ids": [],
-    "suffix": None,
+    "suffix": "",
 }
 
 

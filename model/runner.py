@@ -210,6 +210,10 @@ class Runner:
             if start.sampling.logit_bias:
                 tokens, bias = zip(*start.sampling.logit_bias, strict=True)
                 state.bias[start.row, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
+            if start.sampling.allowed_token_ids:
+                barred = torch.full_like(state.bias[start.row], float("-inf"))
+                barred[self._to_device(start.sampling.allowed_token_ids)[0]] = 0
+                state.bias[start.row] += barred
             state.in_prompt[start.row, self._to_device(start.prompt)[0]] = True
 
     def _add_pages(self, pages: list[NewPages]) -> None:

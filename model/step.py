@@ -22,12 +22,13 @@ class Sampling(NamedTuple):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token, what is added to its logit)
+    allowed_token_ids: tuple[int, ...] = ()  # no other token is sampled; empty: all may be
 
     @property
     def adjusted(self) -> bool:
         """Whether logits are changed before the temperature applies."""
         penalties = (self.repetition_penalty - 1.0, self.presence_penalty, self.frequency_penalty)
-        return bool(self.logit_bias) or any(penalties)
+        return bool(self.logit_bias or self.allowed_token_ids) or any(penalties)
 
 
 class RowStart(NamedTuple):

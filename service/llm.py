@@ -47,6 +47,8 @@ class Completion:
     finish_reason: str  # "stop" or "length"
     # With `logprobs`: of each token of the text, prompt tokens included where it is echoed. None for the first of a prompt.
     logprobs: list[TokenLogprobs | None] | None
+    # With `prompt_logprobs`: the same of each token of the prompt.
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
 
 
 class AsyncLLM:
@@ -92,6 +94,7 @@ class AsyncLLM:
         Raises RequestError naming the field that the model can't honour, EngineError if the engine can't run the request.
         """
         params, entry = params or SamplingParams(), self._entry(adapter)
+        params.check_tokens(entry.config.vocab_size)
         read = [self._read(text, entry, params.max_tokens) for text in list_of(prompts)]
         return [completion_of(choice, params) for choice in await self._finish(entry, read, params)]
 
@@ -102,6 +105,7 @@ class AsyncLLM:
         params, entry = params or SamplingParams(), self._entry(adapter)
         if params.num_candidates > 1:
             raise RequestError(f"a stream is of one choice, not of {params.num_candidates}", "n")
+        params.check_tokens(entry.config.vocab_size)
         request = GenerationRequest([self._read(prompt, entry, params.max_tokens)], params, entry.adapter)
         async with aclosing(entry.engine.generate(request).outputs()) as outputs:
             async for output in outputs:
@@ -248,4 +252,5 @@ def list_of(prompts: Text | Sequence[Text]) -> list[Text]:
 
 def completion_of(choice: Choice, params: SamplingParams) -> Completion:
     logprobs = None if params.logprobs is None else [token.logprobs for token in choice.shown]
-    return Completion(choice.text, choice.tokens, str(choice.finish_reason), logprobs)
+    prompt_logprobs = None if params.prompt_logprobs is None else [None, *choice.prompt_logprobs]
+    return Completion(choice.text, choice.tokens, str(choice.finish_reason), logprobs, prompt_logprobs)

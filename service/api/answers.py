@@ -18,10 +18,18 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
+from model.checkpoint.tokenizer import Tokenizer
 from service.api.encoding import on_one_line
 from service.api.errors import api_error
 from service.api.limits import KeyLimits
-from service.api.schema.base import FewShotUsage, PromptTokensDetails, StreamOptions, TokenUsage
+from service.api.schema.base import (
+    FewShotUsage,
+    PromptLogprob,
+    PromptLogprobs,
+    PromptTokensDetails,
+    StreamOptions,
+    TokenUsage,
+)
 from service.api.schema.chat import ChatChunk
 from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
@@ -132,6 +140,20 @@ def heading(prefix: str, entry: ModelEntry) -> dict[str, Any]:
         "model": entry.name,
         "system_fingerprint": entry.fingerprint,
     }
+
+
+def prompt_logprobs_of(choice: Choice, num_top: int | None, tokenizer: Tokenizer) -> PromptLogprobs:
+    """As vLLM has them: of each prompt token after the first, the `num_top` likeliest by id, and the token itself."""
+    if num_top is None:
+        return None
+    found: list[dict[int, PromptLogprob] | None] = [None]
+    for token, (logprob, top) in zip(choice.prompt.tokens[1:], choice.prompt_logprobs, strict=True):
+        ranked = [(other, value, rank) for rank, (other, value) in enumerate(top[:num_top], 1)]
+        if all(other != token for other, _, _ in ranked):
+            ranked.append((token, logprob, None))
+        names = tokenizer.token_name
+        found.append({other: PromptLogprob(logprob=x, rank=rank, decoded_token=names(other)) for other, x, rank in ranked})
+    return found
 
 
 def chunk_event(chunk: CompletionResponse | ChatChunk, options: StreamOptions) -> bytes:

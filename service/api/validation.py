@@ -15,7 +15,7 @@ from service.api.schema.base import Body, SamplingFields
 from service.api.schema.fields import too_many_stops
 from service.api.state import state_of
 from service.engine.models import ModelEntry
-from service.engine.request import SamplingParams, check_token_ids, shown
+from service.engine.request import SamplingParams, shown
 from service.settings import Settings
 
 T = TypeVar("T")
@@ -76,15 +76,15 @@ def sampling_params(body: SamplingFields, entry: ModelEntry, settings: Settings,
     strings = [stop for stop in body.stop if stop not in entry.tokenizer.special_tokens]
     if len(strings) > settings.max_stops:
         raise invalid(f"'stop': {too_many_stops(len(strings), settings.max_stops)}", "stop")
-    for name in ("logprobs", "top_logprobs"):
+    for name in ("logprobs", "top_logprobs", "prompt_logprobs"):
         count = getattr(body, name, None) or 0
         if count > settings.max_logprobs:
             raise invalid(f"'{name}': is {count}, at most {settings.max_logprobs} are given by this server", name)
-    check_token_ids([token for token, _ in body.logit_bias], entry.config.vocab_size, "logit_bias")
-    check_token_ids(body.stop_token_ids, entry.config.vocab_size, "stop_token_ids")
     shared = {field.name: vars(body)[field.name] for field in fields(SamplingParams) if field.name in vars(body)}
-    converted = {"logit_bias": dict(body.logit_bias), "stop_token_ids": tuple(body.stop_token_ids)}
-    return SamplingParams(**shared | converted | changed)
+    converted = {name: tuple(shared[name] or ()) for name in ("stop_token_ids", "allowed_token_ids", "bad_words")}
+    params = SamplingParams(**shared | converted | {"logit_bias": dict(body.logit_bias)} | changed)
+    params.check_tokens(entry.config.vocab_size)
+    return params
 
 
 def check_logprobs(count: int, num_top: int, param: str) -> None:

@@ -56,7 +56,9 @@ class Choice:
         self.shown: list[ShownToken] = []
         self.prompt_logprobs = prompt_logprobs
         self.start: Start | None = None  # None until the engine has begun to compute it
-        self._index, self._prompt, self._params = index, prompt, params
+        self.prompt = prompt
+        self._index, self._params = index, params
+        self._bytes_of = tokenizer.text_bytes if params.skip_special_tokens else self._spelled
         self._silent_ids = frozenset() if params.include_stop_str_in_output else request.stop_ids(prompt, tokenizer)
         self._tokenizer = tokenizer
         chars_before, unfinished = self._text_before()
@@ -123,12 +125,14 @@ class Choice:
         self.finish_reason = finish
         return Output(self._index, text, tokens, finish, shown)
 
+    def _spelled(self, token: int) -> bytes:
+        """The token's bytes, a special token's name included. Ids that the vocabulary lacks have none."""
+        return self._tokenizer.token_bytes(token) if token in self._tokenizer else b""
+
     def _prompt_bytes(self) -> list[bytes]:
         """What each prompt token adds to the text. A special token that the user gave by id is spelled out."""
-        implicit = self._prompt.num_implicit
-        tokens = self._prompt.tokens[implicit:]
-        known = (token in self._tokenizer for token in tokens)
-        return [b""] * implicit + [self._tokenizer.token_bytes(t) if k else b"" for t, k in zip(tokens, known, strict=True)]
+        implicit = self.prompt.num_implicit
+        return [b""] * implicit + [self._spelled(token) for token in self.prompt.tokens[implicit:]]
 
     def _text_before(self) -> tuple[int, bytes]:
         """Characters ahead of the choice's text, and the bytes of a character that the prompt leaves unfinished.
@@ -141,7 +145,7 @@ class Choice:
         return len(decoder.decode(b"".join(self._prompt_bytes()))), decoder.getstate()[0]
 
     def _echo(self) -> list[str]:
-        tokens = self._prompt.tokens
+        tokens = self.prompt.tokens
         logprobs = [None, *self.prompt_logprobs] if self.prompt_logprobs else [None] * len(tokens)
         self._pushed += zip(tokens, logprobs, strict=True)
         self._num_echoed = len(tokens)
@@ -151,7 +155,7 @@ class Choice:
         self._pushed.append((token, logprobs))
         if logprobs is not None:
             self._total_logprob += logprobs.logprob
-        data = b"" if token in self._silent_ids else self._tokenizer.text_bytes(token)
+        data = b"" if token in self._silent_ids else self._bytes_of(token)
         if self._places is not self._text:
             self._places.push(data)
         searched = len(self.tokens) >= self._params.min_tokens

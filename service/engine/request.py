@@ -31,6 +31,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "min_tokens": (0, MAX_INT),
     "seed": (-MAX_INT - 1, MAX_INT),
     "logprobs": (0, 1000),
+    "prompt_logprobs": (0, 1000),
 }
 
 
@@ -102,7 +103,12 @@ class SamplingParams:
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     logprobs: int | None = None  # how many of the likeliest tokens to report; 0: the chosen token only
+    prompt_logprobs: int | None = None  # the same for each token of the prompt, echoed or not
     echo: bool = False  # the text begins with the prompt
+    allowed_token_ids: tuple[int, ...] = ()  # no other token is generated; empty: all may be
+    bad_words: tuple[str, ...] = ()  # texts that are not generated, neither as they are nor after a space
+    skip_special_tokens: bool = True  # False: special tokens are spelled out in the text
+    cache_prompt: bool = True  # whether the prompt may come from the prefix cache, and stay there
 
     def __post_init__(self) -> None:
         for name, (least, most) in BOUNDS.items():
@@ -115,12 +121,19 @@ class SamplingParams:
                 raise RequestError(f"'{name}': must be {bounds}, got {value}", name)
         if isinstance(self.stop, str) or not all(self.stop):
             raise RequestError("'stop': must be a tuple of texts, none of them empty", "stop")
+        if isinstance(self.bad_words, str) or not all(word.strip(" ") for word in self.bad_words):
+            raise RequestError("'bad_words': must hold texts, each of more than spaces", "bad_words")
         if self.best_of is not None and self.best_of < self.n:
             raise RequestError(f"'best_of': is {self.best_of}, less than n {self.n}", "best_of")
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"'min_tokens': is {self.min_tokens}, more than max_tokens {self.max_tokens}", "min_tokens")
         if not all(-MAX_BIAS <= bias <= MAX_BIAS for bias in self.logit_bias.values()):
             raise RequestError(f"'logit_bias': holds a bias that is not from -{MAX_BIAS} to {MAX_BIAS}", "logit_bias")
+
+    def check_tokens(self, vocab_size: int) -> None:
+        """Raise RequestError for a token id that a model of this vocabulary doesn't have."""
+        for name in ("logit_bias", "stop_token_ids", "allowed_token_ids"):
+            check_token_ids(getattr(self, name), vocab_size, name)
 
     @property
     def num_candidates(self) -> int:
@@ -144,6 +157,7 @@ class SamplingParams:
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             logit_bias=tuple(self.logit_bias.items()),
+            allowed_token_ids=self.allowed_token_ids,
         )
 
 
@@ -216,7 +230,8 @@ class GenerationRequest:
         """The sequences to run: one list for each prompt, with one sequence for each of its choices."""
         params, count = self.params, self.params.num_candidates
         seed = params.seed if params.seed is not None else secrets.randbits(63)
-        explains = params.echo and params.logprobs is not None
+        explains = (params.echo and params.logprobs is not None) or params.prompt_logprobs is not None
+        bad_words = bad_word_tokens(params.bad_words, tokenizer)
         common = None
         if count == 1 and len(self.prompts) > 1:
             common = PrefixGroup(num_common([prompt.tokens for prompt in self.prompts]), forks=False)
@@ -235,6 +250,9 @@ class GenerationRequest:
                         top_logprobs=0 if params.is_ranked and params.logprobs is None else params.logprobs,
                         # The first choice brings the prompt's logprobs, for all of them.
                         prompt_logprobs_from=1 if explains and k == 0 else prompt.logprobs_from,
+                        prompt_top_logprobs=params.prompt_logprobs or 0,
+                        bad_words=bad_words,
+                        is_cached=params.cache_prompt,
                         group=group,
                         adapter=self.adapter,
                         deadline=deadline,
@@ -243,6 +261,12 @@ class GenerationRequest:
                 ]
             )
         return rows
+
+
+def bad_word_tokens(words: abc.Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[int, ...], ...]:
+    """The token runs of each word, at the start of a text and after a space. Names of special tokens are these tokens."""
+    spellings = [spelling for word in words for spelling in (word.lstrip(" "), " " + word.lstrip(" "))]
+    return tuple(tuple(tokenizer.encode(spelling, allow_special=True)) for spelling in spellings)
 
 
 def num_common(prompts: abc.Sequence[list[int]]) -> int:

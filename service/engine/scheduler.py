@@ -71,6 +71,9 @@ class Sequence:
     top_logprobs: int | None = None
     # First position of the prompt whose token gets logprobs too, at least 1. Earlier tokens may come from the cache.
     prompt_logprobs_from: int | None = None
+    prompt_top_logprobs: int = 0  # likeliest tokens to report with each of these, if more than top_logprobs
+    bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are not generated
+    is_cached: bool = True  # whether its prompt may come from the prefix cache, and stay there
     group: PrefixGroup | None = None
     adapter: AdapterRef = NO_ADAPTER
     deadline: float = math.inf  # when to give up waiting for a row, on the scheduler's clock
@@ -79,6 +82,7 @@ class Sequence:
     admitted: float = 0.0  # when it got its row
     num_computed: int = 0  # booked when a step is scheduled
     num_generated: int = 0  # tokens known, booked when a step is committed
+    generated: list[int] = field(default_factory=list)  # these tokens, where bad_words needs them
     lookup: PromptLookup | None = None  # its text, once it decodes, if its tokens can be guessed
 
     @property
@@ -99,13 +103,18 @@ class Sequence:
         return len(self.prompt) <= self.num_computed < self.num_written
 
     @property
+    def waits_for_tokens(self) -> bool:
+        """Whether what must not be sampled next depends on a token that is still in flight."""
+        return bool(self.bad_words) and self.num_generated <= self.num_computed - len(self.prompt)
+
+    @property
     def may_fork(self) -> bool:
         """Whether it may begin at the end of another sequence's prompt, which equals its own."""
         return self.group is not None and self.group.forks
 
     @cached_property
     def page_hashes(self) -> list[PageHash]:
-        return page_hashes(self.prompt, self.adapter.name)
+        return page_hashes(self.prompt, self.adapter.name) if self.is_cached else []
 
     @property
     def usable_hashes(self) -> list[PageHash]:
@@ -116,7 +125,12 @@ class Sequence:
     def banned(self) -> tuple[int, ...]:
         """What must not be sampled after the last token that has been scheduled."""
         few = self.num_computed - len(self.prompt) < self.min_tokens
-        return tuple(sorted(self.stop_ids)) if few else ()
+        banned = {*self.stop_ids} if few else set()
+        for *start, end in self.bad_words:
+            place = len(self.generated) - len(start)
+            if place >= 0 and self.generated[place:] == start:
+                banned.add(end)
+        return tuple(sorted(banned))
 
 
 class Start(NamedTuple):
@@ -227,7 +241,7 @@ class Scheduler:
         self._admit(now)
         self.begun = []
         scheduled = Scheduled()
-        decoding = [sequence for sequence in self.running.values() if sequence.is_decoding]
+        decoding = [s for s in self.running.values() if s.is_decoding and not s.waits_for_tokens]
         prompts = self._prompts()
         is_paced = 0 < len(prompts) < len(decoding)  # with as many prompts as streams, prompts take the whole step
         room = self.step_tokens - MIN_CHUNK - len(decoding)
@@ -341,7 +355,7 @@ class Scheduler:
         if end <= start:
             return False
         if begins:
-            num_looked_up = len(prompt) if sequence.prompt_logprobs_from is None else 0
+            num_looked_up = len(prompt) if sequence.prompt_logprobs_from is None and sequence.is_cached else 0
             self._start(scheduled, sequence, num_looked_up, num_cached=start)
         if cached:
             step.pages.extend(self.cache.start_after(sequence.row, cached))
@@ -370,7 +384,8 @@ class Scheduler:
         if positions:
             first = scheduled.num_tokens - (sequence.num_computed - (positions.start - 1))
             targets = sequence.prompt[positions.start : positions.stop]
-            scheduled.step.prompt_logprobs.append(PromptLogprobs(first, targets, sequence.top_logprobs or 0))
+            num_top = max(sequence.top_logprobs or 0, sequence.prompt_top_logprobs)
+            scheduled.step.prompt_logprobs.append(PromptLogprobs(first, targets, num_top))
             scheduled.explaining.append(sequence)
 
     def _fork(self, scheduled: Scheduled, sequence: Sequence, parent: Sequence) -> None:
@@ -470,6 +485,8 @@ class Scheduler:
         fault = FAULTS.get(delta.tokens[-1]) if delta.tokens and end is None else None
         tokens = delta.tokens[: -1 if fault else end]
         sequence.num_generated += len(tokens)
+        if sequence.bad_words:
+            sequence.generated += tokens
         finish: FinishReason | None = None
         if end is not None:
             finish = "stop"
@@ -477,7 +494,7 @@ class Scheduler:
             finish = "length"
         if finish:
             self._retire(sequence)
-        elif self.max_draft and not sequence.sampling.adjusted:  # penalties depend on what was sampled before
+        elif self.max_draft and not (sequence.sampling.adjusted or sequence.bad_words):  # they depend on what was sampled
             sequence.lookup = sequence.lookup or PromptLookup(sequence.prompt)
             for token in tokens:
                 sequence.lookup.append(token)

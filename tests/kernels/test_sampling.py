@@ -591,3 +591,19 @@ def test_the_launcher_refuses_what_the_kernel_would_misread() -> None:
     apart = torch.zeros(4, 65, dtype=torch.bool)[:, :64]
     with pytest.raises(AssertionError, match="rows of in_prompt lie 65 elements apart, those of bias 64"):
         sampling.sample(logits, state._replace(in_prompt=apart), batch_rows, positions)
+
+
+def test_only_tokens_without_an_infinite_bias_are_sampled(sample: Sample) -> None:
+    generator = torch.Generator().manual_seed(11)
+    num_rows, vocab_size = 60, 300
+    state = random_state(num_rows, vocab_size, generator)._replace(adjusted=torch.ones(num_rows, dtype=torch.bool))
+    allowed = torch.rand(num_rows, vocab_size, generator=generator) < 0.02
+    allowed[torch.arange(num_rows), torch.randint(vocab_size, (num_rows,), generator=generator)] = True
+    state.bias[~allowed] = -INF
+    logits = 5 * torch.randn(num_rows, vocab_size, generator=generator)
+    rows = torch.arange(num_rows)
+    tokens = sample(logits, state, rows, rows)
+    assert allowed[rows, tokens].all()
+    greedy = state._replace(temperature=torch.zeros(num_rows))
+    adjusted = torch_sampling.adjust(logits, state, rows)
+    assert torch.equal(sample(logits, greedy, rows, rows), adjusted.argmax(-1))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,8 @@ def test_numbers_out_of_bounds_are_refused_by_name(name: str) -> None:
         ({"stop": ("",)}, "'stop': must be a tuple of texts, none of them empty"),
         ({"n": 3, "best_of": 2}, "'best_of': is 2, less than n 3"),
         ({"max_tokens": 1, "min_tokens": 2}, "'min_tokens': is 2, more than max_tokens 1"),
+        ({"bad_words": "a"}, "'bad_words': must hold texts, each of more than spaces"),
+        ({"bad_words": ("a", " ")}, "'bad_words': must hold texts, each of more than spaces"),
         ({"logit_bias": {5: 101.0}}, "'logit_bias': holds a bias that is not from -100 to 100"),
     ],
 )
@@ -212,3 +215,56 @@ def test_a_closed_model_says_so_and_ends_its_streams(recwarn: pytest.WarningsRec
     llm.close()
     with pytest.raises(EngineError, match="the model has been closed"):
         llm.generate("a")
+
+
+def test_of_the_allowed_tokens_the_likeliest_is_taken(llm: LLM) -> None:
+    allowed = [1842, 257, 640, 11, 5822, 318, 13]
+    greedy = replace(GREEDY, allowed_token_ids=tuple(allowed), max_tokens=6)
+    [found] = llm.generate("Once upon", greedy)
+    tokens = llm.tokenize("Once upon")
+    for token in found.tokens:  # the oracle: each allowed token is scored
+        scores = llm.score(tokens, [[each] for each in allowed])
+        assert token == allowed[max(range(len(allowed)), key=lambda i: scores[i].logprob)]
+        tokens.append(token)
+    drawn = llm.generate("Once upon", replace(greedy, temperature=2.0, n=8, seed=3, top_p=0.9, logit_bias={5822: 5, 7: 100}))
+    assert {token for each in drawn for token in each.tokens} <= set(allowed)
+    assert sum(each.tokens.count(5822) for each in drawn) > 20, "the bias applies to those that are allowed"
+    [plain] = llm.generate("Once upon", GREEDY)
+    assert not set(plain.tokens) <= set(allowed), "the row is free again"
+
+
+def test_bad_words_of_one_and_of_several_tokens(llm: LLM) -> None:
+    params = replace(GREEDY, max_tokens=12)
+    [plain] = llm.generate("Once upon a time", params)
+    words = plain.text.split()
+    [without] = llm.generate("Once upon a time", replace(params, bad_words=(f"{words[0]} {words[1]}",)))
+    assert without.text.split()[0] == words[0], "a run is banned at its last token"
+    assert without.text.split()[1] != words[1]
+    [never] = llm.generate("Once upon a time", replace(params, bad_words=tuple(words)))
+    assert not {*never.text.split()} & {*words}
+
+
+def test_logprobs_of_a_prompt_without_its_echo(llm: LLM) -> None:
+    prompt = "Once upon a time"
+    [found] = llm.generate(prompt, replace(GREEDY, prompt_logprobs=3))
+    [echoed] = llm.generate(prompt, replace(GREEDY, echo=True, logprobs=3))
+    assert found.prompt_logprobs is not None
+    assert echoed.logprobs is not None
+    assert found.logprobs is None
+    assert found.prompt_logprobs == echoed.logprobs[:4]
+    [both] = llm.generate(prompt, replace(GREEDY, prompt_logprobs=1, logprobs=2))
+    assert both.prompt_logprobs is not None
+    assert both.logprobs is not None
+    assert [each.logprob for each in both.prompt_logprobs[1:] if each] == [
+        each.logprob for each in found.prompt_logprobs[1:] if each
+    ]
+    assert {len(each.top) for each in both.logprobs if each} == {2}
+
+
+@pytest.mark.parametrize("name", ["allowed_token_ids", "stop_token_ids"])
+def test_tokens_of_parameters_that_the_model_lacks_are_refused(name: str, llm: LLM) -> None:
+    params = SamplingParams(**{name: (5, 50304)})  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="token id 50304 is outside the model's vocabulary of 5"):
+        llm.generate("a", params)
+    with pytest.raises(RequestError, match="token id 50304 is outside"):
+        list(llm.stream("a", params))

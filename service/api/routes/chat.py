@@ -9,7 +9,16 @@ from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.prompt_format import Turn
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
+from service.api.answers import (
+    STREAMED,
+    ChargedRun,
+    EventStream,
+    TextEvents,
+    answer,
+    chunk_event,
+    heading,
+    prompt_logprobs_of,
+)
 from service.api.errors import invalid
 from service.api.schema.chat import (
     ChatChoice,
@@ -46,10 +55,12 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     max_tokens = max_tokens_of(body, len(prompt.tokens), entry)
     if body.logprobs:
         check_logprobs(body.n * max_tokens, body.top_logprobs or 0, "logprobs")
+    if body.prompt_logprobs is not None:
+        check_logprobs(len(prompt.tokens), body.prompt_logprobs, "prompt_logprobs")
     log_user(body.user, request)
     params = replace(params, max_tokens=max_tokens)
     generation = entry.engine.generate(GenerationRequest([prompt], params, entry.adapter))
-    chat = ChatAnswer(body, entry, ChargedRun(generation, request), warnings)
+    chat = ChatAnswer(body, entry, prompt, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, chat.collect())
@@ -79,8 +90,11 @@ def max_tokens_of(body: ChatRequest, prompt_tokens: int, entry: ModelEntry) -> i
 class ChatAnswer:
     """The answer to a request, whole or in chunks."""
 
-    def __init__(self, body: ChatRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
+    def __init__(self, body: ChatRequest, entry: ModelEntry, prompt: Prompt, run: ChargedRun, warnings: list[str] | None):
         self._has_logprobs = body.logprobs
+        self._num_prompt_top = body.prompt_logprobs
+        self._has_ids = body.return_token_ids
+        self._prompt_token_ids = prompt.tokens if body.return_token_ids else None
         self._options = body.stream_options
         self._entry = entry
         self._run = run
@@ -96,10 +110,18 @@ class ChatAnswer:
                 message=ChatMessage(content=candidate.text),
                 logprobs=self._logprobs(candidate.shown),
                 finish_reason=cast(Any, candidate.finish_reason),
+                token_ids=candidate.tokens if self._has_ids else None,
             )
             for i, candidate in enumerate(candidates)
         ]
-        return ChatResponse(**self._heading, choices=choices, usage=self._run.usage, warnings=self._warnings)
+        return ChatResponse(
+            **self._heading,
+            choices=choices,
+            prompt_logprobs=prompt_logprobs_of(candidates[0], self._num_prompt_top, self._entry.tokenizer),
+            prompt_token_ids=self._prompt_token_ids,
+            usage=self._run.usage,
+            warnings=self._warnings,
+        )
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
@@ -112,9 +134,9 @@ class ChatAnswer:
                 if output.choice not in begun:
                     begun.add(output.choice)
                     yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
-                if output.shown or (output.text and not is_plain):
-                    logprobs = self._logprobs(output.shown)
-                    yield self._piece(output.choice, ChatDelta(content=output.text), logprobs=logprobs)
+                if output.shown or (output.tokens and self._has_ids) or (output.text and not is_plain):
+                    more = {"logprobs": self._logprobs(output.shown), "token_ids": output.tokens if self._has_ids else None}
+                    yield self._piece(output.choice, ChatDelta(content=output.text), **more)
                 elif output.text:
                     yield text_event(output.choice, output.text)
                 if output.finish_reason:
@@ -127,8 +149,9 @@ class ChatAnswer:
 
     def _event(self, choices: list[ChatChunkChoice]) -> bytes:
         usage = self._run.usage if self._options.continuous_usage_stats or not choices else None
-        chunk = ChatChunk(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
-        self._warnings = None  # once is enough
+        once = {"warnings": self._warnings, "prompt_token_ids": self._prompt_token_ids}
+        chunk = ChatChunk(**self._heading, choices=choices, usage=usage, **once)
+        self._warnings = self._prompt_token_ids = None
         return chunk_event(chunk, self._options)
 
     def _logprobs(self, shown: Sequence[ShownToken]) -> ChatLogprobs | None:

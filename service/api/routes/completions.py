@@ -7,7 +7,16 @@ from typing import Any, cast
 from fastapi import APIRouter, Request, Response
 
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.answers import STREAMED, ChargedRun, EventStream, TextEvents, answer, chunk_event, heading
+from service.api.answers import (
+    STREAMED,
+    ChargedRun,
+    EventStream,
+    TextEvents,
+    answer,
+    chunk_event,
+    heading,
+    prompt_logprobs_of,
+)
 from service.api.errors import invalid
 from service.api.schema.completions import (
     CompletionChoice,
@@ -17,7 +26,7 @@ from service.api.schema.completions import (
 )
 from service.api.state import state_of
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
-from service.engine.choice import ShownToken
+from service.engine.choice import Choice, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
 from service.engine.request import GenerationRequest, Prompt, check_length, check_text_length, read_prompt, shown
@@ -48,12 +57,15 @@ async def complete(body: CompletionRequest, model: str | None, request: Request)
     entry.engine.check_size(len(texts) * params.num_candidates)
     size = sum(map(len, texts)) + few_shot_size(body)
     prompts = await off_the_loop(size, lambda: [prompt_of(text, body, entry) for text in texts])
+    num_prompt = sum(len(prompt.tokens) for prompt in prompts)
     if body.logprobs is not None:
-        echoed = sum(len(prompt.tokens) for prompt in prompts) if body.echo else 0
-        check_logprobs(params.num_candidates * (echoed + len(prompts) * body.max_tokens), body.logprobs, "logprobs")
+        num_shown = num_prompt * body.echo + len(prompts) * body.max_tokens
+        check_logprobs(params.num_candidates * num_shown, body.logprobs, "logprobs")
+    if body.prompt_logprobs is not None:
+        check_logprobs(params.num_candidates * num_prompt, body.prompt_logprobs, "prompt_logprobs")
     log_user(body.user, request)
     generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
-    completion = CompletionAnswer(body, entry, ChargedRun(generation, request), warnings)
+    completion = CompletionAnswer(body, entry, prompts, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
     return await answer(request, completion.collect())
@@ -94,10 +106,18 @@ def prompt_of(text: str | list[int], body: CompletionRequest, entry: ModelEntry)
 class CompletionAnswer:
     """The answer to a request, whole or in chunks."""
 
-    def __init__(self, body: CompletionRequest, entry: ModelEntry, run: ChargedRun, warnings: list[str] | None):
-        self._num_top = body.logprobs
+    def __init__(
+        self,
+        body: CompletionRequest,
+        entry: ModelEntry,
+        prompts: Sequence[Prompt],
+        run: ChargedRun,
+        warnings: list[str] | None,
+    ):
+        self._body = body
         self._options = body.stream_options
         self._entry = entry
+        self._prompts = prompts
         self._run = run
         self._warnings = warnings
         self._heading = heading("cmpl", entry)
@@ -106,19 +126,28 @@ class CompletionAnswer:
         """The whole completion."""
         chosen = await self._run.finish()
         choices = await off_the_loop(
-            sum(len(each.shown) for each in chosen),
-            lambda: [self._choice(i, each.text, each.shown, each.finish_reason) for i, each in enumerate(chosen)],
+            sum(len(each.shown) + len(each.prompt_logprobs) for each in chosen),
+            lambda: [self._whole_choice(i, each) for i, each in enumerate(chosen)],
         )
         return CompletionResponse(**self._heading, choices=choices, usage=self._run.usage, warnings=self._warnings)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each piece of text that is certain."""
         is_plain = not (self._options.include_obfuscation or self._options.continuous_usage_stats)
+        has_ids = self._body.return_token_ids
+        begun: set[int] = set()
         text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
         async with aclosing(self._run.outputs()) as outputs:
             async for output in outputs:
-                if output.shown or output.finish_reason or (output.text and (self._warnings or not is_plain)):
-                    yield self._event([self._choice(output.choice, output.text, output.shown, output.finish_reason)])
+                is_more = output.shown or output.finish_reason or (output.tokens and has_ids)
+                if is_more or (output.text and (self._warnings or not is_plain)):
+                    piece = self._choice(output.choice, output.text, output.shown, output.finish_reason)
+                    if has_ids:
+                        piece.token_ids = output.tokens
+                    if has_ids and output.choice not in begun:
+                        piece.prompt_token_ids = self._prompt_of(output.choice).tokens
+                    begun.add(output.choice)
+                    yield self._event([piece])
                 elif output.text:
                     yield text_event(output.choice, output.text)
         if self._options.include_usage:
@@ -130,8 +159,19 @@ class CompletionAnswer:
         self._warnings = None  # once is enough
         return chunk_event(chunk, self._options)
 
+    def _prompt_of(self, choice: int) -> Prompt:
+        return self._prompts[choice // self._body.n]
+
+    def _whole_choice(self, index: int, choice: Choice) -> CompletionChoice:
+        found = self._choice(index, choice.text, choice.shown, choice.finish_reason)
+        found.prompt_logprobs = prompt_logprobs_of(choice, self._body.prompt_logprobs, self._entry.tokenizer)
+        if self._body.return_token_ids:
+            found.prompt_token_ids, found.token_ids = choice.prompt.tokens, choice.tokens
+        return found
+
     def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish_reason: str | None) -> CompletionChoice:
-        logprobs = None if self._num_top is None else logprobs_of(tokens, self._num_top, self._entry.tokenizer)
+        num_top = self._body.logprobs
+        logprobs = None if num_top is None else logprobs_of(tokens, num_top, self._entry.tokenizer)
         return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
 
 

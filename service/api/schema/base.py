@@ -18,10 +18,12 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
-from service.api.schema.fields import LogitBiasField, Number, StopField, whole
+from service.api.schema.fields import MAX_STOP_LENGTH, LogitBiasField, Number, StopField, whole
 from service.engine.request import BOUNDS
 
 MAX_STOP_TOKENS = 1024
+MAX_BAD_WORDS = 256
+BadWord = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 
 def bounds(name: str) -> Interval:
@@ -111,7 +113,15 @@ class SamplingFields(Body):
         0, description="no end of text and no stop before so many tokens"
     )
     ignore_eos: StrictBool = False
+    allowed_token_ids: list[StrictInt] | None = Field(None, min_length=1, description="no other token is generated")
+    bad_words: list[BadWord] = Field(
+        default_factory=list, max_length=MAX_BAD_WORDS, description="texts that are not generated, nor after a space"
+    )
     include_stop_str_in_output: StrictBool = False
+    skip_special_tokens: StrictBool = Field(True, description="false: special tokens are spelled out in the text")
+    prompt_logprobs: Annotated[StrictInt, bounds("prompt_logprobs")] | None = None
+    return_token_ids: StrictBool = False
+    cache_prompt: StrictBool = Field(True, description="false: the prefix cache neither gives the prompt nor keeps it")
     stream: StrictBool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
     user: StrictStr | None = None
@@ -121,7 +131,20 @@ class SamplingFields(Body):
     def _check_stream_options(self) -> Self:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise PydanticCustomError("value_error", "allowed only with stream true", {"param": "stream_options"})
+        if self.prompt_logprobs is not None and self.stream:
+            raise PydanticCustomError("value_error", "can't be streamed", {"param": "prompt_logprobs"})
         return self
+
+
+class PromptLogprob(BaseModel):
+    logprob: float
+    rank: int | None = Field(description="1 is the likeliest; null outside the likeliest ones that were asked for")
+    decoded_token: str
+
+
+# vLLM's: for each token of the prompt, by token id. The first has none.
+PromptLogprobs = Annotated[list[dict[int, PromptLogprob] | None] | None, Field(exclude_if=is_absent)]
+TokenIds = Annotated[list[int] | None, Field(exclude_if=is_absent, description="with return_token_ids")]
 
 
 class PromptTokensDetails(BaseModel):

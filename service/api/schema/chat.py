@@ -5,7 +5,18 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, bounds, is_absent
+from service.api.schema.base import (
+    Body,
+    Generated,
+    Obfuscation,
+    PromptLogprobs,
+    SamplingFields,
+    TokenIds,
+    TokenUsage,
+    Warnings,
+    bounds,
+    is_absent,
+)
 from service.engine.request import MAX_INT
 
 MAX_MESSAGES = 2048
@@ -125,11 +136,14 @@ class ChatChoice(BaseModel):
     message: ChatMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
+    token_ids: TokenIds = None
 
 
 class ChatResponse(Generated):
     object: Literal["chat.completion"] = "chat.completion"
     choices: list[ChatChoice]
+    prompt_logprobs: PromptLogprobs = None
+    prompt_token_ids: TokenIds = None
     usage: TokenUsage
     warnings: Warnings = None
 
@@ -144,11 +158,13 @@ class ChatChunkChoice(BaseModel):
     delta: ChatDelta
     logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length"] | None = None
+    token_ids: TokenIds = None
 
 
 class ChatChunk(Generated):
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[ChatChunkChoice]
+    prompt_token_ids: TokenIds = None
     usage: TokenUsage | None = None
     warnings: Warnings = None
     obfuscation: Obfuscation = None

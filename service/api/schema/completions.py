@@ -5,7 +5,17 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_validator
 from pydantic_core import PydanticCustomError
 
-from service.api.schema.base import Body, Generated, Obfuscation, SamplingFields, TokenUsage, Warnings, bounds
+from service.api.schema.base import (
+    Body,
+    Generated,
+    Obfuscation,
+    PromptLogprobs,
+    SamplingFields,
+    TokenIds,
+    TokenUsage,
+    Warnings,
+    bounds,
+)
 from service.api.schema.fields import PromptField
 
 MAX_EXAMPLES = 2048  # as many as a context has tokens
@@ -73,6 +83,9 @@ class CompletionChoice(BaseModel):
     index: int
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"] | None
+    prompt_logprobs: PromptLogprobs = None
+    prompt_token_ids: TokenIds = None
+    token_ids: TokenIds = None
 
 
 class CompletionResponse(Generated):

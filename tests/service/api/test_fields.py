@@ -147,3 +147,149 @@ def test_usage_in_every_chunk(path: str, include_usage: bool) -> None:
         usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
         for usage in (chunk["usage"] for chunk in chunks)
     )
+
+
+@contract("completions", "prompt_logprobs", "as in vLLM: for each prompt token the k likeliest by id, and the token itself")
+def test_prompt_logprobs() -> None:
+    choice = post({"prompt": [5, 8, 3], "prompt_logprobs": 2, "max_tokens": 1, "n": 2}).json()["choices"][1]
+    name = FakeEngine.tokenizer.token_name
+    assert choice["logprobs"] is None
+    assert choice["text"] == " one"
+    assert choice["prompt_logprobs"] == [
+        None,
+        {
+            "8": {"logprob": -1, "rank": 1, "decoded_token": name(8)},
+            "9": {"logprob": -2, "rank": 2, "decoded_token": name(9)},
+        },
+        {
+            "4": {"logprob": -1, "rank": 1, "decoded_token": name(4)},
+            "5": {"logprob": -2, "rank": 2, "decoded_token": name(5)},
+            "3": {"logprob": -2, "rank": None, "decoded_token": name(3)},
+        },
+    ]
+    assert "prompt_logprobs" not in post({"prompt": "a", "max_tokens": 1}).json()["choices"][0]
+
+
+@contract("completions", "prompt_logprobs", "next to echo and logprobs, each with its own number")
+def test_prompt_logprobs_and_logprobs() -> None:
+    body = {"prompt": [5, 8], "echo": True, "logprobs": 1, "prompt_logprobs": 3, "max_tokens": 1}
+    choice = post(body).json()["choices"][0]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [1, 1]
+    assert len(choice["prompt_logprobs"][1]) == 3
+    choice = post(body | {"logprobs": 3, "prompt_logprobs": 0}).json()["choices"][0]
+    assert [len(top) for top in choice["logprobs"]["top_logprobs"][1:]] == [3, 3]
+    assert choice["prompt_logprobs"][1] == {
+        "8": {"logprob": -1, "rank": None, "decoded_token": FakeEngine.tokenizer.token_name(8)}
+    }
+
+
+@contract("chat", "prompt_logprobs", "as in vLLM, on the answer")
+def test_prompt_logprobs_of_a_chat() -> None:
+    answer = chat(prompt_logprobs=1, max_tokens=1, n=2).json()
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+    assert answer["prompt_logprobs"][0] is None
+
+
+@contract("completions", "prompt_logprobs", "with stream, or more than the server gives: 400")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt_logprobs": 1, "stream": True}, "'prompt_logprobs': can't be streamed"),
+        ({"prompt_logprobs": 21}, "'prompt_logprobs': is 21, at most 20 are given by this server"),
+        ({"prompt_logprobs": -1}, "'prompt_logprobs': input should be greater than or equal to 0"),
+    ],
+)
+def test_prompt_logprobs_that_are_refused(fields: dict[str, Any], message: str) -> None:
+    assert error_of(post({"prompt": "a", **fields}), 400)["message"] == message
+    assert error_of(chat(**fields), 400)["message"] == message
+
+
+def test_too_many_prompt_logprobs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.validation.MAX_LOGPROBS", 10)
+    assert post({"prompt": [5] * 5, "n": 2, "max_tokens": 1, "prompt_logprobs": 1}).status_code == 200
+    error = error_of(post({"prompt": [5] * 6, "n": 2, "max_tokens": 1, "prompt_logprobs": 1}), 400)
+    assert error["message"] == "the request asks for logprobs of up to 12 tokens, at most 10 are given in one answer"
+    assert (error["param"], error["code"]) == ("prompt_logprobs", "request_too_large")
+    long = [{"role": "user", "content": " a" * 20}]
+    assert error_of(chat(messages=long, prompt_logprobs=1), 400)["param"] == "prompt_logprobs"
+
+
+@contract("completions", "return_token_ids", "prompt_token_ids and token_ids in each choice, whole and streamed")
+@pytest.mark.parametrize("fields", [{}, {"logprobs": 1}, {"stop": " four one"}, {"echo": True}])
+def test_token_ids(fields: dict[str, Any]) -> None:
+    body = {"prompt": [[7454, 2402], [5]], "n": 2, "max_tokens": 6, "return_token_ids": True} | fields
+    whole = post(body).json()
+    count = whole["usage"]["completion_tokens"] // 4
+    script = FakeEngine.tokenizer.encode(" one two three four one two")
+    for i, choice in enumerate(whole["choices"]):
+        assert choice["prompt_token_ids"] == ([7454, 2402] if i < 2 else [5])
+        assert choice["token_ids"] == script[:count]
+    chunks = events_of(post(body | {"stream": True}))
+    for i, choice in enumerate(whole["choices"]):
+        own = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == i]
+        assert [token for piece in own for token in piece["token_ids"]] == choice["token_ids"]
+        assert own[0]["prompt_token_ids"] == choice["prompt_token_ids"]
+        assert not any("prompt_token_ids" in piece for piece in own[1:])
+    assert "token_ids" not in post({"prompt": "a", "max_tokens": 1}).text
+
+
+@contract("chat", "return_token_ids", "prompt_token_ids on the answer, token_ids in each choice, whole and streamed")
+def test_token_ids_of_a_chat() -> None:
+    whole = chat(max_tokens=3, return_token_ids=True).json()
+    assert whole["prompt_token_ids"] == FakeEngine.tokenizer.encode("User: Hello\nAssistant:")
+    assert whole["choices"][0]["token_ids"] == FakeEngine.tokenizer.encode(" one two three")
+    first, *rest = events_of(chat(max_tokens=3, return_token_ids=True, stream=True, stop=[" three"]))
+    assert first["prompt_token_ids"] == whole["prompt_token_ids"]
+    assert not any("prompt_token_ids" in chunk for chunk in rest)
+    streamed = [token for chunk in rest for token in chunk["choices"][0].get("token_ids", [])]
+    assert streamed == whole["choices"][0]["token_ids"]
+    assert "token_ids" not in chat(max_tokens=1).text
+
+
+@contract("completions", "skip_special_tokens", "false: special tokens are spelled out, those that end the text are not")
+def test_special_tokens_in_the_text() -> None:
+    def text(**fields: Any) -> Any:
+        return post({"max_tokens": 4, "prompt": "a", **fields}, FakeEngine(" one<|endoftext|>")).json()["choices"][0]["text"]
+
+    assert text(ignore_eos=True) == " one one"
+    assert text(ignore_eos=True, skip_special_tokens=False) == " one<|endoftext|> one<|endoftext|>"
+    assert text(skip_special_tokens=False) == " one"
+
+
+@contract("completions", "cache_prompt", "false: the prompt neither comes from the prefix cache nor stays there")
+def test_prompts_that_are_not_cached() -> None:
+    async def test() -> None:
+        async with serving() as api:
+
+            async def cached(**fields: Any) -> int:
+                answer = (await api.complete(prompt=[5] * 130, max_tokens=1, **fields)).json()
+                count: int = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+                return count
+
+            assert [await cached(cache_prompt=False), await cached(), await cached()] == [0, 0, 128]
+            assert await cached(cache_prompt=False, n=2) == 0
+            assert api.fake.metric("prefix_cache_queries_total") == 260
+
+    run(test)
+
+
+@contract("completions", "allowed_token_ids", "reach the sampler")
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"allowed_token_ids": []}, "'allowed_token_ids': list should have at least 1 item after validation, not 0"),
+        ({"allowed_token_ids": [50257]}, "token id 50257 is outside the model's vocabulary of 50257 (0 to 50256)"),
+        ({"bad_words": "a"}, "'bad_words': input should be a valid list"),
+        ({"bad_words": [""]}, "'bad_words.0': string should have at least 1 character"),
+        ({"bad_words": [" "]}, "'bad_words': must hold texts, each of more than spaces"),
+        ({"bad_words": ["a"] * 257}, "'bad_words': list should have at most 256 items after validation, not 257"),
+        ({"bad_words": ["a" * 1025]}, "'bad_words.0': string should have at most 1024 characters"),
+    ],
+)
+def test_constraints_that_are_refused(fields: dict[str, Any], message: str) -> None:
+    assert error_of(post({"prompt": "a", **fields}), 400)["message"] == message
+    fake = FakeEngine()
+    assert post({"prompt": "a", "max_tokens": 1, "allowed_token_ids": [7, 5]}, fake).status_code == 200
+    assert fake.runner.steps[0].starts[0].sampling.allowed_token_ids == (7, 5)
+    choices = post({"prompt": "a", "max_tokens": 4, "bad_words": ["one", "two three"]}).json()["choices"]
+    assert choices[0]["text"] == " two four four two"

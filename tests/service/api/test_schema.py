@@ -37,6 +37,12 @@ DEFAULTS: dict[str, Any] = {
     "presence_penalty": 0.0,
     "repetition_penalty": 1.0,
     "stop_token_ids": [],
+    "allowed_token_ids": None,
+    "bad_words": [],
+    "skip_special_tokens": True,
+    "cache_prompt": True,
+    "prompt_logprobs": None,
+    "return_token_ids": False,
     "suffix": "",
 }
 

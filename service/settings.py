@@ -69,7 +69,7 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma-separated origins whose pages may use the API from a browser; * lets all"
     )
-    lenient: bool = Field(False, description="an unknown field is a warning in the response instead of a 400")
+    lenient: bool = Field(False, description="a field without an effect is a warning in the response instead of a 400")
     metrics_alias: Literal["vllm"] | None = Field(
         None, description="vllm: /metrics has vLLM's names too, for its dashboards"
     )

@@ -87,11 +87,16 @@ class PromptFormat:
             place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
             raise PromptFormatError(f"chat_template does not compile: {place}{error!s:.200}") from None
 
-    def render_chat(self, messages: Sequence[Turn], *, bos_token: str, eos_token: str) -> str:
-        """The text of a chat up to where the next answer begins. Raises whatever the template raises."""
+    def render_chat(
+        self, messages: Sequence[Turn], *, bos_token: str, eos_token: str, add_generation_prompt: bool = True
+    ) -> str:
+        """The text of a chat up to where the next answer begins, or without the beginning of an answer.
+
+        Raises whatever the template raises.
+        """
         return compiled(self.chat_template).render(
             messages=[message._asdict() for message in messages],
-            add_generation_prompt=True,
+            add_generation_prompt=add_generation_prompt,
             bos_token=bos_token,
             eos_token=eos_token,
             # Published templates ask whether these are none. If they were missing, they would not be.

@@ -1,6 +1,7 @@
 """Byte-pair tokenizers, and the embedded one: r50k_base, GPT-2's and GPT-3's. No network."""
 
 import base64
+import copy
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -111,6 +112,12 @@ class Tokenizer:
                 else:
                     plain.append(piece)
         return tokens + self._encode_unsplit("".join(plain))
+
+    def without_bos(self) -> "Tokenizer":
+        """The same tokens, for prompts that start with nothing."""
+        other = copy.copy(self)
+        other.bos_id = None
+        return other
 
     def encode_prompt(self, text: str) -> list[int]:
         """The prompt that the model gets for `text`: bos if the checkpoint has one, then `encode`. Never empty.

@@ -137,5 +137,4 @@ def validation_error(error: ErrorDetails | dict[str, Any]) -> APIError:
     if error["type"] == "missing":
         return invalid(f"'{param}' is required", param, "missing_required_parameter")
     message = error["msg"].removeprefix("Value error, ")
-    code = error["type"] if error["type"] == "unsupported_parameter" else None
-    return invalid(f"'{param}': {message[:1].lower()}{message[1:]}", param, code)
+    return invalid(f"'{param}': {message[:1].lower()}{message[1:]}", param)

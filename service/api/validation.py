@@ -25,7 +25,7 @@ log = logging.getLogger("banded.api")
 # Characters and token ids of a request that are read on the event loop. Longer ones are read in a worker thread, so that
 # the event loop keeps running.
 SHORT_PROMPTS = 4096
-MAX_WARNINGS = 32  # unknown fields that are named
+MAX_WARNINGS = 32  # ignored fields that are named
 # Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent, with so many likeliest ones.
 MAX_LOGPROBS = 2**17
 TOP_COUNTED = 20
@@ -45,15 +45,20 @@ def find_model(request: Request, name: str | None) -> ModelEntry:
 
 
 def warnings_for(body: Body, request: Request) -> list[str] | None:
-    """What the response has to warn of. Raises APIError for a field without a meaning, unless the server is lenient."""
-    unknown = [shown(name) for name in body.unknown_fields]
-    if not unknown:
-        return None
+    """What the response has to warn of. Raises APIError for a field that is refused, unless the server is lenient."""
+    found = [field._replace(name=shown(field.name)) for field in body.ineffective]
     if not state_of(request).settings.lenient:
-        raise invalid(f"unknown field '{unknown[0]}'", unknown[0], "unknown_parameter")
-    named = [f"the unknown field '{name}' was ignored" for name in unknown[:MAX_WARNINGS]]
-    more = len(unknown) - len(named)
-    return [*named, f"{more} more unknown fields were ignored"] if more else named
+        for name, reason, is_refused in found:
+            if is_refused and reason is None:
+                raise invalid(f"unknown field '{name}'", name, "unknown_parameter")
+            if is_refused:
+                raise invalid(f"'{name}': {reason}", name, "unsupported_parameter")
+    named = [
+        f"the unknown field '{name}' was ignored" if reason is None else f"'{name}' was ignored: {reason}"
+        for name, reason, _ in found[:MAX_WARNINGS]
+    ]
+    more = len(found) - len(named)
+    return [*named, f"{more} more fields were ignored"] if more else named or None
 
 
 def log_user(user: str | None, request: Request) -> None:

@@ -26,7 +26,7 @@ def add_serve(commands: Commands) -> None:
     flag: dict[str, Any] = {"action": "store_const", "const": True}  # None unless it is given: see settings_from
     command.add_argument("--allow-unauthenticated", **flag)
     command.add_argument("--doctor", **flag, help="check the kernels first, as `banded doctor` does")
-    command.add_argument("--lenient", **flag, help="warn of unknown fields instead of refusing the request")
+    command.add_argument("--lenient", **flag, help="warn of fields without an effect instead of refusing the request")
     command.add_argument("--metrics-alias", help="vllm: export vLLM's metric names too")
     command.add_argument("--data-dir", help="keep files and fine-tuning jobs there; without it there are none")
     command.add_argument(

@@ -122,34 +122,54 @@ def ends_at(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[tuple[str, ...]
 
 
 def chat_prompt(
-    messages: Sequence[Turn], prompt_format: PromptFormat, tokenizer: Tokenizer, *, allow_special: bool = False
+    messages: Sequence[Turn],
+    prompt_format: PromptFormat,
+    tokenizer: Tokenizer,
+    *,
+    allow_special: bool = False,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
 ) -> Prompt:
     """`messages` laid out by the model's template, which may write bos itself; the completion ends at its stops.
 
-    Only contents are kept from becoming special tokens, since roles are the API's own words. Raises RequestError when the
-    template raises, for whatever reason.
+    It ends with the beginning of an answer if `add_generation_prompt`, or inside the last message if
+    `continue_final_message`. Only contents are kept from becoming special tokens, since roles are the API's own words.
+    Raises RequestError when the template raises, for whatever reason, and when it does not write the message to continue.
     """
     names = () if allow_special else tuple(tokenizer.special_tokens)
-    # No client can guess the mark, and no template changes it: private-use characters have no case and are not white space.
-    mark = "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))
+    mark, end = new_mark(), new_mark()
     marked = [Turn(message.role, mark_special(message.content, names, mark)) for message in messages]
+    if continue_final_message:
+        marked[-1] = marked[-1]._replace(content=f"{marked[-1].content}{end} ")
     bos_name = "" if tokenizer.bos_id is None else tokenizer.token_name(tokenizer.bos_id)
     try:
         text = prompt_format.render_chat(
             marked,
             bos_token=bos_name if prompt_format.bos_token is None else prompt_format.bos_token,
             eos_token=tokenizer.token_name(tokenizer.eos_id),
+            add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # the template is someone else's program
-        reason = (str(error) or type(error).__name__).replace(mark, "").encode(errors="backslashreplace").decode()
+        reason = re.sub(f"{mark}|{end} ?", "", str(error) or type(error).__name__)
+        reason = reason.encode(errors="backslashreplace").decode()
         message = f"the model's chat template does not take these messages: {reason:.{MAX_REASON}}"
         raise RequestError(message, "messages") from error
+    if continue_final_message:
+        text, found, rest = text.rpartition(end)
+        if not found:
+            raise RequestError("the model's chat template leaves out the final message, so nothing continues it", "messages")
+        text = re.sub(f"{end} ?", "", text if rest.startswith(" ") else text.rstrip())  # a template may strip contents
     pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
     tokens = tokenizer.encode_parts(PromptPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
     stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)
     return start_prompt(tokens, tokenizer)._replace(stops=stops, stop_token_ids=stop_token_ids)
+
+
+def new_mark() -> str:
+    """No client can guess it, and no template changes it: private-use characters have no case and are not white space."""
+    return "".join(chr(0xF0000 + secrets.randbelow(0xFFFE)) for _ in range(8))
 
 
 def mark_special(text: str, names: Sequence[str], mark: str) -> str:

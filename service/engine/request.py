@@ -184,17 +184,31 @@ class Prompt(NamedTuple):
 
 
 def read_prompt(
-    given: str | abc.Sequence[int], tokenizer: Tokenizer, config: GPTConfig, param: str, *, allow_special: bool = False
+    given: str | abc.Sequence[int],
+    tokenizer: Tokenizer,
+    config: GPTConfig,
+    param: str,
+    *,
+    allow_special: bool = False,
+    max_tokens: int | None = None,
 ) -> Prompt:
-    """The prompt for a text, or for token ids, which are taken as they are.
+    """The prompt for a text, or for token ids, which are taken as they are; the end of it if `max_tokens` cuts it.
 
     Raises RequestError about `param` for ids that the model doesn't have and for a text that can't fit its context.
     """
     if isinstance(given, str):
-        check_text_length(given, tokenizer, config.n_positions, param)
-        return text_prompt(given, tokenizer, allow_special=allow_special)
+        if max_tokens is None:
+            check_text_length(given, tokenizer, config.n_positions, param)
+        return end_of(text_prompt(given, tokenizer, allow_special=allow_special), max_tokens)
     check_token_ids(given, config.vocab_size, param)
-    return Prompt(list(given))
+    return end_of(Prompt(list(given)), max_tokens)
+
+
+def end_of(prompt: Prompt, max_tokens: int | None) -> Prompt:
+    """A prompt of at most `max_tokens`: the user's last ones, after those that every prompt starts with."""
+    num_left_out = 0 if max_tokens is None else max(len(prompt.tokens) - max_tokens, 0)
+    start = prompt.num_implicit
+    return prompt._replace(tokens=prompt.tokens[:start] + prompt.tokens[start + num_left_out :])
 
 
 def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:

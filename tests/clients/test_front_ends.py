@@ -221,13 +221,12 @@ def test_librechat_asks_for_a_title(client: httpx.Client, model: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
     [
-        ({"tools": [WEATHER]}, "tools", "'tools': not supported by this server"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "'reasoning_effort': not supported by this server"),
+        ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice", "'tool_choice': not supported by this server"),
         ({"response_format": {"type": "json_object"}}, "response_format", "'response_format': not supported by this server"),
-        ({"repeat_penalty": 1.1}, "repeat_penalty", "unknown field 'repeat_penalty'"),
+        ({"repeat_penalty": 1.1}, "repeat_penalty", "'repeat_penalty': not supported by this server"),
         ({"num_ctx": 2048}, "num_ctx", "unknown field 'num_ctx'"),
         ({"max_tokens": -1}, "max_tokens", "'max_tokens': input should be greater than or equal to 1"),
-        ({"stop": list("abcde")}, "stop", "'stop': holds 5 strings, at most 4 are allowed"),
+        ({"stop": list("abcdefghijklmnopq")}, "stop", "'stop': holds 17 strings, at most 16 are allowed"),
         ({"user": {"id": "1", "name": "A"}}, "user", "'user': input should be a valid string"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": PNG}}]}]},

@@ -456,9 +456,9 @@ def test_a_chat_takes_values_that_change_nothing(client: openai.OpenAI, model: s
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("tools", [{"type": "function", "function": {"name": "weather", "parameters": {}}}]),
+        ("tool_choice", "required"),
         ("response_format", {"type": "json_object"}),
-        ("reasoning_effort", "high"),
+        ("verbosity", "high"),
         ("modalities", ["text", "audio"]),
     ],
 )

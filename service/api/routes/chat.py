@@ -25,6 +25,7 @@ from service.api.schema.chat import (
     ChatChunk,
     ChatChunkChoice,
     ChatDelta,
+    ChatLayout,
     ChatLogprobs,
     ChatMessage,
     ChatRequest,
@@ -38,7 +39,7 @@ from service.api.validation import check_logprobs, find_model, log_user, off_the
 from service.engine.choice import ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
-from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length
+from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
 
 router = APIRouter()
 
@@ -51,7 +52,13 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, entry, state_of(request).settings, logprobs=logprobs, max_tokens=MAX_INT)
     entry.engine.check_size(body.n)
-    prompt = await read_messages(body.messages, entry, allow_special=body.allow_special)
+    tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
+    is_cut, special = body.truncate_prompt_tokens is not None, body.allow_special
+    prompt = await read_messages(body.messages, body, entry, tokenizer, allow_special=special, is_cut=is_cut)
+    if body.truncate_prompt_tokens is not None:
+        asked = body.max_completion_tokens or body.max_tokens or entry.prompt_format.default_max_tokens
+        room = max(entry.config.n_positions - asked, 1)
+        prompt = end_of(prompt, room if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens)
     max_tokens = max_tokens_of(body, len(prompt.tokens), entry)
     if body.logprobs:
         check_logprobs(body.n * max_tokens, body.top_logprobs or 0, "logprobs")
@@ -66,13 +73,30 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return await answer(request, chat.collect())
 
 
-async def read_messages(messages: Sequence[Message], entry: ModelEntry, *, allow_special: bool) -> Prompt:
+async def read_messages(
+    messages: Sequence[Message],
+    layout: ChatLayout,
+    entry: ModelEntry,
+    tokenizer: Tokenizer,
+    *,
+    allow_special: bool = False,
+    is_cut: bool = False,
+) -> Prompt:
+    """The prompt of a chat. Raises RequestError for a message that can't fit the context, unless the prompt `is_cut`."""
     turns = [Turn(message.role, message.text) for message in messages]
-    for _, text in turns:
-        check_text_length(text, entry.tokenizer, entry.config.n_positions, "messages")
+    for _, text in turns if not is_cut else ():
+        check_text_length(text, tokenizer, entry.config.n_positions, "messages")
     size = sum(len(text) for _, text in turns)
     return await off_the_loop(
-        size, lambda: chat_prompt(turns, entry.prompt_format, entry.tokenizer, allow_special=allow_special)
+        size,
+        lambda: chat_prompt(
+            turns,
+            entry.prompt_format,
+            tokenizer,
+            allow_special=allow_special,
+            add_generation_prompt=layout.has_generation_prompt,
+            continue_final_message=layout.continue_final_message,
+        ),
     )
 
 

@@ -80,8 +80,8 @@ def few_shot_size(body: CompletionRequest) -> int:
 
 def prompt_of(text: str | list[int], body: CompletionRequest, entry: ModelEntry) -> Prompt:
     """A prompt of the engine. Raises RequestError naming what does not fit the model."""
-    tokenizer, context, prompt_format = entry.tokenizer, entry.config.n_positions, entry.prompt_format
-    special = body.allow_special
+    tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
+    context, prompt_format, special = entry.config.n_positions, entry.prompt_format, body.allow_special
     if body.few_shot is not None:
         examples = [Example(example.input, example.output) for example in body.few_shot.examples]
         return few_shot_prompt(
@@ -94,7 +94,9 @@ def prompt_of(text: str | list[int], body: CompletionRequest, entry: ModelEntry)
             allow_special=special,
         )
     if not body.suffix:
-        prompt = read_prompt(text, tokenizer, entry.config, "prompt", allow_special=special)
+        room = max(context - body.max_tokens, 1)
+        most = room if body.truncate_prompt_tokens == -1 else body.truncate_prompt_tokens
+        prompt = read_prompt(text, tokenizer, entry.config, "prompt", allow_special=special, max_tokens=most)
     else:
         check_text_length(str(text), tokenizer, context, "prompt")
         check_text_length(body.suffix, tokenizer, context, "suffix")

@@ -24,13 +24,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     """Token ids of a text, or of a chat laid out by its template. Special-token text becomes the special token."""
     entry = entry_of(body.model, request)
     warnings = warnings_for(body, request)
-    tokenizer = entry.tokenizer
+    tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
     if body.messages is not None:
-        tokens = (await read_messages(body.messages, entry, allow_special=False)).tokens
+        tokens = (await read_messages(body.messages, body, entry, tokenizer)).tokens
     else:
         text = body.prompt or ""
         tokens = await off_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
-        if body.add_special_tokens and tokenizer.bos_id is not None:
+        if tokenizer.bos_id is not None:
             tokens = [tokenizer.bos_id, *tokens]
     return TokenizeResponse(
         count=len(tokens),

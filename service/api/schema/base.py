@@ -1,6 +1,6 @@
 """What the bodies of all routes have in common, and the fields that completions and chat share."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from annotated_types import Interval
 from pydantic import (
@@ -19,6 +19,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
 
 from service.api.schema.fields import MAX_STOP_LENGTH, LogitBiasField, Number, StopField, whole
+from service.api.schema.peers import PEER_FIELDS, Ineffective, PeerField, by_name, ineffective
 from service.engine.request import BOUNDS
 
 MAX_STOP_TOKENS = 1024
@@ -36,7 +37,7 @@ def is_absent(value: object) -> bool:
     return value is None
 
 
-Warnings = Annotated[list[str] | None, Field(exclude_if=is_absent, description="with --lenient: what was ignored")]
+Warnings = Annotated[list[str] | None, Field(exclude_if=is_absent, description="what was ignored")]
 
 
 def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
@@ -46,11 +47,13 @@ def nullable(schema: JsonSchemaValue) -> JsonSchemaValue:
 
 
 class Body(BaseModel):
-    """A JSON object of a request. null means the default everywhere; `unknown_fields` names the fields without a meaning."""
+    """A JSON object of a request. null means the default everywhere; `ineffective` names the fields without a meaning."""
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
 
-    _unknown: list[str] = PrivateAttr(default_factory=list)
+    peers: ClassVar[dict[str, PeerField]] = {}  # fields that it does not declare, but may have
+
+    _ineffective: list[Ineffective] = PrivateAttr(default_factory=list)
 
     @model_validator(mode="wrap")
     @classmethod
@@ -60,7 +63,7 @@ class Body(BaseModel):
         # Pydantic would make an error of every unknown field, and a hostile body can hold very many.
         known = {name: whole(value) for name, value in body.items() if name in cls.model_fields and value is not None}
         read = validate(known)
-        read._unknown += [name for name in body if name not in cls.model_fields]
+        read._ineffective += ineffective(body, {name: f.default for name, f in cls.model_fields.items()}, cls.peers)
         return read
 
     @classmethod
@@ -70,18 +73,19 @@ class Body(BaseModel):
         for name, field in found["properties"].items():
             if name not in found.get("required", []) and {"type": "null"} not in field.get("anyOf", []):
                 found["properties"][name] = nullable(field)
+        found["properties"] |= {name: field.schema for name, field in cls.peers.items() if name not in found["properties"]}
         return schema
 
     @property
-    def unknown_fields(self) -> list[str]:
-        """Fields that the contract does not know; in an object inside the body they are named "stream_options.x"."""
-        found = list(self._unknown)
+    def ineffective(self) -> list[Ineffective]:
+        """Fields that ask for what is not done, those of objects inside the body too."""
+        found = list(self._ineffective)
         for name in type(self).model_fields:
             value = getattr(self, name)
             for place, part in enumerate(value) if isinstance(value, list | tuple) else [(None, value)]:
                 if isinstance(part, Body):
                     path = name if place is None else f"{name}.{place}"
-                    found += [f"{path}.{inner}" for inner in part.unknown_fields]
+                    found += [inner._replace(name=f"{path}.{inner.name}") for inner in part.ineffective]
         return found
 
 
@@ -93,6 +97,8 @@ class StreamOptions(Body):
 
 class SamplingFields(Body):
     """Which model answers, how tokens are sampled and where the text ends."""
+
+    peers = by_name(*PEER_FIELDS)
 
     model: StrictStr | None = Field(None, description="may be left out where one model is served")
     temperature: Annotated[Number, bounds("temperature")] = 1.0
@@ -118,19 +124,29 @@ class SamplingFields(Body):
         default_factory=list, max_length=MAX_BAD_WORDS, description="texts that are not generated, nor after a space"
     )
     include_stop_str_in_output: StrictBool = False
+    add_special_tokens: StrictBool = Field(True, description="begin with bos where the checkpoint asks for it")
+    truncate_prompt_tokens: Annotated[StrictInt, Interval(ge=-1)] | None = Field(
+        None, description="keep so many of the prompt's last tokens; -1: as many as the context has room for"
+    )
     skip_special_tokens: StrictBool = Field(True, description="false: special tokens are spelled out in the text")
     prompt_logprobs: Annotated[StrictInt, bounds("prompt_logprobs")] | None = None
     return_token_ids: StrictBool = False
     cache_prompt: StrictBool = Field(True, description="false: the prefix cache neither gives the prompt nor keeps it")
     stream: StrictBool = False
     stream_options: StreamOptions = Field(default_factory=StreamOptions)
+    # Notes about a request that have no effect on its answer.
     user: StrictStr | None = None
+    metadata: dict[str, Any] | None = None
+    prompt_cache_key: StrictStr | None = None
+    safety_identifier: StrictStr | None = None
     allow_special: StrictBool = Field(False, description="special-token text in a string becomes the token")
 
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if "stream_options" in self.model_fields_set and not self.stream:
             raise PydanticCustomError("value_error", "allowed only with stream true", {"param": "stream_options"})
+        if self.truncate_prompt_tokens == 0:
+            raise PydanticCustomError("value_error", "must be -1 or at least 1, got 0", {"param": "truncate_prompt_tokens"})
         if self.prompt_logprobs is not None and self.stream:
             raise PydanticCustomError("value_error", "can't be streamed", {"param": "prompt_logprobs"})
         return self

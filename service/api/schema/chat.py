@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from service.api.schema.base import (
@@ -17,21 +17,10 @@ from service.api.schema.base import (
     bounds,
     is_absent,
 )
+from service.api.schema.peers import PeerField, by_name
 from service.engine.request import MAX_INT
 
 MAX_MESSAGES = 2048
-
-
-def neutral(*values: Any) -> AfterValidator:
-    """Marks a field of OpenAI's that this server can't honour. It may be null or have a value that changes nothing."""
-
-    def check(value: Any) -> Any:
-        # 1 == True, but they are different values here.
-        if not any(value == known and isinstance(value, bool) == isinstance(known, bool) for known in values):
-            raise PydanticCustomError("unsupported_parameter", "not supported by this server")
-        return value
-
-    return AfterValidator(check)
 
 
 class MessagePart(Body):
@@ -42,14 +31,14 @@ class MessagePart(Body):
 class Message(Body):
     """A turn of a chat."""
 
+    peers = by_name(
+        PeerField("audio function_call name tool_call_id", "OpenAI"),
+        PeerField("refusal", "OpenAI", ("",)),
+        PeerField("tool_calls", "OpenAI", ([],)),
+    )
+
     role: Literal["system", "developer", "user", "assistant"]
     content: StrictStr | list[MessagePart] = ""
-    audio: Annotated[Any, neutral()] = None
-    function_call: Annotated[Any, neutral()] = None
-    name: Annotated[Any, neutral()] = None
-    refusal: Annotated[Any, neutral("")] = None
-    tool_calls: Annotated[Any, neutral([])] = None
-    tool_call_id: Annotated[Any, neutral()] = None
 
     @field_validator("content", mode="before")
     @classmethod
@@ -68,7 +57,25 @@ class Message(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class ChatRequest(SamplingFields):
+class ChatLayout(Body):
+    """How the messages of a chat end."""
+
+    add_generation_prompt: StrictBool | None = Field(None, description="end with the beginning of an answer; the default")
+    continue_final_message: StrictBool = Field(False, description="the answer goes on inside the last message")
+
+    @model_validator(mode="after")
+    def _check_end(self) -> Self:
+        if self.add_generation_prompt and self.continue_final_message:
+            param = {"param": "continue_final_message"}
+            raise PydanticCustomError("value_error", "can't be used together with add_generation_prompt", param)
+        return self
+
+    @property
+    def has_generation_prompt(self) -> bool:
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+class ChatRequest(SamplingFields, ChatLayout):
     """Body of POST /v1/chat/completions."""
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
@@ -76,28 +83,6 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     logprobs: StrictBool = False
     top_logprobs: Annotated[StrictInt, bounds("logprobs")] | None = None
-    # Notes about a request that have no effect on its answer.
-    metadata: dict[str, Any] | None = None
-    prompt_cache_key: StrictStr | None = None
-    safety_identifier: StrictStr | None = None
-
-    audio: Annotated[Any, neutral()] = None
-    function_call: Annotated[Any, neutral("none", "auto")] = None
-    functions: Annotated[Any, neutral([])] = None
-    modalities: Annotated[Any, neutral(["text"])] = None
-    moderation: Annotated[Any, neutral()] = None
-    parallel_tool_calls: Annotated[Any, neutral(True, False)] = None
-    prediction: Annotated[Any, neutral()] = None
-    prompt_cache_options: Annotated[Any, neutral()] = None
-    prompt_cache_retention: Annotated[Any, neutral("in-memory", "in_memory")] = None
-    reasoning_effort: Annotated[Any, neutral("none", "medium")] = None
-    response_format: Annotated[Any, neutral({"type": "text"})] = None
-    service_tier: Annotated[Any, neutral("auto", "default")] = None
-    store: Annotated[Any, neutral(False)] = None
-    tool_choice: Annotated[Any, neutral("none", "auto")] = None
-    tools: Annotated[Any, neutral([])] = None
-    verbosity: Annotated[Any, neutral("medium")] = None
-    web_search_options: Annotated[Any, neutral()] = None
 
     @model_validator(mode="after")
     def _check_together(self) -> Self:

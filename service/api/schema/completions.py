@@ -61,6 +61,9 @@ class CompletionRequest(SamplingFields):
         texts = self.prompt if isinstance(self.prompt, list) else [self.prompt or ""]
         if self.suffix and not isinstance(texts[0], str):
             raise PydanticCustomError("value_error", "needs a prompt of text, not of token ids", {"param": "suffix"})
+        if self.truncate_prompt_tokens is not None and (self.suffix or self.few_shot is not None):
+            message = "can't be used together with suffix or few_shot"
+            raise PydanticCustomError("value_error", message, {"param": "truncate_prompt_tokens"})
         if self.few_shot is not None:
             if not isinstance(self.prompt, str):
                 raise PydanticCustomError("value_error", "few_shot needs a single string", {"param": "prompt"})

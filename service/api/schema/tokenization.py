@@ -6,10 +6,10 @@ from pydantic import BaseModel, Field, StrictBool, StrictInt, StrictStr, model_v
 from pydantic_core import PydanticCustomError
 
 from service.api.schema.base import Body, Warnings
-from service.api.schema.chat import MAX_MESSAGES, Message
+from service.api.schema.chat import MAX_MESSAGES, ChatLayout, Message
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(ChatLayout):
     """Body of POST /tokenize: a text, or the messages of a chat."""
 
     model: StrictStr | None = None

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from service.api.schema.base import StreamOptions
 from service.api.schema.completions import CompletionRequest
 from service.api.schema.fields import check_prompt
+from service.api.schema.peers import Ineffective
 
 DEFAULTS: dict[str, Any] = {
     "prompt": None,
@@ -24,6 +25,9 @@ DEFAULTS: dict[str, Any] = {
     "stream": False,
     "stream_options": {"include_usage": False, "include_obfuscation": False, "continuous_usage_stats": False},
     "user": None,
+    "metadata": None,
+    "prompt_cache_key": None,
+    "safety_identifier": None,
     "allow_special": False,
     "best_of": None,
     "echo": False,
@@ -42,6 +46,8 @@ DEFAULTS: dict[str, Any] = {
     "skip_special_tokens": True,
     "cache_prompt": True,
     "prompt_logprobs": None,
+    "add_special_tokens": True,
+    "truncate_prompt_tokens": None,
     "return_token_ids": False,
     "suffix": "",
 }
@@ -101,10 +107,10 @@ def test_a_request_does_not_change() -> None:
 
 
 def test_unknown_fields_are_set_aside() -> None:
-    body = read(mirostat=2, few_shot={"examples": [{"input": "a", "output": "b", "x": 1}], "y": None}, prompt="a")
-    assert body.unknown_fields == ["mirostat", "few_shot.y", "few_shot.examples.0.x"]
-    assert read().unknown_fields == []
-    assert read(mirostat=2) is not None
+    body = read(colour=2, few_shot={"examples": [{"input": "a", "output": "b", "x": 1}], "y": None}, prompt="a")
+    assert body.ineffective == [Ineffective(name, None) for name in ("colour", "few_shot.y", "few_shot.examples.0.x")]
+    assert read().ineffective == []
+    assert read(colour=2) is not None
     with pytest.raises(ValidationError) as caught:
         read(n=0, **{f"field{i}": i for i in range(1000)})
     assert [error["loc"] for error in caught.value.errors()] == [("n",)]

@@ -148,11 +148,10 @@ def prompt_logprobs_of(choice: Choice, num_top: int | None, tokenizer: Tokenizer
         return None
     found: list[dict[int, PromptLogprob] | None] = [None]
     for token, (logprob, top) in zip(choice.prompt.tokens[1:], choice.prompt_logprobs, strict=True):
-        ranked = [(other, value, rank) for rank, (other, value) in enumerate(top[:num_top], 1)]
-        if all(other != token for other, _, _ in ranked):
-            ranked.append((token, logprob, None))
+        known = {other: (value, rank) for rank, (other, value) in enumerate(top[:num_top], 1)}
+        ranked: dict[int, tuple[float, int | None]] = {token: (logprob, None), **known}
         names = tokenizer.token_name
-        found.append({other: PromptLogprob(logprob=x, rank=rank, decoded_token=names(other)) for other, x, rank in ranked})
+        found.append({i: PromptLogprob(logprob=x, rank=rank, decoded_token=names(i)) for i, (x, rank) in ranked.items()})
     return found
 
 

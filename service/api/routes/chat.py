@@ -173,7 +173,7 @@ class ChatAnswer:
 
     def _event(self, choices: list[ChatChunkChoice]) -> bytes:
         usage = self._run.usage if self._options.continuous_usage_stats or not choices else None
-        once = {"warnings": self._warnings, "prompt_token_ids": self._prompt_token_ids}
+        once: dict[str, Any] = {"warnings": self._warnings, "prompt_token_ids": self._prompt_token_ids}
         chunk = ChatChunk(**self._heading, choices=choices, usage=usage, **once)
         self._warnings = self._prompt_token_ids = None
         return chunk_event(chunk, self._options)

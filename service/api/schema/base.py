@@ -92,7 +92,7 @@ class Body(BaseModel):
 class StreamOptions(Body):
     include_usage: StrictBool = False
     include_obfuscation: StrictBool = False
-    continuous_usage_stats: StrictBool = Field(False, description="every chunk has the usage so far")
+    continuous_usage_stats: Annotated[StrictBool, Field(description="every chunk has the usage so far")] = False
 
 
 class SamplingFields(Body):

@@ -93,7 +93,7 @@ def test_the_model_is_required_where_there_are_several(path: str, monkeypatch: p
         ({"max_stops": 4}, {"stop": list("abcde")}, "'stop': holds 5 strings, at most 4 are allowed"),
     ],
 )
-def test_limits_that_are_settings(settings: dict[str, int], fields: dict[str, Any], message: str | None) -> None:
+def test_limits_that_are_settings(settings: dict[str, Any], fields: dict[str, Any], message: str | None) -> None:
     async def test() -> None:
         async with serving(**settings) as api:
             answer = await api.complete(prompt="a", max_tokens=1, **fields)

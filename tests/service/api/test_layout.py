@@ -121,7 +121,8 @@ def test_truncated_chats() -> None:
     assert chat_text(truncate_prompt_tokens=3) == PLAIN.decode(PLAIN.encode("User: Hello\nAssistant:")[-3:])
     long = [{"role": "user", "content": " a" * 5000}]
     for limit in ("max_tokens", "max_completion_tokens"):
-        answer = chat(messages=long, truncate_prompt_tokens=-1, **{"max_tokens": None, limit: 6})
+        limits: dict[str, Any] = {"max_tokens": None, limit: 6}
+        answer = chat(messages=long, truncate_prompt_tokens=-1, **limits)
         assert answer.json()["usage"] | {"prompt_tokens_details": None} == {
             "prompt_tokens": 250,
             "completion_tokens": 6,

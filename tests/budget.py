@@ -12,19 +12,19 @@ ROOT = Path(__file__).parents[1]
 SUFFIXES = {".py", ".cpp", ".h", ".toml"}
 
 # All of the product. It had 16,030 lines before the Python API and the kernels for CPUs other than x86. Simplifying made
-# room for both. Logits that are not finite became errors for 81 more. The packages' budgets add up to more, so that lines
-# can move.
-TOTAL = 15_975
+# room for both. The packages' budgets add up to more, so that lines can move. Fields of other servers came later: a table of
+# what becomes of 200 of them, and the dozen that are honoured, took 460 lines.
+TOTAL = 16_370
 
 BUDGET = {
-    "service": 470,
-    "service/api": 2670,
+    "service": 475,  # two more settings, and prompt logprobs in Python
+    "service/api": 3020,  # 160 of them are the table of other servers' fields
     "service/commands": 530,
-    "service/engine": 2995,  # logits that are not finite: scheduler, pages, log and message
+    "service/engine": 3030,  # bad words, truncated prompts, continued messages
     "service/jobs": 510,
     "service/tools": 770,
     "model": 1360,
-    "model/checkpoint": 1350,
+    "model/checkpoint": 1360,
     "model/training": 1390,
     "kernels": 1030,
     "kernels/cpu": 1600,

@@ -125,6 +125,14 @@ def test_open_webui_chats_with_parameters(client: httpx.Client, model: str) -> N
     assert read_as_open_webui(events(client, body)).text == answer.text, "the seed is kept"
 
 
+@contract("clients", "Open WebUI", "a chat with the tools that it sends with every message is answered, with a warning")
+def test_open_webui_chats_with_its_tools(client: httpx.Client, model: str) -> None:
+    body: dict[str, Any] = {"stream": True, "model": model, "messages": CHAT, "tools": [WEATHER] * 36, "max_tokens": 8}
+    chunks = events(client, body)
+    assert read_as_open_webui(chunks).text
+    assert chunks[0]["warnings"] == ["'tools' was ignored: this server makes no tool calls"]
+
+
 @contract("clients", "Open WebUI", "its own tasks: a title with max_tokens, tags, follow-ups and queries without")
 @pytest.mark.parametrize("limit", [{"max_tokens": 1000}, {}])
 def test_open_webui_asks_for_titles_and_tags(client: httpx.Client, model: str, limit: dict[str, int]) -> None:

@@ -55,6 +55,15 @@ def test_every_field_stands_in_the_table_once_and_depends_on_one_that_exists() -
         assert [name for name in HONOURED if name not in body.model_fields] == []
 
 
+def test_the_openapi_document_has_the_values_that_are_accepted() -> None:
+    for body in BODIES:
+        properties = body.model_json_schema()["properties"]
+        assert properties["mirostat"] == {"enum": [None, 0]}
+        assert properties["mirostat_tau"] == properties["tools"] == {}
+        assert properties["cache_prompt"]["anyOf"][0] == {"type": "boolean"}
+        assert properties.keys() == FIELDS.keys() | body.model_fields.keys()
+
+
 OTHERS: tuple[Any, ...] = (7, -7, 0.5, True, False, "x", [1], {"x": 1}, ["text", "x"])
 
 

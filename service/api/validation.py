@@ -35,7 +35,7 @@ def find_model(request: Request, name: str | None) -> ModelEntry:
     """The model that a request names, or the only one. Raises APIError: 404, or 400 if none of several is named."""
     models = state_of(request).models
     names = [f"'{each.name}'" for each in models]
-    if name is None and len(names) > 1:
+    if name is None and len({each.root for each in models}) > 1:
         raise invalid(f"'model' is required: this server has {few(names)}", "model", "missing_required_parameter")
     entry = models.find(name)
     if entry is None:

@@ -47,6 +47,8 @@ def test_an_alias_answers_under_its_own_name() -> None:
             listed = (await api.client.get("/v1/models")).json()["data"]
             assert listed == [CARD, CARD | {"id": "org/alias"}]
             assert (await api.client.get("/v1/models/org/alias")).json() == listed[1]
+            unnamed = (await api.client.post("/v1/completions", json={"max_tokens": 1})).json()
+            assert unnamed["model"] == "fake", "one model is served"
             answer = (await api.complete(model="org/alias", max_tokens=1)).json()
             assert answer["model"] == "org/alias"
             error = (await api.complete(model="x")).json()["error"]

@@ -1,5 +1,7 @@
 """Sampling in plain PyTorch: from the likeliest tokens, and from the whole vocabulary only if those are not enough."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,13 +24,15 @@ def sample(logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: 
         logits = logits.index_copy(0, rows, adjust(logits[rows], state, batch_rows[rows]))
     tokens = first_argmax(logits)
     peaks = logits.gather(1, tokens[:, None]).squeeze(1)  # NaN, if the row holds one
-    is_finite = peaks < float("inf")
-    if len(rows):  # what a penalty makes infinite is no fault of the model
-        is_finite[rows] = given[rows].amax(-1) < float("inf")
     drawn = torch.nonzero(state.temperature[batch_rows]).squeeze(1)  # a temperature of 0 takes the first maximum
     if len(drawn):
         tokens[drawn] = draw(logits[drawn], state, batch_rows[drawn], positions[drawn])
-    return tokens.masked_fill_(peaks == float("-inf"), NONE_LEFT).masked_fill_(~is_finite, NOT_FINITE)
+    if all(map(math.isfinite, peaks.tolist())):
+        return tokens
+    is_finite = peaks < math.inf
+    if len(rows):  # what a penalty makes infinite is no fault of the model
+        is_finite[rows] = given[rows].amax(-1) < math.inf
+    return tokens.masked_fill_(peaks == -math.inf, NONE_LEFT).masked_fill_(~is_finite, NOT_FINITE)
 
 
 def adjust(logits: Tensor, state: SamplingState, batch_rows: Tensor) -> Tensor:

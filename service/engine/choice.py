@@ -87,7 +87,7 @@ class Choice:
     def facts(self) -> str:
         """What an error says of it."""
         cached = self.start.num_cached if self.start else 0
-        prompt = f"{len(self._prompt.tokens)} prompt tokens, {cached} of them cached"
+        prompt = f"{len(self.prompt.tokens)} prompt tokens, {cached} of them cached"
         return f"choice {self._index} ({prompt}, and {len(self.tokens)} generated)"
 
     def begin(self, start: Start) -> None:

@@ -301,8 +301,10 @@ class Engine:
             case "timeout":
                 return UnavailableError(f"the request waited more than {self._queue_timeout:g} s for a slot")
             case "none_left":
-                message = f"'min_tokens': every token is a stop token or banned, so that none is left for {choice.facts}"
-                return RequestError(message, "min_tokens")
+                params = generation.request.params
+                field = next((name for name in ("allowed_token_ids", "bad_words") if getattr(params, name)), "min_tokens")
+                message = f"'{field}': every token is a stop token or banned, so that none is left for {choice.facts}"
+                return RequestError(message, field)
             case "not_finite":
                 self._metrics.non_finite_logits.inc()
                 log.error("logits are NaN or infinite: %s, adapter %d", choice.facts, generation.request.adapter.number)

@@ -308,6 +308,10 @@ def test_a_request_that_bans_every_token_is_told_so(directory: Path) -> None:
             with pytest.raises(RequestError, match=expected) as refused:
                 llm.generate("Once", params)
             assert refused.value.param == "min_tokens"
+        only = SamplingParams(max_tokens=1, allowed_token_ids=(1169,), bad_words=("the",))
+        with pytest.raises(RequestError, match=r"^'allowed_token_ids': every token is a stop token or banned") as refused:
+            llm.generate("Once", only)
+        assert refused.value.param == "allowed_token_ids"
         one_left = SamplingParams(max_tokens=2, min_tokens=2, stop_token_ids=tuple({*range(50257)} - {11}))
         assert llm.generate("Once", one_left)[0].tokens == [11, 11]
 

@@ -56,17 +56,23 @@ class Tokenizer:
         *,
         special: Mapping[str, int],
         added: Mapping[str, int],
-        eos_id: int,
+        eos_id: int | None,
+        eos_ids: Iterable[int] = (),
         bos_id: int | None = None,
+        start_id: int | None = None,
     ):
         """`tokens` holds the bytes of every id, `merge_order` the ids that bytes merge into, first merge first.
 
         `special` tokens are recognised in text only if the caller allows it, `added` ones always. `eos_id` ends a
-        document. `bos_id` starts every prompt; None if the checkpoint starts them with nothing.
+        document, and a text that is generated ends there or at any of `eos_ids`; None if no token does. `bos_id` starts
+        every prompt; None if the checkpoint starts them with nothing. `start_id`, or else `eos_id`, is the whole prompt
+        for an empty text.
         """
         self.special_tokens = dict(special)
         self.eos_id = eos_id
+        self.eos_ids = frozenset(eos_ids) | ({eos_id} if eos_id is not None else set())
         self.bos_id = bos_id
+        self.start_id = eos_id if start_id is None else start_id
         self.max_id = max(*tokens, *special.values(), *added.values())
         # A text of N bytes has at least N / max_token_bytes tokens.
         self.max_token_bytes = max(map(len, tokens.values()))
@@ -80,6 +86,11 @@ class Tokenizer:
         self._added_in_text = any_of(added)
         self._any_in_text = any_of({**added, **special})
         self._names = name_tokens(self._tokens, special)
+
+    @property
+    def ending(self) -> list[int]:
+        """What ends a document that a model learns from: eos, or nothing."""
+        return [] if self.eos_id is None else [self.eos_id]
 
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._tokens
@@ -122,10 +133,13 @@ class Tokenizer:
     def encode_prompt(self, text: str) -> list[int]:
         """The prompt that the model gets for `text`: bos if the checkpoint has one, then `encode`. Never empty.
 
-        The empty text without bos becomes eos: the end of a document, after which a new one starts.
+        The empty text without bos becomes `start_id`. Raises TokenizerError if there is none.
         """
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return bos + self.encode(text) or [self.eos_id]
+        tokens = [] if self.bos_id is None else [self.bos_id]
+        tokens += self.encode(text)
+        if not tokens and self.start_id is None:
+            raise TokenizerError("a prompt is empty, and the tokenizer has no token that starts a document")
+        return tokens or [self.start_id]
 
     def _encode_unsplit(self, text: str) -> list[int]:
         """Token ids of text in which nothing is special."""
@@ -210,8 +224,8 @@ def cut_long_space(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def r50k_base(eos_id: int | None = None) -> Tokenizer:
-    """GPT-2's and GPT-3's tokenizer from the vendored ranks. `eos_id` is <|endoftext|> unless a model has another.
+def r50k_base(eos_ids: Sequence[int] = ()) -> Tokenizer:
+    """GPT-2's and GPT-3's tokenizer from the vendored ranks. <|endoftext|> ends a text unless a model has other ids.
 
     Raises TokenizerError if the file is not the published one.
     """
@@ -227,5 +241,6 @@ def r50k_base(eos_id: int | None = None) -> Tokenizer:
         range(end),
         special={END_OF_TEXT: end},
         added={},
-        eos_id=end if eos_id is None else eos_id,
+        eos_id=eos_ids[0] if eos_ids else end,
+        eos_ids=eos_ids,
     )

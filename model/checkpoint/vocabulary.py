@@ -1,5 +1,6 @@
 """Read and check the tokenizer of a checkpoint directory, and turn it into tiktoken's ranks."""
 
+import logging
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,18 @@ SPECIAL_MAP_FILE = "special_tokens_map.json"
 ADDED_FILE = "added_tokens.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
-VOCABULARY_FILES = (PIPELINE_FILE, SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE, VOCAB_FILE, MERGES_FILE)
+GENERATION_FILE = "generation_config.json"
+VOCABULARY_FILES = (
+    PIPELINE_FILE,
+    SETTINGS_FILE,
+    SPECIAL_MAP_FILE,
+    ADDED_FILE,
+    VOCAB_FILE,
+    MERGES_FILE,
+    GENERATION_FILE,
+)
+
+log = logging.getLogger("banded.checkpoint")
 
 # Classes that add nothing to GPT-2's way of encoding; the last two mean "as tokenizer.json says".
 TOKENIZER_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
@@ -36,11 +48,13 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     >>> load_tokenizer(Path("opt-125m")).encode("Hello")
     [31414]
     """
-    extras = (optional_json(directory / name) or {} for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE))
+    extras = (
+        optional_json(directory / name) or {} for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE, GENERATION_FILE)
+    )
     files = CheckpointFiles(read_json(directory / CONFIG_FILE), optional_json(directory / PIPELINE_FILE), *extras)
     try:
         vocabulary = read_vocabulary(directory, files)
-        return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(files.config)
+        return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(files)
     except TokenizerError as error:
         raise TokenizerError(f"{directory}: {error}") from None
 
@@ -53,6 +67,7 @@ class CheckpointFiles(NamedTuple):
     settings: Json
     special_map: Json
     added: Json
+    generation: Json
 
 
 class Vocabulary(NamedTuple):
@@ -156,18 +171,20 @@ def check_id(token: str, token_id: Any, source: str) -> int:
     return token_id
 
 
-def embedded_tokenizer(config: Json) -> Tokenizer:
+def embedded_tokenizer(files: CheckpointFiles) -> Tokenizer:
     """r50k_base for a directory without a vocabulary, if no other fits the model. config.json says which token is eos."""
+    config = files.config
     model_type, vocab_size = config.get("model_type"), config.get("vocab_size")
     if model_type == "banded":
         if not isinstance(vocab_size, int) or vocab_size < R50K_VOCAB_SIZE:
             raise TokenizerError(f"{CONFIG_FILE}: vocab_size is {vocab_size}, r50k_base needs {R50K_VOCAB_SIZE}")
     elif model_type not in ("gpt2", "gpt_neo") or vocab_size != R50K_VOCAB_SIZE:
         raise TokenizerError(f"there is neither {PIPELINE_FILE} nor {VOCAB_FILE} with {MERGES_FILE}")
-    eos_id = config.get("eos_token_id")
-    if eos_id is not None and (type(eos_id) is not int or not 0 <= eos_id < R50K_VOCAB_SIZE):
-        raise TokenizerError(f"{CONFIG_FILE}: eos_token_id {eos_id!r} is not in the vocabulary")
-    return r50k_base(eos_id)
+    eos_ids = numbered("eos", files)
+    for eos_id in eos_ids:
+        if not 0 <= eos_id < R50K_VOCAB_SIZE:
+            raise TokenizerError(f"{CONFIG_FILE}: eos_token_id {eos_id} is not in the vocabulary")
+    return r50k_base(eos_ids)
 
 
 def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer:
@@ -179,20 +196,24 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
     last, vocab_size = max(ids, key=ids.__getitem__), files.config.get("vocab_size")
     if isinstance(vocab_size, int) and ids[last] >= vocab_size:
         raise TokenizerError(f"token {last!r} has id {ids[last]}, but {CONFIG_FILE} says vocab_size {vocab_size}")
-    bos_id, eos_id = token_in_role("bos", roles, files.config, ids), token_in_role("eos", roles, files.config, ids)
-    if eos_id is None:
-        raise TokenizerError(f"neither eos_token in {SETTINGS_FILE} nor eos_token_id in {CONFIG_FILE}")
+    bos_ids, eos_ids = (ids_in_role(role, roles, files, ids) for role in ("bos", "eos"))
+    if not eos_ids:
+        log.warning("no token ends a text: %s has no eos_token, %s no eos_token_id", SETTINGS_FILE, CONFIG_FILE)
     # A role's word may have no id, such as a pad token that the model never learnt: it is no token.
     names = flagged.union(roles.values())
-    special = {name: token_id for name, token_id in ids.items() if name in names or token_id in (bos_id, eos_id)}
+    # Of tokens that are known by their numbers alone, those that text merges into are text, such as a line's end.
+    ends = {*bos_ids[:1], *eos_ids} - set(vocabulary.merge_order)
+    special = {name: token_id for name, token_id in ids.items() if name in names or token_id in ends}
     tokens = {token_id: piece_bytes(piece) for piece, token_id in vocabulary.ids.items()}
     return Tokenizer(
         tokens | {token_id: name.encode() for name, token_id in {**added, **special}.items()},
         vocabulary.merge_order,
         special=special,
         added={name: token_id for name, token_id in added.items() if name not in special},
-        eos_id=eos_id,
-        bos_id=start_of_prompt(files, bos_id, ids),
+        eos_id=next(iter(eos_ids), None),
+        eos_ids=eos_ids,
+        bos_id=start_of_prompt(files, next(iter(bos_ids), None), ids),
+        start_id=next(iter(bos_ids), None),
     )
 
 
@@ -264,16 +285,42 @@ def token_text(token: Any, source: str) -> str:
     return str(token["content"])
 
 
-def token_in_role(role: str, roles: Mapping[str, str], config: Json, ids: Mapping[str, int]) -> int | None:
-    """The id of bos or eos: by name, or else by config.json's number, or else None."""
-    name, token_id = roles.get(f"{role}_token"), config.get(f"{role}_token_id")
-    if name is not None:
-        if name not in ids:
-            raise TokenizerError(f"{role}_token {name!r} is not in the vocabulary")
-        return ids[name]
-    if token_id is not None and token_id not in ids.values():
-        raise TokenizerError(f"{CONFIG_FILE}: {role}_token_id {token_id!r} is not in the vocabulary")
-    return token_id
+def ids_in_role(role: str, roles: Mapping[str, str], files: CheckpointFiles, ids: Mapping[str, int]) -> list[int]:
+    """The ids that are bos or eos: by the tokenizer's name, then by number. The model may generate any of them.
+
+    Published configurations carry numbers of the vocabulary that they were copied from. One without a row in the model's
+    embedding is never sampled, so it is left out, with a line in the log.
+    """
+    name = roles.get(f"{role}_token")
+    if name is not None and name not in ids:
+        raise TokenizerError(f"{role}_token {name!r} is not in the vocabulary")
+    found = dict.fromkeys([*([] if name is None else [ids[name]]), *numbered(role, files)])
+    num_rows = rows_of(files.config, ids)
+    for token_id in found:
+        if not 0 <= token_id < num_rows:
+            log.warning("%s_token_id %d is left out: the model's ids end at %d", role, token_id, num_rows - 1)
+    return [token_id for token_id in found if 0 <= token_id < num_rows]
+
+
+def numbered(role: str, files: CheckpointFiles) -> list[int]:
+    """The ids that config.json and generation_config.json give to a role: a number, a list of them, or none."""
+    found = []
+    for source, settings in ((CONFIG_FILE, files.config), (GENERATION_FILE, files.generation)):
+        value = settings.get(f"{role}_token_id")
+        listed = value if isinstance(value, list) else [value]
+        for token_id in listed:
+            if value is not None and type(token_id) is not int:
+                raise TokenizerError(
+                    f"{source}: {role}_token_id is {value!r:.80}, expected a whole number or a list of them"
+                )
+        found += [] if value is None else listed
+    return found
+
+
+def rows_of(config: Json, ids: Mapping[str, int]) -> int:
+    """How many ids the model has. Without a number in config.json all of the vocabulary counts."""
+    vocab_size = config.get("vocab_size")
+    return vocab_size if isinstance(vocab_size, int) else max(ids.values()) + 1
 
 
 def start_of_prompt(files: CheckpointFiles, bos_id: int | None, ids: Mapping[str, int]) -> int | None:

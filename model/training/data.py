@@ -40,8 +40,8 @@ def documents(path: Path) -> Iterator[str]:
 
 
 def tokens_of(document: str, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a document, and eos."""
-    return [*tokenizer.encode(document), tokenizer.eos_id]
+    """The tokens of a document, and eos if the tokenizer has one."""
+    return [*tokenizer.encode(document), *tokenizer.ending]
 
 
 def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:

@@ -118,11 +118,11 @@ class Encoded(NamedTuple):
 
 
 def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: int) -> list[Encoded]:
-    """Prompt, completion, eos. Raises ValueError naming the lines that don't fit the context."""
+    """Prompt, completion, and eos if there is one. Raises ValueError naming the lines that don't fit the context."""
     encoded = []
     for prompt, completion in examples:
         before = tokenizer.encode_prompt(prompt)
-        tokens = [*before, *tokenizer.encode(completion), tokenizer.eos_id]
+        tokens = [*before, *tokenizer.encode(completion), *tokenizer.ending]
         targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
         encoded.append(Encoded(tokens[:-1], targets))
     too_long = [len(example.inputs) > context for example in encoded]

@@ -219,7 +219,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metric
     overlap = device.type == "cuda"
     max_draft = 0 if overlap else MAX_DRAFT
     scheduler = Scheduler(cache, max_rows=options.max_slots, step_tokens=options.step_tokens, max_draft=max_draft)
-    warm_up(runner, scheduler, checkpoint.tokenizer.eos_id)
+    warm_up(runner, scheduler)
     if device.type == "cuda":
         runner.capture()
     engine = Engine(
@@ -234,9 +234,9 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metric
     return engine, runner
 
 
-def warm_up(runner: Runner, scheduler: Scheduler, token: int) -> None:
+def warm_up(runner: Runner, scheduler: Scheduler) -> None:
     """Run a prompt chunk and a decode step: the first step sets things up that no client should wait for."""
-    scheduler.submit([Sequence([token], 2, Sampling())])
+    scheduler.submit([Sequence([0], 2, Sampling())])
     while step := scheduler.schedule(0.0):
         started = time.perf_counter()
         scheduler.commit(runner.launch(step).result(), time.perf_counter() - started)

@@ -141,12 +141,14 @@ def chat_prompt(
     marked = [Turn(message.role, mark_special(message.content, names, mark)) for message in messages]
     if continue_final_message:
         marked[-1] = marked[-1]._replace(content=f"{marked[-1].content}{end} ")
-    bos_name = "" if tokenizer.bos_id is None else tokenizer.token_name(tokenizer.bos_id)
+    bos_name, eos_name = (
+        "" if token is None else tokenizer.token_name(token) for token in (tokenizer.bos_id, tokenizer.eos_id)
+    )
     try:
         text = prompt_format.render_chat(
             marked,
             bos_token=bos_name if prompt_format.bos_token is None else prompt_format.bos_token,
-            eos_token=tokenizer.token_name(tokenizer.eos_id),
+            eos_token=eos_name,
             add_generation_prompt=add_generation_prompt,
         )
     except Exception as error:  # the template is someone else's program
@@ -164,7 +166,7 @@ def chat_prompt(
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
     stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)
-    return start_prompt(tokens, tokenizer)._replace(stops=stops, stop_token_ids=stop_token_ids)
+    return start_prompt(tokens, tokenizer, "messages")._replace(stops=stops, stop_token_ids=stop_token_ids)
 
 
 def new_mark() -> str:

@@ -199,7 +199,7 @@ def read_prompt(
     if isinstance(given, str):
         if max_tokens is None:
             check_text_length(given, tokenizer, config.n_positions, param)
-        return end_of(text_prompt(given, tokenizer, allow_special=allow_special), max_tokens)
+        return end_of(text_prompt(given, tokenizer, param, allow_special=allow_special), max_tokens)
     check_token_ids(given, config.vocab_size, param)
     return end_of(Prompt(list(given)), max_tokens)
 
@@ -211,15 +211,22 @@ def end_of(prompt: Prompt, max_tokens: int | None) -> Prompt:
     return prompt._replace(tokens=prompt.tokens[:start] + prompt.tokens[start + num_left_out :])
 
 
-def text_prompt(text: str, tokenizer: Tokenizer, *, allow_special: bool = False) -> Prompt:
-    return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer)
+def text_prompt(text: str, tokenizer: Tokenizer, param: str = "prompt", *, allow_special: bool = False) -> Prompt:
+    return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer, param)
 
 
-def start_prompt(tokens: list[int], tokenizer: Tokenizer) -> Prompt:
-    """`tokens`, after bos if the model has one. Without both it is end of text, after which a new document starts."""
+def start_prompt(tokens: list[int], tokenizer: Tokenizer, param: str = "prompt") -> Prompt:
+    """`tokens`, after bos if the model has one. Without both it is the token that starts a document.
+
+    Raises RequestError about `param` if the model has none.
+    """
     if tokenizer.bos_id is not None:
         return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
-    return Prompt(tokens) if tokens else Prompt([tokenizer.eos_id], num_implicit=1)
+    if tokens:
+        return Prompt(tokens)
+    if tokenizer.start_id is None:
+        raise RequestError(f"'{param}': is empty, and the model has no token that starts a document", param)
+    return Prompt([tokenizer.start_id], num_implicit=1)
 
 
 @dataclass(frozen=True)
@@ -237,7 +244,7 @@ class GenerationRequest:
     def stop_ids(self, prompt: Prompt, tokenizer: Tokenizer) -> frozenset[int]:
         """Tokens that end a choice. A stop that names a special token is that token: it has no text to be searched for."""
         special = {token for name, token in tokenizer.special_tokens.items() if name in self.params.stop}
-        eos = () if self.params.ignore_eos else (tokenizer.eos_id,)
+        eos = () if self.params.ignore_eos else tokenizer.eos_ids
         return frozenset((*self.params.stop_token_ids, *prompt.stop_token_ids, *special, *eos))
 
     def sequences(self, tokenizer: Tokenizer, deadline: float = math.inf) -> list[list[Sequence]]:

@@ -18,7 +18,7 @@ import model.checkpoint.tokenizer
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.tokenizer import END_OF_TEXT, PromptPart, Tokenizer, TokenizerError, r50k_base
 from model.checkpoint.vocabulary import BYTE_OF, load_tokenizer
-from service.engine.request import text_prompt
+from service.engine.request import Prompt, RequestError, text_prompt
 from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
 
 Json = dict[str, Any]
@@ -399,6 +399,9 @@ class TestDirectoriesWithoutVocabulary:
             load_tokenizer(tmp_path)
 
 
+BYTES = {character: token_id for token_id, character in enumerate(BYTE_OF)}
+
+
 def tiny_vocab() -> dict[str, int]:
     """Every byte, "ab", "abc" and an end."""
     return {piece: token_id for token_id, piece in enumerate([*BYTE_OF, "ab", "abc", "<end>"])}
@@ -474,6 +477,62 @@ class TestTinyCheckpoint:
         write(tiny, name, {})
         assert load_tokenizer(tiny).special_tokens == {"<end>": 258}
 
+    @pytest.mark.parametrize(
+        ("role", "config", "generation", "ends"),
+        [
+            ("<end>", None, None, [258]),
+            ("<end>", 258, [258], [258]),
+            ("<end>", 257, 10, [258, 257, 10]),
+            (None, [257, 258], 258, [257, 258]),
+            (None, None, [198, 257], [198, 257]),
+            (None, [], None, []),
+            (None, None, None, []),
+        ],
+    )
+    def test_every_end_of_text_that_a_file_names(
+        self, tiny: Path, role: str | None, config: Any, generation: Any, ends: list[int]
+    ) -> None:
+        write(tiny, "tokenizer_config.json", {"eos_token": role})
+        write(tiny, "config.json", {"model_type": "gpt2", "vocab_size": 259, "eos_token_id": config})
+        write(tiny, "generation_config.json", {"eos_token_id": generation})
+        tokenizer = load_tokenizer(tiny)
+        assert tokenizer.eos_ids == set(ends)
+        assert tokenizer.eos_id == tokenizer.start_id == (ends[0] if ends else None)
+
+    def test_ids_that_the_model_lacks_end_nothing_and_are_logged(self, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """As in a config.json that was copied from GPT-2's for a smaller vocabulary."""
+        write(tiny, "tokenizer_config.json", {})
+        config = {"model_type": "gpt2", "vocab_size": 259, "bos_token_id": 50256, "eos_token_id": [50256, -1, 258]}
+        write(tiny, "config.json", config)
+        assert load_tokenizer(tiny).eos_ids == {258}
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{role}_token_id {token_id} is left out: the model's ids end at 258"
+            for role, token_id in (("bos", 50256), ("eos", 50256), ("eos", -1))
+        ]
+
+    def test_bos_starts_a_document_that_follows_no_prompt(self, tiny: Path) -> None:
+        write(tiny, "config.json", {"model_type": "gpt2", "vocab_size": 259, "bos_token_id": 257})
+        tokenizer = load_tokenizer(tiny)
+        assert tokenizer.bos_id is None
+        assert (tokenizer.eos_id, tokenizer.encode_prompt(""), tokenizer.encode_prompt("a")) == (258, [257], [64])
+        assert text_prompt("", tokenizer) == Prompt([257], num_implicit=1)
+
+    def test_no_token_starts_a_document(self, tiny: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write(tiny, "tokenizer_config.json", {})
+        tokenizer = load_tokenizer(tiny)
+        assert "no token ends a text: tokenizer_config.json has no eos_token" in caplog.text
+        with pytest.raises(TokenizerError, match="a prompt is empty, and the tokenizer has no token that starts a docu"):
+            tokenizer.encode_prompt("")
+        with pytest.raises(RequestError, match="'prompt': is empty, and the model has no token that starts a document"):
+            text_prompt("", tokenizer)
+
+    def test_a_line_end_that_ends_texts_stays_text(self, tiny: Path) -> None:
+        write(tiny, "config.json", {"model_type": "gpt2", "vocab_size": 259, "eos_token_id": BYTES["Ċ"]})
+        tokenizer = load_tokenizer(tiny)
+        assert tokenizer.eos_ids == {258, BYTES["Ċ"]}
+        assert tokenizer.special_tokens == {"<end>": 258}
+        assert tokenizer.text_bytes(BYTES["Ċ"]) == b"\n"
+
     def test_role_without_an_id_is_no_token(self, tiny: Path) -> None:
         write(tiny, "tokenizer_config.json", {"eos_token": "<end>", "pad_token": "[PAD]"})
         assert load_tokenizer(tiny).special_tokens == {"<end>": 258}
@@ -495,7 +554,12 @@ REFUSED_JSON: list[tuple[str, Any, str]] = [
     ("vocab.json", tiny_vocab() | {"ab": True}, r"vocab\.json: the id of 'ab' is True, expected an integer"),
     ("vocab.json", tiny_vocab() | {"ab": -1}, r"vocab\.json: the id of 'ab' is -1, expected an integer"),
     ("tokenizer_config.json", {"eos_token": "</s>"}, "eos_token '</s>' is not in the vocabulary"),
-    ("tokenizer_config.json", {"pad_token": "<end>"}, r"neither eos_token in tokenizer_config\.json nor eos_token_id"),
+    ("config.json", {"eos_token_id": "258"}, r"config\.json: eos_token_id is '258', expected a whole number or a list"),
+    (
+        "generation_config.json",
+        {"eos_token_id": [258, None]},
+        r"generation_config\.json: eos_token_id is \[258, None\], exp",
+    ),
     ("tokenizer_config.json", {"eos_token": 258}, r"tokenizer_config\.json: 258 describes no token"),
     ("tokenizer_config.json", {"add_prefix_space": True}, r"tokenizer_config\.json: add_prefix_space is not supported"),
     ("tokenizer_config.json", {"add_eos_token": True}, r"tokenizer_config\.json: add_eos_token is not supported"),

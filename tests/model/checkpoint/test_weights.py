@@ -286,12 +286,14 @@ def test_a_model_keeps_the_tokenizer_and_the_card_of_its_origin(tmp_path: Path) 
     origin = tiny("opt", tmp_path)
     write_vocabulary(origin, {**{spelled(bytes([byte])): byte for byte in range(256)}, "</s>": 256}, [])
     raw = json.loads((origin / "config.json").read_text())
-    (origin / "config.json").write_text(json.dumps(raw | {"bos_token_id": 256, "eos_token_id": 256}))
+    (origin / "config.json").write_text(json.dumps(raw | {"bos_token_id": 256, "eos_token_id": [256, 66]}))
     (origin / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "add_bos_token": True}))
     (origin / "banded.json").write_text(json.dumps({"separator": " ; "}))
+    (origin / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 65], "temperature": 0.7}))
     save_model(tmp_path / "saved", load(origin), torch.float32, origin=origin)
     ours, theirs = load_tokenizer(tmp_path / "saved"), load_tokenizer(origin)
     assert ours.bos_id == theirs.bos_id == 256
+    assert ours.eos_ids == theirs.eos_ids == {256, 65, 66}
     assert ours.encode("ab") == theirs.encode("ab") == [97, 98]
     assert ours.fingerprint() == theirs.fingerprint() != r50k_base().fingerprint()
     assert load_prompt_format(tmp_path / "saved").separator == " ; "

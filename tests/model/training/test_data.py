@@ -83,7 +83,7 @@ def test_a_shard_is_written_once_for_a_content(tmp_path: Path) -> None:
 def test_another_tokenizer_makes_another_shard(tmp_path: Path) -> None:
     path = tmp_path / "tales.txt"
     path.write_text("one", encoding="utf-8")
-    first, second = (write_shard(path, r50k_base(eos_id), tmp_path / "tokens") for eos_id in (None, 0))
+    first, second = (write_shard(path, r50k_base(eos_ids), tmp_path / "tokens") for eos_ids in ((), [0]))
     assert open_shard(first)[-1] == 50256
     assert open_shard(second)[-1] == 0
 

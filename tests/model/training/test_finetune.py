@@ -12,7 +12,7 @@ import model.training.finetune
 import model.training.run
 from kernels import torch_ops
 from model.attention import TrainingAttention
-from model.checkpoint.tokenizer import r50k_base
+from model.checkpoint.tokenizer import Tokenizer, r50k_base
 from model.checkpoint.weights import load_model
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -126,6 +126,13 @@ def test_the_prompt_is_read_and_not_learnt() -> None:
     assert example.targets == [IGNORED] * (len(prompt) - 1) + [*completion, tokenizer.eos_id]
     (empty,) = encode([TrainingExample("", "x")], tokenizer, 32)
     assert empty.inputs == [tokenizer.eos_id, *tokenizer.encode("x")]
+
+
+def test_a_tokenizer_without_end_of_text_ends_completions_with_nothing() -> None:
+    tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, range(256), special={}, added={}, eos_id=None)
+    assert encode([TrainingExample("ab", "cd")], tokenizer, 32) == [([97, 98, 99], [IGNORED, 99, 100])]
+    with pytest.raises(ValueError, match="a prompt is empty, and the tokenizer has no token that starts a document"):
+        encode([TrainingExample("", "x")], tokenizer, 32)
 
 
 def test_padding_changes_no_loss() -> None:

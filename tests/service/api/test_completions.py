@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from model.checkpoint.tokenizer import r50k_base
 from model.step import Sampling, StepInput
 from service.api.answers import TextEvents, chunk_event
 from service.api.schema.base import StreamOptions
@@ -364,6 +365,24 @@ def test_a_special_tokens_name_spelt_by_ordinary_tokens_is_a_stop_too() -> None:
 def test_the_stop_string_may_be_kept() -> None:
     choice = post({"model": "fake", "stop": "o thr", "include_stop_str_in_output": True}).json()["choices"][0]
     assert (choice["text"], choice["finish_reason"]) == (" one two thr", "stop")
+
+
+@contract("completions", "ignore_eos", "concerns every end-of-text token of a model that has several")
+@pytest.mark.parametrize(
+    ("ignore_eos", "script", "text", "reason"),
+    [
+        (False, " one two one", " one", "stop"),
+        (False, " one one three", " one one", "stop"),
+        (False, "<|endoftext|> one", "", "stop"),
+        (True, " one two one three", " one two one three", "length"),
+    ],
+)
+def test_each_end_of_text_token_ends_a_text(ignore_eos: bool, script: str, text: str, reason: str) -> None:
+    class SeveralEnds(FakeEngine):
+        tokenizer = r50k_base([50256, *FakeEngine.tokenizer.encode(" two three")])
+
+    choice = post({"model": "fake", "ignore_eos": ignore_eos, "max_tokens": 4}, SeveralEnds(script)).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == (text, reason)
 
 
 @contract("completions", "n", "one shared prefill")

@@ -318,6 +318,12 @@ class TestChat:
     def test_empty_rendering_is_a_new_document(self) -> None:
         assert chat_prompt([], BORDERLESS, PLAIN) == Prompt([END], 1)
         assert chat_prompt([], BORDERLESS, WITH_BOS) == Prompt([50257], 1)
+        tokens = {token: R50K.token_bytes(token) for token in range(END)}
+        endless = Tokenizer(tokens, range(END), special={}, added={}, eos_id=None)
+        with pytest.raises(RequestError, match="'messages': is empty, and the model has no token that starts a document"):
+            chat_prompt([], BORDERLESS, endless)
+        template = PromptFormat(chat_template="{{ messages[0].content }}{{ eos_token }}")
+        assert chat_prompt([Turn("user", "a")], template, endless).tokens == [64]
 
     @pytest.mark.parametrize(
         ("template", "reason"),

@@ -89,6 +89,10 @@ ONLY = {
 }
 
 
+# Tensors of heads that other tasks put on a decoder: classes, answers, rewards. The logits of the next token need none.
+OTHER_HEADS = r"(classifier|multiple_choice_head|qa_outputs|reward_head|score|v_head|value_head)\..+"
+
+
 def refuse_unserved(raw: Json) -> None:
     """ValueError naming the first field for which gpt.py lacks the maths."""
     for name, only in ONLY.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -15,12 +16,21 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from model.checkpoint.architectures import TEXT_FIELDS, WEIGHTS_FILE, Architecture, Source, read_architecture
+from model.checkpoint.architectures import (
+    OTHER_HEADS,
+    TEXT_FIELDS,
+    WEIGHTS_FILE,
+    Architecture,
+    Source,
+    read_architecture,
+)
 from model.checkpoint.files import CONFIG_FILE, CheckpointError, few, read_json, write_atomically
 from model.checkpoint.prompt_format import PROMPT_FORMAT_FILE, TEMPLATE_FILE
 from model.checkpoint.vocabulary import VOCABULARY_FILES
 from model.config import GPTConfig
 from model.gpt import GPT
+
+log = logging.getLogger("banded.checkpoint")
 
 INDEX_FILE = "model.safetensors.index.json"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -70,8 +80,11 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device = CPU) 
         model = GPT(config)
     with ExitStack() as open_files:
         stored = open_tensors(weight_files(directory), architecture, open_files)
-        head = stored.pop("lm_head.weight", None) if config.tied_head else None
+        leave_out_other_heads(directory, stored)
         sources = {name: architecture.source_of(name) for name, _ in model.named_parameters()}
+        head = stored.pop("lm_head.weight", None) if config.tied_head else None
+        if head is not None:  # a file may hold either of the tied weights, or both
+            stored.setdefault(sources["wte.weight"].keys[0], head)
         check_keys(directory, sources, stored)
         for name, parameter in model.named_parameters():
             check_shapes(tuple(unpadded(name, parameter, config).shape), sources[name], stored)
@@ -133,6 +146,15 @@ def open_tensors(files: Iterable[Path], architecture: Architecture, open_files: 
                 raise CheckpointError(f"{file} holds {key}, and {first.file.name} holds it too, as {first.key}")
             stored[name] = StoredTensor(file, key, handle)
     return stored
+
+
+def leave_out_other_heads(directory: Path, stored: dict[str, StoredTensor]) -> None:
+    """Remove the tensors of heads that a language model does without, with a line in the log."""
+    heads = [name for name in sorted(stored) if re.fullmatch(OTHER_HEADS, stored[name].key)]
+    if heads:
+        log.warning("%s: left out %s of a head for another task: %s", directory, counted(heads), few(heads))
+    for name in heads:
+        del stored[name]
 
 
 def check_keys(directory: Path, sources: Mapping[str, Source], stored: Mapping[str, StoredTensor]) -> None:

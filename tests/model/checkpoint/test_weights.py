@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save_model as save_whole
 from torch import Tensor
 
 from model.checkpoint.architectures import BANDED_FIELDS, read_architecture
@@ -194,6 +196,73 @@ def test_a_tied_head_may_be_repeated_but_not_differ(arch: str, embedding: str, t
     assert load(directory).lm_head is None
     edit_tensors(directory, lambda tensors: {**tensors, "lm_head.weight": tensors[embedding] + 1})
     refused(directory, f"lm_head.weight differs from {embedding} though config.json ties them")
+
+
+@pytest.mark.parametrize(
+    ("arch", "class_name"),
+    [
+        ("gpt2", "GPT2LMHeadModel"),
+        ("gpt_neo", "GPTNeoForCausalLM"),
+        ("opt", "OPTForCausalLM"),
+        ("opt-350m", "OPTForCausalLM"),
+    ],
+)
+@pytest.mark.parametrize("kept", ["head", "embedding"])
+def test_tied_weights_may_be_stored_under_either_name(arch: str, class_name: str, kept: str, tmp_path: Path) -> None:
+    """As safetensors.torch.save_model writes them, which keeps the name that sorts first."""
+    directory = tiny(arch, tmp_path)
+    before = load(directory).state_dict()
+    theirs = getattr(transformers, class_name).from_pretrained(directory)
+    save_whole(theirs, str(directory / "model.safetensors"))
+    if kept == "embedding":
+        embedding = next(name for name, _ in theirs.named_parameters() if "wte" in name or "embed_tokens" in name)
+        edit_tensors(directory, lambda t: {embedding if name == "lm_head.weight" else name: t[name] for name in t})
+    assert ("lm_head.weight" in load_file(directory / "model.safetensors")) == (kept == "head")
+    after = load(directory).state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_tied_model_needs_one_of_both_names(tmp_path: Path) -> None:
+    directory = edit_tensors(tiny("gpt2", tmp_path), lambda t: {n: t[n] for n in t if not n.endswith("wte.weight")})
+    refused(directory, "lacks 1 tensor that config.json asks for: wte.weight$")
+
+
+@pytest.mark.parametrize(
+    ("arch", "class_name", "heads"),
+    [
+        ("gpt2", "GPT2ForSequenceClassification", "1 tensor of a head for another task: score.weight"),
+        ("gpt2", "GPT2ForTokenClassification", "2 tensors of a head for another task: classifier.bias, classifier.weight"),
+        ("gpt2", "GPT2ForQuestionAnswering", "2 tensors of a head for another task: qa_outputs.bias, qa_outputs.weight"),
+        (
+            "gpt2",
+            "GPT2DoubleHeadsModel",
+            "2 tensors of a head for another task: multiple_choice_head.summary.bias, multiple_choice_head.summary.weight",
+        ),
+        ("gpt_neo", "GPTNeoForSequenceClassification", "1 tensor of a head for another task: score.weight"),
+        ("gpt_neo", "GPTNeoForTokenClassification", "classifier.bias, classifier.weight"),
+        ("gpt_neo", "GPTNeoForQuestionAnswering", "qa_outputs.bias, qa_outputs.weight"),
+        ("opt", "OPTForSequenceClassification", "1 tensor of a head for another task: score.weight"),
+        ("opt", "OPTForQuestionAnswering", "qa_outputs.bias, qa_outputs.weight"),
+        ("opt-350m", "OPTForSequenceClassification", "1 tensor of a head for another task: score.weight"),
+    ],
+)
+def test_heads_of_other_tasks_are_left_out(
+    arch: str, class_name: str, heads: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tiny(arch, tmp_path)
+    before = load(directory).state_dict()
+    assert caplog.text == ""
+    getattr(transformers, class_name).from_pretrained(directory, num_labels=2).save_pretrained(directory)
+    after = load(directory).state_dict()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert heads in caplog.text
+
+
+def test_a_value_head_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The keys are those of trl's AutoModelForCausalLMWithValueHead."""
+    head = {"v_head.summary.weight": torch.ones(1, 64), "v_head.summary.bias": torch.ones(1)}
+    load(edit_tensors(tiny("gpt2", tmp_path), lambda tensors: tensors | head))
+    assert "gpt2: left out 2 tensors of a head for another task: v_head.summary.bias, v_head.summary.w" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -474,7 +543,9 @@ def test_extra_tensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arch", "name"),
     [
-        ("gpt2", "score.weight"),
+        ("gpt2", "transformer.score.h.weight"),
+        ("gpt2", "score_weight"),
+        ("opt", "model.score.weight"),
         ("gpt2", "lm_head.bias"),
         ("gpt2", "transformer.h.0.crossattention.c_attn.weight"),
         ("gpt_neo", "transformer.h.0.attn.attention.q_proj.bias"),

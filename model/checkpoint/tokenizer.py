@@ -4,10 +4,12 @@ import base64
 import copy
 import hashlib
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import regex
 import tiktoken
 
 from model.checkpoint.files import CheckpointError
@@ -19,6 +21,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 # How GPT-2 cuts text into words before merging bytes inside each.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+# The same where every digit, or every number, is a word of its own, without the space ahead of it.
+DIGITS_PATTERN = GPT2_PATTERN.replace(r"| ?\p{N}++", "").replace(r"\s++$", r"\s++(?=\p{N}|$)")
+DIGIT_PATTERN, NUMBER_PATTERN = r"\p{N}|" + DIGITS_PATTERN, r"\p{N}++|" + DIGITS_PATTERN
+# NFC makes a text so many times shorter at most: U+1FBE U+0308 U+0301, of 7 bytes, becomes U+0390, of 2.
+NFC_SHRINKS = 4
 
 # How a token is named that has no other name. So no other name may begin like this.
 NUMBERED = "token_id:"
@@ -36,6 +44,18 @@ class PromptPart(NamedTuple):
 
     text: str
     allow_special: bool
+
+
+class TextRules(NamedTuple):
+    """What happens to text before bytes merge, where it differs between tokenizers. The defaults are GPT-2's."""
+
+    pattern: str = GPT2_PATTERN  # cuts words
+    nfc: bool = False  # text is brought into Unicode's composed form first
+    unknown_id: int | None = None  # stands for a byte without a token; None: such bytes are left out
+    fuse_unknown: bool = False  # a run of such bytes in a word is one `unknown_id`
+
+
+GPT2_RULES = TextRules()
 
 
 class Tokenizer:
@@ -60,13 +80,15 @@ class Tokenizer:
         eos_ids: Iterable[int] = (),
         bos_id: int | None = None,
         start_id: int | None = None,
+        num_rows: int | None = None,
+        rules: TextRules = GPT2_RULES,
     ):
         """`tokens` holds the bytes of every id, `merge_order` the ids that bytes merge into, first merge first.
 
         `special` tokens are recognised in text only if the caller allows it, `added` ones always. `eos_id` ends a
         document, and a text that is generated ends there or at any of `eos_ids`; None if no token does. `bos_id` starts
         every prompt; None if the checkpoint starts them with nothing. `start_id`, or else `eos_id`, is the whole prompt
-        for an empty text.
+        for an empty text. The model has no row for ids from `num_rows` on. Bytes that no id stands for follow `rules`.
         """
         self.special_tokens = dict(special)
         self.eos_id = eos_id
@@ -74,14 +96,17 @@ class Tokenizer:
         self.bos_id = bos_id
         self.start_id = eos_id if start_id is None else start_id
         self.max_id = max(*tokens, *special.values(), *added.values())
-        # A text of N bytes has at least N / max_token_bytes tokens.
         self.max_token_bytes = max(map(len, tokens.values()))
+        self.rules = rules
+        self._num_rows = self.max_id + 1 if num_rows is None else num_rows
         self._tokens = dict(tokens)
         self._special_ids = frozenset(special.values())
         # OPT numbers its tokens by frequency, so the first merge does not have the lowest id.
         self._id_of_rank = None if list(merge_order) == list(range(len(merge_order))) else list(merge_order)
         ranks = {tokens[token_id]: rank for rank, token_id in enumerate(merge_order)}
-        self._bpe = tiktoken.Encoding("banded", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+        self._bpe = tiktoken.Encoding("banded", pat_str=rules.pattern, mergeable_ranks=ranks, special_tokens={})
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        self._missing = re.compile(b"([%b]+)" % re.escape(bytes(missing))) if missing else None
         self._added = dict(added)
         self._added_in_text = any_of(added)
         self._any_in_text = any_of({**added, **special})
@@ -94,6 +119,15 @@ class Tokenizer:
 
     def __contains__(self, token_id: int) -> bool:
         return token_id in self._tokens
+
+    def has_row(self, token_id: int) -> bool:
+        return token_id < self._num_rows
+
+    def least_tokens(self, text: str) -> int:
+        """A lower bound on the tokens of a text of any length, known without encoding it."""
+        data = text.encode(errors="replace")
+        known = self._missing.sub(b"", data) if self._missing else data
+        return -(-len(known) // (self.max_token_bytes * (NFC_SHRINKS if self.rules.nfc else 1)))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`, without bos. The name of a special token stays text unless `allow_special`.
@@ -131,15 +165,28 @@ class Tokenizer:
         return other
 
     def encode_prompt(self, text: str) -> list[int]:
-        """The prompt that the model gets for `text`: bos if the checkpoint has one, then `encode`. Never empty.
+        """The prompt that the model gets for `text`. Raises TokenizerError as `started` does."""
+        return self.started(self.encode(text))
 
-        The empty text without bos becomes `start_id`. Raises TokenizerError if there is none.
+    def started(self, tokens: list[int]) -> list[int]:
+        """The prompt that the model gets for `tokens`: after bos if the checkpoint has one. Never empty.
+
+        Without both it is `start_id`. Raises TokenizerError if there is none, or as `checked` does.
         """
-        tokens = [] if self.bos_id is None else [self.bos_id]
-        tokens += self.encode(text)
+        if self.bos_id is not None:
+            return [self.bos_id, *self.checked(tokens)]
         if not tokens and self.start_id is None:
-            raise TokenizerError("a prompt is empty, and the tokenizer has no token that starts a document")
-        return tokens or [self.start_id]
+            raise TokenizerError("an empty prompt needs a token that starts a document, and the model has none")
+        return self.checked(tokens) or [self.start_id]
+
+    def checked(self, tokens: list[int]) -> list[int]:
+        """`tokens`. Raises TokenizerError naming the first for which the model has no row."""
+        if self.max_id >= self._num_rows:
+            for token in tokens:
+                if not self.has_row(token):
+                    name = self.token_name(token)
+                    raise TokenizerError(f"{name!r} is token {token}, but the model's ids end at {self._num_rows - 1}")
+        return tokens
 
     def _encode_unsplit(self, text: str) -> list[int]:
         """Token ids of text in which nothing is special."""
@@ -149,16 +196,39 @@ class Tokenizer:
         return tokens
 
     def _encode_plain(self, text: str) -> list[int]:
+        if self.rules.nfc:
+            text = unicodedata.normalize("NFC", text)
+        if self._missing and self._missing.search(text.encode(errors="surrogatepass")):
+            # As tiktoken does it: a lone surrogate becomes U+FFFD.
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+            words = regex.findall(self.rules.pattern, text)
+            return [token for word in words for token in self._encode_lossy(self._missing, word.encode())]
         ranks = []
-        for piece in cut_long_space(text):
+        for piece in cut_long_space(text, before_numbers=self.rules.pattern == GPT2_PATTERN):
             ranks += self._bpe.encode_ordinary(piece)
+        return self._ids_of(ranks)
+
+    def _encode_lossy(self, missing: re.Pattern[bytes], word: bytes) -> list[int]:
+        """A word in which bytes may lack a token. What stands around a byte that is left out merges."""
+        if self.rules.unknown_id is None:
+            known = missing.sub(b"", word)
+            return self._ids_of(self._bpe._encode_single_piece(known)) if known else []
+        tokens: list[int] = []
+        for place, part in enumerate(missing.split(word)):
+            if place % 2:
+                tokens += [self.rules.unknown_id] * (1 if self.rules.fuse_unknown else len(part))
+            elif part:
+                tokens += self._ids_of(self._bpe._encode_single_piece(part))
+        return tokens
+
+    def _ids_of(self, ranks: list[int]) -> list[int]:
         return ranks if self._id_of_rank is None else [self._id_of_rank[rank] for rank in ranks]
 
     def fingerprint(self) -> str:
         """A hash in hexadecimal, equal for tokenizers that encode every text alike."""
         merges = self._id_of_rank or self._bpe.n_vocab
         special, added = sorted(self.special_tokens.items()), sorted(self._added.items())
-        told = (sorted(self._tokens.items()), merges, special, added, self.bos_id, self.eos_id)
+        told = (sorted(self._tokens.items()), merges, special, added, self.bos_id, self.eos_id, self.rules)
         return hashlib.sha256(repr(told).encode()).hexdigest()
 
     def token_bytes(self, token_id: int) -> bytes:
@@ -212,13 +282,16 @@ def any_of(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
 
 
-def cut_long_space(text: str) -> Iterator[str]:
+def cut_long_space(text: str, *, before_numbers: bool = True) -> Iterator[str]:
     """`text` cut where GPT2_PATTERN cuts long white space anyway: ahead of its last character, which joins the next word.
 
-    tiktoken's regex engine backtracks over the run to get there, and panics if the run is 999,999 long.
+    The other patterns don't cut white space before numbers. tiktoken's regex engine backtracks over the run to get there,
+    and panics if the run is 999,999 long.
     """
     start = 0
     for run in LONG_SPACE.finditer(text):
+        if not before_numbers and unicodedata.category(text[run.end()]).startswith("N"):
+            continue
         yield text[start : run.end() - 1]
         start = run.end() - 1
     yield text[start:]

@@ -8,8 +8,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.checkpoint.files import CONFIG_FILE, Json, optional_json, read_json, read_text
-from model.checkpoint.tokenizer import R50K_VOCAB_SIZE, Tokenizer, TokenizerError, r50k_base
+from model.checkpoint.files import CONFIG_FILE, Json, few, optional_json, read_json, read_text
+from model.checkpoint.tokenizer import (
+    DIGIT_PATTERN,
+    GPT2_PATTERN,
+    GPT2_RULES,
+    NUMBER_PATTERN,
+    R50K_VOCAB_SIZE,
+    TextRules,
+    Tokenizer,
+    TokenizerError,
+    r50k_base,
+)
 
 PIPELINE_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
@@ -28,6 +38,15 @@ VOCABULARY_FILES = (
     GENERATION_FILE,
 )
 
+# GPT-2's pattern as its authors and as tiktoken write it, where a Split cuts the words.
+SPLITS = (
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    GPT2_PATTERN,
+)
+# No UTF-8 text holds these bytes.
+NEVER_IN_TEXT = {0xC0, 0xC1, *range(0xF5, 0x100)}
+
 log = logging.getLogger("banded.checkpoint")
 
 # Classes that add nothing to GPT-2's way of encoding; the last two mean "as tokenizer.json says".
@@ -42,8 +61,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     The vocabulary is tokenizer.json or, without one, vocab.json with merges.txt. A directory with neither gets r50k_base
     if the model is our own, or a GPT-2 or GPT-Neo of 50257 tokens, whose vocabulary r50k_base is.
 
-    Raises CheckpointError naming what can't be read, or what encodes text in another way than GPT-2's: a normalizer,
-    another pre-tokenizer, a prefix space, a byte without a token.
+    Raises CheckpointError naming what can't be read, or what encodes text in another way than GPT-2's: a normalizer other
+    than NFC, a pre-tokenizer other than GPT-2's with or without Digits, a prefix space.
 
     >>> load_tokenizer(Path("opt-125m")).encode("Hello")
     [31414]
@@ -75,6 +94,7 @@ class Vocabulary(NamedTuple):
 
     ids: Mapping[str, int]
     merge_order: Sequence[int]
+    rules: TextRules = GPT2_RULES
 
 
 def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | None:
@@ -97,17 +117,70 @@ def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
         raise TokenizerError(f"{PIPELINE_FILE}: model {type_of(model)} is not supported, only BPE")
     if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
         raise TokenizerError(f"{PIPELINE_FILE}: the model lacks vocab or merges")
-    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"):
+    for option in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(option):
             raise TokenizerError(f"{PIPELINE_FILE}: model.{option} {model[option]!r} is not supported")
-    if pipeline.get("normalizer") is not None:
-        raise TokenizerError(f"{PIPELINE_FILE}: normalizer {type_of(pipeline['normalizer'])} is not supported")
-    words = pipeline.get("pre_tokenizer") or {}
-    if type_of(words) != "ByteLevel" or not words.get("use_regex", True):
-        raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer {type_of(words)} does not cut words as GPT-2 does")
-    if words.get("add_prefix_space"):
+    vocabulary = checked_vocabulary(model["vocab"], PIPELINE_FILE, model["merges"], f"{PIPELINE_FILE} merge", 1)
+    normalizers = list(map(type_of, steps_of(pipeline.get("normalizer"), "normalizers")))
+    if set(normalizers) - {"NFC"}:
+        raise TokenizerError(f"{PIPELINE_FILE}: normalizer {', '.join(normalizers)} is not supported, only NFC")
+    rules = TextRules(
+        word_pattern(pipeline.get("pre_tokenizer")), bool(normalizers), *unknown_bytes(model, vocabulary.merge_order)
+    )
+    added = [token for token in pipeline.get("added_tokens") or [] if isinstance(token, dict)]
+    if model.get("ignore_merges"):  # changes nothing where merges make every piece
+        made = {*vocabulary.merge_order, *(token.get("id") for token in added)}
+        loose = [piece for piece, token_id in vocabulary.ids.items() if token_id not in made]
+        if loose:
+            why = f"no merge makes {loose[0]!r}"
+            raise TokenizerError(f"{PIPELINE_FILE}: model.ignore_merges True is not supported where {why}")
+    late = [token.get("content") for token in added if token.get("normalized")]
+    if rules.nfc and late:
+        raise TokenizerError(f"{PIPELINE_FILE}: normalizer NFC ahead of added token {late[0]!r} is not supported")
+    return vocabulary._replace(rules=rules)
+
+
+def steps_of(part: Any, members: str) -> list[Any]:
+    """The steps of a part of tokenizer.json, with those of each Sequence, which lie in its field `members`, in its place."""
+    if type_of(part) == "Sequence":
+        return [step for inner in part.get(members) or [] for step in steps_of(inner, members)]
+    return [] if part is None else [part]
+
+
+def word_pattern(pre_tokenizer: Any) -> str:
+    """The pattern that cuts words as a pre-tokenizer does: GPT-2's, perhaps with Digits ahead of it."""
+    steps = steps_of(pre_tokenizer, "pretokenizers")
+    types = ", ".join(map(type_of, steps)) or type_of(pre_tokenizer)
+    pattern = GPT2_PATTERN
+    match steps:
+        case [{"type": "Digits", "individual_digits": bool(individual)}, *steps]:
+            pattern = DIGIT_PATTERN if individual else NUMBER_PATTERN
+    match steps:
+        case [{"type": "ByteLevel"} as last] if last.get("use_regex", True):
+            pass
+        case [{"type": "Split", "pattern": {"Regex": cut}} as split, {"type": "ByteLevel", "use_regex": False} as last] if (
+            cut in SPLITS and (split.get("behavior"), split.get("invert")) in (("Isolated", False), ("Removed", True))
+        ):
+            pass
+        case _:
+            raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer {types} does not cut words as GPT-2 does")
+    if last.get("add_prefix_space"):
         raise TokenizerError(f"{PIPELINE_FILE}: pre_tokenizer.add_prefix_space is not supported")
-    return checked_vocabulary(model["vocab"], PIPELINE_FILE, model["merges"], f"{PIPELINE_FILE} merge", 1)
+    return pattern
+
+
+def unknown_bytes(model: Json, merge_order: Sequence[int]) -> tuple[int | None, bool]:
+    """What stands for a byte without a token, and whether it does so for a run of them: see TextRules."""
+    if all(model["vocab"].get(character) in merge_order for character in BYTE_OF):
+        return None, False
+    if model.get("byte_fallback"):
+        raise TokenizerError(f"{PIPELINE_FILE}: model.byte_fallback is not supported where a byte has no token")
+    unknown = model.get("unk_token")
+    if unknown is None:
+        return None, False
+    if unknown not in model["vocab"]:
+        raise TokenizerError(f"{PIPELINE_FILE}: model.unk_token {unknown!r} is not in the vocabulary")
+    return model["vocab"][unknown], bool(model.get("fuse_unk"))
 
 
 def type_of(part: Any) -> str:
@@ -130,12 +203,12 @@ def checked_vocabulary(ids: Json, ids_from: str, merges: Iterable[Any], merges_f
         if count > 1:
             pieces = [piece for piece, other in ids.items() if other == token_id]
             raise TokenizerError(f"{ids_from}: {pieces} share the id {token_id}")
-    for character, byte in BYTE_OF.items():
-        if character not in ids:
-            raise TokenizerError(f"{ids_from}: no token for byte 0x{byte:02x} ({character!r})")
-    order = [ids[character] for character in BYTE_OF]
-    ranks = {bytes([byte]): rank for rank, byte in enumerate(BYTE_OF.values())}
-    made, seen = set(BYTE_OF), set()
+    alphabet = {character: byte for character, byte in BYTE_OF.items() if character in ids}
+    if not alphabet:
+        raise TokenizerError(f"{ids_from}: no token for any byte")
+    order = [ids[character] for character in alphabet]
+    ranks = {bytes([byte]): rank for rank, byte in enumerate(alphabet.values())}
+    made, seen = set(alphabet), set()
     for place, entry in enumerate(merges, first):
         left, right = split_merge(entry, f"{merges_from} {place}")
         problem = None
@@ -192,10 +265,8 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
     roles = special_roles(files)
     added, flagged = added_tokens(files, vocabulary)
     ids = {**vocabulary.ids, **added}
-    # A token without a row in the model's embedding would fail at its first use.
-    last, vocab_size = max(ids, key=ids.__getitem__), files.config.get("vocab_size")
-    if isinstance(vocab_size, int) and ids[last] >= vocab_size:
-        raise TokenizerError(f"token {last!r} has id {ids[last]}, but {CONFIG_FILE} says vocab_size {vocab_size}")
+    num_rows = rows_of(files.config, ids)
+    check_rows(vocabulary, ids, num_rows)
     bos_ids, eos_ids = (ids_in_role(role, roles, files, ids) for role in ("bos", "eos"))
     if not eos_ids:
         log.warning("no token ends a text: %s has no eos_token, %s no eos_token_id", SETTINGS_FILE, CONFIG_FILE)
@@ -205,6 +276,10 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
     ends = {*bos_ids[:1], *eos_ids} - set(vocabulary.merge_order)
     special = {name: token_id for name, token_id in ids.items() if name in names or token_id in ends}
     tokens = {token_id: piece_bytes(piece) for piece, token_id in vocabulary.ids.items()}
+    tell_unknown(tokens.values(), vocabulary.rules)
+    bos_id = start_of_prompt(files, next(iter(bos_ids), None), ids)
+    if bos_id is not None and bos_id >= num_rows:
+        raise TokenizerError(f"token {bos_id} starts every prompt, but {CONFIG_FILE} says vocab_size {num_rows}")
     return Tokenizer(
         tokens | {token_id: name.encode() for name, token_id in {**added, **special}.items()},
         vocabulary.merge_order,
@@ -212,9 +287,30 @@ def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer
         added={name: token_id for name, token_id in added.items() if name not in special},
         eos_id=next(iter(eos_ids), None),
         eos_ids=eos_ids,
-        bos_id=start_of_prompt(files, next(iter(bos_ids), None), ids),
+        bos_id=bos_id,
         start_id=next(iter(bos_ids), None),
+        num_rows=num_rows,
+        rules=vocabulary.rules,
     )
+
+
+def check_rows(vocabulary: Vocabulary, ids: Mapping[str, int], num_rows: int) -> None:
+    """TokenizerError if text can merge into ids for which the model has no row; added ones are told to the log."""
+    beyond = {token_id: name for name, token_id in ids.items() if token_id >= num_rows}
+    merged = sorted(beyond.keys() & set(vocabulary.merge_order))
+    if merged:
+        last = merged[-1]
+        raise TokenizerError(f"token {beyond[last]!r} has id {last}, but {CONFIG_FILE} says vocab_size {num_rows}")
+    if beyond:
+        log.warning("the model has no row for %s: a prompt that holds one is refused", few(list(map(repr, beyond.values()))))
+
+
+def tell_unknown(tokens: Iterable[bytes], rules: TextRules) -> None:
+    """Log how many bytes of texts have no token."""
+    missing = set(range(256)) - {token[0] for token in tokens if len(token) == 1} - NEVER_IN_TEXT
+    if missing:
+        fate = "text loses them" if rules.unknown_id is None else f"token {rules.unknown_id} stands for them"
+        log.warning("%d bytes have no token, 0x%02x among them: %s", len(missing), min(missing), fate)
 
 
 def refuse_other_settings(files: CheckpointFiles) -> None:
@@ -332,15 +428,17 @@ def start_of_prompt(files: CheckpointFiles, bos_id: int | None, ids: Mapping[str
         if files.settings.get("add_bos_token") and bos_id is None:
             raise TokenizerError(f"{SETTINGS_FILE}: add_bos_token without a bos_token")
         return bos_id if files.settings.get("add_bos_token") else None
-    processor = files.pipeline.get("post_processor")
-    match processor:
-        case None | {"type": "ByteLevel"} | {"type": "TemplateProcessing", "single": [{"Sequence": _}]}:
+    steps = steps_of(files.pipeline.get("post_processor"), "processors")
+    # ByteLevel changes offsets only.
+    match [step for step in steps if type_of(step) != "ByteLevel"]:
+        case [] | [{"type": "TemplateProcessing", "single": [{"Sequence": _}]}]:
             return None
-        case {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}]}:
+        case [{"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": str(name)}}, {"Sequence": _}]}]:
             if name not in ids:
                 raise TokenizerError(f"{PIPELINE_FILE}: the post_processor's {name!r} is not in the vocabulary")
             return ids[name]
-    raise TokenizerError(f"{PIPELINE_FILE}: post_processor {type_of(processor)} does more than start a text with bos")
+    types = ", ".join(map(type_of, steps))
+    raise TokenizerError(f"{PIPELINE_FILE}: post_processor {types} does more than start a text with bos")
 
 
 def byte_alphabet() -> dict[str, int]:

@@ -41,7 +41,7 @@ def documents(path: Path) -> Iterator[str]:
 
 def tokens_of(document: str, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a document, and eos if the tokenizer has one."""
-    return [*tokenizer.encode(document), *tokenizer.ending]
+    return [*tokenizer.checked(tokenizer.encode(document)), *tokenizer.ending]
 
 
 def read_tokens(paths: list[Path], tokenizer: Tokenizer) -> Tensor:

@@ -122,7 +122,7 @@ def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: i
     encoded = []
     for prompt, completion in examples:
         before = tokenizer.encode_prompt(prompt)
-        tokens = [*before, *tokenizer.encode(completion), *tokenizer.ending]
+        tokens = [*before, *tokenizer.checked(tokenizer.encode(completion)), *tokenizer.ending]
         targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
         encoded.append(Encoded(tokens[:-1], targets))
     too_long = [len(example.inputs) > context for example in encoded]

@@ -65,7 +65,7 @@ def few_shot_prompt(
 
     def least_tokens(dropped: int) -> int:
         """A lower bound on the prompt's tokens, known without tokenizing texts of any length."""
-        return -(-sum(len(part.text.encode(errors="replace")) for part in parts(dropped)) // tokenizer.max_token_bytes)
+        return tokenizer.least_tokens("".join(part.text for part in parts(dropped)))
 
     def fits(dropped: int) -> bool:
         return least_tokens(dropped) <= room and len(prompt(dropped).tokens) <= room

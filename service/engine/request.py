@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import NamedTuple
 
-from model.checkpoint.tokenizer import Tokenizer
+from model.checkpoint.tokenizer import Tokenizer, TokenizerError
 from model.config import GPTConfig
 from model.step import Sampling
 from service.engine.scheduler import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
@@ -64,7 +64,7 @@ def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str =
 
 def check_text_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:
     """Refuse a text before it is tokenized if even the longest tokens would leave it too long."""
-    least = len(text.encode(errors="replace")) // tokenizer.max_token_bytes
+    least = tokenizer.least_tokens(text)
     if least > context:
         raise context_error(context, f"a prompt of at least {least} tokens", param)
 
@@ -218,15 +218,13 @@ def text_prompt(text: str, tokenizer: Tokenizer, param: str = "prompt", *, allow
 def start_prompt(tokens: list[int], tokenizer: Tokenizer, param: str = "prompt") -> Prompt:
     """`tokens`, after bos if the model has one. Without both it is the token that starts a document.
 
-    Raises RequestError about `param` if the model has none.
+    Raises RequestError about `param` if the model has none, or no row for one of `tokens`.
     """
-    if tokenizer.bos_id is not None:
-        return Prompt([tokenizer.bos_id, *tokens], num_implicit=1)
-    if tokens:
-        return Prompt(tokens)
-    if tokenizer.start_id is None:
-        raise RequestError(f"'{param}': is empty, and the model has no token that starts a document", param)
-    return Prompt([tokenizer.start_id], num_implicit=1)
+    try:
+        started = tokenizer.started(tokens)
+    except TokenizerError as error:
+        raise RequestError(f"'{param}': {error}", param) from error
+    return Prompt(started, num_implicit=len(started) - len(tokens))
 
 
 @dataclass(frozen=True)
@@ -245,7 +243,8 @@ class GenerationRequest:
         """Tokens that end a choice. A stop that names a special token is that token: it has no text to be searched for."""
         special = {token for name, token in tokenizer.special_tokens.items() if name in self.params.stop}
         eos = () if self.params.ignore_eos else tokenizer.eos_ids
-        return frozenset((*self.params.stop_token_ids, *prompt.stop_token_ids, *special, *eos))
+        stop_ids = (*self.params.stop_token_ids, *prompt.stop_token_ids, *special, *eos)
+        return frozenset(filter(tokenizer.has_row, stop_ids))
 
     def sequences(self, tokenizer: Tokenizer, deadline: float = math.inf) -> list[list[Sequence]]:
         """The sequences to run: one list for each prompt, with one sequence for each of its choices."""

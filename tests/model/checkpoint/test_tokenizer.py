@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 import model.checkpoint.tokenizer
 from model.checkpoint.files import CheckpointError
-from model.checkpoint.tokenizer import END_OF_TEXT, PromptPart, Tokenizer, TokenizerError, r50k_base
+from model.checkpoint.tokenizer import END_OF_TEXT, GPT2_PATTERN, PromptPart, Tokenizer, TokenizerError, r50k_base
 from model.checkpoint.vocabulary import BYTE_OF, load_tokenizer
-from service.engine.request import Prompt, RequestError, text_prompt
-from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, write_vocabulary
+from service.engine.request import GenerationRequest, Prompt, RequestError, SamplingParams, text_prompt
+from tests.model.checkpoint.vocabularies import TEXTS, r50k_merges, r50k_vocab, write_vocabulary
 
 Json = dict[str, Any]
 
@@ -107,16 +107,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return load_tokenizer(directory), AutoTokenizer.from_pretrained(str(directory))
 
 
-SPELLINGS = [END_OF_TEXT, "<s>", "</s>", "<pad>", "<unk>", "<user>", "<user>s", "<bot é>", "<|endof", "madeupword0000"]
-FRAGMENTS = st.one_of(
-    st.text(max_size=12),
-    st.text(st.characters(categories=["Cc", "Cf", "Mn", "Zs", "Zl", "Zp", "So", "No"]), max_size=6),
-    st.text(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2003\u3000", max_size=6),
-    st.sampled_from(["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "\u2019s", "''", "it's", " 'd", "don't", "1234"]),
-    st.sampled_from(["🙂", "👩‍👩‍👧", "🇫🇷", "e\u0301", "ﬁ", "한국어", "漢字", "שלום", "ก็", "\ufeff", "\ufffd", "\U0010ffff"]),
-    st.sampled_from(SPELLINGS),
-)
-TEXTS = st.lists(FRAGMENTS, max_size=12).map("".join)
 FAST = settings(max_examples=75, deadline=None)
 
 
@@ -426,6 +416,25 @@ def template(*parts: str) -> Json:
     return {"type": "TemplateProcessing", "single": single}
 
 
+def without(mapping: dict[str, int], key: str) -> dict[str, int]:
+    return {other: value for other, value in mapping.items() if other != key}
+
+
+def sequence(members: str, *steps: Json) -> Json:
+    return {"type": "Sequence", members: list(steps)}
+
+
+def split(regex: str, behavior: str = "Isolated") -> Json:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": False}
+
+
+def bytes_missing(**options: Any) -> Json:
+    return tiny_pipeline(model=tiny_pipeline()["model"] | {"vocab": without(tiny_vocab(), "Ċ"), **options})
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     write_tiny(tmp_path)
@@ -456,6 +465,8 @@ class TestTinyCheckpoint:
             ({"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}, None),
             (template("$"), None),
             (template("<end>", "$"), 258),
+            (sequence("processors", {"type": "ByteLevel"}, template("<end>", "$")), 258),
+            (sequence("processors", sequence("processors", {"type": "ByteLevel"})), None),
         ],
     )
     def test_post_processor_decides_about_bos(self, tiny: Path, processor: Json | None, bos_id: int | None) -> None:
@@ -521,9 +532,9 @@ class TestTinyCheckpoint:
         write(tiny, "tokenizer_config.json", {})
         tokenizer = load_tokenizer(tiny)
         assert "no token ends a text: tokenizer_config.json has no eos_token" in caplog.text
-        with pytest.raises(TokenizerError, match="a prompt is empty, and the tokenizer has no token that starts a docu"):
+        with pytest.raises(TokenizerError, match="an empty prompt needs a token that starts a document, and the model has"):
             tokenizer.encode_prompt("")
-        with pytest.raises(RequestError, match="'prompt': is empty, and the model has no token that starts a document"):
+        with pytest.raises(RequestError, match="'prompt': an empty prompt needs a token that starts a document, and"):
             text_prompt("", tokenizer)
 
     def test_a_line_end_that_ends_texts_stays_text(self, tiny: Path) -> None:
@@ -533,23 +544,44 @@ class TestTinyCheckpoint:
         assert tokenizer.special_tokens == {"<end>": 258}
         assert tokenizer.text_bytes(BYTES["Ċ"]) == b"\n"
 
+    def test_tokens_beyond_the_model_are_known_and_refused_in_prompts(
+        self, tiny: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """As after tokenizer.add_tokens without resize_token_embeddings. An end of text among them can't end anything."""
+        write(tiny, "added_tokens.json", {"<tool>": 259})
+        write(tiny, "config.json", {"model_type": "gpt2", "vocab_size": 258, "eos_token_id": 257})
+        tokenizer = load_tokenizer(tiny)
+        assert "the model has no row for '<end>', '<tool>': a prompt that holds one is refused" in caplog.text
+        assert (tokenizer.eos_ids, tokenizer.special_tokens) == ({257}, {"<end>": 258})
+        assert tokenizer.encode("ab<tool>") == [256, 259]
+        assert text_prompt("ab<end>", tokenizer).tokens == tokenizer.encode("ab<end>") == [256, *map(BYTES.get, "<end>")]
+        for text, message in (("a<tool>b", "'<tool>' is token 259, but"), ("a<end>", "'<end>' is token 258, but")):
+            with pytest.raises(RequestError, match=f"'prompt': {message} the model's ids end at 257"):
+                text_prompt(text, tokenizer, allow_special=True)
+        with pytest.raises(TokenizerError, match="'<tool>' is token 259, but the model's ids end at 257"):
+            tokenizer.encode_prompt("<tool>")
+        params = SamplingParams(stop=("<end>",), stop_token_ids=(5,))
+        assert GenerationRequest([], params).stop_ids(Prompt([1], stop_token_ids=(258,)), tokenizer) == {5, 257}
+
+    def test_a_start_of_every_prompt_beyond_the_model_is_refused(self, tiny: Path) -> None:
+        write(tiny, "tokenizer.json", tiny_pipeline(post_processor=template("<end>", "$")))
+        write(tiny, "config.json", {"model_type": "gpt2", "vocab_size": 258})
+        with pytest.raises(TokenizerError, match=r"token 258 starts every prompt, but config\.json says vocab_size 258"):
+            load_tokenizer(tiny)
+
     def test_role_without_an_id_is_no_token(self, tiny: Path) -> None:
         write(tiny, "tokenizer_config.json", {"eos_token": "<end>", "pad_token": "[PAD]"})
         assert load_tokenizer(tiny).special_tokens == {"<end>": 258}
 
 
-def without(mapping: dict[str, int], key: str) -> dict[str, int]:
-    return {other: value for other, value in mapping.items() if other != key}
-
-
 SPECIAL = {"id": 258, "content": "<end>", "special": True}
 
 REFUSED_JSON: list[tuple[str, Any, str]] = [
-    ("config.json", {"vocab_size": 258}, r"token '<end>' has id 258, but config\.json says vocab_size 258"),
-    ("vocab.json", without(tiny_vocab(), "Ċ"), r"vocab\.json: no token for byte 0x0a \('Ċ'\)"),
+    ("config.json", {"vocab_size": 257}, r"token 'abc' has id 257, but config\.json says vocab_size 257"),
     ("vocab.json", without(tiny_vocab(), "abc"), r"merges\.txt line 3: 'abc' is not in vocab\.json"),
     ("vocab.json", tiny_vocab() | {"ab": 5, "abc": 5}, r"vocab\.json: \['&', 'ab', 'abc'\] share the id 5"),
-    ("vocab.json", {}, r"vocab\.json: no token for byte 0x21 \('!'\)"),
+    ("vocab.json", {}, r"vocab\.json: no token for any byte"),
+    ("vocab.json", without(tiny_vocab(), "b"), r"merges\.txt line 2: 'b' is neither a byte nor made by an earlier merge"),
     ("vocab.json", tiny_vocab() | {"ab": "5"}, r"vocab\.json: the id of 'ab' is '5', expected an integer"),
     ("vocab.json", tiny_vocab() | {"ab": True}, r"vocab\.json: the id of 'ab' is True, expected an integer"),
     ("vocab.json", tiny_vocab() | {"ab": -1}, r"vocab\.json: the id of 'ab' is -1, expected an integer"),
@@ -579,16 +611,57 @@ REFUSED_JSON: list[tuple[str, Any, str]] = [
     (
         "tokenizer.json",
         tiny_pipeline(model=tiny_pipeline()["model"] | {"ignore_merges": True}),
-        "model.ignore_merges True is not supported",
+        "model.ignore_merges True is not supported where no merge makes '<end>'",
     ),
     (
         "tokenizer.json",
         tiny_pipeline(model=tiny_pipeline()["model"] | {"merges": [["a", "b"], ["b", "a", "b"]]}),
         r"tokenizer\.json merge 2: expected two pieces, got \['b', 'a', 'b'\]",
     ),
-    ("tokenizer.json", tiny_pipeline(normalizer={"type": "NFC"}), "normalizer NFC is not supported"),
+    ("tokenizer.json", tiny_pipeline(normalizer={"type": "NFKC"}), "normalizer NFKC is not supported, only NFC"),
     ("tokenizer.json", tiny_pipeline(pre_tokenizer=None), "pre_tokenizer None does not cut words as GPT-2 does"),
     ("tokenizer.json", tiny_pipeline(pre_tokenizer={"type": "Sequence"}), "pre_tokenizer Sequence does not cut words"),
+    (
+        "tokenizer.json",
+        tiny_pipeline(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}),
+        "normalizer NFC, Lowercase is not supported, only NFC",
+    ),
+    (
+        "tokenizer.json",
+        tiny_pipeline(normalizer={"type": "NFC"}, added_tokens=[SPECIAL | {"normalized": True}]),
+        "normalizer NFC ahead of added token '<end>' is not supported",
+    ),
+    (
+        "tokenizer.json",
+        tiny_pipeline(pre_tokenizer=sequence("pretokenizers", BYTE_LEVEL, {"type": "Digits", "individual_digits": True})),
+        "pre_tokenizer ByteLevel, Digits does not cut words",
+    ),
+    (
+        "tokenizer.json",
+        tiny_pipeline(pre_tokenizer=sequence("pretokenizers", BYTE_LEVEL, BYTE_LEVEL)),
+        "pre_tokenizer ByteLevel, ByteLevel does not cut words",
+    ),
+    (
+        "tokenizer.json",
+        tiny_pipeline(pre_tokenizer=sequence("pretokenizers", split(r"\s+"), BYTE_LEVEL | {"use_regex": False})),
+        "pre_tokenizer Split, ByteLevel does not cut words",
+    ),
+    (
+        "tokenizer.json",
+        tiny_pipeline(
+            pre_tokenizer=sequence(
+                "pretokenizers", split(GPT2_PATTERN, behavior="MergedWithNext"), BYTE_LEVEL | {"use_regex": False}
+            )
+        ),
+        "pre_tokenizer Split, ByteLevel does not cut words",
+    ),
+    (
+        "tokenizer.json",
+        tiny_pipeline(pre_tokenizer=sequence("pretokenizers", BYTE_LEVEL | {"add_prefix_space": True})),
+        r"pre_tokenizer\.add_prefix_space is not supported",
+    ),
+    ("tokenizer.json", bytes_missing(unk_token="<unk>"), r"model\.unk_token '<unk>' is not in the vocabulary"),
+    ("tokenizer.json", bytes_missing(byte_fallback=True), r"model\.byte_fallback is not supported where a byte has no to"),
     (
         "tokenizer.json",
         tiny_pipeline(pre_tokenizer={"type": "ByteLevel", "use_regex": False}),
@@ -605,6 +678,11 @@ REFUSED_JSON: list[tuple[str, Any, str]] = [
         "post_processor RobertaProcessing does more than start a text with bos",
     ),
     ("tokenizer.json", tiny_pipeline(post_processor=template("$", "<end>")), "post_processor TemplateProcessing does"),
+    (
+        "tokenizer.json",
+        tiny_pipeline(post_processor=sequence("processors", template("<end>", "$"), template("<end>", "$"))),
+        "post_processor TemplateProcessing, TemplateProcessing does more than start a text with bos",
+    ),
     ("tokenizer.json", tiny_pipeline(post_processor=template("<s>", "$")), "post_processor's '<s>' is not in the voca"),
     (
         "tokenizer.json",

@@ -1,13 +1,26 @@
-"""GPT-2's vocabulary in the files that other tools read: vocab.json and merges.txt, made from the ranks that we ship."""
+"""GPT-2's vocabulary in the files that other tools read, made from the ranks that we ship, and texts to encode."""
 
 import functools
 import json
 from pathlib import Path
 
-from model.checkpoint.tokenizer import r50k_base
+from hypothesis import strategies as st
+
+from model.checkpoint.tokenizer import END_OF_TEXT, r50k_base
 from model.checkpoint.vocabulary import BYTE_OF, merge
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
+
+SPELLINGS = [END_OF_TEXT, "<s>", "</s>", "<pad>", "<unk>", "<user>", "<user>s", "<bot é>", "<|endof", "madeupword0000"]
+FRAGMENTS = st.one_of(
+    st.text(max_size=12),
+    st.text(st.characters(categories=["Cc", "Cf", "Mn", "Zs", "Zl", "Zp", "So", "No"]), max_size=6),
+    st.text(" \t\n\r\x0b\x0c\x1c\x85\xa0\u2003\u3000", max_size=6),
+    st.sampled_from(["'s", "'t", "'re", "'ve", "'m", "'ll", "'d", "'S", "\u2019s", "''", "it's", " 'd", "don't", "1234"]),
+    st.sampled_from(["🙂", "👩‍👩‍👧", "🇫🇷", "e\u0301", "ﬁ", "한국어", "漢字", "שלום", "ก็", "\ufeff", "\ufffd", "\U0010ffff"]),
+    st.sampled_from(SPELLINGS),
+)
+TEXTS = st.lists(FRAGMENTS, max_size=12).map("".join)
 
 
 def spelled(token: bytes) -> str:

@@ -17,6 +17,7 @@ from model.checkpoint.weights import load_model
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.lora import AdapterConfig, adapt_all, load_adapter
+from model.training.data import tokens_of
 from model.training.finetune import (
     Encoded,
     TrainingExample,
@@ -131,8 +132,18 @@ def test_the_prompt_is_read_and_not_learnt() -> None:
 def test_a_tokenizer_without_end_of_text_ends_completions_with_nothing() -> None:
     tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, range(256), special={}, added={}, eos_id=None)
     assert encode([TrainingExample("ab", "cd")], tokenizer, 32) == [([97, 98, 99], [IGNORED, 99, 100])]
-    with pytest.raises(ValueError, match="a prompt is empty, and the tokenizer has no token that starts a document"):
+    with pytest.raises(ValueError, match="an empty prompt needs a token that starts a document, and the model has none"):
         encode([TrainingExample("", "x")], tokenizer, 32)
+
+
+def test_tokens_that_the_model_has_no_row_for_are_not_learnt() -> None:
+    tokens = {byte: bytes([byte]) for byte in range(256)} | {300: b"<tool>"}
+    tokenizer = Tokenizer(tokens, range(256), special={}, added={"<tool>": 300}, eos_id=0, num_rows=256)
+    for example in (TrainingExample("a<tool>", "b"), TrainingExample("a", "<tool>b")):
+        with pytest.raises(ValueError, match="'<tool>' is token 300, but the model's ids end at 255"):
+            encode([example], tokenizer, 32)
+    with pytest.raises(ValueError, match="'<tool>' is token 300, but the model's ids end at 255"):
+        tokens_of("a<tool>", tokenizer)
 
 
 def test_padding_changes_no_loss() -> None:

@@ -320,7 +320,7 @@ class TestChat:
         assert chat_prompt([], BORDERLESS, WITH_BOS) == Prompt([50257], 1)
         tokens = {token: R50K.token_bytes(token) for token in range(END)}
         endless = Tokenizer(tokens, range(END), special={}, added={}, eos_id=None)
-        with pytest.raises(RequestError, match="'messages': is empty, and the model has no token that starts a document"):
+        with pytest.raises(RequestError, match="'messages': an empty prompt needs a token that starts a document, and"):
             chat_prompt([], BORDERLESS, endless)
         template = PromptFormat(chat_template="{{ messages[0].content }}{{ eos_token }}")
         assert chat_prompt([Turn("user", "a")], template, endless).tokens == [64]

@@ -2,22 +2,30 @@
 
 import dataclasses
 import json
+import logging
 import string
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.checkpoint.files import CheckpointError, Json, optional_json, read_text
-from model.checkpoint.vocabulary import SETTINGS_FILE
+from model.checkpoint.vocabulary import ROLES, SETTINGS_FILE, SPECIAL_MAP_FILE, special_roles
+
+log = logging.getLogger("banded.checkpoint")
 
 PROMPT_FORMAT_FILE = "banded.json"
 TEMPLATE_FILE = "chat_template.jinja"
+TEMPLATE_DIRECTORY = "additional_chat_templates"
 MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
 
 # Instructions come first, wherever the chat has them.
@@ -56,8 +64,9 @@ class PromptFormat:
 
     `insertion` asks the model for the text between a prompt and a suffix: "<pre>{prompt}<suf>{suffix}<mid>" for example,
     with other braces doubled. None for a model that can't insert. `chat_template` is a Jinja template as in Hugging Face's
-    checkpoints, and `stop` the strings that end its answers. `bos_token` comes from tokenizer_config.json, not from
-    banded.json: templates may write it even if plain prompts don't start with it.
+    checkpoints, and `stop` the strings that end its answers. The last two fields are not banded.json's: `chat_problem`
+    tells why no chat can be laid out, if so, and `token_names` what the tokenizer calls pad_token, unk_token and the
+    like: templates may write bos_token even if plain prompts don't start with it.
 
     Raises PromptFormatError naming the field that can't be used.
     """
@@ -69,7 +78,8 @@ class PromptFormat:
     stop: tuple[str, ...] = ("\nUser:",)
     default_max_tokens: int = 256
     insertion: str | None = None
-    bos_token: str | None = None
+    chat_problem: str | None = None
+    token_names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("separator", "input_prefix", "output_prefix", "chat_template"):
@@ -81,24 +91,18 @@ class PromptFormat:
         if self.insertion is not None:
             expected = "a string that holds {prompt} and {suffix} once each, other braces doubled"
             check_field("insertion", self.insertion, expected, is_insertion(self.insertion))
-        try:
-            compiled(self.chat_template)
-        except Exception as error:  # Jinja's own errors, and the limits of Python's compiler
-            place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-            raise PromptFormatError(f"chat_template does not compile: {place}{error!s:.200}") from None
 
     def render_chat(
         self, messages: Sequence[Turn], *, bos_token: str, eos_token: str, add_generation_prompt: bool = True
     ) -> str:
         """The text of a chat up to where the next answer begins, or without the beginning of an answer.
 
-        Raises whatever the template raises.
+        The tokens that are given count where the checkpoint names none. Raises whatever the template raises.
         """
         return compiled(self.chat_template).render(
             messages=[message._asdict() for message in messages],
             add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
+            **{"bos_token": bos_token, "eos_token": eos_token, **self.token_names},
             # Published templates ask whether these are none. If they were missing, they would not be.
             tools=None,
             documents=None,
@@ -125,33 +129,70 @@ def is_insertion(template: object) -> bool:
 def load_prompt_format(directory: Path) -> PromptFormat:
     """The prompt format of a checkpoint directory, with defaults for whatever banded.json leaves open, or for all of it.
 
-    The chat template is that of banded.json, or else chat_template.jinja, or else tokenizer_config.json's. The default stop
-    belongs to the default template. Raises CheckpointError naming file and field that can't be used.
+    The chat template is that of banded.json, or else a published one. The default stop belongs to the default template. A
+    template that can't be used becomes `chat_problem`, with a line in the log: all but chats can be served.
+    Raises CheckpointError naming file and field that can't be used.
     """
-    fields, settings = (optional_json(directory / name) or {} for name in (PROMPT_FORMAT_FILE, SETTINGS_FILE))
-    published, source = settings.get("chat_template"), SETTINGS_FILE
-    if (directory / TEMPLATE_FILE).exists():
-        published, source = read_text(directory / TEMPLATE_FILE), TEMPLATE_FILE
-    if not isinstance(published, str) or "chat_template" in fields:
-        published = None
+    files = (PROMPT_FORMAT_FILE, SETTINGS_FILE, SPECIAL_MAP_FILE)
+    fields, settings, special_map = (optional_json(directory / name) or {} for name in files)
+    names = {role: name for role, name in special_roles(settings, special_map).items() if role in ROLES}
     if isinstance(fields.get("stop"), list):
         fields["stop"] = tuple(fields["stop"])
-    if "chat_template" in fields or published is not None:
+    template, problem = fields.get("chat_template"), None
+    if "chat_template" not in fields:
+        try:
+            template = published_template(directory, settings)
+        except CheckpointError as error:
+            problem = str(error)
+    if template is not None or problem:
         fields.setdefault("stop", ())
-    bos_token = settings.get("bos_token")
-    bos_token = bos_token.get("content") if isinstance(bos_token, dict) else bos_token  # an object or a string
-    file = PROMPT_FORMAT_FILE
+    if isinstance(template, str):
+        fields["chat_template"], problem = template, why_not_compiled(template)
+    if problem:
+        log.warning("%s: chats are refused: %s", directory, problem)
     try:
         refuse_unknown(fields)
-        prompt_format = PromptFormat(**fields, bos_token=bos_token if isinstance(bos_token, str) else None)
-        file = source
-        return prompt_format if published is None else dataclasses.replace(prompt_format, chat_template=published)
+        return PromptFormat(**fields, chat_problem=problem, token_names=names)
     except PromptFormatError as error:
-        raise PromptFormatError(f"{directory}: {file}: {error}") from None
+        raise PromptFormatError(f"{directory}: {PROMPT_FORMAT_FILE}: {error}") from None
+
+
+def published_template(directory: Path, settings: Json) -> str | None:
+    """The chat template that a checkpoint brings; None if it brings none. Of several, the one named default.
+
+    They stand in tokenizer_config.json, as one text or by name, or in files of their own, which overrule it. Raises
+    CheckpointError if none of them is the default, or one is no text.
+    """
+    value = settings.get("chat_template")
+    match value:
+        case dict():
+            named = dict(value)
+        case [*entries] if all(isinstance(entry, dict) for entry in entries):
+            named = {entry.get("name"): entry.get("template") for entry in entries}
+        case _:
+            named = {"default": value}
+    if (directory / TEMPLATE_FILE).exists():
+        named["default"] = read_text(directory / TEMPLATE_FILE)
+    named |= {path.stem: read_text(path) for path in (directory / TEMPLATE_DIRECTORY).glob("*.jinja")}
+    if "default" not in named:
+        raise PromptFormatError(f"none of the chat templates {sorted(map(str, named))!s:.{MAX_SHOWN}} is named default")
+    template = named["default"]
+    if template is not None:
+        check_field(f"{SETTINGS_FILE}: chat_template", template, "a string or strings by name", isinstance(template, str))
+    return template
+
+
+def why_not_compiled(template: str) -> str | None:
+    try:
+        compiled(template)
+    except Exception as error:  # Jinja's own errors, and the limits of Python's compiler
+        place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
+        return f"chat_template does not compile: {place}{error!s:.200}"
+    return None
 
 
 def refuse_unknown(fields: Json) -> None:
-    known = {field.name for field in dataclasses.fields(PromptFormat)} - {"bos_token"}
+    known = {field.name for field in dataclasses.fields(PromptFormat)} - {"chat_problem", "token_names"}
     for name in fields:
         if name not in known:
             expected = ", ".join(sorted(known))
@@ -162,9 +203,29 @@ def raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
 
 
-def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, sort_keys: bool = False) -> str:
-    """Like transformers. Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, sort_keys=sort_keys)
+def to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Like transformers, in this order of arguments. Jinja's own filter escapes for HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
+
+
+class Generation(Extension):
+    """{% generation %} ... {% endgeneration %} marks what a model learns to write. The text itself stays as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 @cache
@@ -173,8 +234,8 @@ def compiled(template: str) -> jinja2.Template:
 
     A template is somebody else's program, so it runs in a sandbox.
     """
-    extensions = ["jinja2.ext.loopcontrols"]
+    extensions = ["jinja2.ext.loopcontrols", Generation]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals["raise_exception"] = raise_exception
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     environment.filters["tojson"] = to_json
     return environment.from_string(template)

@@ -175,9 +175,11 @@ class Tokenizer:
         """
         if self.bos_id is not None:
             return [self.bos_id, *self.checked(tokens)]
-        if not tokens and self.start_id is None:
+        if tokens:
+            return self.checked(tokens)
+        if self.start_id is None:
             raise TokenizerError("an empty prompt needs a token that starts a document, and the model has none")
-        return self.checked(tokens) or [self.start_id]
+        return [self.start_id]
 
     def checked(self, tokens: list[int]) -> list[int]:
         """`tokens`. Raises TokenizerError naming the first for which the model has no row."""

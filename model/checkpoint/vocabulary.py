@@ -262,7 +262,7 @@ def embedded_tokenizer(files: CheckpointFiles) -> Tokenizer:
 
 def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer:
     refuse_other_settings(files)
-    roles = special_roles(files)
+    roles = special_roles(files.settings, files.special_map)
     added, flagged = added_tokens(files, vocabulary)
     ids = {**vocabulary.ids, **added}
     num_rows = rows_of(files.config, ids)
@@ -323,17 +323,17 @@ def refuse_other_settings(files: CheckpointFiles) -> None:
         raise TokenizerError(f"{SETTINGS_FILE}: add_eos_token is not supported")
 
 
-def special_roles(files: CheckpointFiles) -> dict[str, str]:
+def special_roles(settings: Json, special_map: Json) -> dict[str, str]:
     """Which token plays which role: {"eos_token": "</s>", "additional_special_tokens 0": "<user>"}."""
-    sources = {SETTINGS_FILE: files.settings}
+    sources = {SETTINGS_FILE: settings}
     # As in transformers: newer settings replace this older file.
-    if "added_tokens_decoder" not in files.settings:
-        sources[SPECIAL_MAP_FILE] = files.special_map
+    if "added_tokens_decoder" not in settings:
+        sources[SPECIAL_MAP_FILE] = special_map
     roles: dict[str, str] = {}
-    for source, settings in sources.items():
-        played = {role: settings.get(role) for role in ROLES}
+    for source, named in sources.items():
+        played = {role: named.get(role) for role in ROLES}
         for role_list in ROLE_LISTS:
-            extra = settings.get(role_list) or []
+            extra = named.get(role_list) or []
             values = extra.values() if isinstance(extra, dict) else extra
             played |= {f"{role_list} {n}": value for n, value in enumerate(values)}
         roles |= {role: token_text(token, source) for role, token in played.items() if token is not None}
@@ -400,7 +400,7 @@ def ids_in_role(role: str, roles: Mapping[str, str], files: CheckpointFiles, ids
 
 def numbered(role: str, files: CheckpointFiles) -> list[int]:
     """The ids that config.json and generation_config.json give to a role: a number, a list of them, or none."""
-    found = []
+    found: list[int] = []
     for source, settings in ((CONFIG_FILE, files.config), (GENERATION_FILE, files.generation)):
         value = settings.get(f"{role}_token_id")
         listed = value if isinstance(value, list) else [value]

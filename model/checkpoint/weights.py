@@ -25,7 +25,7 @@ from model.checkpoint.architectures import (
     read_architecture,
 )
 from model.checkpoint.files import CONFIG_FILE, CheckpointError, few, read_json, write_atomically
-from model.checkpoint.prompt_format import PROMPT_FORMAT_FILE, TEMPLATE_FILE
+from model.checkpoint.prompt_format import PROMPT_FORMAT_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
 from model.checkpoint.vocabulary import VOCABULARY_FILES
 from model.config import GPTConfig
 from model.gpt import GPT
@@ -219,10 +219,12 @@ def save_model(directory: Path, model: GPT, dtype: torch.dtype, *, origin: Path 
     if origin is not None:
         raw = read_json(origin / CONFIG_FILE)
         config |= {name: raw[name] for name in TEXT_FIELDS if name in raw}
-        for name in TEXT_FILES:
-            if (origin / name).exists():
-                with write_atomically(directory / name) as file:
-                    file.write_bytes((origin / name).read_bytes())
+        for path in [*(origin / name for name in TEXT_FILES), *(origin / TEMPLATE_DIRECTORY).glob("*.jinja")]:
+            if path.exists():
+                copy = directory / path.relative_to(origin)
+                copy.parent.mkdir(exist_ok=True)
+                with write_atomically(copy) as file:
+                    file.write_bytes(path.read_bytes())
     with write_atomically(directory / CONFIG_FILE) as file:
         file.write_text(json.dumps(config, indent=2) + "\n")
     tensors = {

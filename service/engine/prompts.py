@@ -134,8 +134,11 @@ def chat_prompt(
 
     It ends with the beginning of an answer if `add_generation_prompt`, or inside the last message if
     `continue_final_message`. Only contents are kept from becoming special tokens, since roles are the API's own words.
-    Raises RequestError when the template raises, for whatever reason, and when it does not write the message to continue.
+    Raises RequestError when the template raises, for whatever reason, when it does not write the message to continue, and
+    where the checkpoint has none that can be used.
     """
+    if prompt_format.chat_problem:
+        raise RequestError(f"'messages': the model can't chat: {prompt_format.chat_problem}", "messages")
     names = () if allow_special else tuple(tokenizer.special_tokens)
     mark, end = new_mark(), new_mark()
     marked = [Turn(message.role, mark_special(message.content, names, mark)) for message in messages]
@@ -147,7 +150,7 @@ def chat_prompt(
     try:
         text = prompt_format.render_chat(
             marked,
-            bos_token=bos_name if prompt_format.bos_token is None else prompt_format.bos_token,
+            bos_token=bos_name,
             eos_token=eos_name,
             add_generation_prompt=add_generation_prompt,
         )

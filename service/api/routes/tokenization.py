@@ -64,5 +64,5 @@ async def tokenizer_info(request: Request) -> dict[str, Any]:
         "add_bos_token": tokenizer.bos_id is not None,
         "bos_token": bos,
         "eos_token": eos,
-        "chat_template": entry.prompt_format.chat_template,
+        "chat_template": None if entry.prompt_format.chat_problem else entry.prompt_format.chat_template,
     }

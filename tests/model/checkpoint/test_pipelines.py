@@ -48,15 +48,19 @@ def trained(form: str, *, alphabet: bool, **options: Any) -> tokenizers.Tokenize
     """Trained with GPT-2's words, so that it holds tokens which other cuts can't give, and then cut by `form`."""
     theirs = tokenizers.Tokenizer(BPE(**options))
     theirs.pre_tokenizer = WORDS
-    initial = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()} if alphabet else {}
-    trainer = BpeTrainer(vocab_size=500, special_tokens=[END_OF_TEXT, "<unk>"], show_progress=False, **initial)
+    trainer = BpeTrainer(
+        vocab_size=500,
+        special_tokens=[END_OF_TEXT, "<unk>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if alphabet else [],
+        show_progress=False,
+    )
     theirs.train_from_iterator([CODE], trainer)
     theirs.pre_tokenizer = CUTS[form]
     return theirs
 
 
 def with_r50k(form: str) -> tokenizers.Tokenizer:
-    merges = [tuple(merge.split(" ")) for merge in r50k_merges()]
+    merges = [(left, right) for left, right in (merge.split(" ") for merge in r50k_merges())]
     theirs = tokenizers.Tokenizer(BPE(vocab=r50k_vocab() | {END_OF_TEXT: 50256}, merges=merges))
     theirs.pre_tokenizer = CUTS[form]
     return theirs

@@ -2,15 +2,20 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pytest
+from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.prompt_format import CHAT_TEMPLATE, PromptFormat, PromptFormatError, Turn, load_prompt_format
+from model.checkpoint.vocabulary import BYTE_OF, load_tokenizer
+from service.engine.prompts import chat_prompt
+from tests.model.checkpoint.vocabularies import write_vocabulary
 
 CHAT = [
     Turn("user", "Hi <there> & 'you'"),
@@ -35,7 +40,8 @@ class TestLoading:
         assert (found.separator, found.input_prefix, found.output_prefix) == ("\n###\n", "", " => ")
         assert (found.chat_template, found.stop, found.default_max_tokens) == (CHAT_TEMPLATE, ("\nUser:",), 256)
         assert found.insertion is None
-        assert found.bos_token is None
+        assert found.chat_problem is None
+        assert found.token_names == {}
 
     def test_every_field(self, tmp_path: Path) -> None:
         fields: dict[str, Any] = {
@@ -57,18 +63,16 @@ class TestLoading:
     def test_template_of_the_tokenizer(self, tmp_path: Path) -> None:
         """banded.json's overrides it, and neither has the default template's stop."""
         write(tmp_path, "tokenizer_config.json", {"chat_template": "theirs", "bos_token": "<s>"})
-        assert load_prompt_format(tmp_path) == PromptFormat(chat_template="theirs", stop=(), bos_token="<s>")
+        theirs = PromptFormat(chat_template="theirs", stop=(), token_names={"bos_token": "<s>"})
+        assert load_prompt_format(tmp_path) == theirs
         write(tmp_path, "banded.json", {"stop": ["<end>"]})
-        assert load_prompt_format(tmp_path) == PromptFormat(chat_template="theirs", stop=("<end>",), bos_token="<s>")
+        assert load_prompt_format(tmp_path) == replace(theirs, stop=("<end>",))
         write(tmp_path, "banded.json", {"chat_template": "ours"})
-        assert load_prompt_format(tmp_path) == PromptFormat(chat_template="ours", stop=(), bos_token="<s>")
+        assert load_prompt_format(tmp_path) == replace(theirs, chat_template="ours")
 
-    def test_tokenizer_without_a_single_template(self, tmp_path: Path) -> None:
-        named = [{"name": "default", "template": "theirs"}]
-        write(tmp_path, "tokenizer_config.json", {"chat_template": named, "bos_token": {"content": "<s>"}})
-        assert load_prompt_format(tmp_path) == PromptFormat(bos_token="<s>")
-        write(tmp_path, "tokenizer_config.json", {"chat_template": None, "bos_token": None})
-        assert load_prompt_format(tmp_path) == PromptFormat()
+    def test_tokenizer_without_a_template(self, tmp_path: Path) -> None:
+        write(tmp_path, "tokenizer_config.json", {"chat_template": None, "bos_token": None, "pad_token": {"content": "_"}})
+        assert load_prompt_format(tmp_path) == PromptFormat(token_names={"pad_token": "_"})
 
 
 BRACES = r"insertion must be a string that holds \{prompt\} and \{suffix\} once each, other braces doubled, got "
@@ -79,6 +83,8 @@ BRACES = r"insertion must be a string that holds \{prompt\} and \{suffix\} once 
     [
         ({"seperator": "\n"}, r"banded\.json: unknown field 'seperator', expected one of chat_template, default_max_tok"),
         ({"bos_token": "<s>"}, r"banded\.json: unknown field 'bos_token'"),
+        ({"chat_problem": None}, r"banded\.json: unknown field 'chat_problem'"),
+        ({"token_names": {}}, r"banded\.json: unknown field 'token_names'"),
         ({"x" * 1000: 1}, r"banded\.json: unknown field 'x{80}', expected"),
         ({"separator": 5}, r"banded\.json: separator must be a string, got 5"),
         ({"separator": ["x" * 1000]}, r'banded\.json: separator must be a string, got \["x{78}\.\.\.$'),
@@ -99,9 +105,6 @@ BRACES = r"insertion must be a string that holds \{prompt\} and \{suffix\} once 
         ({"insertion": "{prompt:>9}{suffix}"}, BRACES),
         ({"insertion": "{prompt.x}{suffix}"}, BRACES),
         ({"insertion": "{prompt}{suffix}}"}, BRACES),
-        ({"chat_template": "{% if %}"}, r"banded\.json: chat_template does not compile: line 1: Expected an expression"),
-        ({"chat_template": "{{ x | nothing }}"}, r"chat_template does not compile: line 1: No filter named 'nothing'"),
-        ({"chat_template": "{% for a in b %}" * 30 + "{% endfor %}" * 30}, "does not compile: too many statically nested"),
     ],
 )
 def test_unusable_fields_are_named(tmp_path: Path, fields: Any, message: str) -> None:
@@ -112,11 +115,58 @@ def test_unusable_fields_are_named(tmp_path: Path, fields: Any, message: str) ->
     assert len(str(refusal.value)) < len(str(tmp_path)) + 300
 
 
-def test_template_of_the_tokenizer_that_does_not_compile(tmp_path: Path) -> None:
-    write(tmp_path, "tokenizer_config.json", {"chat_template": "\n{% else %}"})
-    message = r"tokenizer_config\.json: chat_template does not compile: line 2: .* 'else'"
-    with pytest.raises(PromptFormatError, match=message):
-        load_prompt_format(tmp_path)
+@pytest.mark.parametrize("file", ["banded.json", "tokenizer_config.json"])
+@pytest.mark.parametrize(
+    ("template", "problem"),
+    [
+        ("\n{% else %}", r"chat_template does not compile: line 2: .* 'else'"),
+        ("{% if %}", "chat_template does not compile: line 1: Expected an expression"),
+        ("{{ x | nothing }}", "chat_template does not compile: line 1: No filter named 'nothing'"),
+        ("{% for a in b %}" * 30 + "{% endfor %}" * 30, "does not compile: too many statically nested"),
+    ],
+)
+def test_a_template_that_does_not_compile_prevents_chats_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str, template: str, problem: str
+) -> None:
+    write(tmp_path, file, {"chat_template": template})
+    found = load_prompt_format(tmp_path)
+    assert re.search(problem, found.chat_problem or "")
+    assert caplog.messages == [f"{tmp_path}: chats are refused: {found.chat_problem}"]
+
+
+NAMED = [{"name": "rag", "template": "b"}, {"name": "tool_use", "template": "c"}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "files", "found"),
+    [
+        ([{"name": "default", "template": "a"}, *NAMED], {}, "a"),
+        ({"default": "a", "rag": "b"}, {}, "a"),
+        (NAMED, {"chat_template.jinja": "a"}, "a"),
+        ("old", {"chat_template.jinja": "a", "additional_chat_templates/rag.jinja": "b"}, "a"),
+        (None, {"additional_chat_templates/default.jinja": "a"}, "a"),
+        (NAMED, {}, "none of the chat templates ['rag', 'tool_use'] is named default"),
+        (None, {"additional_chat_templates/rag.jinja": "b"}, None),
+        (5, {}, "tokenizer_config.json: chat_template must be a string or strings by name, got 5"),
+        (["a"], {}, 'tokenizer_config.json: chat_template must be a string or strings by name, got ["a"]'),
+        ({"default": ["a"]}, {}, 'tokenizer_config.json: chat_template must be a string or strings by name, got ["a"]'),
+        ("a", {"chat_template.jinja": b"\xff"}, "chat_template.jinja can't be read: "),
+    ],
+)
+def test_of_several_templates_the_default_is_taken(
+    tmp_path: Path, settings: Any, files: dict[str, str | bytes], found: str | None
+) -> None:
+    write(tmp_path, "tokenizer_config.json", {"chat_template": settings})
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode() if isinstance(text, str) else text)
+    prompt_format = load_prompt_format(tmp_path)
+    if found is None:
+        assert prompt_format == PromptFormat()
+    elif found == "a":
+        assert prompt_format == PromptFormat(chat_template="a", stop=())
+    else:
+        assert found in (prompt_format.chat_problem or "")
 
 
 def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -127,11 +177,6 @@ def test_a_template_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, "banded.json", {"chat_template": "ours"})
     assert load_prompt_format(tmp_path) == PromptFormat(chat_template="ours", stop=())
     write(tmp_path, "banded.json", {})
-    (tmp_path / "chat_template.jinja").write_text("{% else %}")
-    with pytest.raises(
-        PromptFormatError, match=r": chat_template\.jinja: chat_template does not compile: line 1: .* 'else'"
-    ):
-        load_prompt_format(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["banded.json", "tokenizer_config.json"])
@@ -180,13 +225,67 @@ BLOCKS = """{% for message in messages %}
 """
 
 
-@pytest.mark.parametrize("template", [CHATML, BLOCKS, CHAT_TEMPLATE])
+GENERATION = """{% for message in messages %}{% set role = "outside" %}
+    {% if message.role == "assistant" %}
+    {%- generation -%}
+        {% set role = message.role %}
+        {{ role }} {{ loop.index }}: {{ message.content }}{{ eos_token }}
+    {% endgeneration %}
+    {% else %}
+        {{ message.content }} {% generation %}x{% endgeneration %}
+    {% endif %}
+{{ role }}
+{% endfor %}
+"""
+TOJSON = """{{ messages | tojson(separators=(",", ":")) }} {{ messages[0] | tojson(indent=2) }} {{ "é" | tojson(true) }}
+{{ messages[1] | tojson(sort_keys=true, separators=(" , ", " : ")) }} {{ "é" | tojson(false, 4, (";", "="), true) }}
+{{ {"b": 1, "a": [1, 2]} | tojson(false, none, (";", "="), true) }}"""
+NAMES = """{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}{{ mask_token is defined }}{{ sep_token }}|
+{{ strftime_now("%Y") | length }}{{ strftime_now("%d %b %Y") == strftime_now("%d ") + strftime_now("%b %Y") }}"""
+
+
+@pytest.mark.parametrize("template", [CHATML, BLOCKS, CHAT_TEMPLATE, GENERATION, TOJSON, NAMES])
 def test_templates_render_as_in_transformers(template: str) -> None:
     chat = [message._asdict() for message in CHAT]
     texts, _ = render_jinja_template(
-        conversations=[chat], chat_template=template, add_generation_prompt=True, bos_token="<s>", eos_token="</s>"
+        conversations=[chat],
+        chat_template=template,
+        add_generation_prompt=True,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
     )
-    assert rendered(PromptFormat(chat_template=template), CHAT) == texts[0]
+    names = {"pad_token": "<pad>", "unk_token": "<unk>"}
+    assert rendered(PromptFormat(chat_template=template, token_names=names), CHAT) == texts[0]
+
+
+@pytest.mark.parametrize("form", ["text", "list", "dict", "files"])
+def test_checkpoints_render_as_with_apply_chat_template(tmp_path: Path, form: str) -> None:
+    """The template is found, and its variables have their values, wherever the checkpoint keeps them."""
+    write_vocabulary(tmp_path, {piece: n for n, piece in enumerate([*BYTE_OF, "<s>", "</s>", "<pad>", "<unk>"])}, [])
+    write(tmp_path, "config.json", {"model_type": "gpt2", "vocab_size": 260})
+    template = "{{ bos_token }}{{ unk_token }}{{ pad_token }}{{ sep_token }}" + GENERATION
+    settings: dict[str, Any] = {"bos_token": "<s>", "eos_token": {"__type": "AddedToken", "content": "</s>"}}
+    settings |= {"pad_token": "<pad>", "unk_token": "<unk>", "tokenizer_class": "GPT2Tokenizer"}
+    templates = {"default": template, "rag": "rag"}
+    match form:
+        case "text":
+            settings["chat_template"] = template
+        case "list":
+            settings["chat_template"] = [{"name": name, "template": text} for name, text in templates.items()]
+        case "dict":
+            settings["chat_template"] = templates
+        case "files":
+            (tmp_path / "chat_template.jinja").write_text(template)
+            (tmp_path / "additional_chat_templates").mkdir()
+            (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("rag")
+    write(tmp_path, "tokenizer_config.json", settings)
+    theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+    chat = [message._asdict() for message in CHAT]
+    tokens = theirs.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+    ours = load_tokenizer(tmp_path)
+    assert chat_prompt(CHAT, load_prompt_format(tmp_path), ours).tokens == tokens
 
 
 @pytest.mark.parametrize(

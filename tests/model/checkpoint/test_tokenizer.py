@@ -552,7 +552,8 @@ class TestTinyCheckpoint:
         write(tiny, "config.json", {"model_type": "gpt2", "vocab_size": 258, "eos_token_id": 257})
         tokenizer = load_tokenizer(tiny)
         assert "the model has no row for '<end>', '<tool>': a prompt that holds one is refused" in caplog.text
-        assert (tokenizer.eos_ids, tokenizer.special_tokens) == ({257}, {"<end>": 258})
+        assert tokenizer.eos_ids == {257}
+        assert tokenizer.special_tokens == {"<end>": 258}
         assert tokenizer.encode("ab<tool>") == [256, 259]
         assert text_prompt("ab<end>", tokenizer).tokens == tokenizer.encode("ab<end>") == [256, *map(BYTES.get, "<end>")]
         for text, message in (("a<tool>b", "'<tool>' is token 259, but"), ("a<end>", "'<end>' is token 258, but")):

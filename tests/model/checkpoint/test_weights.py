@@ -358,6 +358,8 @@ def test_a_model_keeps_the_tokenizer_and_the_card_of_its_origin(tmp_path: Path) 
     (origin / "config.json").write_text(json.dumps(raw | {"bos_token_id": 256, "eos_token_id": [256, 66]}))
     (origin / "tokenizer_config.json").write_text(json.dumps({"bos_token": "</s>", "add_bos_token": True}))
     (origin / "banded.json").write_text(json.dumps({"separator": " ; "}))
+    (origin / "additional_chat_templates").mkdir()
+    (origin / "additional_chat_templates" / "default.jinja").write_text("theirs")
     (origin / "generation_config.json").write_text(json.dumps({"eos_token_id": [256, 65], "temperature": 0.7}))
     save_model(tmp_path / "saved", load(origin), torch.float32, origin=origin)
     ours, theirs = load_tokenizer(tmp_path / "saved"), load_tokenizer(origin)
@@ -365,7 +367,8 @@ def test_a_model_keeps_the_tokenizer_and_the_card_of_its_origin(tmp_path: Path) 
     assert ours.eos_ids == theirs.eos_ids == {256, 65, 66}
     assert ours.encode("ab") == theirs.encode("ab") == [97, 98]
     assert ours.fingerprint() == theirs.fingerprint() != r50k_base().fingerprint()
-    assert load_prompt_format(tmp_path / "saved").separator == " ; "
+    prompt_format = load_prompt_format(tmp_path / "saved")
+    assert (prompt_format.separator, prompt_format.chat_template) == (" ; ", "theirs")
     assert load(tmp_path / "saved").config == load(origin).config
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from model.checkpoint.tokenizer import END_OF_TEXT, r50k_base
+from model.checkpoint.tokenizer import END_OF_TEXT, R50K_VOCAB_SIZE, r50k_base
 from model.checkpoint.vocabulary import BYTE_OF, merge
 
 CHARACTER_OF = {byte: character for character, byte in BYTE_OF.items()}
@@ -30,14 +30,14 @@ def spelled(token: bytes) -> str:
 @functools.cache
 def r50k_vocab() -> dict[str, int]:
     tokenizer = r50k_base()
-    return {spelled(tokenizer.token_bytes(rank)): rank for rank in range(tokenizer.eos_id)}
+    return {spelled(tokenizer.token_bytes(rank)): rank for rank in range(R50K_VOCAB_SIZE - 1)}
 
 
 @functools.cache
 def r50k_merges() -> list[str]:
     """merges.txt from the ranks. A token's pair is what lower ranks merge its bytes into."""
     tokenizer = r50k_base()
-    words = [tokenizer.token_bytes(rank) for rank in range(tokenizer.eos_id)]
+    words = [tokenizer.token_bytes(rank) for rank in range(R50K_VOCAB_SIZE - 1)]
     merges: list[str] = []
     ranks = {word: rank for rank, word in enumerate(words[:256])}
     for rank, word in enumerate(words[256:], 256):

@@ -18,7 +18,7 @@ from tests.service.api.helpers import Api, events_of, post, prompts_run, request
 from tests.service.engine.fakes import CONFIG, FakeEngine
 from tests.service.helpers import run
 
-EOS = FakeEngine.tokenizer.eos_id
+EOS = FakeEngine.tokenizer.special_tokens["<|endoftext|>"]
 SPELT = FakeEngine.tokenizer.encode("<|endoftext|>")
 
 

@@ -50,7 +50,7 @@ def test_a_special_separator() -> None:
     few_shot = {"examples": [{"input": "<|endoftext|>", "output": "b"}], "separator": "<|endoftext|>"}
     choice = complete(few_shot, fake, ignore_eos=True).json()["choices"][0]
     plain = TOKENIZER.encode("<|endoftext|> => b")
-    assert prompts_run(fake) == [[*plain, TOKENIZER.eos_id, *TOKENIZER.encode("cheese =>")]]
+    assert prompts_run(fake) == [[*plain, TOKENIZER.special_tokens["<|endoftext|>"], *TOKENIZER.encode("cheese =>")]]
     assert (choice["text"], choice["finish_reason"]) == (" one", "stop")
 
 
@@ -116,7 +116,7 @@ def test_suffix_with_an_insertion_format() -> None:
         async with serving(fake, PromptFormat(insertion="<|endoftext|>{suffix}<|endoftext|>{prompt}")) as api:
             answer = await api.complete(prompt="<|endoftext|>", suffix=" b", max_tokens=1)
             assert answer.status_code == 200, answer.text
-            eos, spelt = TOKENIZER.eos_id, TOKENIZER.encode("<|endoftext|>")
+            eos, spelt = TOKENIZER.special_tokens["<|endoftext|>"], TOKENIZER.encode("<|endoftext|>")
             assert prompts_run(fake) == [[eos, *TOKENIZER.encode(" b"), eos, *spelt]]
 
     run(test)

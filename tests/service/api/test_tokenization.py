@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from model.checkpoint.prompt_format import PromptFormat
 from tests.conformance import contract
 from tests.service.api.helpers import error_of, request, serving
 from tests.service.engine.fakes import FakeEngine
@@ -64,6 +65,22 @@ def test_tokenizer_info() -> None:
     assert (info["eos_token"], info["bos_token"]) == ("<|endoftext|>", None)
     assert info["tokenizer_class"] == "GPT2Tokenizer"
     assert "Assistant:" in info["chat_template"]
+
+
+@contract("chat", "messages", "a model whose template can't be used refuses chats with the reason, and completes text")
+def test_a_model_that_can_not_chat() -> None:
+    async def test() -> None:
+        broken = PromptFormat(chat_problem="chat_template does not compile: line 2: no")
+        async with serving(prompt_format=broken) as api:
+            body = {"messages": [{"role": "user", "content": "a"}]}
+            for path in ("/v1/chat/completions", "/tokenize"):
+                error = error_of(await api.client.post(path, json={"model": "fake", **body}), 400)
+                assert error["message"] == "'messages': the model can't chat: chat_template does not compile: line 2: no"
+                assert error["param"] == "messages"
+            assert (await api.complete(prompt="a")).status_code == 200
+            assert (await api.client.get("/tokenizer_info")).json()["chat_template"] is None
+
+    run(test)
 
 
 @contract("tokenize", "model", "the only one when none is named; unknown: 404")

@@ -15,7 +15,7 @@ from service.engine.scheduler import NO_ADAPTER, AdapterRef, Sequence
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, until
 
-EOS = FakeEngine.tokenizer.eos_id
+EOS = FakeEngine.tokenizer.special_tokens["<|endoftext|>"]
 
 
 @pytest.fixture(params=[0, 1], autouse=True)

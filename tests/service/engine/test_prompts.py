@@ -13,7 +13,7 @@ from service.engine.prompts import Example, FewShot, chat_prompt, few_shot_promp
 from service.engine.request import ExampleCounts, Prompt, RequestError, text_prompt
 
 R50K = r50k_base()
-END = R50K.eos_id
+END = R50K.special_tokens[END_OF_TEXT]
 SPECIAL = {END_OF_TEXT: END, "<s>": 50257, "<|im_start|>": 50258, "<|im_end|>": 50259, "<<s>": 50260, "§": 50261}
 
 
@@ -312,8 +312,13 @@ class TestChat:
         assert chat_prompt([Turn("user", "a")], without, WITH_BOS) == Prompt(tokens, 1, stops=("\nUser:",))
         # A tokenizer without bos: a chat template may still write one if the checkpoint names it.
         assert chat_prompt([Turn("user", "a")], own, PLAIN).tokens == [64, END]
-        named = PromptFormat(chat_template=own.chat_template, bos_token="<s>")
+        named = PromptFormat(chat_template=own.chat_template, token_names={"bos_token": "<s>"})
         assert chat_prompt([Turn("user", "a")], named, PLAIN) == Prompt(tokens, 0, stops=("\nUser:",))
+
+    def test_a_model_without_a_template_that_works_refuses_chats(self) -> None:
+        broken = PromptFormat(chat_problem="chat_template does not compile: line 2: no")
+        with pytest.raises(RequestError, match="'messages': the model can't chat: chat_template does not compile: line 2"):
+            chat_prompt([Turn("user", "a")], broken, PLAIN)
 
     def test_empty_rendering_is_a_new_document(self) -> None:
         assert chat_prompt([], BORDERLESS, PLAIN) == Prompt([END], 1)

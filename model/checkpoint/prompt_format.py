@@ -218,7 +218,7 @@ def strftime_now(layout: str) -> str:
     return datetime.now().strftime(layout)
 
 
-class Generation(Extension):
+class GenerationBlock(Extension):
     """{% generation %} ... {% endgeneration %} marks what a model learns to write. The text itself stays as it is."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
@@ -234,7 +234,7 @@ def compiled(template: str) -> jinja2.Template:
 
     A template is somebody else's program, so it runs in a sandbox.
     """
-    extensions = ["jinja2.ext.loopcontrols", Generation]
+    extensions = ["jinja2.ext.loopcontrols", GenerationBlock]
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
     environment.filters["tojson"] = to_json

@@ -403,13 +403,10 @@ def numbered(role: str, files: CheckpointFiles) -> list[int]:
     found: list[int] = []
     for source, settings in ((CONFIG_FILE, files.config), (GENERATION_FILE, files.generation)):
         value = settings.get(f"{role}_token_id")
-        listed = value if isinstance(value, list) else [value]
-        for token_id in listed:
-            if value is not None and type(token_id) is not int:
-                raise TokenizerError(
-                    f"{source}: {role}_token_id is {value!r:.80}, expected a whole number or a list of them"
-                )
-        found += [] if value is None else listed
+        listed = [] if value is None else value if isinstance(value, list) else [value]
+        if not all(type(token_id) is int for token_id in listed):
+            raise TokenizerError(f"{source}: {role}_token_id is {value!r:.80}, expected a whole number or a list of them")
+        found += listed
     return found
 
 

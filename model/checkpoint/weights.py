@@ -197,16 +197,33 @@ def unpadded(name: str, parameter: Tensor, config: GPTConfig) -> Tensor:
 def assemble(
     shape: torch.Size, source: Source, stored: Mapping[str, StoredTensor], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """A parameter of `shape`: the tensors of `source` stacked, then zeros, which pad the vocabulary."""
+    """A parameter of `shape`: the tensors of `source` stacked, then zeros, which pad the vocabulary.
+
+    Raises CheckpointError naming a tensor that holds NaN or infinity, or numbers too large for `dtype`.
+    """
     parameter = torch.empty(shape, dtype=dtype, device=device)
     row = 0
     for key in source.keys:
         tensor = stored[key].read()
         tensor = tensor.T if source.transposed else tensor
-        parameter[row : row + len(tensor)] = tensor
+        part = parameter[row : row + len(tensor)]
+        part.copy_(tensor)
+        # A finite sum has finite terms only, and costs a fraction of a look at each. A sum of sound weights may overflow.
+        if not part.sum().isfinite() and not part.isfinite().all():
+            raise CheckpointError(f"{stored[key].file}: {why_not_finite(stored[key].key, tensor, dtype)}")
         row += len(tensor)
     parameter[row:] = 0
     return parameter
+
+
+def why_not_finite(key: str, tensor: Tensor, dtype: torch.dtype) -> str:
+    """Why `tensor`, stored as `key`, is not finite as `dtype`, and which dtype holds it."""
+    if broken := int((~tensor.isfinite()).sum()):
+        return f"{key} holds {broken} of {tensor.numel()} numbers that are NaN or infinite"
+    fitting = [each for each in (torch.bfloat16, torch.float32) if tensor.to(each).isfinite().all()]
+    advice = f"use --dtype {str(fitting[0])[6:]}" if fitting else "no dtype holds it"
+    most, limit = tensor.abs().max().item(), torch.finfo(dtype).max
+    return f"{key} reaches {most:g}, but {str(dtype)[6:]} ends at {limit:g}; {advice}"
 
 
 def save_model(directory: Path, model: GPT, dtype: torch.dtype, *, origin: Path | None = None) -> None:

@@ -599,6 +599,51 @@ def test_quantised_weights(tmp_path: Path) -> None:
     refused(directory, f"{key} is I8, expected one of F64, F32, F16, BF16")
 
 
+INFINITE, LARGEST = float("inf"), torch.finfo(torch.bfloat16).max
+
+
+@pytest.mark.parametrize(
+    ("dtype", "value", "problem"),
+    [
+        (torch.float32, float("nan"), "holds 1 of 12288 numbers that are NaN or infinite"),
+        (torch.bfloat16, -INFINITE, "holds 1 of 12288 numbers that are NaN or infinite"),
+        (torch.float16, 70000.0, "reaches 70000, but float16 ends at 65504; use --dtype bfloat16"),
+        (torch.float16, -70000.0, "reaches 70000, but float16 ends at 65504; use --dtype bfloat16"),
+        (torch.float16, 3.4e38, r"reaches 3.4e\+38, but float16 ends at 65504; use --dtype float32"),
+        (torch.bfloat16, 3.4e38, r"reaches 3.4e\+38, but bfloat16 ends at 3.38953e\+38; use --dtype float32"),
+        (torch.float32, 1e300, r"reaches 1e\+300, but float32 ends at 3.40282e\+38; no dtype holds it"),
+    ],
+)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_weights_that_do_not_stay_finite(
+    dtype: torch.dtype, value: float, problem: str, transposed: bool, tmp_path: Path
+) -> None:
+    arch, key = ("gpt2", "transformer.h.1.attn.c_attn.weight") if transposed else ("banded", "h.1.attn.c_attn.weight")
+
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors[key] = tensors[key].double()
+        tensors[key][-1, -1] = value
+        return tensors
+
+    directory = edit_tensors(tiny(arch, tmp_path), spoil)
+    with pytest.raises(CheckpointError, match=rf"model\.safetensors: {key} {problem}$"):
+        load_model(directory, dtype)
+
+
+def test_opposite_infinities_and_the_last_of_three_parts_are_seen(tmp_path: Path) -> None:
+    def spoil(tensors: Tensors) -> Tensors:
+        tensors["transformer.h.2.attn.attention.v_proj.weight"][0, :2] = torch.tensor([INFINITE, -INFINITE])
+        return tensors
+
+    refused(edit_tensors(tiny("gpt_neo", tmp_path), spoil), r"h\.2\.attn\.attention\.v_proj\.weight holds 2 of 4096 num")
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 65504.0), (torch.bfloat16, LARGEST)])
+def test_large_weights_load_though_their_sum_overflows(dtype: torch.dtype, value: float, tmp_path: Path) -> None:
+    directory = edit_tensors(tiny("banded", tmp_path), lambda t: t | {"wpe.weight": torch.full_like(t["wpe.weight"], value)})
+    assert (load_model(directory, dtype).wpe.weight == value).all()
+
+
 def test_nothing_is_read_before_all_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("model.checkpoint.weights.assemble", lambda *_: pytest.fail("a weight was read"))
     last = edit_tensors(tiny("gpt2", tmp_path), lambda t: {**t, "transformer.ln_f.bias": torch.ones(63)})

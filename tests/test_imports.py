@@ -151,6 +151,7 @@ NUMBERS_ONLY = [
     "model.checkpoint.files",
     "model.checkpoint.tokenizer",
     "model.checkpoint.vocabulary",
+    "model.training.examples",
     "model.training.plans",
     "model.training.records",
     "model.step",

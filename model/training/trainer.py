@@ -20,6 +20,7 @@ from kernels import torch_ops
 from model.attention import TrainingAttention
 from model.checkpoint.files import Json, write_atomically
 from model.gpt import GPT, Adapt
+from model.training.examples import IGNORED
 from model.training.loss import LinearCrossEntropy
 from model.training.plans import Plan
 from model.training.records import LossRow
@@ -28,8 +29,6 @@ from model.training.records import LossRow
 BETAS, EPS = (0.9, 0.95), 1e-8
 # What AdamW keeps of every parameter.
 MOMENTS = ("exp_avg", "exp_avg_sq")
-# The target of a position that is not learnt: in a prompt, or in padding.
-IGNORED = -1
 
 # batch(first, count, window) -> inputs and targets, (count, T) each, of `count` windows from number `first` on.
 Batches = Callable[[int, int, int], tuple[Tensor, Tensor]]

@@ -129,7 +129,8 @@ def run_finetune(args: argparse.Namespace) -> int:
     from model.checkpoint.vocabulary import load_tokenizer
     from model.checkpoint.weights import load_model, weights_digest
     from model.lora import TARGETS, AdapterConfig
-    from model.training.finetune import advice, completion_loss, encode, finetune, finetuning_plan, read_examples
+    from model.training.examples import advice, encode, read_examples
+    from model.training.finetune import completion_loss, finetune, finetuning_plan
     from model.training.records import DataReport, FileReport
     from service.engine.loading import choose_device, model_directory
     from service.engine.process import keep_freed_memory

@@ -18,19 +18,10 @@ from model.config import GPTConfig
 from model.gpt import GPT
 from model.lora import AdapterConfig, adapt_all, load_adapter
 from model.training.data import tokens_of
-from model.training.finetune import (
-    Encoded,
-    TrainingExample,
-    advice,
-    completion_loss,
-    encode,
-    finetune,
-    finetuning_plan,
-    padded,
-    read_examples,
-)
+from model.training.examples import IGNORED, Encoded, TrainingExample, advice, encode, read_examples
+from model.training.finetune import completion_loss, finetune, finetuning_plan, padded
 from model.training.records import CURVE_FILE, read_curve, write_curve
-from model.training.trainer import IGNORED, next_token_loss
+from model.training.trainer import next_token_loss
 
 CONFIG = GPTConfig(
     vocab_size=50257,

@@ -14,8 +14,9 @@ from model.attention import TrainingAttention
 from model.config import GPTConfig
 from model.gpt import GPT
 from model.training.data import Windows
+from model.training.examples import IGNORED
 from model.training.plans import TrainingPlan
-from model.training.trainer import IGNORED, Trainer, mean_loss, next_token_loss
+from model.training.trainer import Trainer, mean_loss, next_token_loss
 from tests.model.logits import window_logits
 
 CONFIG = GPTConfig(

@@ -1,0 +1,115 @@
+"""Files of prompts and completions to learn from: read, checked and encoded. Needs no torch: the server reads them too."""
+
+import json
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from statistics import mode
+from typing import NamedTuple
+
+from model.checkpoint.files import few
+from model.checkpoint.tokenizer import Tokenizer
+
+# The target of a position that is not learnt: in a prompt, or in padding.
+IGNORED = -1
+
+
+class TrainingExample(NamedTuple):
+    """The model learns to write `completion` after `prompt`."""
+
+    prompt: str
+    completion: str
+
+
+def read_examples(path: Path) -> list[TrainingExample]:
+    """A JSONL file of {"prompt", "completion"}. Raises ValueError naming file and line."""
+    examples = []
+    try:
+        with path.open(encoding="utf-8") as file:  # str.splitlines would end a line at U+2028 too
+            lines = [line.rstrip("\n") for line in file]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path.name} is not UTF-8: {error}") from error
+    for number, line in enumerate(lines, 1):
+        where = f"{path.name}, line {number}"
+        try:
+            fields = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        if not isinstance(fields, dict) or fields.keys() != {"prompt", "completion"}:
+            raise ValueError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
+        example = TrainingExample(**fields)
+        for name, text in example._asdict().items():
+            if not isinstance(text, str):
+                raise ValueError(f"{where}: {name} must be a text, got {repr(text)[:80]}")
+        if not example.completion:
+            raise ValueError(f"{where}: the completion is empty")
+        examples.append(example)
+    if not examples:
+        raise ValueError(f"{path.name} holds no examples")
+    return examples
+
+
+def advice(examples: Sequence[TrainingExample]) -> list[str]:
+    """How the file could be better, with line numbers.
+
+    Every prompt should end in one separator, which no prompt holds elsewhere. Every completion should begin with a space,
+    and all should end in the same text.
+    """
+    found = []
+    prompts, completions = [example.prompt for example in examples], [example.completion for example in examples]
+    separator, ending = common_suffix(prompts), common_suffix(completions)
+    if any(prompts) and not separator:
+        usual = mode(text[-1:] for text in prompts)
+        odd = lines([not text.endswith(usual) for text in prompts])
+        found.append(f'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: {odd}')
+    elif separator.strip():
+        inside = [separator.strip() in prompt[: len(prompt) - len(separator)] for prompt in prompts]
+        if any(inside):
+            found.append(f"the separator {separator!r} is inside the prompt too: {lines(inside)}")
+    unspaced = [not completion[0].isspace() for completion in completions]
+    if any(unspaced):
+        found.append(f"begin every completion with a space, as words are tokens with one: {lines(unspaced)}")
+    if len(set(completions)) > 1 and not ending and any(len(text.split()) > 1 for text in completions):
+        found.append('end every completion with the same text, such as "\\n" or " END", to stop at')
+    first_place = {example: place for place, example in reversed(list(enumerate(examples)))}
+    repeated = [first_place[example] < place for place, example in enumerate(examples)]
+    if any(repeated):
+        found.append(f"leave out what stands there before: {lines(repeated)}")
+    return found
+
+
+def common_suffix(texts: Sequence[str]) -> str:
+    """The longest ending of all texts; none for a single text."""
+    if len(texts) < 2:
+        return ""
+    backwards = sorted(text[::-1] for text in texts)  # the first and the last share only what all share
+    pairs = takewhile(lambda pair: pair[0] == pair[1], zip(backwards[0], backwards[-1], strict=False))
+    return "".join(letter for letter, _ in pairs)[::-1]
+
+
+def lines(flags: Sequence[bool]) -> str:
+    """The numbers of the flagged lines."""
+    numbers = [number for number, flag in enumerate(flags, 1) if flag]
+    return f"line{'s' * (len(numbers) != 1)} {few(numbers)}"
+
+
+class Encoded(NamedTuple):
+    """The tokens of an example, and for each the token that follows it: IGNORED inside the prompt."""
+
+    inputs: list[int]
+    targets: list[int]
+
+
+def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: int) -> list[Encoded]:
+    """Prompt, completion, and eos if there is one. Raises ValueError naming the lines that don't fit the context."""
+    encoded = []
+    for prompt, completion in examples:
+        before = tokenizer.encode_prompt(prompt)
+        tokens = [*before, *tokenizer.checked(tokenizer.encode(completion)), *tokenizer.ending]
+        targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
+        encoded.append(Encoded(tokens[:-1], targets))
+    too_long = [len(example.inputs) > context for example in encoded]
+    if any(too_long):
+        longest = max(len(example.inputs) for example in encoded)
+        raise ValueError(f"the model's context is {context} tokens; longer, up to {longest}: {lines(too_long)}")
+    return encoded

@@ -1,5 +1,6 @@
 """Read the files of a checkpoint or a run, and replace them atomically."""
 
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,25 @@ def read_json(path: Path) -> Json:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
+
+
+def json_lines(data: bytes, name: str) -> Iterator[tuple[int, str]]:
+    """The lines of JSONL that are not blank, numbered from 1. A byte-order mark is no part of them.
+
+    Raises ValueError naming `name` if `data` is not UTF-8.
+    """
+    # Unlike str.splitlines, it does not end a line at U+2028.
+    for number, line in enumerate(io.StringIO(decoded(data, name)), 1):
+        if line.strip():
+            yield number, line.rstrip("\n")
+
+
+def decoded(data: bytes, name: str) -> str:
+    """The text of a file, without a byte-order mark. Raises ValueError naming `name` if it is not UTF-8."""
+    try:
+        return io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8: {error}") from error
 
 
 def optional_json(path: Path) -> Json | None:

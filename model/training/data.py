@@ -25,7 +25,7 @@ def documents(path: Path) -> Iterator[str]:
     count = 0
     lines: list[str] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a byte-order mark is no text
             for line in chain(file, [END_OF_TEXT]):
                 if line.rstrip("\n") != END_OF_TEXT:
                     lines.append(line)

@@ -3,12 +3,11 @@
 import json
 from collections.abc import Sequence
 from itertools import takewhile
-from pathlib import Path
 from statistics import mode
 from typing import NamedTuple
 
-from model.checkpoint.files import few
-from model.checkpoint.tokenizer import Tokenizer
+from model.checkpoint.files import few, json_lines
+from model.checkpoint.tokenizer import Tokenizer, TokenizerError
 
 # The target of a position that is not learnt: in a prompt, or in padding.
 IGNORED = -1
@@ -19,33 +18,28 @@ class TrainingExample(NamedTuple):
 
     prompt: str
     completion: str
+    line: int  # of its file, from 1
 
 
-def read_examples(path: Path) -> list[TrainingExample]:
-    """A JSONL file of {"prompt", "completion"}. Raises ValueError naming file and line."""
+def read_examples(data: bytes, name: str) -> list[TrainingExample]:
+    """From JSONL of {"prompt", "completion"}. Raises ValueError with `name`, the file's, and the line."""
     examples = []
-    try:
-        with path.open(encoding="utf-8") as file:  # str.splitlines would end a line at U+2028 too
-            lines = [line.rstrip("\n") for line in file]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8: {error}") from error
-    for number, line in enumerate(lines, 1):
-        where = f"{path.name}, line {number}"
+    for number, line in json_lines(data, name):
+        where = f"{name}, line {number}"
         try:
             fields = json.loads(line)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
         if not isinstance(fields, dict) or fields.keys() != {"prompt", "completion"}:
             raise ValueError(f'{where}: expected an object of "prompt" and "completion", got {line[:80]!r}')
-        example = TrainingExample(**fields)
-        for name, text in example._asdict().items():
+        for field, text in fields.items():
             if not isinstance(text, str):
-                raise ValueError(f"{where}: {name} must be a text, got {repr(text)[:80]}")
-        if not example.completion:
+                raise ValueError(f"{where}: {field} must be a text, got {repr(text)[:80]}")
+        if not fields["completion"]:
             raise ValueError(f"{where}: the completion is empty")
-        examples.append(example)
+        examples.append(TrainingExample(**fields, line=number))
     if not examples:
-        raise ValueError(f"{path.name} holds no examples")
+        raise ValueError(f"{name} holds no examples")
     return examples
 
 
@@ -60,21 +54,21 @@ def advice(examples: Sequence[TrainingExample]) -> list[str]:
     separator, ending = common_suffix(prompts), common_suffix(completions)
     if any(prompts) and not separator:
         usual = mode(text[-1:] for text in prompts)
-        odd = lines([not text.endswith(usual) for text in prompts])
+        odd = lines(examples, [not text.endswith(usual) for text in prompts])
         found.append(f'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: {odd}')
     elif separator.strip():
         inside = [separator.strip() in prompt[: len(prompt) - len(separator)] for prompt in prompts]
         if any(inside):
-            found.append(f"the separator {separator!r} is inside the prompt too: {lines(inside)}")
+            found.append(f"the separator {separator!r} is inside the prompt too: {lines(examples, inside)}")
     unspaced = [not completion[0].isspace() for completion in completions]
     if any(unspaced):
-        found.append(f"begin every completion with a space, as words are tokens with one: {lines(unspaced)}")
+        found.append(f"begin every completion with a space, as words are tokens with one: {lines(examples, unspaced)}")
     if len(set(completions)) > 1 and not ending and any(len(text.split()) > 1 for text in completions):
         found.append('end every completion with the same text, such as "\\n" or " END", to stop at')
-    first_place = {example: place for place, example in reversed(list(enumerate(examples)))}
-    repeated = [first_place[example] < place for place, example in enumerate(examples)]
+    first_line = {example[:2]: example.line for example in reversed(examples)}
+    repeated = [first_line[example[:2]] < example.line for example in examples]
     if any(repeated):
-        found.append(f"leave out what stands there before: {lines(repeated)}")
+        found.append(f"leave out what stands there before: {lines(examples, repeated)}")
     return found
 
 
@@ -87,9 +81,9 @@ def common_suffix(texts: Sequence[str]) -> str:
     return "".join(letter for letter, _ in pairs)[::-1]
 
 
-def lines(flags: Sequence[bool]) -> str:
+def lines(examples: Sequence[TrainingExample], flags: Sequence[bool]) -> str:
     """The numbers of the flagged lines."""
-    numbers = [number for number, flag in enumerate(flags, 1) if flag]
+    numbers = [example.line for example, flag in zip(examples, flags, strict=True) if flag]
     return f"line{'s' * (len(numbers) != 1)} {few(numbers)}"
 
 
@@ -101,15 +95,18 @@ class Encoded(NamedTuple):
 
 
 def encode(examples: Sequence[TrainingExample], tokenizer: Tokenizer, context: int) -> list[Encoded]:
-    """Prompt, completion, and eos if there is one. Raises ValueError naming the lines that don't fit the context."""
+    """Prompt, completion, and eos if there is one. Raises ValueError naming the lines that can't be learnt."""
     encoded = []
-    for prompt, completion in examples:
-        before = tokenizer.encode_prompt(prompt)
-        tokens = [*before, *tokenizer.checked(tokenizer.encode(completion)), *tokenizer.ending]
+    for prompt, completion, line in examples:
+        try:
+            before = tokenizer.encode_prompt(prompt)
+            tokens = [*before, *tokenizer.checked(tokenizer.encode(completion)), *tokenizer.ending]
+        except TokenizerError as error:
+            raise ValueError(f"line {line}: {error}") from error
         targets = [IGNORED] * (len(before) - 1) + tokens[len(before) :]
         encoded.append(Encoded(tokens[:-1], targets))
     too_long = [len(example.inputs) > context for example in encoded]
     if any(too_long):
         longest = max(len(example.inputs) for example in encoded)
-        raise ValueError(f"the model's context is {context} tokens; longer, up to {longest}: {lines(too_long)}")
+        raise ValueError(f"the model's context is {context} tokens; longer, up to {longest}: {lines(examples, too_long)}")
     return encoded

@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    tasks = Tasks(Words(args.text.read_text(encoding="utf-8")))
+    tasks = Tasks(Words(args.text.read_text(encoding="utf-8-sig")))
     write_documents(args.out / "repeats.txt", tasks.repetition, int(2 * args.tokens), args.seed)
     count = write_documents(args.out / "tasks.txt", tasks.document, int(args.tokens), args.seed)
     write_items(args.out / "items.jsonl", tasks, 100, args.seed, held_out=True)

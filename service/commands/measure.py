@@ -52,7 +52,8 @@ def add_evaluate(commands: Commands) -> None:
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
-    from service.tools.evaluate import RemoteModel, few_shot_accuracy, few_shot_questions, perplexity, read_items, read_text
+    from model.checkpoint.files import decoded
+    from service.tools.evaluate import RemoteModel, few_shot_accuracy, few_shot_questions, perplexity, read_items
 
     if not (args.text or args.few_shot):
         raise ValueError("nothing to evaluate: give --text, --few-shot or both")
@@ -63,7 +64,7 @@ def run_evaluate(args: argparse.Namespace) -> int:
         raise ValueError(f"--shots {shots[0]}: examples can't be fewer than none")
     if args.json and not args.json.parent.is_dir():
         raise ValueError(f"--json {args.json}: there is no such directory")
-    text = read_text(args.text) if args.text else None
+    text = decoded(args.text.read_bytes(), str(args.text)) if args.text else None
     questions = []
     if args.few_shot:
         items = read_items(args.few_shot)

@@ -1,6 +1,5 @@
 """Evaluates a model over the Completions API: perplexity of a text, accuracy on few-shot tasks."""
 
-import io
 import json
 import math
 import random
@@ -13,6 +12,7 @@ from urllib.request import Request, urlopen
 
 from tqdm.contrib.concurrent import thread_map
 
+from model.checkpoint.files import json_lines
 from model.checkpoint.prompt_format import PromptFormat
 from service.engine.prompts import Example, FewShot, few_shot_parts
 from service.tools.bench import authorization, message
@@ -77,14 +77,6 @@ def perplexity(served: RemoteModel, text: str) -> dict[str, float]:
     }
 
 
-def read_text(path: Path) -> str:
-    """Raises ValueError if it is not UTF-8."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8: {error}") from error
-
-
 class TaskItem(NamedTuple):
     task: str
     input: str
@@ -100,8 +92,7 @@ def few_shot_text(examples: Sequence[TaskItem], query: str) -> str:
 def read_items(path: Path) -> list[TaskItem]:
     """The items of a JSONL file: "input", "output" and perhaps "task". Raises ValueError with the line."""
     items = []
-    for number, whole in enumerate(io.StringIO(read_text(path)), 1):  # str.splitlines would end a line at U+2028 too
-        line = whole.rstrip("\n")
+    for number, line in json_lines(path.read_bytes(), str(path)):
         try:
             item = json.loads(line)
             texts = [item.pop("task", "all"), item.pop("input"), item.pop("output")]

@@ -6,10 +6,12 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
 
+from model.training.examples import encode, read_examples
 from service.api.errors import APIError, invalid
 from service.api.schema.base import DeletedObject, ErrorResponse
 from service.api.schema.fine_tuning import CheckpointObject, FileList, FileObject
 from service.api.state import state_of
+from service.api.validation import off_the_loop
 from service.engine.request import shown
 from service.jobs.runner import Jobs
 from service.jobs.store import Job, Store, StoredFile
@@ -53,7 +55,7 @@ def find_file(store: Store, file_id: str, param: str | None = None) -> StoredFil
 
 @router.post("/v1/files", openapi_extra=UPLOAD)
 async def upload_file(request: Request) -> FileObject:
-    """Store a file. Its contents are checked when a job begins."""
+    """Store a file, unless a job would refuse it."""
     store = store_of(request)
     if not request.headers.get("content-type", "").startswith("multipart/form-data"):
         raise invalid("a file is sent as multipart/form-data", "file")
@@ -72,6 +74,14 @@ async def upload_file(request: Request) -> FileObject:
         raise invalid(f"'file': its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
     if not content:
         raise invalid("'file': it is empty", "file")
+    base = state_of(request).models.base
+    try:
+        await off_the_loop(
+            len(content),
+            lambda: encode(read_examples(content, shown(name)), base.tokenizer, base.config.n_positions),
+        )
+    except ValueError as error:
+        raise invalid(f"'file': {error}", "file") from error
     return file_object(store.add_file(name, PURPOSE, content))
 
 

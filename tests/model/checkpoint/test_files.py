@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from model.checkpoint.files import few, write_atomically
+from model.checkpoint.files import decoded, few, json_lines, write_atomically
 
 
 @pytest.mark.parametrize("options", [{}, {"durable": True}, {"shared": True}])
@@ -53,3 +53,12 @@ def test_five_names_are_shown_and_the_others_counted() -> None:
     assert few(["a", "b"]) == "a, b"
     assert few(list("abcde")) == "a, b, c, d, e"
     assert few(range(1, 8)) == "1, 2, 3, 4, 5 and 2 more"
+
+
+def test_lines_of_json_have_the_numbers_of_the_file() -> None:
+    """A mark that an editor put ahead of them, blank lines and either line end change nothing."""
+    data = b'\xef\xbb\xbf1\r\n\r\n \t\n"\xe2\x80\xa8"\n\n4'
+    assert list(json_lines(data, "x.jsonl")) == [(1, "1"), (4, '"\u2028"'), (6, "4")]
+    assert decoded(data[:5], "x.jsonl") == "1\n"
+    with pytest.raises(ValueError, match=r"^x\.jsonl is not UTF-8: .*0xff"):
+        list(json_lines(b"1\n\xff", "x.jsonl"))

@@ -103,3 +103,11 @@ def test_a_corpus_in_another_encoding_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"latin\.txt is not UTF-8"):
         write_shard(path, r50k_base(), tmp_path)
     assert [found.name for found in tmp_path.iterdir() if found.suffix == ".uint16"] == []
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    plain, marked = tmp_path / "plain.txt", tmp_path / "marked.txt"
+    plain.write_bytes(b"<|endoftext|>\na tale\n")
+    marked.write_bytes(b"\xef\xbb\xbf" + plain.read_bytes())
+    assert list(documents(marked)) == list(documents(plain)) == ["a tale"]
+    assert read_tokens([marked], r50k_base()).tolist() == read_tokens([plain], r50k_base()).tolist()

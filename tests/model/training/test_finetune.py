@@ -35,8 +35,15 @@ CONFIG = GPTConfig(
 )
 COLOURS = ["red", "blue", "green", "white"]
 DOES = ["sings", "sleeps", "eats"]
-EXAMPLES = [TrainingExample(f"the {colour} bird {does} =>", f" {colour}") for colour in COLOURS for does in DOES]
-HELD_OUT = [TrainingExample(f"the {colour} bird flies =>", f" {colour}") for colour in COLOURS]
+
+
+def numbered(*examples: tuple[str, str]) -> list[TrainingExample]:
+    return [TrainingExample(prompt, completion, line) for line, (prompt, completion) in enumerate(examples, 1)]
+
+
+EXAMPLES = numbered(*((f"the {colour} bird {does} =>", f" {colour}") for colour in COLOURS for does in DOES))
+HELD_OUT = numbered(*((f"the {colour} bird flies =>", f" {colour}") for colour in COLOURS))
+PAIRS = [(prompt, completion) for prompt, completion, _ in EXAMPLES]
 
 
 def make_model() -> GPT:
@@ -112,27 +119,29 @@ def test_what_is_computed_at_a_time_has_a_limit_and_changes_no_loss(tmp_path: Pa
 
 def test_the_prompt_is_read_and_not_learnt() -> None:
     tokenizer = r50k_base()
-    (example,) = encode([TrainingExample("one two =>", " three four")], tokenizer, 32)
+    (example,) = encode(numbered(("one two =>", " three four")), tokenizer, 32)
     prompt, completion = tokenizer.encode("one two =>"), tokenizer.encode(" three four")
     assert example.inputs == [*prompt, *completion]
     assert example.targets == [IGNORED] * (len(prompt) - 1) + [*completion, tokenizer.eos_id]
-    (empty,) = encode([TrainingExample("", "x")], tokenizer, 32)
+    (empty,) = encode(numbered(("", "x")), tokenizer, 32)
     assert empty.inputs == [tokenizer.eos_id, *tokenizer.encode("x")]
 
 
 def test_a_tokenizer_without_end_of_text_ends_completions_with_nothing() -> None:
     tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, range(256), special={}, added={}, eos_id=None)
-    assert encode([TrainingExample("ab", "cd")], tokenizer, 32) == [([97, 98, 99], [IGNORED, 99, 100])]
-    with pytest.raises(ValueError, match="an empty prompt needs a token that starts a document, and the model has none"):
-        encode([TrainingExample("", "x")], tokenizer, 32)
+    assert encode(numbered(("ab", "cd")), tokenizer, 32) == [([97, 98, 99], [IGNORED, 99, 100])]
+    with pytest.raises(
+        ValueError, match="line 1: an empty prompt needs a token that starts a document, and the model has none"
+    ):
+        encode(numbered(("", "x")), tokenizer, 32)
 
 
 def test_tokens_that_the_model_has_no_row_for_are_not_learnt() -> None:
     tokens = {byte: bytes([byte]) for byte in range(256)} | {300: b"<tool>"}
     tokenizer = Tokenizer(tokens, range(256), special={}, added={"<tool>": 300}, eos_id=0, num_rows=256)
-    for example in (TrainingExample("a<tool>", "b"), TrainingExample("a", "<tool>b")):
-        with pytest.raises(ValueError, match="'<tool>' is token 300, but the model's ids end at 255"):
-            encode([example], tokenizer, 32)
+    for example in (("a<tool>", "b"), ("a", "<tool>b")):
+        with pytest.raises(ValueError, match="line 2: '<tool>' is token 300, but the model's ids end at 255"):
+            encode(numbered(("a", "b"), example), tokenizer, 32)
     with pytest.raises(ValueError, match="'<tool>' is token 300, but the model's ids end at 255"):
         tokens_of("a<tool>", tokenizer)
 
@@ -140,7 +149,7 @@ def test_tokens_that_the_model_has_no_row_for_are_not_learnt() -> None:
 def test_padding_changes_no_loss() -> None:
     model = make_model()
     some = encoded(
-        [EXAMPLES[0], TrainingExample("a much longer prompt than the other ones are =>", " yes and no"), EXAMPLES[5]]
+        [EXAMPLES[0], TrainingExample("a much longer prompt than the other ones are =>", " yes and no", 2), EXAMPLES[5]]
     )
     one_by_one = sum(
         completion_loss(model, [example]) * sum(target != IGNORED for target in example.targets) for example in some
@@ -159,14 +168,17 @@ def write(path: Path, *lines: object) -> Path:
     return path
 
 
-GOOD = {"prompt": "a =>", "completion": " b"}
+def read(path: Path) -> list[TrainingExample]:
+    return read_examples(path.read_bytes(), path.name)
+
+
+GOOD: dict[str, Any] = {"prompt": "a =>", "completion": " b"}
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
         ("{", "data.jsonl, line 2: not JSON: "),
-        ("", "data.jsonl, line 2: not JSON: "),
         ([1], 'data.jsonl, line 2: expected an object of "prompt" and "completion", got \'[1]\''),
         ({"prompt": "a"}, 'data.jsonl, line 2: expected an object of "prompt" and "completion", got '),
         ({**GOOD, "weight": 1}, 'data.jsonl, line 2: expected an object of "prompt" and "completion", got '),
@@ -178,56 +190,67 @@ GOOD = {"prompt": "a =>", "completion": " b"}
 )
 def test_lines_that_are_no_examples(tmp_path: Path, line: object, message: str) -> None:
     with pytest.raises(ValueError, match="^" + re.escape(message)):
-        read_examples(write(tmp_path / "data.jsonl", GOOD, line, GOOD))
+        read(write(tmp_path / "data.jsonl", GOOD, line, GOOD))
 
 
 def test_a_line_ends_where_json_lines_end(tmp_path: Path) -> None:
     example = {"prompt": "a\u2028b =>", "completion": " c\x85"}
     path = tmp_path / "data.jsonl"
     path.write_text(json.dumps(example, ensure_ascii=False) + "\n" + json.dumps(GOOD) + "\n", encoding="utf-8")
-    assert read_examples(path) == [TrainingExample(**example), TrainingExample(**GOOD)]
+    assert read(path) == numbered(("a\u2028b =>", " c\x85"), ("a =>", " b"))
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> None:
+    """As editors and spreadsheets on Windows write them. The lines keep their numbers."""
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{json.dumps(GOOD)}\r\n\r\n \t\n{json.dumps(GOOD)}\n\n".encode())
+    assert read(path) == [TrainingExample(**GOOD, line=1), TrainingExample(**GOOD, line=4)]
+    assert "leave out what stands there before: line 4" in advice(read(path))
+    path.write_bytes(path.read_bytes() + b"\n{")
+    with pytest.raises(ValueError, match=r"data\.jsonl, line 7: not JSON: "):
+        read(path)
 
 
 def test_files_that_hold_none(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data\.jsonl holds no examples"):
-        read_examples(write(tmp_path / "data.jsonl"))
+        read(write(tmp_path / "data.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "Märchen"'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8"):
-        read_examples(tmp_path / "latin.jsonl")
+        read(tmp_path / "latin.jsonl")
 
 
 def test_examples_longer_than_the_context_are_named() -> None:
-    long = TrainingExample("word " * 40, " end")
+    long = ("word " * 40, " end")
     with pytest.raises(ValueError, match="the model's context is 32 tokens; longer, up to 42: lines 2, 4"):
-        encoded([EXAMPLES[0], long, EXAMPLES[1], long])
+        encoded(numbered(PAIRS[0], long, PAIRS[1], long))
 
 
 def test_good_examples_need_no_advice() -> None:
     assert advice(EXAMPLES) == []
-    assert advice([TrainingExample("", " a tale\n"), TrainingExample("", " another tale\n")]) == []
+    assert advice(numbered(("", " a tale\n"), ("", " another tale\n"))) == []
 
 
 @pytest.mark.parametrize(
     ("examples", "line"),
     [
         (
-            [*EXAMPLES, TrainingExample("no separator", " x")],
+            [*PAIRS, ("no separator", " x")],
             'end every prompt with the same separator, such as "\\n###\\n" or " =>"; unlike most: line 13',
         ),
         (
-            [TrainingExample("a => b =>", " x"), TrainingExample("c =>", " y")],
+            [("a => b =>", " x"), ("c =>", " y")],
             "the separator ' =>' is inside the prompt too: line 1",
         ),
         (
-            [*EXAMPLES, TrainingExample("a =>", "x"), TrainingExample("b =>", "y")],
+            [*PAIRS, ("a =>", "x"), ("b =>", "y")],
             "begin every completion with a space, as words are tokens with one: lines 13, 14",
         ),
         (
-            [TrainingExample("a =>", " one word"), TrainingExample("b =>", " two words")],
+            [("a =>", " one word"), ("b =>", " two words")],
             'end every completion with the same text, such as "\\n" or " END", to stop at',
         ),
-        ([*EXAMPLES, *EXAMPLES[:7]], "leave out what stands there before: lines 13, 14, 15, 16, 17 and 2 more"),
+        ([*PAIRS, *PAIRS[:7]], "leave out what stands there before: lines 13, 14, 15, 16, 17 and 2 more"),
     ],
 )
-def test_advice(examples: list[TrainingExample], line: str) -> None:
-    assert line in advice(examples)
+def test_advice(examples: list[tuple[str, str]], line: str) -> None:
+    assert line in advice(numbered(*examples))

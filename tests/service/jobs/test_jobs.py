@@ -23,12 +23,14 @@ from service.engine.models import ModelEntry, Models
 from service.jobs.runner import Jobs
 from service.jobs.store import Hyperparameters, Store, StoreFullError
 from service.settings import Settings
+from tests.conformance import contract
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, settings_of
 from tests.serving import JOB_COMMAND
 
 GOOD = [{"prompt": f"{word} =>", "completion": f" {word}s"} for word in ("cat", "dog", "bird")]
+LINE = '{"prompt": "b", "completion": " c"}'
 ADVICE = "begin every completion with a space, as words are tokens with one: line 4"
 # Slowly writes what a run writes: the report, a row for every update, then the result.
 PROCESS = """
@@ -141,19 +143,19 @@ async def serving(directory: Path, **options: Any) -> AsyncIterator[Api]:
 def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(tmp_path) as api:
-            first, second = await api.upload(), await api.upload("any text", "notes.txt")
+            first, second = await api.upload(), await api.upload(LINE, "notes.txt")
             found = await api.get(f"/v1/files/{second}")
             assert found == {
                 "id": second,
                 "object": "file",
-                "bytes": 8,
+                "bytes": len(LINE),
                 "created_at": pytest.approx(time.time(), abs=5),
                 "filename": "notes.txt",
                 "purpose": "fine-tune",
                 "status": "processed",
             }
             assert [file["id"] for file in (await api.get("/v1/files"))["data"]] == [second, first]
-            assert (await api.client.get(f"/v1/files/{second}/content")).text == "any text"
+            assert (await api.client.get(f"/v1/files/{second}/content")).text == LINE
             answer = await api.client.delete(f"/v1/files/{second}")
             assert answer.json() == {"id": second, "object": "file", "deleted": True}
         async with serving(tmp_path) as api:
@@ -194,22 +196,46 @@ def test_uploads_that_are_none(tmp_path: Path, options: dict[str, Any], message:
     run(test)
 
 
+@contract("fine_tuning", "file", "what a job would refuse is refused at once, by its line")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("any text", "'file': notes.txt, line 1: not JSON: Expecting value: line 1 column 1 (char 0)"),
+        (LINE + '\n\n{"prompt": "a"}', "'file': notes.txt, line 3: expected an object of "),
+        ("\n", "'file': notes.txt holds no examples"),
+        (b"\xff", "'file': notes.txt is not UTF-8: "),
+        (LINE + "\n" + LINE.replace("b", "word " * 300), "'file': the model's context is 256 tokens; longer, up to "),
+    ],
+)
+def test_files_that_no_job_could_learn_from(tmp_path: Path, content: str | bytes, message: str) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            files = {"file": ("notes.txt", content)}
+            answer = await api.client.post("/v1/files", files=files, data={"purpose": "fine-tune"})
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "file")
+            assert answer.json()["error"]["message"].startswith(message)
+            assert (await api.get("/v1/files"))["data"] == []
+            await api.upload("\ufeff" + LINE + "\r\n\r\n" + LINE)
+
+    run(test)
+
+
 def test_no_more_is_kept_than_there_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(service.jobs.store, "MAX_FILES", 2)
-    monkeypatch.setattr(service.jobs.store, "MAX_TOTAL_BYTES", 100)
+    monkeypatch.setattr(service.jobs.store, "MAX_TOTAL_BYTES", 200)
 
     async def test() -> None:
         async with serving(tmp_path) as api:
-            await api.upload("x" * 60)
+            await api.upload(LINE.ljust(120))
             for content, message in (
-                ("y" * 50, "files take 60 bytes; 50 more are over the limit of 100"),
-                ("y", "2 files are stored, as many as there may be: delete one"),
+                (LINE.ljust(100), "files take 120 bytes; 100 more are over the limit of 200"),
+                (LINE, "2 files are stored, as many as there may be: delete one"),
             ):
                 answer = await api.client.post("/v1/files", files={"file": ("a", content)}, data={"purpose": "fine-tune"})
                 assert answer.status_code == 413
                 assert answer.json()["error"]["message"] == message
-                if len(content) > 1:
-                    await api.upload("z")
+                if len(content) == 100:
+                    await api.upload(LINE)
 
     run(test)
 
@@ -293,7 +319,7 @@ def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path, monkeypatch
 
     async def test() -> None:
         async with serving(tmp_path) as api:
-            file_id = await api.upload("{}")
+            file_id = api.store.add_file("older.jsonl", "fine-tune", b"{}").id  # kept before uploads were checked
             job = await api.ended((await api.create(training_file=file_id))["id"])
             assert (job["status"], job["trained_tokens"]) == ("failed", None)
             reason = f'{file_id}.jsonl, line 1: expected an object of "prompt" and "completion", got \'{{}}\''

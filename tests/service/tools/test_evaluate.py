@@ -169,7 +169,7 @@ def test_a_server_that_answers_something_else_is_not_believed(tokenized: Any, ch
 
 @pytest.mark.parametrize(
     "line",
-    ['{"input": "a"}', '{"input": "a", "output": 3}', '{"input": "a", "output": "b", "extra": "c"}', "[1]", "{", ""],
+    ['{"input": "a"}', '{"input": "a", "output": 3}', '{"input": "a", "output": "b", "extra": "c"}', "[1]", "{"],
 )
 def test_lines_that_are_no_items(tmp_path: Path, line: str) -> None:
     path = tmp_path / "items.jsonl"
@@ -177,6 +177,16 @@ def test_lines_that_are_no_items(tmp_path: Path, line: str) -> None:
     expected = 'expected an object of the texts "input", "output" and perhaps "task"'
     with pytest.raises(ValueError, match=f"^{re.escape(f'{path}, line 2: {expected}, got {line!r}')}$"):
         read_items(path)
+
+
+def test_blank_lines_and_a_byte_order_mark_are_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    item = '{"input": "a", "output": "b"}'
+    path.write_bytes(b"\xef\xbb\xbf" + f"{item}\r\n\r\n{item}\n \n{{".encode())
+    with pytest.raises(ValueError, match="line 5: expected an object"):
+        read_items(path)
+    path.write_bytes(path.read_bytes()[:-1])
+    assert read_items(path) == [("all", "a", "b")] * 2
 
 
 def test_what_can_not_be_evaluated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

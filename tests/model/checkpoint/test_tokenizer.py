@@ -315,6 +315,29 @@ def test_every_character_belongs_to_the_same_class(r50k: Tokenizer, tmp_path: Pa
     assert r50k.encode(text) == theirs.encode(text, add_special_tokens=False)
 
 
+DEMO = Path(__file__).parents[3] / "model" / "data" / "demo"
+
+
+@pytest.fixture(scope="module")
+def embedded() -> Any:
+    return AutoTokenizer.from_pretrained(str(DEMO))
+
+
+class TestEmbeddedDirectory:
+    @FAST
+    @given(text=TEXTS)
+    def test_hugging_face_reads_the_same_tokenizer(self, embedded: Any, r50k: Tokenizer, text: str) -> None:
+        theirs = embedded
+        assert theirs.encode(text) == r50k.encode(text, allow_special=True)
+        assert (theirs.eos_token_id, len(theirs), theirs.model_max_length) == (r50k.eos_id, 50257, 2048)
+
+    def test_the_files_are_those_of_the_ranks(self, r50k: Tokenizer, tmp_path: Path) -> None:
+        assert load_tokenizer(DEMO).fingerprint() == r50k.fingerprint()
+        write_vocabulary(tmp_path, r50k_vocab() | {END_OF_TEXT: 50256}, r50k_merges())
+        for name in ("vocab.json", "merges.txt"):
+            assert (DEMO / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
 def test_opt_starts_prompts_with_its_end_of_text(tmp_path: Path) -> None:
     write_opt(tmp_path)
     tokenizer = load_tokenizer(tmp_path)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from service.commands import complete, inspect, measure, serve, train
+from service.commands import complete, convert, inspect, measure, serve, train
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,6 +40,7 @@ def parser() -> argparse.ArgumentParser:
     train.add_finetune(commands)
     measure.add_evaluate(commands)
     inspect.add_plan(commands)
+    convert.add_convert(commands)
     return root
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from kernels.names import Activation, PatternKind
-from model.checkpoint.files import CONFIG_FILE, CheckpointError, Json, few, read_json
+from model.checkpoint.files import CONFIG_FILE, CheckpointError, Json, conversion, few, read_json
 from model.config import GPTConfig
 
 WEIGHTS_FILE = "model.safetensors"
@@ -291,10 +291,11 @@ def read_architecture(directory: Path) -> tuple[Architecture, GPTConfig]:
     if not directory.exists():
         raise CheckpointError(f"{directory}: no such directory")
     if not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; a model is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}")
+        expected = f"a model is a directory with {CONFIG_FILE} and {WEIGHTS_FILE}"
+        raise CheckpointError(f"{directory} is a file; {expected}{conversion(directory)}")
     path = directory / CONFIG_FILE
     if not path.exists():
-        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}")
+        raise CheckpointError(f"{directory} holds no {CONFIG_FILE}{conversion(directory)}")
     raw = read_json(path)
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.json"
+# Endings of weights in formats that only `banded convert` opens.
+FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
 # A JSON object as it was parsed.
 Json = dict[str, Any]
@@ -74,6 +76,13 @@ def write_atomically(path: Path, *, durable: bool = False, shared: bool = False)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
     os.replace(temporary, path)
+
+
+def conversion(path: Path) -> str:
+    """The end of an error message about `path`, a file or a directory: the command that converts what it holds, if any."""
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    found = [file.name for file in files if file.suffix in FOREIGN]
+    return f"; to make a model of {few(found)}: banded convert {path} NEW_DIRECTORY" if found else ""
 
 
 def few(names: Sequence[object]) -> str:

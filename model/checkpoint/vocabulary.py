@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from model.checkpoint.files import CONFIG_FILE, Json, few, optional_json, read_json, read_text
 from model.checkpoint.tokenizer import (
     DIGIT_PATTERN,
+    END_OF_TEXT,
     GPT2_PATTERN,
     GPT2_RULES,
     NUMBER_PATTERN,
@@ -28,6 +29,8 @@ ADDED_FILE = "added_tokens.json"
 VOCAB_FILE = "vocab.json"
 MERGES_FILE = "merges.txt"
 GENERATION_FILE = "generation_config.json"
+# What only a directory with a vocabulary holds, of whatever kind.
+VOCABULARIES = (PIPELINE_FILE, "vocab.*", "merges.*", "encoder.json", "*.model", "*.spm", "*.tiktoken", "*.bpe", "*.codes")
 VOCABULARY_FILES = (
     PIPELINE_FILE,
     SETTINGS_FILE,
@@ -51,6 +54,7 @@ log = logging.getLogger("banded.checkpoint")
 
 # Classes that add nothing to GPT-2's way of encoding; the last two mean "as tokenizer.json says".
 TOKENIZER_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast", "PreTrainedTokenizerFast", "TokenizersBackend")
+R50K_CLASSES = (None, "GPT2Tokenizer", "GPT2TokenizerFast")  # without a tokenizer.json
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 ROLE_LISTS = ("additional_special_tokens", "extra_special_tokens")
 
@@ -59,7 +63,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     """The tokenizer of a checkpoint directory. It gives the ids that transformers gives.
 
     The vocabulary is tokenizer.json or, without one, vocab.json with merges.txt. A directory with neither gets r50k_base
-    if the model is our own, or a GPT-2 or GPT-Neo of 50257 tokens, whose vocabulary r50k_base is.
+    if the model is our own, or a GPT-2 or GPT-Neo of 50257 tokens, whose vocabulary r50k_base is. That is an assumption: it
+    is logged, and refused if anything in the directory tells of another tokenizer.
 
     Raises CheckpointError naming what can't be read, or what encodes text in another way than GPT-2's: a normalizer other
     than NFC, a pre-tokenizer other than GPT-2's with or without Digits, a prefix space.
@@ -73,7 +78,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     files = CheckpointFiles(read_json(directory / CONFIG_FILE), optional_json(directory / PIPELINE_FILE), *extras)
     try:
         vocabulary = read_vocabulary(directory, files)
-        return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(files)
+        return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(directory, files)
     except TokenizerError as error:
         raise TokenizerError(f"{directory}: {error}") from None
 
@@ -244,20 +249,43 @@ def check_id(token: str, token_id: Any, source: str) -> int:
     return token_id
 
 
-def embedded_tokenizer(files: CheckpointFiles) -> Tokenizer:
+def embedded_tokenizer(directory: Path, files: CheckpointFiles) -> Tokenizer:
     """r50k_base for a directory without a vocabulary, if no other fits the model. config.json says which token is eos."""
-    config = files.config
-    model_type, vocab_size = config.get("model_type"), config.get("vocab_size")
+    model_type, vocab_size = files.config.get("model_type"), files.config.get("vocab_size")
     if model_type == "banded":
         if not isinstance(vocab_size, int) or vocab_size < R50K_VOCAB_SIZE:
             raise TokenizerError(f"{CONFIG_FILE}: vocab_size is {vocab_size}, r50k_base needs {R50K_VOCAB_SIZE}")
     elif model_type not in ("gpt2", "gpt_neo") or vocab_size != R50K_VOCAB_SIZE:
         raise TokenizerError(f"there is neither {PIPELINE_FILE} nor {VOCAB_FILE} with {MERGES_FILE}")
     eos_ids = numbered("eos", files)
-    for eos_id in eos_ids:
-        if not 0 <= eos_id < R50K_VOCAB_SIZE:
-            raise TokenizerError(f"{CONFIG_FILE}: eos_token_id {eos_id} is not in the vocabulary")
+    for name, token_ids in (("eos", eos_ids), ("bos", numbered("bos", files))):
+        for token_id in token_ids:
+            if not 0 <= token_id < R50K_VOCAB_SIZE:
+                raise TokenizerError(f"{CONFIG_FILE}: {name}_token_id {token_id} is not in the vocabulary")
+    if found := next(other_tokenizer(directory, files), None):
+        raise TokenizerError(
+            f"{found} tells of another tokenizer than r50k_base, but there is neither {PIPELINE_FILE} nor {VOCAB_FILE} with "
+            f"{MERGES_FILE}: copy the tokenizer's files from where the model was trained"
+        )
+    if model_type != "banded":  # our own models lack a vocabulary only if it is r50k_base
+        log.warning("%s holds no vocabulary: GPT-2's, r50k_base, is assumed", directory)
     return r50k_base(eos_ids)
+
+
+def other_tokenizer(directory: Path, files: CheckpointFiles) -> Iterator[str]:
+    """What in a directory without a readable vocabulary tells of another tokenizer than r50k_base."""
+    for path in sorted(path for pattern in VOCABULARIES for path in directory.glob(pattern)):
+        yield path.name
+    for source, settings in ((CONFIG_FILE, files.config), (SETTINGS_FILE, files.settings)):
+        if settings.get("tokenizer_class") not in R50K_CLASSES:
+            yield f"{source}: tokenizer_class {settings['tokenizer_class']!r}"
+    for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
+        if files.settings.get(option):
+            yield f"{SETTINGS_FILE}: {option}"
+    names = [*special_roles(files).values(), *(token_text(token, source) for source, _, token in declared_tokens(files))]
+    for name in names:
+        if name != END_OF_TEXT:
+            yield f"the special token {name!r}"
 
 
 def build_tokenizer(files: CheckpointFiles, vocabulary: Vocabulary) -> Tokenizer:

@@ -24,7 +24,7 @@ from model.checkpoint.architectures import (
     Source,
     read_architecture,
 )
-from model.checkpoint.files import CONFIG_FILE, CheckpointError, few, read_json, write_atomically
+from model.checkpoint.files import CONFIG_FILE, CheckpointError, conversion, few, read_json, write_atomically
 from model.checkpoint.prompt_format import PROMPT_FORMAT_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
 from model.checkpoint.vocabulary import VOCABULARY_FILES
 from model.config import GPTConfig
@@ -33,7 +33,6 @@ from model.gpt import GPT
 log = logging.getLogger("banded.checkpoint")
 
 INDEX_FILE = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 # What turns text into tokens and prompts: a model that is saved takes these along from its origin.
 TEXT_FILES = (*VOCABULARY_FILES, PROMPT_FORMAT_FILE, TEMPLATE_FILE)
 # Rows of these are padded to a round vocabulary in memory, never on disk.
@@ -104,14 +103,7 @@ def weight_files(directory: Path) -> list[Path]:
         return [directory / WEIGHTS_FILE]
     if (directory / INDEX_FILE).exists():
         return shard_files(directory / INDEX_FILE)
-    pickles = sorted(path.name for pattern in PICKLES for path in directory.glob(pattern))
-    if pickles:
-        raise CheckpointError(
-            f"{directory} holds {few(pickles)} but no {WEIGHTS_FILE}. A pickle can run code and is never opened here; "
-            "where you trust it, convert it once with transformers: "
-            "AutoModelForCausalLM.from_pretrained(old).save_pretrained(new)"
-        )
-    raise CheckpointError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}")
+    raise CheckpointError(f"{directory} holds neither {WEIGHTS_FILE} nor {INDEX_FILE}{conversion(directory)}")
 
 
 def shard_files(index: Path) -> list[Path]:

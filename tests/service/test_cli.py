@@ -77,7 +77,7 @@ def test_directories_that_are_no_model(tmp_path: Path, capsys: pytest.CaptureFix
         make(tmp_path / "bare", config__json=GPT2): "holds neither model.safetensors nor model.safetensors.index.json",
         make(
             tmp_path / "pickle", config__json=GPT2, pytorch_model__bin="x"
-        ): "A pickle can run code and is never opened here",
+        ): "to make a model of pytorch_model.bin: banded convert",
         make(tmp_path / "cut", config__json=GPT2, model__safetensors="x"): "can't be read as safetensors",
     }.items():
         for command in (("serve",), ("complete", "hello"), ("doctor",)):

@@ -396,6 +396,57 @@ class TestDirectoriesWithoutVocabulary:
         write(tmp_path, "config.json", config | {"eos_token_id": 11})
         assert load_tokenizer(tmp_path).eos_id == 11
 
+    def test_the_assumption_is_logged(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        write(tmp_path, "config.json", {"model_type": "gpt2", "vocab_size": 50257})
+        settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": END_OF_TEXT, "add_prefix_space": False}
+        write(tmp_path, "tokenizer_config.json", settings)  # what fits is no contradiction
+        load_tokenizer(tmp_path)
+        assert caplog.messages == [f"{tmp_path} holds no vocabulary: GPT-2's, r50k_base, is assumed"]
+        caplog.clear()
+        write(tmp_path, "config.json", {"model_type": "banded", "vocab_size": 50257})
+        load_tokenizer(tmp_path)
+        assert caplog.messages == []
+
+    @pytest.mark.parametrize(
+        ("name", "content", "message"),
+        [
+            (
+                "vocab.txt",
+                {},
+                "vocab.txt tells of another tokenizer than r50k_base, but there is neither tokenizer.json nor",
+            ),
+            ("spiece.model", {}, "spiece.model tells of another"),
+            ("encoder.json", {}, "encoder.json tells of another"),
+            ("r.tiktoken", {}, "r.tiktoken tells of another"),
+            ("config.json", {"tokenizer_class": "BertTokenizer"}, "config.json: tokenizer_class 'BertTokenizer' tells of"),
+            ("config.json", {"bos_token_id": 50257}, "config.json: bos_token_id 50257 is not in the vocabulary"),
+            ("tokenizer_config.json", {"tokenizer_class": "BertTokenizer"}, "tokenizer_config.json: tokenizer_class 'BertT"),
+            (
+                "tokenizer_config.json",
+                {"tokenizer_class": "PreTrainedTokenizerFast"},
+                "tokenizer_class 'PreTrainedTokenizerF",
+            ),
+            ("tokenizer_config.json", {"eos_token": "</s>"}, "the special token '</s>' tells of another"),
+            ("tokenizer_config.json", {"add_bos_token": True}, "tokenizer_config.json: add_bos_token tells of another"),
+            (
+                "tokenizer_config.json",
+                {"add_prefix_space": True},
+                "tokenizer_config.json: add_prefix_space tells of another",
+            ),
+            ("tokenizer_config.json", {"added_tokens_decoder": {"5": described("[UNK]")}}, r"the special token '\[UNK\]'"),
+            ("special_tokens_map.json", {"pad_token": "<pad>"}, "the special token '<pad>' tells of another"),
+            ("added_tokens.json", {"<pad>": 7}, "the special token '<pad>' tells of another"),
+        ],
+    )
+    def test_are_refused_where_something_contradicts_r50k(
+        self, name: str, content: Json, message: str, tmp_path: Path
+    ) -> None:
+        write(tmp_path, "config.json", {"model_type": "gpt2", "vocab_size": 50257})
+        content |= json.loads((tmp_path / name).read_text()) if (tmp_path / name).exists() else {}
+        write(tmp_path, name, content)
+        with pytest.raises(TokenizerError, match=message):
+            load_tokenizer(tmp_path)
+
     @pytest.mark.parametrize(
         ("config", "message"),
         [

@@ -453,11 +453,22 @@ def test_config_that_is_a_directory(tmp_path: Path) -> None:
     refused(tmp_path, "config.json can't be read as JSON: .*directory")
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "last.ckpt"])
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "last.ckpt", "gpt2.gguf"]
+)
 def test_pickles_are_not_opened(name: str, tmp_path: Path) -> None:
     directory = tiny("gpt2", tmp_path)
     (directory / "model.safetensors").rename(directory / name)
-    refused(directory, f"holds {name} but no model.safetensors. A pickle can run code .*save_pretrained")
+    convert = f"to make a model of {name}: banded convert {re.escape(str(directory))} NEW_DIRECTORY"
+    refused(directory, f"holds neither model.safetensors nor model.safetensors.index.json; {convert}")
+    (directory / "config.json").unlink()
+    refused(directory, f"holds no config.json; {convert}")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "ckpt.pt", "gpt2.gguf"])
+def test_a_file_of_another_format_is_refused_with_the_command(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"never read")
+    refused(tmp_path / name, f"is a file; a model is .*; to make a model of {name}: banded convert .*/{name} NEW_DIRECTORY")
 
 
 def test_pickles_next_to_safetensors_do_not_matter(tmp_path: Path) -> None:

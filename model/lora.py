@@ -63,9 +63,10 @@ class LowRank(NamedTuple):
 class Adapter:
     """An adapter for one set of weights."""
 
-    config: AdapterConfig
+    config: AdapterConfig  # its rank is the largest of the parts'
     parts: Mapping[str, LowRank]  # by the name of the linear
-    base: str  # weights_digest of the model
+    base: str | None  # weights_digest of the model, if known
+    made_for: str = ""  # the model's name where the adapter was made, if known
 
     @property
     def fingerprint(self) -> str:
@@ -152,13 +153,15 @@ class Adapters:
 
     def put(self, number: int, adapter: Adapter) -> None:
         weight = self._model.head
-        padding = -adapter.config.rank % RANK_MULTIPLE
 
         def packed(matrix: Tensor, *pad: int) -> Weight:
             padded = F.pad(matrix.detach(), pad).to(device=weight.device, dtype=weight.dtype)
             return self._ops.pack(padded, quantize=False)
 
-        parts = {name: LowRank(packed(a, 0, 0, 0, padding), packed(b, 0, padding)) for name, (a, b) in adapter.parts.items()}
+        parts = {}
+        for name, (a, b) in adapter.parts.items():
+            padding = -len(a) % RANK_MULTIPLE
+            parts[name] = LowRank(packed(a, 0, 0, 0, padding), packed(b, 0, padding))
         self._groups[number] = Group(None, parts, adapter.config.scale)
 
     def remove(self, number: int) -> None:

@@ -116,7 +116,7 @@ def convert_pickles(file: Path, target: Path) -> None:
         copy_texts(file.parent, target)
         read_architecture(target)
         add_embedded_vocabulary(target)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for pickled, name in zip(files, names, strict=True):
         unpickle(pickled, target / name)
         with safe_open(target / name, "pt") as opened:

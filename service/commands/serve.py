@@ -34,7 +34,7 @@ def add_serve(commands: Commands) -> None:
         action="append",
         dest="adapters",
         metavar="NAME=DIR",
-        help="serve the model with the adapter that `banded finetune` wrote to DIR, as NAME",
+        help="serve the model with the adapter that `banded finetune` or PEFT wrote to DIR, as NAME",
     )
 
 

@@ -17,6 +17,7 @@ from kernels.cpu import build as cpu_build
 from kernels.cpu import compiled as cpu_compiled
 from kernels.names import KernelChoice
 from kernels.ops import Ops
+from model.checkpoint.architectures import Architecture, read_architecture
 from model.checkpoint.prompt_format import PromptFormat, load_prompt_format
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.vocabulary import load_tokenizer
@@ -24,6 +25,7 @@ from model.checkpoint.weights import load_model, weights_digest, weights_fingerp
 from model.doctor import kernel_errors
 from model.gpt import GPT
 from model.lora import Adapter, load_adapter
+from model.peft import PEFT_CONFIG, load_peft_adapter
 from model.runner import Runner
 from model.step import Sampling
 from service.engine.drafting import MAX_DRAFT
@@ -245,9 +247,18 @@ def warm_up(runner: Runner, scheduler: Scheduler) -> None:
 class EngineAdapters:
     """The adapters of a served model, numbered from 1. No number is used twice."""
 
-    def __init__(self, base: ModelEntry, aliases: tuple[str, ...], model: GPT, runner: Runner, digest: str):
+    def __init__(
+        self,
+        base: ModelEntry,
+        aliases: tuple[str, ...],
+        model: GPT,
+        runner: Runner,
+        architecture: Architecture,
+        digest: str,
+    ):
         """`digest` is weights_digest of the model."""
-        self._base, self._model, self._runner, self._digest = base, model, runner, digest
+        self._base, self._model, self._runner = base, model, runner
+        self._architecture, self._digest = architecture, digest
         self._taken = (base.name, *aliases)
         self._numbers = itertools.count(1)
 
@@ -270,6 +281,11 @@ class EngineAdapters:
     def _read(self, name: str, directory: Path) -> Adapter:
         if name in self._taken:
             raise LoadError(f"adapter {name}: the model itself has that name")
+        if (directory / PEFT_CONFIG).exists():
+            adapter = load_peft_adapter(directory, self._model, self._architecture)
+            if Path(adapter.made_for).name != self._base.name:
+                log.info("adapter %s: made for %r, served on %s", name, adapter.made_for, self._base.name)
+            return adapter
         adapter = load_adapter(directory, self._model)
         if adapter.base != self._digest:
             raise LoadError(f"adapter {name}: made for weights {adapter.base}, but those of the model are {self._digest}")
@@ -314,8 +330,8 @@ def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tup
     if len(options.adapters) > options.max_adapters:
         raise LoadError(f"{len(options.adapters)} adapters are named, but max_adapters is {options.max_adapters}")
     digest = weights_digest(model_directory(options.model)) if options.adapters or options.data_dir else ""
-    aliases = options.names[1:]
-    loader = EngineAdapters(base, aliases, checkpoint.model, runner, digest)
+    aliases, (architecture, _) = options.names[1:], read_architecture(model_directory(options.model))
+    loader = EngineAdapters(base, aliases, checkpoint.model, runner, architecture, digest)
     adapters = [loader.load_first(name, Path(directory)) for name, directory in options.adapters.items()]
     for name, directory in finished:
         try:

@@ -154,7 +154,7 @@ class NanoGPT(nn.Module):
         }
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = nn.Linear(n_embd, vocab_size, bias=False)
-        self.transformer["wte"].weight = self.lm_head.weight  # type: ignore[assignment]
+        self.transformer["wte"].weight = self.lm_head.weight
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for parameter in self.parameters():
@@ -178,7 +178,11 @@ def write_nanogpt(directory: Path, *, prefix: str = "", **changes: Any) -> NanoG
     optimizer.step()
     state = {prefix + name: tensor for name, tensor in nano.state_dict().items()}
     directory.mkdir(parents=True, exist_ok=True)
-    checkpoint = {"model": state, "optimizer": optimizer.state_dict(), "model_args": args | {"dropout": 0.0} | changes}
+    checkpoint: dict[str, Any] = {
+        "model": state,
+        "optimizer": optimizer.state_dict(),
+        "model_args": args | {"dropout": 0.0} | changes,
+    }
     checkpoint |= {"iter_num": 5, "best_val_loss": torch.tensor(3.5), "config": {"dataset": "openwebtext"}}
     torch.save(checkpoint, directory / "ckpt.pt")
     return nano

@@ -1,6 +1,7 @@
 """Adapters over a real model, on every kind of weights: right logprobs, and the same text in any batch."""
 
 import asyncio
+import logging
 import random
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ import httpx
 import pytest
 import torch
 
+from model.checkpoint.files import CheckpointError
 from model.checkpoint.weights import load_model, save_model, weights_digest
 from model.gpt import GPT
 from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable, new_adapter, save_adapter
@@ -20,6 +22,7 @@ from service.jobs.store import Hyperparameters, Store
 from service.settings import Settings
 from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny
+from tests.model.peft_models import wrapped
 from tests.service.engine.test_exactness import client_of, complete, random_tokens, reference
 from tests.service.helpers import run
 
@@ -146,6 +149,49 @@ def test_a_text_is_the_same_alone_and_beside_other_adapters(
         assert len({logprobs_of(answer)[0] for answer in fresh[:4]}) == 4, "each adapter must change the logprobs"
 
     run(test)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_adapters_of_peft_are_served_next_to_each_other(
+    directory: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Ranks that differ from one module to the next, and q, k and v in one matrix."""
+    caplog.set_level(logging.INFO)
+    base = tiny("gpt_neo", tmp_path, vocab_size=50257, window_size=40)
+    prompt = random_tokens(random.Random(1), 150)
+    expected, adapters = {"gpt_neo": reference(base, prompt)}, {}
+    for name, fields in {
+        "qv": {"r": 3, "target_modules": ["q_proj", "v_proj"], "rank_pattern": {"v_proj": 40}},
+        "mlp": {"r": 33, "target_modules": ["c_fc", "c_proj"]},
+    }.items():
+        adapted = wrapped(base, **fields)
+        adapted.save_pretrained(tmp_path / name)
+        adapters[name] = str(tmp_path / name)
+        with torch.no_grad():
+            expected[name] = adapted(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+
+    async def test() -> None:
+        async with client_of(base, dtype="float32", step_tokens=64, adapters=adapters) as client:
+            body = {"prompt": prompt, "echo": True, "logprobs": 0, "max_tokens": 0}
+            answers = await asyncio.gather(
+                *(client.post("/v1/completions", json=body | {"model": name}) for name in expected)
+            )
+            rows = torch.arange(149), torch.tensor(prompt[1:])
+            for name, answer in zip(expected, answers, strict=True):
+                assert logprobs_of(answer.json())[1:] == pytest.approx(expected[name][rows].tolist(), abs=2e-3), name
+
+    run(test)
+    assert not [message for message in caplog.messages if "made for" in message]
+
+    def load(model: Path) -> None:
+        settings: dict[str, Any] = {"model": str(model), "dtype": "float32", "adapters": {"qv": adapters["qv"]}}
+        load_served(Settings(**settings).engine, Metrics("tiny"))
+
+    with pytest.raises(CheckpointError, match=r"holds transformer\.h\.0\.attn\.attention\.q_proj\.lora_A, .* has no place"):
+        load(directory)
+    shutil.copytree(base, tmp_path / "copy")
+    load(tmp_path / "copy")
+    assert f"adapter qv: made for {str(base)!r}, served on copy" in caplog.messages
 
 
 def texts_of(answer: dict[str, Any]) -> list[str]:

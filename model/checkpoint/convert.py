@@ -1,7 +1,7 @@
 """Turn weights of other programs into a directory that is served: safetensors, config.json and the tokenizer's files.
 
-Reads pytorch_model.bin in one file or shards, nanoGPT's ckpt.pt and llm.c's .bin. A pickle is only opened in a process of
-its own (unpickle.py).
+Reads pytorch_model.bin in one file or shards, nanoGPT's ckpt.pt, llm.c's .bin, and GGUF of a GPT-2 with the package gguf. A
+pickle is only opened in a process of its own (unpickle.py).
 """
 
 import json
@@ -24,7 +24,7 @@ from torch import Tensor
 from model.checkpoint.architectures import WEIGHTS_FILE, flag, integer, read_architecture
 from model.checkpoint.files import CONFIG_FILE, FOREIGN, CheckpointError, Json, few, optional_json, read_json
 from model.checkpoint.tokenizer import R50K_VOCAB_SIZE
-from model.checkpoint.vocabulary import MERGES_FILE, PIPELINE_FILE, SETTINGS_FILE, VOCAB_FILE, load_tokenizer
+from model.checkpoint.vocabulary import ADDED_FILE, MERGES_FILE, PIPELINE_FILE, SETTINGS_FILE, VOCAB_FILE, load_tokenizer
 from model.checkpoint.weights import INDEX_FILE, TEXT_FILES, VOCAB_ROWS, load_model, shard_files, write_tensors
 from model.gpt import GPT
 
@@ -40,6 +40,9 @@ BYTES, BYTES_PER_BYTE = 4 << 30, 3
 TEXT_SUFFIXES = (".json", ".txt", ".jinja", ".md")
 # nanoGPT and llm.c round r50k_base's 50257 tokens up to a multiple of 128.
 PADDED_R50K = 50304
+GGUF_MODULES = {"token_embd": "wte", "position_embd": "wpe", "output_norm": "ln_f", "output": "lm_head"}
+GGUF_MODULES |= {"attn_norm": "ln_1", "attn_qkv": "attn.c_attn", "attn_output": "attn.c_proj"}
+GGUF_MODULES |= {"ffn_norm": "ln_2", "ffn_up": "mlp.c_fc", "ffn_down": "mlp.c_proj"}
 LLM_C_MAGIC, LLM_C_HEADER = 20240326, 256  # int32
 LLM_C_DTYPES = {3: torch.float32, 5: torch.bfloat16}  # by version
 # The parameters of an llm.c file, in order. Those with {i} are stored for all layers, one after another.
@@ -65,7 +68,9 @@ def convert(source: Path, target: Path) -> None:
         with file.open("rb") as opened:
             magic = opened.read(4)
         try:
-            (convert_llm_c if magic == LLM_C_MAGIC.to_bytes(4, "little") else convert_pickles)(file, directory)
+            {LLM_C_MAGIC.to_bytes(4, "little"): convert_llm_c, b"GGUF": convert_gguf}.get(magic, convert_pickles)(
+                file, directory
+            )
             load_model(directory, torch.float32)
         except CheckpointError as error:
             raise CheckpointError(str(error).replace(str(directory), str(source))) from error
@@ -148,8 +153,6 @@ def convert_nanogpt(file: Path, args: Json, target: Path) -> None:
         re.sub(r"^(_orig_mod\.)?(transformer\.)?", "", name): tensor
         for name, tensor in load_file(target / WEIGHTS_FILE).items()
     }
-    if "lm_head.weight" in tensors and torch.equal(tensors["lm_head.weight"], tensors.get("wte.weight", torch.empty(0))):
-        del tensors["lm_head.weight"]
     try:
         if not isinstance(args, dict):
             raise ValueError(f"must be an object, got {type(args).__name__}")
@@ -198,13 +201,61 @@ def convert_llm_c(file: Path, target: Path) -> None:
     write_gpt2(file, target, fields, tensors)
 
 
+def convert_gguf(file: Path, target: Path) -> None:
+    """A GPT-2 of llama.cpp, of whatever quantisation, and its tokenizer."""
+    try:
+        import gguf
+    except ImportError:
+        raise CheckpointError(f"{file}: a package of its own reads GGUF: pip install 'banded[gguf]'") from None
+    try:
+        reader = gguf.GGUFReader(file)
+        about = {name: field.contents() for name, field in reader.fields.items()}
+        if about["general.architecture"] != "gpt2" or about["tokenizer.ggml.model"] != "gpt2":
+            raise ValueError(f"architecture {about['general.architecture']!r} is not supported, only 'gpt2'")
+        if about.get("tokenizer.ggml.pre", "gpt-2") not in ("gpt-2", "default"):
+            raise ValueError(f"tokenizer.ggml.pre {about['tokenizer.ggml.pre']!r} is not supported, only 'gpt-2'")
+        tokens, kinds = about["tokenizer.ggml.tokens"], about["tokenizer.ggml.token_type"]
+        merges, eos_id = about["tokenizer.ggml.merges"], about["tokenizer.ggml.eos_token_id"]
+        bos_id = about["tokenizer.ggml.bos_token_id"] if about.get("tokenizer.ggml.add_bos_token") else eos_id
+        if len(kinds) != len(tokens) or max(eos_id, bos_id) >= len(tokens):
+            raise ValueError(f"{len(tokens)} tokens have {len(kinds)} kinds, and their ends are {bos_id} and {eos_id}")
+        names = {"n_positions": "context_length", "n_embd": "embedding_length", "n_inner": "feed_forward_length"}
+        names |= {"n_layer": "block_count", "n_head": "attention.head_count"}
+        fields: Json = {field: int(about[f"gpt2.{name}"]) for field, name in names.items()}
+        fields |= {"layer_norm_epsilon": float(about["gpt2.attention.layer_norm_epsilon"]), "vocab_size": len(tokens)}
+        tensors = {}
+        for tensor in reader.tensors:
+            *layer, module, kind = tensor.name.removeprefix("blk.").split(".")
+            name = ".".join([*(f"h.{number}" for number in layer), GGUF_MODULES.get(module, module), kind])
+            tensors[name] = torch.tensor(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+    except Exception as error:  # a damaged file fails anywhere in the reader
+        told = f"it lacks {error}" if isinstance(error, KeyError) else error
+        raise CheckpointError(f"{file} can't be read as GGUF: {told}") from error
+    special = [token for token, kind in zip(tokens, kinds, strict=False) if kind == gguf.TokenType.CONTROL]
+    added = {token: n for n, token in enumerate(tokens) if kinds[n] == gguf.TokenType.USER_DEFINED}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": tokens[eos_id], "additional_special_tokens": special}
+    settings |= {"model_max_length": fields["n_positions"], "bos_token": tokens[bos_id]}
+    settings["add_bos_token"] = bool(about.get("tokenizer.ggml.add_bos_token"))
+    if "tokenizer.chat_template" in about:
+        settings["chat_template"] = about["tokenizer.chat_template"]
+    vocabulary = dict(zip(tokens, range(len(tokens)), strict=True))
+    for name, content in {VOCAB_FILE: vocabulary, SETTINGS_FILE: settings, ADDED_FILE: added}.items():
+        (target / name).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    (target / MERGES_FILE).write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8")
+    write_gpt2(file, target, fields | {"eos_token_id": eos_id}, tensors)
+
+
 def write_gpt2(file: Path, target: Path, fields: Json, tensors: dict[str, Tensor], *, biased: bool = True) -> None:
     """A directory of transformers' GPT-2. `fields` are some of its config.json, `tensors` the parameters by our names.
 
-    The tokenizer is the one next to `file`, or else r50k_base. Without `biased`, a bias that is missing is zero.
+    The tokenizer is that in `target`, or else the one next to `file`, or else r50k_base. A bias may be missing, and is zero,
+    unless the model is `biased`.
     """
-    for name in filter(lambda name: (file.parent / name).exists(), TEXT_FILES):
-        shutil.copyfile(file.parent / name, target / name)
+    if "lm_head.weight" in tensors and torch.equal(tensors["lm_head.weight"], tensors.get("wte.weight", torch.empty(0))):
+        del tensors["lm_head.weight"]
+    if not has_vocabulary(target):
+        for name in filter(lambda name: (file.parent / name).exists(), TEXT_FILES):
+            shutil.copyfile(file.parent / name, target / name)
     if not has_vocabulary(target):
         if fields["vocab_size"] == PADDED_R50K:
             log.info("%s: %d tokens are taken for r50k_base's %d, padded", file, PADDED_R50K, R50K_VOCAB_SIZE)

@@ -9,7 +9,9 @@ from service.commands.options import Commands
 def add_convert(commands: Commands) -> None:
     command = commands.add_parser("convert", help="make a model directory of weights in another format")
     command.set_defaults(command=run_convert)
-    command.add_argument("source", type=Path, help="pytorch_model.bin, nanoGPT's ckpt.pt, llm.c's .bin, or their directory")
+    command.add_argument(
+        "source", type=Path, help="pytorch_model.bin, nanoGPT's ckpt.pt, llm.c's .bin, .gguf, or their directory"
+    )
     command.add_argument("out", type=Path, help="the new directory: safetensors, config.json and the tokenizer's files")
 
 

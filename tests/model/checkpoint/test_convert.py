@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import zipfile
@@ -24,7 +25,7 @@ from model.checkpoint.files import CheckpointError
 from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.vocabulary import load_tokenizer
 from tests.model.checkpoint.checkpoints import tiny
-from tests.model.checkpoint.vocabularies import spelled, write_vocabulary
+from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, spelled, write_vocabulary
 from tests.model.logits import our_logits, transformers_logits
 
 State = dict[str, Tensor]
@@ -308,6 +309,85 @@ def test_llm_c_headers_that_can_not_be(place: int, value: int, message: str, tmp
 def test_llm_c_that_ends_early(tmp_path: Path) -> None:
     (tmp_path / "model.bin").write_bytes((20240326).to_bytes(4, "little"))
     refused(tmp_path / "model.bin", tmp_path / "out", "model.bin ends within llm.c's header")
+
+
+# llama.cpp's
+
+
+def write_gguf(file: Path, source: Path, quantised: str, **changes: Any) -> None:
+    """As llama.cpp's converter writes a GPT-2: linears as (outputs, inputs), the head next to the embedding."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    config = json.loads((source / "config.json").read_text()) | changes
+    writer = gguf.GGUFWriter(file, config.get("architecture", "gpt2"))
+    writer.add_context_length(config["n_positions"])
+    writer.add_embedding_length(config["n_embd"])
+    writer.add_feed_forward_length(4 * config["n_embd"])
+    writer.add_block_count(config["n_layer"])
+    writer.add_head_count(config["n_head"])
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(config.get("pre", "gpt-2"))
+    tokens = [*r50k_vocab(), "<|endoftext|>", "<user>", "[PAD50258]"]
+    writer.add_token_list(tokens)
+    writer.add_token_types([1] * 50256 + [3, 4, 5])
+    writer.add_token_merges(r50k_merges())
+    writer.add_eos_token_id(config.get("eos", 50256))
+    writer.add_bos_token_id(50256)
+    writer.add_add_bos_token(config.get("add_bos", False))
+    names = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "ln_1": "attn_norm", "ln_2": "ffn_norm"}
+    names |= {"attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(source / "model.safetensors").items()}
+    for name, tensor in {**state, "output.weight": state["wte.weight"]}.items():
+        is_linear = name.startswith("h.") and tensor.dim() == 2
+        array = np.ascontiguousarray((tensor.t() if is_linear else tensor).numpy())
+        for ours, theirs in names.items():
+            name = re.sub(rf"(^|\.){re.escape(ours)}\.", rf"\g<1>{theirs}.", name)
+        name = re.sub(r"^h\.", "blk.", name)
+        kind = gguf.GGMLQuantizationType[quantised if array.ndim == 2 and name != "position_embd.weight" else "F32"]
+        writer.add_tensor(name, gguf.quants.quantize(array, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(("quantised", "tolerance"), [("F32", 1e-5), ("F16", 1e-3), ("Q8_0", 2e-2)])
+def test_gguf(quantised: str, tolerance: float, tmp_path: Path) -> None:
+    source = tiny("gpt2", tmp_path, vocab_size=50259, n_layer=2)
+    write_gguf(tmp_path / "tiny.gguf", source, quantised)
+    convert(tmp_path / "tiny.gguf", tmp_path / "out")
+    expected = transformers_logits(source, TOKENS)
+    assert (our_logits(tmp_path / "out", TOKENS) - expected).abs().mean() <= tolerance * expected.std()
+    ours, theirs = load_tokenizer(tmp_path / "out"), AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert ours.encode("Once upon<user>") == theirs.encode("Once upon<user>") == [7454, 2402, 50257]
+    assert (ours.eos_id, theirs.eos_token_id, ours.special_tokens) == (50256, 50256, {"<|endoftext|>": 50256})
+    assert ours.bos_id is None
+    write_gguf(tmp_path / "tiny.gguf", source, quantised, add_bos=True)
+    convert(tmp_path / "tiny.gguf", tmp_path / "again")
+    assert load_tokenizer(tmp_path / "again").bos_id == 50256
+
+
+def test_gguf_that_can_not_be_read(tmp_path: Path) -> None:
+    source = tiny("gpt2", tmp_path, vocab_size=50259, n_layer=2)
+    for changes, message in (
+        ({"architecture": "gptneox"}, "architecture 'gptneox' is not supported, only 'gpt2'"),
+        ({"eos": 50259}, "50259 tokens have 50259 kinds, and their ends are 50259 and 50259"),
+        ({"pre": "llama-bpe"}, "tokenizer.ggml.pre 'llama-bpe' is not supported, only 'gpt-2'"),
+    ):
+        write_gguf(tmp_path / "tiny.gguf", source, "F32", **changes)
+        refused(tmp_path / "tiny.gguf", tmp_path / "out", f"tiny.gguf can't be read as GGUF: {message}")
+    whole = (tmp_path / "tiny.gguf").read_bytes()
+    for size in (10, 1000, len(whole) - 1000):
+        (tmp_path / "tiny.gguf").write_bytes(whole[:size])
+        refused(tmp_path / "tiny.gguf", tmp_path / "out", "tiny.gguf can't be read as GGUF: ")
+
+
+def test_gguf_without_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    (tmp_path / "tiny.gguf").write_bytes(b"GGUF")
+    refused(
+        tmp_path / "tiny.gguf", tmp_path / "out", r"tiny.gguf: a package of its own reads GGUF: pip install 'banded\[gguf\]'"
+    )
 
 
 # Damaged and hostile

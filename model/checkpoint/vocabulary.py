@@ -282,8 +282,8 @@ def other_tokenizer(directory: Path, files: CheckpointFiles) -> Iterator[str]:
     for option in ("add_prefix_space", "add_bos_token", "add_eos_token"):
         if files.settings.get(option):
             yield f"{SETTINGS_FILE}: {option}"
-    names = [*special_roles(files).values(), *(token_text(token, source) for source, _, token in declared_tokens(files))]
-    for name in names:
+    declared = (token_text(token, source) for source, _, token in declared_tokens(files))
+    for name in (*special_roles(files.settings, files.special_map).values(), *declared):
         if name != END_OF_TEXT:
             yield f"the special token {name!r}"
 

@@ -65,7 +65,7 @@ def test_chats_without_bos() -> None:
     assert chat_text() == "<|endoftext|>User: Hello\nAssistant:"
     assert chat_text(add_special_tokens=False) == "User: Hello\nAssistant:"
     template = "{{ bos_token }}{{ messages[0].content }}"
-    layout = PromptFormat(chat_template=template, bos_token="<|endoftext|>")
+    layout = PromptFormat(chat_template=template, token_names={"bos_token": "<|endoftext|>"})
     tokens = chat_prompt([Turn("user", "Hello")], layout, FakeEngine.tokenizer.without_bos()).tokens
     assert tokens == [BOS, *PLAIN.encode("Hello")]
 

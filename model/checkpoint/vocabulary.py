@@ -129,9 +129,7 @@ def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
     normalizers = list(map(type_of, steps_of(pipeline.get("normalizer"), "normalizers")))
     if set(normalizers) - {"NFC"}:
         raise TokenizerError(f"{PIPELINE_FILE}: normalizer {', '.join(normalizers)} is not supported, only NFC")
-    rules = TextRules(
-        word_pattern(pipeline.get("pre_tokenizer")), bool(normalizers), *unknown_bytes(model, vocabulary.merge_order)
-    )
+    rules = TextRules(word_pattern(pipeline.get("pre_tokenizer")), bool(normalizers), *unknown_bytes(model))
     added = [token for token in pipeline.get("added_tokens") or [] if isinstance(token, dict)]
     if model.get("ignore_merges"):  # changes nothing where merges make every piece
         made = {*vocabulary.merge_order, *(token.get("id") for token in added)}
@@ -174,9 +172,9 @@ def word_pattern(pre_tokenizer: Any) -> str:
     return pattern
 
 
-def unknown_bytes(model: Json, merge_order: Sequence[int]) -> tuple[int | None, bool]:
+def unknown_bytes(model: Json) -> tuple[int | None, bool]:
     """What stands for a byte without a token, and whether it does so for a run of them: see TextRules."""
-    if all(model["vocab"].get(character) in merge_order for character in BYTE_OF):
+    if BYTE_OF.keys() <= model["vocab"].keys():
         return None, False
     if model.get("byte_fallback"):
         raise TokenizerError(f"{PIPELINE_FILE}: model.byte_fallback is not supported where a byte has no token")

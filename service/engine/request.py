@@ -50,16 +50,17 @@ class RequestError(ValueError):
         self.code = code
 
 
-def context_error(context: int, asked: str, param: str) -> RequestError:
-    # litellm's and LangChain's fallbacks look for OpenAI's words.
-    message = f"This model's maximum context length is {context} tokens, but the request asks for {asked}"
+def context_error(context: int, asked: str, param: str, *, prompt_fits: bool = False) -> RequestError:
+    # LiteLLM's and LangChain's fallbacks look for both of these phrases.
+    too_long = "" if prompt_fits else ": the prompt is too long"
+    message = f"This model's maximum context length is {context} tokens, but the request asks for {asked}{too_long}"
     return RequestError(message, param, "context_length_exceeded")
 
 
 def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str = "prompt") -> None:
     if prompt_tokens + max_tokens > context:
         asked = f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} for the completion)"
-        raise context_error(context, asked, param)
+        raise context_error(context, asked, param, prompt_fits=prompt_tokens < context)
 
 
 def check_text_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:

@@ -24,24 +24,28 @@ def main(source: Path, target: Path, seconds: int, num_bytes: int) -> None:
     for limit in (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
         resource.setrlimit(limit, (num_bytes, num_bytes))
     try:
-        # Files older than PyTorch 1.6 are no archives and can't be mapped.
-        loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
-        metadata = {"format": "pt"}
-        if isinstance(loaded, dict) and "model" in loaded and "model_args" in loaded:  # nanoGPT's
-            metadata["model_args"] = json.dumps(loaded["model_args"])
-            loaded = loaded["model"]
-        tensors = distinct(loaded)
-        found, size = sum(tensor.nbytes for tensor in tensors.values()), source.stat().st_size
-        if found > size:  # a single number, repeated by a stride of 0
-            raise ValueError(f"its tensors have {found} bytes, the file only {size}")
-        users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
-        for name, tensor in tensors.items():
-            is_alone = users[tensor.untyped_storage().data_ptr()] == 1
-            tensors[name] = tensor.contiguous() if is_alone else tensor.clone(memory_format=torch.contiguous_format)
-        save_file(tensors, target, metadata)
+        write_tensors(source, target)
     except Exception as error:
         print(reason(error))
         sys.exit(1)
+
+
+def write_tensors(source: Path, target: Path) -> None:
+    # Files older than PyTorch 1.6 are no archives and can't be mapped.
+    loaded = torch.load(source, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(source))
+    metadata = {"format": "pt"}
+    if isinstance(loaded, dict) and "model" in loaded and "model_args" in loaded:  # nanoGPT's
+        metadata["model_args"] = json.dumps(loaded["model_args"])
+        loaded = loaded["model"]
+    tensors = distinct(loaded)
+    found, size = sum(tensor.nbytes for tensor in tensors.values()), source.stat().st_size
+    if found > size:  # a single number, repeated by a stride of 0
+        raise ValueError(f"its tensors have {found} bytes, the file only {size}")
+    users = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        is_alone = users[tensor.untyped_storage().data_ptr()] == 1
+        tensors[name] = tensor.contiguous() if is_alone else tensor.clone(memory_format=torch.contiguous_format)
+    save_file(tensors, target, metadata)
 
 
 def distinct(loaded: Any) -> dict[str, Tensor]:

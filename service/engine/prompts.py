@@ -81,7 +81,7 @@ def few_shot_prompt(
             f"{'at least ' * is_least}{count + max_tokens} tokens ({count} in the prompt with {total - most} of its {total} "
             f"examples, {max_tokens} for the completion)"
         )
-        raise context_error(context, asked, "prompt")
+        raise context_error(context, asked, "prompt", prompt_fits=count < context)
     separator = prompt_format.separator if few_shot.separator is None else few_shot.separator
     stops, stop_token_ids = ends_at([separator], tokenizer)
     counts = ExampleCounts(examples_used=total - dropped, examples_dropped=dropped)

@@ -163,7 +163,7 @@ def test_params_that_make_no_sense_are_refused(fields: dict[str, object], messag
 
 def test_prompts_that_the_model_cannot_take_are_refused(llm: LLM) -> None:
     with pytest.raises(
-        RequestError, match=r"context is 2048 tokens, but the request asks for 2049 tokens \(1 in the prompt"
+        RequestError, match=r"maximum context length is 2048 tokens, but the request asks for 2049 tokens \(1 in the prompt"
     ):
         llm.generate([5], SamplingParams(max_tokens=2048))
     with pytest.raises(RequestError, match=r"token id 50257 is outside the model's vocabulary of 50257 \(0 to 50256\)"):

@@ -533,8 +533,7 @@ def test_a_fresh_users_run(tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
 
     def banded(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "service.cli", *arguments]
-        command[1:3] = ["-c", "import sys; from service.cli import main; sys.exit(main())"]
+        command = [sys.executable, "-c", "import sys; from service.cli import main; sys.exit(main())", *arguments]
         return subprocess.run(
             command, capture_output=True, text=True, cwd=tmp_path, env=environment | {"BANDED_COMPILE": "0"}
         )

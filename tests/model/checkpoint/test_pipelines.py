@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
@@ -190,6 +190,7 @@ class TestIncompleteAlphabet:
     @example("QZ QZ\xe9")
     def test_a_byte_without_a_token(self, incomplete: tuple[Tokenizer, Any], text: str) -> None:
         ours, theirs = incomplete
+        assume(all(unicodedata.category(char) != "Cn" for char in text))  # only regex knows Unicode's newest letters
         assert ours.encode(text, allow_special=True) == theirs.encode(text).ids
 
     @FAST

@@ -28,6 +28,7 @@ class PeerField(NamedTuple):
 
 OFF, ON, EITHER = (False,), (True,), (True, False)
 NO_TOOLS = "this server makes no tool calls"
+ALL_TOKENS = "penalties here count every token of the text, line breaks too"
 NO_REASONING = "this server's models do not reason ahead of an answer"
 
 PEER_FIELDS = (
@@ -80,9 +81,11 @@ PEER_FIELDS = (
     PeerField("lora_path session_params custom_logit_processor custom_params rid sampling_seed stop_regex", "SGLang"),
     PeerField("bootstrap_host bootstrap_port bootstrap_room data_parallel_rank", "SGLang's router"),
     PeerField("repeat_penalty rep_pen encoder_repetition_penalty", "llama.cpp, KoboldCpp, text-generation-webui", (1,)),
-    PeerField("repeat_last_n", "llama.cpp", (-1,), part_of="repetition_penalty"),
-    PeerField("repetition_penalty_range", "text-generation-webui", (0,), part_of="repetition_penalty"),
-    PeerField("penalize_nl", "llama.cpp", ON, part_of="repetition_penalty"),
+    PeerField("repeat_last_n", "llama.cpp, mikupad", (-1,), part_of="repetition_penalty", warning=ALL_TOKENS),
+    PeerField(
+        "repetition_penalty_range", "text-generation-webui, mikupad", (0,), part_of="repetition_penalty", warning=ALL_TOKENS
+    ),
+    PeerField("penalize_nl", "llama.cpp, mikupad", ON, part_of="repetition_penalty", warning=ALL_TOKENS),
     PeerField("rep_pen_range rep_pen_slope", "KoboldCpp", part_of="rep_pen"),
     PeerField("typical_p tfs_z tfs typical", "llama.cpp, KoboldCpp, text-generation-webui, TGI", (1,)),
     PeerField(

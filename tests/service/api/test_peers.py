@@ -214,3 +214,13 @@ def test_what_a_router_adds_changes_nothing() -> None:
     for answer in (post({"prompt": "a", "max_tokens": 1} | ROUTED, FakeEngine()), chat(**ROUTED)):
         assert answer.status_code == 200, answer.text
         assert "warnings" not in answer.json()
+
+
+@contract("completions", "fields of other servers", "a warning where a value has no effect here but the answer is of use")
+def test_penalties_of_another_range_are_warned_of() -> None:
+    fields = {"repetition_penalty": 1.1, "repeat_last_n": 256, "penalize_nl": False, "max_tokens": 1}
+    answer = post({"prompt": "a", **fields})
+    assert answer.status_code == 200
+    why = "penalties here count every token of the text, line breaks too"
+    assert answer.json()["warnings"] == [f"'{name}' was ignored: {why}" for name in ("repeat_last_n", "penalize_nl")]
+    assert "warnings" not in post({"prompt": "a", **fields, "repetition_penalty": 1}).json()

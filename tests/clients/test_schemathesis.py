@@ -34,7 +34,8 @@ EXAMPLES = 40  # requests to each route, besides the boundary values of every fi
 LEFT_OUT: list[CheckFunction] = [positive_data_acceptance]
 
 
-DELETES_RESULTS = "DELETE /v1/models/{name}"
+# These fail here: no job has a result to delete, and no random bytes are training examples.
+NEVER_SUCCEED = {"DELETE /v1/models/{name}", "POST /v1/files"}
 # What exists when the requests begin: the job needs the first file, until it is cancelled.
 FILES, JOB = ("file-1", "file-2"), "ftjob-1"
 EXISTING = {"name": ["fake"], "engine": ["fake"], "file_id": FILES, "job_id": [JOB]}
@@ -107,7 +108,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     yield running
     server.should_exit = True
     thread.join()
-    assert running.asked - {DELETES_RESULTS} == running.succeeded, "some routes only ever failed"
+    assert running.asked - NEVER_SUCCEED == running.succeeded, "some routes only ever failed"
 
 
 def errors_have_one_shape(context: CheckContext, response: Response, case: Case[Any]) -> None:

@@ -271,9 +271,9 @@ def test_token_ids_out_of_range(prompt: Any, token: str) -> None:
     ("prompt", "max_tokens", "asked"),
     [
         ([5] * 250, 7, "257 tokens (250 in the prompt, 7 for the completion)"),
-        ([5] * 257, 0, "257 tokens (257 in the prompt, 0 for the completion)"),
+        ([5] * 257, 0, "257 tokens (257 in the prompt, 0 for the completion): the prompt is too long"),
         (" a" * 241, None, "257 tokens (241 in the prompt, 16 for the completion)"),
-        (["a", " a" * 5000], 0, "5000 tokens (5000 in the prompt, 0 for the completion)"),
+        (["a", " a" * 5000], 0, "5000 tokens (5000 in the prompt, 0 for the completion): the prompt is too long"),
         ("", 2**63 - 1, f"{2**63} tokens (1 in the prompt, {2**63 - 1} for the completion)"),
     ],
 )

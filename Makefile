@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Bytecode is kept, whatever the environment says: without it, each server that a test starts compiles the whole product.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install tools serve quick test lint check mutants conformance aot bench gpu-check demo-model lock
+.PHONY: install tools serve quick test lint check mutants conformance clients aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -78,6 +78,11 @@ mutants: install
 # The tests that show the HTTP contract, and the table of what they show.
 conformance: install tools
 	$(BIN)/pytest -m contract -p tests.conformance --conformance CONFORMANCE.md
+
+# Programs that people use with such servers, each installed into an environment of its own (build/programs, about 8 GB) and run
+# against a real server: minutes, and many more the first time. `make clients ONLY='nginx curl'`: some of them.
+clients: install
+	$(BIN)/python -m tests.programs.run $(if $(ONLY),--only $(ONLY))
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.
 aot: install

@@ -1,7 +1,7 @@
 """Which test shows which line of the HTTP contract: `make conformance` writes CONFORMANCE.md from it.
 
 As a pytest plugin (`-p tests.conformance --conformance FILE`) it writes the table of what ran; the outcome of each line is
-that of its worst test.
+that of its worst test. The last section is the table of programs, which `make clients` ran (tests/programs).
 """
 
 from collections.abc import Callable, Iterator
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import pytest
+
+from tests.programs.results import read, section
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -93,7 +95,7 @@ def table(outcomes: dict[Line, list[str]]) -> str:
             outcome = "passed" if set(found) == {"passed"} else "FAILED"
             behaviour = line.behaviour.replace("|", "\\|")
             parts.append(f"| {line.field} | {behaviour} | {len(found)} | {outcome} |")
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, "", section(read())])
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

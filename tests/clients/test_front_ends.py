@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import httpx
 import pytest
 
-from tests.conformance import contract
 from tests.serving import Served
 
 PNG = "data:image/png;base64,iVBORw0KGgo="
@@ -74,7 +73,6 @@ def read_as_open_webui(chunks: list[dict[str, Any]]) -> Answer:
     return Answer(text, finish_reason, usage)
 
 
-@contract("clients", "Open WebUI", "the list of models")
 def test_open_webui_lists_the_models(client: httpx.Client, model: str) -> None:
     headers = {"X-OpenWebUI-User-Name": "A%20User", "X-OpenWebUI-User-Id": "1", "X-OpenWebUI-User-Role": "admin"}
     listed = client.get("/models", headers=headers).json()
@@ -83,7 +81,6 @@ def test_open_webui_lists_the_models(client: httpx.Client, model: str) -> None:
     assert not listed["data"][0].get("pipeline"), "it would send `user` as an object"
 
 
-@contract("clients", "Open WebUI", "a chat as a stream, with and without usage")
 @pytest.mark.parametrize("with_usage", [True, False])
 def test_open_webui_chats(client: httpx.Client, model: str, with_usage: bool) -> None:
     body = {"stream": True, "model": model, "messages": CHAT} | (
@@ -99,7 +96,6 @@ def test_open_webui_chats(client: httpx.Client, model: str, with_usage: bool) ->
         assert answer.usage is None
 
 
-@contract("clients", "Open WebUI", "a chat with every sampling parameter of its settings that this server has")
 def test_open_webui_chats_with_parameters(client: httpx.Client, model: str) -> None:
     body: dict[str, Any] = {
         "stream": True,
@@ -125,7 +121,6 @@ def test_open_webui_chats_with_parameters(client: httpx.Client, model: str) -> N
     assert read_as_open_webui(events(client, body)).text == answer.text, "the seed is kept"
 
 
-@contract("clients", "Open WebUI", "a chat with the tools that it sends with every message is answered, with a warning")
 def test_open_webui_chats_with_its_tools(client: httpx.Client, model: str) -> None:
     body: dict[str, Any] = {"stream": True, "model": model, "messages": CHAT, "tools": [WEATHER] * 36, "max_tokens": 8}
     chunks = events(client, body)
@@ -133,7 +128,6 @@ def test_open_webui_chats_with_its_tools(client: httpx.Client, model: str) -> No
     assert chunks[0]["warnings"] == ["'tools' was ignored: this server makes no tool calls"]
 
 
-@contract("clients", "Open WebUI", "its own tasks: a title with max_tokens, tags, follow-ups and queries without")
 @pytest.mark.parametrize("limit", [{"max_tokens": 1000}, {}])
 def test_open_webui_asks_for_titles_and_tags(client: httpx.Client, model: str, limit: dict[str, int]) -> None:
     task = '### Task:\nName this chat.\n### Output:\nJSON: { "title": "..." }\n### Chat:\nUSER: Who wrote Faust?'
@@ -166,17 +160,11 @@ def read_as_langchain(chunks: list[dict[str, Any]]) -> Answer:
     return Answer(text, finish_reason, usage)
 
 
-@contract("clients", "LibreChat", "the list of models, with the user in the query")
 def test_librechat_lists_the_models(client: httpx.Client, model: str) -> None:
     listed = client.get("/models", params={"user": "64f1"}, headers={"OpenAI-Organization": "org"}).json()
     assert [entry["id"] for entry in listed["data"]] == [model]
 
 
-@contract(
-    "clients",
-    "LibreChat",
-    "a chat as a stream, its content as text or as parts, with the sampling parameters of its settings",
-)
 @pytest.mark.parametrize("as_parts", [False, True])
 def test_librechat_chats(client: httpx.Client, model: str, as_parts: bool) -> None:
     messages = CHAT
@@ -202,7 +190,6 @@ def test_librechat_chats(client: httpx.Client, model: str, as_parts: bool) -> No
     assert 1 <= answer.usage["completion_tokens"] <= 16
 
 
-@contract("clients", "LibreChat", "a chat with no more than the model, the messages and the user")
 def test_librechat_chats_with_the_defaults(client: httpx.Client, model: str) -> None:
     body = {"model": model, "user": "64f1c0ffee", "stream": True, "messages": CHAT}
     chunks = events(client, body)
@@ -212,7 +199,6 @@ def test_librechat_chats_with_the_defaults(client: httpx.Client, model: str) -> 
     assert not any("usage" in chunk for chunk in chunks)
 
 
-@contract("clients", "LibreChat", "a title in one piece, with max_completion_tokens and instructions of the developer")
 def test_librechat_asks_for_a_title(client: httpx.Client, model: str) -> None:
     messages = [{"role": "developer", "content": "Write a short title."}, {"role": "user", "content": "User: Hi\nAI: Hello"}]
     body = {"model": model, "temperature": 0.2, "max_completion_tokens": 16, "stream": False, "messages": messages}
@@ -223,8 +209,6 @@ def test_librechat_asks_for_a_title(client: httpx.Client, model: str) -> None:
     assert answer["usage"]["prompt_tokens"] > 0
 
 
-@contract("clients", "Open WebUI", "what would have no effect is refused, with a message for the user, stream or not")
-@contract("clients", "LibreChat", "what would have no effect is refused, with a message for the user, stream or not")
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("fields", "param", "message"),
@@ -261,8 +245,6 @@ def test_what_would_have_no_effect_is_refused(
     assert message in error["message"]
 
 
-@contract("clients", "Open WebUI", "a chat that is longer than the context is refused with the true numbers")
-@contract("clients", "LibreChat", "a chat that is longer than the context is refused with the true numbers")
 def test_a_long_chat_is_refused(client: httpx.Client, model: str) -> None:
     body = {"model": model, "messages": [{"role": "user", "content": " a" * 3000}], "stream": True}
     error = client.post("/chat/completions", json=body).json()["error"]

@@ -292,7 +292,7 @@ def test_a_foreign_package_of_our_name_is_noticed(
     ("prompt", "max_tokens", "message"),
     [
         ("Once upon", 255, "257 tokens (2 in the prompt, 255 for the completion)"),
-        (" a" * 300, 1, "301 tokens (300 in the prompt, 1 for the completion)"),
+        (" a" * 300, 1, "301 tokens (300 in the prompt, 1 for the completion): the prompt is too long"),
     ],
 )
 def test_complete_refuses_more_than_the_context(

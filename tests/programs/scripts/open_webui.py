@@ -52,7 +52,7 @@ with (
         content.wait_for()
         page.locator("#response-message-model-name").wait_for()
         wait_for(content.inner_text, "something to read")
-        wait_for(answered, f"a whole answer; the page shows {content.inner_text()!r}")
+        wait_for(answered, f"a whole answer; the page shows {content.inner_text()!r}", 240)
         page.screenshot(path="chat.png")
         assert content.inner_text().strip(), "the page shows nothing"
 

@@ -55,14 +55,14 @@ def check_proxy(url, model=MODEL, chat=None):
     @check("a stream, event by event")
     def _():
         started = time.monotonic()
-        connection, response = post(url, completion(model, stream=True, max_tokens=300, temperature=1, seed=1))
+        connection, response = post(url, completion(model, stream=True, max_tokens=100, temperature=1, seed=1))
         came = []
         while line := response.readline():
             if line.startswith(b"data: {"):
                 came.append(time.monotonic() - started)
         connection.close()
         assert response.status == 200, response.status
-        assert len(came) > 50, f"{len(came)} events"
+        assert len(came) > 30, f"{len(came)} events"
         assert came[0] < came[-1] / 3, f"the first event came after {came[0]:.2f} s, the last after {came[-1]:.2f} s"
 
     @check("an error keeps its status, code and message")

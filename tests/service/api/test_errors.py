@@ -299,7 +299,9 @@ def test_a_prompt_longer_than_any_text_of_the_context_is_not_tokenized(monkeypat
     monkeypatch.setattr(Tokenizer, "encode", encode_short)
     assert FakeEngine.tokenizer.max_token_bytes == longest
     error = error_of(post({"model": "fake", "prompt": " " * (257 * longest)}), 400)
-    assert error["message"].endswith("256 tokens, but the request asks for a prompt of at least 257 tokens")
+    assert error["message"].endswith(
+        "256 tokens, but the request asks for a prompt of at least 257 tokens: the prompt is too long"
+    )
     assert error["code"] == "context_length_exceeded"
 
 

@@ -181,7 +181,7 @@ class TestFewShot:
                 "error",
                 4,
                 "This model's maximum context length is 20 tokens, but the request asks for 25 tokens "
-                "(21 in the prompt with 3 of its 3 examples, 4 for the completion)",
+                "(21 in the prompt with 3 of its 3 examples, 4 for the completion): the prompt is too long",
             ),
             (
                 "drop",

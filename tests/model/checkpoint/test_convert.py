@@ -213,6 +213,7 @@ def write_nanogpt(directory: Path, *, prefix: str = "", **changes: Any) -> NanoG
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("prefix", ["", "_orig_mod."])
+@in_process
 def test_nanogpt(bias: bool, prefix: str, tmp_path: Path) -> None:
     nano = write_nanogpt(tmp_path / "run", bias=bias, prefix=prefix)
     convert(tmp_path / "run", tmp_path / "out")
@@ -451,6 +452,7 @@ def bomb(file: Path) -> None:
         (pickle.dumps({"a": 1}), "pytorch_model.bin can't be read: "),
     ],
 )
+@in_process
 def test_pickles_that_are_no_weights(content: object, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     source = tiny("gpt2", tmp_path)

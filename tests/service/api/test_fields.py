@@ -6,6 +6,7 @@ import httpx
 import pytest
 
 from service.engine.models import Models
+from service.engine.request import GenerationRequest
 from tests.conformance import contract
 from tests.service.api import helpers
 from tests.service.api.helpers import error_of, events_of, post, prompts_run, request, serving
@@ -293,3 +294,36 @@ def test_constraints_that_are_refused(fields: dict[str, Any], message: str) -> N
     assert fake.runner.steps[0].starts[0].sampling.allowed_token_ids == (7, 5)
     choices = post({"prompt": "a", "max_tokens": 4, "bad_words": ["one", "two three"]}).json()["choices"]
     assert choices[0]["text"] == " two four four two"
+
+
+@contract("chat", "allowed_token_ids, bad_words, cache_prompt, skip_special_tokens", "reach the engine as in completions")
+def test_chats_and_completions_hand_the_same_fields_to_the_engine() -> None:
+    fields = {"allowed_token_ids": [5, 6], "bad_words": ["x"], "cache_prompt": False, "skip_special_tokens": False}
+
+    async def test() -> None:
+        async with serving() as api:
+            seen, generate = [], api.fake.engine.generate
+
+            def noting(request: GenerationRequest) -> Any:
+                seen.append(request.params)
+                return generate(request)
+
+            api.fake.engine.generate = noting  # type: ignore[method-assign]
+            common = {"model": "fake", "max_tokens": 1} | fields
+            messages = [{"role": "user", "content": "a"}]
+            for path, body in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": messages})):
+                assert (await api.client.post(f"/v1/{path}", json=common | body)).status_code == 200
+            for params in seen:
+                assert (params.allowed_token_ids, params.bad_words) == ((5, 6), ("x",))
+                assert params.cache_prompt is params.skip_special_tokens is False
+            assert len(seen) == 2
+
+    run(test)
+
+
+@contract("completions", "metadata, prompt_cache_key, safety_identifier", "notes of OpenAI's, without effect")
+def test_notes_have_no_effect() -> None:
+    notes = {"metadata": {"a": "b"}, "prompt_cache_key": "k", "safety_identifier": "s"}
+    plain, noted = (post({"prompt": "a", "max_tokens": 2, **more}).json() for more in ({}, notes))
+    assert noted["choices"] == plain["choices"]
+    assert "warnings" not in noted

@@ -63,7 +63,7 @@ def load_app(settings: Settings) -> "FastAPI":
     from service.jobs.runner import Jobs
     from service.jobs.store import Store
 
-    name = next(iter(settings.names), served_name(settings.model))
+    name = served_name(settings.model, settings.names)
     metrics = Metrics(name)
     with ExitStack() as opened:
         store = opened.enter_context(closing(Store(settings.data_dir))) if settings.data_dir else None

@@ -72,12 +72,14 @@ def model_directory(model: str) -> Path:
     return DEMO_DIRECTORY if model == "demo" else Path(model)
 
 
-def served_name(model: str) -> str:
-    """A directory is served under its own name, one in Hugging Face's cache under the repository's.
+def served_name(model: str, names: tuple[str, ...] = ()) -> str:
+    """The first of `names`. Without any, a directory's own name, and in Hugging Face's cache the repository's.
 
     >>> served_name("hub/models--openai-community--gpt2/snapshots/607a30d783dfa663caf39e06633721c8d4cfcd7e")
     'openai-community/gpt2'
     """
+    if names:
+        return names[0]
     directory = Path(os.path.abspath(model))  # a link keeps its own name
     repository = directory.parents[1].name if directory.parent.name == "snapshots" else ""
     if repository.startswith("models--"):
@@ -150,7 +152,7 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
         # Older instructions add pairs of products in 16 bits, which overflow.
         raise LoadError("dtype int8: this CPU has no VNNI instructions to multiply integers; use --dtype float32")
     shown = "int8" if options.dtype == "int8" else str(dtype)[6:]
-    log.info("loading %s from %s as %s on %s", served_name(options.model), directory, shown, device)
+    log.info("loading %s from %s as %s on %s", served_name(options.model, options.names), directory, shown, device)
     model = load_model(directory, dtype, device)
     served_ops = choose_ops(model, options)
     tokenizer, prompt_format = load_tokenizer(directory), load_prompt_format(directory)
@@ -158,7 +160,7 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     fingerprint = weights_fingerprint(model, kernels, shown)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     model.pack(served_ops, quantize=options.dtype == "int8")
-    name = next(iter(options.names), served_name(options.model))
+    name = served_name(options.model, options.names)
     return Checkpoint(name, model, tokenizer, prompt_format, served_ops, kernels, shown, fingerprint, num_parameters)
 
 

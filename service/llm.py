@@ -107,10 +107,11 @@ class AsyncLLM:
             raise RequestError(f"a stream is of one choice, not of {params.num_candidates}", "n")
         params.check_tokens(entry.config.vocab_size)
         request = GenerationRequest([self._read(prompt, entry, params.max_tokens)], params, entry.adapter)
-        async with aclosing(entry.engine.generate(request).outputs()) as outputs:
-            async for output in outputs:
-                if output.text:
-                    yield output.text
+        async with aclosing(entry.engine.generate(request).outputs()) as steps:
+            async for outputs in steps:
+                for output in outputs:
+                    if output.text:
+                        yield output.text
 
     async def score(self, prompt: Text, continuations: Sequence[Text], *, adapter: str | None = None) -> list[Score]:
         """How likely each continuation is after `prompt`, which is computed once for all.
@@ -137,8 +138,8 @@ class AsyncLLM:
 
     async def _finish(self, entry: ModelEntry, prompts: list[Prompt], params: SamplingParams) -> list[Choice]:
         generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
-        async with aclosing(generation.outputs()) as outputs:
-            async for _ in outputs:
+        async with aclosing(generation.outputs()) as steps:
+            async for _ in steps:
                 pass
         return generation.best()
 

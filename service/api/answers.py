@@ -95,7 +95,7 @@ class ChargedRun:
         self.prompt_tokens = generation.prompt_tokens if prompt_tokens is None else prompt_tokens
         self._limits: KeyLimits = request.state.limits
 
-    async def outputs(self) -> AsyncGenerator[Output, None]:
+    async def outputs(self) -> AsyncGenerator[list[Output], None]:
         """What the choices gain, as it comes.
 
         Raises LimitError if the key's token limit does not allow the request, and what Generation.outputs raises.
@@ -104,9 +104,9 @@ class ChargedRun:
         most = self.prompt_tokens + generation.request.num_choices * generation.request.params.max_tokens
         self._limits.charge(most)
         try:
-            async with aclosing(generation.outputs()) as outputs:
-                async for output in outputs:
-                    yield output
+            async with aclosing(generation.outputs()) as steps:
+                async for outputs in steps:
+                    yield outputs
         finally:
             used = self.prompt_tokens + generation.completion_tokens if generation.has_begun else 0
             self._limits.refund(most - used)
@@ -121,7 +121,11 @@ class ChargedRun:
     @property
     def usage(self) -> TokenUsage:
         """So far. A prompt counts once; choices that are not returned count too. Only a single prompt has examples."""
-        completion_tokens, cached = self._generation.completion_tokens, self._generation.cached_tokens
+        return self.usage_after(self._generation.completion_tokens)
+
+    def usage_after(self, completion_tokens: int) -> TokenUsage:
+        """When that many tokens had been generated."""
+        cached = self._generation.cached_tokens
         examples = self._generation.request.prompts[0].few_shot
         return TokenUsage(
             prompt_tokens=self.prompt_tokens,

@@ -23,11 +23,11 @@ class ShownToken(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What one step added to a choice. `text` may be empty: an incomplete character, or what may become a stop string."""
+    """What one token added to a choice. `text` may be empty: an incomplete character, or what may become a stop string."""
 
     choice: int  # number of the choice in its request
     text: str
-    tokens: list[int]  # sampled by the step, visible in the text or not
+    tokens: list[int]  # the token, visible in the text or not; none where a choice ends without one
     finish_reason: FinishReason | None
     shown: abc.Sequence[ShownToken] = ()  # with logprobs: the tokens that `text` makes visible
 
@@ -96,34 +96,43 @@ class Choice:
         self._metrics.prefix_cache_queries.inc(start.num_looked_up)
         self._metrics.prefix_cache_hits.inc(start.num_cached)
 
-    def advance(self, delta: Delta, now: float) -> Output:
-        """Take in what a step that ended at `now` did. A stop string ends the choice and drops the tokens after it."""
-        finish, pieces = delta.finish_reason, []
+    def advance(self, delta: Delta, now: float) -> list[Output]:
+        """Take in what a step that ended at `now` did, which may be several tokens, where they had been drafted.
+
+        A stop string ends the choice and drops the tokens after it.
+        """
+        finish, echoed = delta.finish_reason, ""
         self.prompt_logprobs.extend(delta.prompt_logprobs)
         if not self._began and (delta.tokens or finish):
             self._began = True
             if self._params.echo:
-                pieces += self._echo()
+                echoed = self._echo()
         logprobs: abc.Sequence[TokenLogprobs | None] = delta.logprobs or [None] * len(delta.tokens)
-        tokens: list[int] = []
+        outputs: list[Output] = []
         for token, token_logprobs in zip(delta.tokens, logprobs, strict=True):
-            tokens.append(token)
-            pieces.append(self._push(token, token_logprobs))
+            outputs.append(self._output(echoed + self._push(token, token_logprobs), [token]))
+            echoed = ""
             if self._text.stopped:
                 break
-        if tokens:
-            self._observe_tokens(len(tokens), now)
+        if outputs:
+            self._observe_tokens(len(outputs), now)
         if finish:
-            pieces.append(self._text.finish())
+            last = outputs.pop() if outputs else self._output(echoed, [])
+            rest = self._output(self._text.finish(), [])
+            outputs.append(last._replace(text=last.text + rest.text, shown=(*last.shown, *rest.shown)))
         if self._text.stopped:
             finish = "stop"
         if finish:
             self._observe_end(finish, now)
-        text, shown = "".join(pieces), self._newly_shown() if self._params.logprobs is not None else ()
+            outputs[-1] = outputs[-1]._replace(finish_reason=finish)
+        self.finish_reason = finish
+        return outputs
+
+    def _output(self, text: str, tokens: list[int]) -> Output:
+        shown = self._newly_shown() if self._params.logprobs is not None else ()
         self.text += text
         self.shown += shown
-        self.finish_reason = finish
-        return Output(self._index, text, tokens, finish, shown)
+        return Output(self._index, text, tokens, None, shown)
 
     def _spelled(self, token: int) -> bytes:
         """The token's bytes, a special token's name included. Ids that the vocabulary lacks have none."""
@@ -144,12 +153,12 @@ class Choice:
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         return len(decoder.decode(b"".join(self._prompt_bytes()))), decoder.getstate()[0]
 
-    def _echo(self) -> list[str]:
+    def _echo(self) -> str:
         tokens = self.prompt.tokens
         logprobs = [None, *self.prompt_logprobs] if self.prompt_logprobs else [None] * len(tokens)
         self._pushed += zip(tokens, logprobs, strict=True)
         self._num_echoed = len(tokens)
-        return [self._text.push(data, searched=False) for data in self._prompt_bytes()]
+        return "".join([self._text.push(data, searched=False) for data in self._prompt_bytes()])
 
     def _push(self, token: int, logprobs: TokenLogprobs | None) -> str:
         self._pushed.append((token, logprobs))

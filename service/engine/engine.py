@@ -62,6 +62,10 @@ class StepFailedError(EngineError):
     """The step that the request ran in raised, or gave it logits that are NaN or infinite."""
 
 
+# Deltas and the time when their step ended, or why the whole request ends.
+Message = tuple[list[Delta], float] | EngineError
+
+
 class Generation:
     """A request on its way through the engine: `outputs` runs it, once, and `choices` adds up what has come so far."""
 
@@ -69,12 +73,11 @@ class Generation:
         self.request = request
         self.choices: list[list[Choice]] = []  # for each prompt, its choices
         self.choice_of: dict[Sequence, Choice] = {}
-        # From the step loop: deltas and the end of their step, or why the whole request ends.
-        self.mailbox: asyncio.Queue[tuple[list[Delta], float] | EngineError] = asyncio.Queue()
+        self.mailbox: asyncio.Queue[Message] = asyncio.Queue()  # from the step loop
         self._engine = engine
 
-    async def outputs(self) -> AsyncGenerator[Output, None]:
-        """What the choices gain, as it comes. Closing the iterator aborts what still runs.
+    async def outputs(self) -> AsyncGenerator[list[Output], None]:
+        """What the choices gain, as it comes: all that has come since the last time. Closing the iterator aborts what runs.
 
         Raises DoesNotFitError, QueueFullError, RetiredError or UnavailableError before the first output, UnavailableError
         when a choice waited too long to start, StepFailedError when a step raised or its logits are not finite, RequestError
@@ -85,26 +88,37 @@ class Generation:
         outcome = "abort"
         try:
             while unfinished:
-                message = await self.mailbox.get()
-                if isinstance(message, EngineError):
+                found: list[Output] = []
+                failure = self._take(await self.mailbox.get(), unfinished, found)
+                while unfinished and not failure and not self.mailbox.empty():
+                    failure = self._take(self.mailbox.get_nowait(), unfinished, found)
+                if found:
+                    yield found
+                if failure:
                     outcome = "error"
-                    raise message
-                deltas, now = message
-                for delta in deltas:
-                    sequence = delta.sequence
-                    if sequence not in unfinished:
-                        continue  # from a step that was in flight when the stop string was found
-                    if delta.finish_reason not in (None, "stop", "length"):
-                        outcome = "error"
-                        raise self._engine.failure(self, delta)
-                    output = self.choice_of[sequence].advance(delta, now)
-                    if output.finish_reason:
-                        del unfinished[sequence]
-                        self._engine.close(sequence)
-                    yield output
+                    raise failure
         finally:
             for sequence in unfinished:
                 self._engine.close(sequence, outcome)
+
+    def _take(
+        self, message: Message, unfinished: dict[Sequence, None], found: list[Output]
+    ) -> EngineError | RequestError | None:
+        """Add to `found` what a message brings the `unfinished` sequences. Returns why the request ends, if it must."""
+        if isinstance(message, EngineError):
+            return message
+        deltas, now = message
+        for delta in deltas:
+            if delta.sequence not in unfinished:
+                continue  # from a step that was in flight when the stop string was found
+            if delta.finish_reason not in (None, "stop", "length"):
+                return self._engine.failure(self, delta)
+            choice = self.choice_of[delta.sequence]
+            found += choice.advance(delta, now)
+            if choice.finish_reason:
+                del unfinished[delta.sequence]
+                self._engine.close(delta.sequence)
+        return None
 
     def best(self) -> list[Choice]:
         """The choices to return: of each prompt the n with the highest mean logprob, if there are more than n."""

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions: messages laid out by the model's template, answered as chat front ends expect."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
@@ -36,7 +36,7 @@ from service.api.schema.chat import (
 )
 from service.api.state import state_of
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
-from service.engine.choice import ShownToken
+from service.engine.choice import Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
@@ -124,6 +124,11 @@ class ChatAnswer:
         self._run = run
         self._warnings = warnings
         self._heading = heading("chatcmpl", entry)
+        # Of the stream so far:
+        self._num_tokens = 0
+        self._begun: set[int] = set()
+        plain = self._logprobs(())
+        self._text_event = TextEvents("content", lambda i: self._piece(i, ChatDelta(content=""), logprobs=plain))
 
     async def collect(self) -> ChatResponse:
         """The whole answer."""
@@ -148,31 +153,37 @@ class ChatAnswer:
         )
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Chunks as server-sent events: the role first, then each piece of text that is certain, then why it ended."""
-        begun: set[int] = set()
-        is_plain = not (self._options.include_obfuscation or self._options.continuous_usage_stats)
-        no_logprobs = self._logprobs(())
-        text_event = TextEvents("content", lambda choice: self._piece(choice, ChatDelta(content=""), logprobs=no_logprobs))
-        async with aclosing(self._run.outputs()) as outputs:
-            async for output in outputs:
-                if output.choice not in begun:
-                    begun.add(output.choice)
-                    yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
-                if output.shown or (output.tokens and self._has_ids) or (output.text and not is_plain):
-                    more = {"logprobs": self._logprobs(output.shown), "token_ids": output.tokens if self._has_ids else None}
-                    yield self._piece(output.choice, ChatDelta(content=output.text), **more)
-                elif output.text:
-                    yield text_event(output.choice, output.text)
-                if output.finish_reason:
-                    yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
+        """Chunks as server-sent events: the role first, then one for each token whose text is certain, then why it ended.
+
+        Those of a step come together.
+        """
+        async with aclosing(self._run.outputs()) as steps:
+            async for outputs in steps:
+                if events := b"".join(event for output in outputs for event in self._events_of(output)):
+                    yield events
         if self._options.include_usage:
             yield self._event([])
+
+    def _events_of(self, output: Output) -> Iterator[bytes]:
+        """Of what a token added; none if a client would see nothing new."""
+        if output.choice not in self._begun:
+            self._begun.add(output.choice)
+            yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
+        self._num_tokens += len(output.tokens)
+        if output.shown or (output.tokens and self._has_ids) or (output.text and not self._options.is_plain):
+            more = {"logprobs": self._logprobs(output.shown), "token_ids": output.tokens if self._has_ids else None}
+            yield self._piece(output.choice, ChatDelta(content=output.text), **more)
+        elif output.text:
+            yield self._text_event(output.choice, output.text)
+        if output.finish_reason:
+            yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
 
     def _piece(self, index: int, delta: ChatDelta, **fields: Any) -> bytes:
         return self._event([ChatChunkChoice(index=index, delta=delta, **fields)])
 
     def _event(self, choices: list[ChatChunkChoice]) -> bytes:
-        usage = self._run.usage if self._options.continuous_usage_stats or not choices else None
+        has_usage = self._options.continuous_usage_stats or not choices
+        usage = self._run.usage_after(self._num_tokens) if has_usage else None
         once: dict[str, Any] = {"warnings": self._warnings, "prompt_token_ids": self._prompt_token_ids}
         chunk = ChatChunk(**self._heading, choices=choices, usage=usage, **once)
         self._warnings = self._prompt_token_ids = None

@@ -26,7 +26,7 @@ from service.api.schema.completions import (
 )
 from service.api.state import state_of
 from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
-from service.engine.choice import Choice, ShownToken
+from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
 from service.engine.request import GenerationRequest, Prompt, check_length, check_text_length, read_prompt, shown
@@ -123,6 +123,10 @@ class CompletionAnswer:
         self._run = run
         self._warnings = warnings
         self._heading = heading("cmpl", entry)
+        # Of the stream so far:
+        self._num_tokens = 0
+        self._begun: set[int] = set()
+        self._text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
 
     async def collect(self) -> CompletionResponse:
         """The whole completion."""
@@ -134,29 +138,32 @@ class CompletionAnswer:
         return CompletionResponse(**self._heading, choices=choices, usage=self._run.usage, warnings=self._warnings)
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
-        """Chunks as server-sent events, one for each piece of text that is certain."""
-        is_plain = not (self._options.include_obfuscation or self._options.continuous_usage_stats)
-        has_ids = self._body.return_token_ids
-        begun: set[int] = set()
-        text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
-        async with aclosing(self._run.outputs()) as outputs:
-            async for output in outputs:
-                is_more = output.shown or output.finish_reason or (output.tokens and has_ids)
-                if is_more or (output.text and (self._warnings or not is_plain)):
-                    piece = self._choice(output.choice, output.text, output.shown, output.finish_reason)
-                    if has_ids:
-                        piece.token_ids = output.tokens
-                    if has_ids and output.choice not in begun:
-                        piece.prompt_token_ids = self._prompt_of(output.choice).tokens
-                    begun.add(output.choice)
-                    yield self._event([piece])
-                elif output.text:
-                    yield text_event(output.choice, output.text)
+        """Chunks as server-sent events, one for each token whose text is certain. Those of a step come together."""
+        async with aclosing(self._run.outputs()) as steps:
+            async for outputs in steps:
+                if events := b"".join(map(self._event_of, outputs)):
+                    yield events
         if self._options.include_usage:
             yield self._event([])
 
+    def _event_of(self, output: Output) -> bytes:
+        """Of what a token added; empty if a client would see nothing new."""
+        self._num_tokens += len(output.tokens)
+        has_ids = self._body.return_token_ids
+        is_more = output.shown or output.finish_reason or (output.tokens and has_ids)
+        if is_more or (output.text and (self._warnings or not self._options.is_plain)):
+            piece = self._choice(output.choice, output.text, output.shown, output.finish_reason)
+            if has_ids:
+                piece.token_ids = output.tokens
+            if has_ids and output.choice not in self._begun:
+                piece.prompt_token_ids = self._prompt_of(output.choice).tokens
+            self._begun.add(output.choice)
+            return self._event([piece])
+        return self._text_event(output.choice, output.text) if output.text else b""
+
     def _event(self, choices: list[CompletionChoice]) -> bytes:
-        usage = self._run.usage if self._options.continuous_usage_stats or not choices else None
+        has_usage = self._options.continuous_usage_stats or not choices
+        usage = self._run.usage_after(self._num_tokens) if has_usage else None
         chunk = CompletionResponse(**self._heading, choices=choices, usage=usage, warnings=self._warnings)
         self._warnings = None  # once is enough
         return chunk_event(chunk, self._options)

@@ -94,6 +94,11 @@ class StreamOptions(Body):
     include_obfuscation: StrictBool = False
     continuous_usage_stats: Annotated[StrictBool, Field(description="every chunk has the usage so far")] = False
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether chunks differ in their text only."""
+        return not (self.include_obfuscation or self.continuous_usage_stats)
+
 
 class SamplingFields(Body):
     """Which model answers, how tokens are sampled and where the text ends."""

@@ -29,6 +29,7 @@ class Connection:
         self._received = False
         self._left = asyncio.Event()
         self._sent: asyncio.Queue[Message] = asyncio.Queue()
+        self._events: list[str] = []  # of messages received, still to be read
         scope = {
             "type": "http",
             "method": "POST",
@@ -51,7 +52,7 @@ class Connection:
     @property
     def silent(self) -> bool:
         """Everything that was sent has been read."""
-        return self._sent.empty()
+        return self._sent.empty() and not self._events
 
     async def status(self) -> int:
         message = await self._sent.get()
@@ -61,10 +62,13 @@ class Connection:
 
     async def event(self) -> Any:
         """The next event's JSON, or the text [DONE], which must be the end."""
-        message = await self._sent.get()
-        assert message["type"] == "http.response.body"
-        text = message["body"].decode().removeprefix("data: ").removesuffix("\n\n")
-        assert message["more_body"] == (text != "[DONE]")
+        if not self._events:
+            message = await self._sent.get()
+            assert message["type"] == "http.response.body"
+            *self._events, rest = message["body"].decode().split("\n\n")
+            assert rest == "", "half an event"
+            assert message["more_body"] == (self._events != ["data: [DONE]"])
+        text = self._events.pop(0).removeprefix("data: ")
         return text if text == "[DONE]" else json.loads(text)
 
     async def texts(self) -> list[str]:

@@ -67,7 +67,7 @@ def test_a_choice_that_ends_with_its_first_token_has_no_time_per_token() -> None
 
 def test_the_prompt_is_echoed_once() -> None:
     choice = make(Metrics("fake"), echo=True)
-    pieces = [choice.advance(delta([token]), 7.0).text for token in TOKENS]
+    pieces = [output.text for token in TOKENS for output in choice.advance(delta([token]), 7.0)]
     assert pieces == ["One two three", " four", " five"]
     assert choice.text == "One two three four five"
 

@@ -1,6 +1,7 @@
 """The engine with a scripted runner: text, stops, queue limits, aborts, failing steps, drain; with and without overlap."""
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
@@ -9,7 +10,15 @@ import pytest
 
 from model.step import StepInput
 from service.engine.choice import Output
-from service.engine.engine import DoesNotFitError, Engine, QueueFullError, RetiredError, StepFailedError, UnavailableError
+from service.engine.engine import (
+    DoesNotFitError,
+    Engine,
+    Generation,
+    QueueFullError,
+    RetiredError,
+    StepFailedError,
+    UnavailableError,
+)
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
 from service.engine.scheduler import NO_ADAPTER, AdapterRef, Sequence
 from tests.service.engine.fakes import FakeEngine
@@ -49,8 +58,12 @@ async def running(fake: FakeEngine) -> AsyncIterator[Engine]:
 
 
 async def collect(engine: Engine, request: GenerationRequest) -> list[Output]:
-    async with aclosing(engine.generate(request).outputs()) as outputs:
-        return [output async for output in outputs]
+    return await finish(engine.generate(request))
+
+
+async def finish(generation: Generation) -> list[Output]:
+    async with aclosing(generation.outputs()) as outputs:
+        return [output async for step in outputs for output in step]
 
 
 def text_of(outputs: list[Output], choice: int = 0) -> str:
@@ -110,6 +123,7 @@ def test_max_tokens_0_ends_at_once() -> None:
 def test_closing_the_iterator_aborts_running_and_waiting_choices() -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
+        fake.runner.fault = lambda step: time.sleep(0.001)
         async with running(fake) as engine:
             async with aclosing(engine.generate(request(200, num_prompts=2)).outputs()) as outputs:
                 await anext(outputs)
@@ -117,6 +131,28 @@ def test_closing_the_iterator_aborts_running_and_waiting_choices() -> None:
             assert fake.scheduler.cache.check_integrity() == []
             assert text_of(await collect(engine, request(2))) == " one two"
         assert fake.metric("requests_total", outcome="abort") == 2
+
+    run(test)
+
+
+def test_a_reader_that_was_away_gets_what_has_come_at_once() -> None:
+    """Sent one by one without a pause, events would go on to a connection that has just been found closed."""
+
+    async def test() -> None:
+        fake, away = FakeEngine(), threading.Event()
+
+        def fault(step: StepInput) -> None:
+            assert len(fake.runner.steps) < 3 or away.wait(20)
+
+        fake.runner.fault = fault
+        async with running(fake) as engine, aclosing(engine.generate(request(9, num_prompts=2)).outputs()) as outputs:
+            first = await anext(outputs)
+            away.set()
+            await until(lambda: fake.scheduler.idle)
+            rest = await anext(outputs)
+            assert [len(output.tokens) for output in first + rest] == [1] * 18
+            assert [output.finish_reason for output in rest if output.finish_reason] == ["length"] * 2
+            assert [output async for output in outputs] == []
 
     run(test)
 
@@ -293,10 +329,10 @@ def test_a_launch_that_raises_comes_after_the_tokens_of_the_steps_before_it() ->
 
         fake.runner.fault = fault
         async with running(fake) as engine:
-            outputs = engine.generate(request(9)).outputs()
-            assert text_of([await anext(outputs), await anext(outputs)]) == " one two"
+            generation = engine.generate(request(9))
             with pytest.raises(StepFailedError):
-                await anext(outputs)
+                await finish(generation)
+            assert generation.choices[0][0].text == " one two"
             await until(lambda: fake.scheduler.idle)
             assert fake.runner.calls.count("result") == 2
             assert len(fake.runner.steps) == 3, "no step may run after a failed launch"

@@ -43,7 +43,7 @@ async def generate(model: ModelEntry, requests: list[GenerationRequest]) -> list
     """The tokens of each request. All requests run at once."""
 
     async def tokens(request: GenerationRequest) -> list[int]:
-        return [token async for output in model.engine.generate(request).outputs() for token in output.tokens]
+        return [x async for step in model.engine.generate(request).outputs() for output in step for x in output.tokens]
 
     model.engine.start()
     async with asyncio.timeout(120):

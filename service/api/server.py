@@ -45,6 +45,8 @@ class Server(uvicorn.Server):
                 lifespan="off",
                 log_config=None,
                 timeout_keep_alive=settings.keep_alive,
+                # Clients that read this, Node's among them, give an idle connection up before the server closes it.
+                headers=[("keep-alive", f"timeout={settings.keep_alive}")],
                 timeout_graceful_shutdown=5,
             )
         )

@@ -26,7 +26,7 @@ frontend here
 backend banded
   http-reuse always
   option httpchk GET /health
-  server one {URL.removeprefix("http://")} check inter 1s pool-purge-delay 300s
+  server one {URL.removeprefix("http://")} check inter 1s
 """)
 with running(["haproxy", "-db", "-f", str(config)], port):
     check_proxy(f"http://127.0.0.1:{port}")

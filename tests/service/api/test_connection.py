@@ -162,7 +162,8 @@ def test_an_idle_connection_is_closed_after_the_setting() -> None:
             reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
             for _ in range(2):
                 writer.write(post(BODY))
-                assert (await read_answer(reader)).status_line == "HTTP/1.1 200 OK"
+                answer = await read_answer(reader)
+                assert (answer.status_line, answer.headers["keep-alive"]) == ("HTTP/1.1 200 OK", "timeout=1")
                 await asyncio.sleep(0.5)  # each request begins the wait anew
             idle = time.monotonic()
             assert await reader.read() == b""

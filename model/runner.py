@@ -96,6 +96,12 @@ def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return ids.gather(1, order)[:, :count], values[:, :count]
 
 
+def log_totals(logits: Tensor) -> Tensor:
+    """Logarithms (R, 1) of the sums of exp(logits) (R, V); on a CPU with the same bits in any batch."""
+    rows = logits if len(logits) != 1 else logits.expand(2, -1)  # torch shares a single row out among its threads
+    return rows.logsumexp(-1, keepdim=True)[: len(logits)]
+
+
 def decode_buckets(num_rows: int) -> list[int]:
     """Batch sizes that decode steps are padded to, up to `num_rows`: at most a quarter of a batch is padding."""
     buckets = [1]
@@ -317,7 +323,7 @@ class Runner:
             logits = self.model.logits(hidden[part], self.ops)  # (R, V)
             wanted = [i for i, sample in enumerate(samples[part]) if sample.top_logprobs is not None]
             if wanted:
-                totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
+                totals, (top_ids, top_logits) = log_totals(logits), likeliest(logits, num_top)
             banned = [(i, token) for i, sample in enumerate(samples[part]) for token in sample.banned]
             if banned:
                 places, tokens = self._to_device(*zip(*banned, strict=True))
@@ -346,7 +352,7 @@ class Runner:
             if not len(some_rows):
                 break  # splitting an empty tensor gives one empty piece
             logits = self.model.logits(hidden[some_rows], self.ops)  # (R, V)
-            totals, (top_ids, top_logits) = logits.logsumexp(-1, keepdim=True), likeliest(logits, num_top)
+            totals, (top_ids, top_logits) = log_totals(logits), likeliest(logits, num_top)
             chosen = logits.gather(1, some_targets[:, None]) - totals
             found.append(FoundLogprobs(chosen[:, 0], top_ids, top_logits - totals))
             del logits

@@ -78,6 +78,18 @@ class Table:
         self._path.write_text(table(self._outcomes))
 
 
+class Collected:
+    """The lines of a collection, as if all of it passed."""
+
+    def __init__(self) -> None:
+        self.outcomes: dict[Line, list[str]] = {}
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        for item in items:
+            for line in lines_of(item):
+                self.outcomes.setdefault(line, []).append("passed")
+
+
 def table(outcomes: dict[Line, list[str]]) -> str:
     """The table in Markdown."""
     parts = [

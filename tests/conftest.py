@@ -19,6 +19,19 @@ settings.register_profile("mutants", parent=settings.get_profile("quick"), deran
 settings.load_profile("banded")
 
 
+# The tests that a run collected and left out, for tests/test_conformance.py.
+DESELECTED = pytest.StashKey[list[pytest.Item]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[DESELECTED] = []
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.config.stash[DESELECTED].append(item)
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Count the skipped tests by reason, so that a run says what it did not test."""
     reasons = Counter(report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", []))

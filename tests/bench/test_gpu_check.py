@@ -151,7 +151,10 @@ def test_speedups_compare_ours_with_ours() -> None:
         ),
     ],
 )
-def test_failed_and_missing_tests_are_failures(tmp_path: Path, body: str, counts: str, failures: list[str]) -> None:
+def test_failed_and_missing_tests_are_failures(
+    tmp_path: Path, body: str, counts: str, failures: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # plugins take most of such a run
     (tmp_path / "case.py").write_text(body)
     arguments = ("-c", "/dev/null", "--rootdir", str(tmp_path), str(tmp_path / "case.py"))
     text, found = gpu_check.run_tests(setting(tmp_path, DRY._replace(tests=arguments)))

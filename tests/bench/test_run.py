@@ -257,18 +257,17 @@ def test_curves_are_medians_of_the_rounds() -> None:
 
 
 TOY_RUNS = [
-    ("bf16-1", "bf16-8", "bf16-16", "bf16-32", "long-prompts", "gaps", "prefix", "ttft"),
-    ("int8-1", "int8-16"),
-    ("limits", "kv-memory"),
-    ("http", "context"),
-    ("alternating",),
+    # Those of one run share its servers and the times of products.
+    ("bf16-1", "bf16-8", "bf16-16", "bf16-32", "long-prompts", "gaps", "prefix", "ttft", "http"),
+    ("int8-1", "int8-16", "limits", "kv-memory"),
+    ("alternating", "context"),
     ("start",),
 ]
 
 
 @pytest.mark.parametrize(
     "names",
-    [pytest.param(names, marks=[needs_vnni] if names[0] in ("int8-1", "limits") else []) for names in TOY_RUNS],
+    [pytest.param(names, marks=[needs_vnni] if names[0] == "int8-1" else []) for names in TOY_RUNS],
     ids=lambda names: names[0],
 )
 def test_a_toy_run(names: tuple[str, ...], parrot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,12 @@ from kernels.cpu import compiled as cpu_compiled
 from kernels.cpu.build import Shape
 from kernels.cpu.compiled import CompiledOps
 
-# Further flags for the compiler. Without AMX the first two are one library. Only "portable products" has our products on a
-# processor that lacks the instructions for them.
+# Further flags for the compiler. Only "portable products" has our products on a processor that lacks the instructions for
+# them. Without AMX, "compiled" has no tiles: a variant without them would be the same library again.
+WITHOUT_TILES = {"compiled without tiles": " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"}
 VARIANTS = {
     "compiled": "",
-    "compiled without tiles": " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if torch.cpu._is_amx_tile_supported() else "",
+    **(WITHOUT_TILES if torch.cpu._is_amx_tile_supported() else {}),
     "compiled for AVX2": " -march=x86-64-v3",
     "portable products": " -march=x86-64-v3 -DPORTABLE_PRODUCTS",
 }

@@ -83,8 +83,12 @@ class PrefillCase(NamedTuple):
 def prefill_case(
     starts: list[int], counts: list[int], pattern: Pattern, *, device: torch.device = CPU, **shape: object
 ) -> PrefillCase:
-    """Chunks of `counts` queries after `starts` earlier keys. `shape` goes to cache_of."""
+    """Chunks of `counts` queries after `starts` earlier keys. `shape` goes to cache_of.
+
+    Unless told, there is room for no more pages than they need: the layout of a sparse pattern takes long for many.
+    """
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    shape = {"max_pages": -(-max(lengths) // PAGE_SIZE)} | shape
     cache = cache_of(lengths, [first_key(n, pattern.band) for n in starts], device=device, **shape)  # type: ignore[arg-type]
     q = queries(sum(counts), heads=cache.k.shape[1], dim=cache.k.shape[3], dtype=cache.k.dtype, device=device)
     layout = layout_of(pattern, device, cache.page_table.shape[1] - 1)

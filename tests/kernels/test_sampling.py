@@ -155,7 +155,7 @@ def test_draws_follow_the_truncated_distribution(temperature: float, top_k: int,
 # Equal tokens
 
 
-@pytest.mark.parametrize(("name", "count", "vocab_size"), [("cpu", 150, 600), ("triton", 30, 400)])
+@pytest.mark.parametrize(("name", "count", "vocab_size"), [("cpu", 150, 600), ("triton", 20, 400)])
 @pytest.mark.usefixtures("small_tiles")
 def test_random_rows_get_the_reference_s_tokens(
     name: str, count: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
@@ -595,7 +595,7 @@ def test_the_launcher_refuses_what_the_kernel_would_misread() -> None:
 
 def test_only_tokens_without_an_infinite_bias_are_sampled(sample: Sample) -> None:
     generator = torch.Generator().manual_seed(11)
-    num_rows, vocab_size = 60, 300
+    num_rows, vocab_size = 60 if sample is not sampling.sample else 15, 300  # slow to interpret
     state = random_state(num_rows, vocab_size, generator)._replace(adjusted=torch.ones(num_rows, dtype=torch.bool))
     allowed = torch.rand(num_rows, vocab_size, generator=generator) < 0.02
     allowed[torch.arange(num_rows), torch.randint(vocab_size, (num_rows,), generator=generator)] = True

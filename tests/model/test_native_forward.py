@@ -16,7 +16,6 @@ from tests.kernels.paths import ServedPath
 from tests.model.checkpoint.checkpoints import FIELDS, tiny
 from tests.model.paged_run import PagedRun, random_steps
 
-HEAD_DIM = FIELDS["banded"]["n_embd"] // FIELDS["banded"]["n_head"]
 # Heads of 32 fit AMX tiles.
 MODELS: dict[str, dict[str, Any]] = {
     "every pattern": {"n_head": 2, "attention": ("dense", "banded", "strided", "fixed"), "stride": 32, "summary": 5},
@@ -43,10 +42,12 @@ def skip_without_products(ops: CompiledOps) -> None:
 @packs
 @pytest.mark.parametrize("name", MODELS)
 def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int8"], variant: str, tmp_path: Path) -> None:
-    directory = tiny("banded", tmp_path, **MODELS[name])
-    generator = torch.Generator().manual_seed(3)
-    sequences = [torch.randint(331, (length,), generator=generator) for length in (250, 1, 64, 65, 129, 190)]
     fields = FIELDS["banded"] | MODELS[name]
+    if variant == "portable products":
+        fields |= {"n_head": 2}  # it takes the compiler the longest, and products know nothing of heads
+    directory = tiny("banded", tmp_path, **fields)
+    generator = torch.Generator().manual_seed(3)
+    sequences = [torch.randint(331, (length,), generator=generator) for length in (150, 1, 64, 65)]
     ops = compiled_ops(fields["n_embd"] // fields["n_head"], torch.bfloat16, variant)
     skip_without_products(ops)
     cpu = torch.device("cpu")
@@ -63,9 +64,9 @@ def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int
 
 @packs
 def test_the_doctor_measures_the_native_forward(pack: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    ops = compiled_ops(HEAD_DIM, torch.bfloat16, "portable products")
+    ops = compiled_ops(FIELDS["banded"]["n_embd"] // 2, torch.bfloat16, "portable products")
     skip_without_products(ops)
-    model = load_model(tiny("banded", tmp_path), torch.bfloat16, torch.device("cpu"))
+    model = load_model(tiny("banded", tmp_path, n_head=2), torch.bfloat16, torch.device("cpu"))
     model.pack(ops, quantize=pack == "int8")
     assert kernel_errors(model, ops).faults() == []
     run = ops._library.run_blocks

@@ -47,7 +47,7 @@ def test_chunked_prefill_and_decode_give_the_logits_of_transformers(name: str, t
     lengths = [250, 1, 64, 65, 129, 190]
     sequences = [torch.randint(331, (length,), generator=generator) for length in lengths]
     expected = [transformers_logits(directory, tokens[None])[0] for tokens in sequences]
-    for seed in range(3):
+    for seed in range(2):
         run = PagedRun(directory, sequences)
         random_steps(run, random.Random(seed))
         for logits, oracle in zip(run.logits, expected, strict=True):
@@ -58,7 +58,7 @@ def test_chunked_prefill_and_decode_give_the_logits_of_transformers(name: str, t
 def test_one_prompt_token_by_token_and_in_chunks_of_any_size(name: str, tmp_path: Path) -> None:
     arch, fields = ARCHITECTURES[name]
     directory = tiny(arch, tmp_path, **fields)
-    tokens = torch.randint(331, (200,), generator=torch.Generator().manual_seed(6))
+    tokens = torch.randint(331, (140,), generator=torch.Generator().manual_seed(6))
     expected = transformers_logits(directory, tokens[None])[0]
     for size in (1, 17, 64, 96):
         run = PagedRun(directory, [tokens])
@@ -119,13 +119,15 @@ def test_every_pattern_in_one_model_gives_the_logits_of_whole_windows(path: Serv
 
 
 @triton_paths
-@pytest.mark.parametrize("band", [16, 70])
-def test_the_triton_path_gives_the_logits_of_whole_windows(path: ServedPath, band: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("band", "lengths"), [(16, (17, 65, 1)), (70, (71, 63, 130))])
+def test_the_triton_path_gives_the_logits_of_whole_windows(
+    path: ServedPath, band: int, lengths: tuple[int, ...], tmp_path: Path
+) -> None:
     """Prompts that end around the borders of bands, pages and tiles, in ragged batches of chunks and decode rows."""
     directory = tiny("banded", tmp_path, n_layer=2, band=band)
-    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in (band + 1, 63, 65, 130, 1)]
+    sequences = [torch.randint(331, (n,), generator=torch.Generator().manual_seed(n)) for n in lengths]
     run = PagedRun(directory, sequences, path=path)
-    random_steps(run, random.Random(band), budgets=(33, 96), most_decoded=16)
+    random_steps(run, random.Random(band), budgets=(33, 96), most_decoded=8)
     for logits, tokens in zip(run.logits, sequences, strict=True):
         assert (logits - our_logits(directory, tokens[None])[0]).abs().max() <= 1e-4
 
@@ -150,7 +152,7 @@ def test_rows_that_pad_a_bucket_change_nothing(path: ServedPath, tmp_path: Path)
     runs[1].runner.buckets = [3]
     for run in runs:
         run.step([], [(0, 6), (1, 6), (2, 6)])
-        for live in ([0, 1, 2], [0, 1, 2], [0, 1], [0, 1], [0], [0]):
+        for live in ([0, 1, 2], [0, 1], [0]):
             run.step(live, [])
     for exact, padded in zip(runs[0].logits, runs[1].logits, strict=True):
         done = ~exact.isnan()
@@ -189,7 +191,7 @@ def step_of(
     return StepInput(starts, pages, decodes, chunks, **given | fields)
 
 
-def decoded(path: ServedPath, sampling: Sampling, directory: Path, *, capture: bool = False) -> list[int]:
+def decoded(path: ServedPath, sampling: Sampling, directory: Path, *, count: int = 16, capture: bool = False) -> list[int]:
     """The tokens that a runner samples after a prompt of 20, fed only by its own state."""
     run = PagedRun(directory, [torch.zeros(60, dtype=torch.int64)], path=path)
     if capture:
@@ -198,7 +200,7 @@ def decoded(path: ServedPath, sampling: Sampling, directory: Path, *, capture: b
     prompt = PromptChunk(0, 0, list(range(20)))
     step = step_of([RowStart(0, sampling, prompt.tokens)], pages, [], [prompt])
     tokens = run.runner.launch(step).result().tokens
-    for position in range(20, 35):
+    for position in range(20, 19 + count):
         tokens += run.runner.launch(step_of([], [], [DecodeToken(0, position)], [])).result().tokens
     return tokens
 
@@ -215,7 +217,8 @@ SAMPLINGS = [
 @pytest.mark.parametrize("sampling", SAMPLINGS)
 def test_the_triton_path_samples_what_the_cpu_does(path: ServedPath, sampling: Sampling, tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, n_layer=1)
-    assert decoded(path, sampling, directory) == decoded(CPU_PATH, sampling, directory)
+    count = 6  # interpreted, a token takes a tenth of a second
+    assert decoded(path, sampling, directory, count=count) == decoded(CPU_PATH, sampling, directory, count=count)
 
 
 def test_penalties_and_bias_reach_the_sampler_and_end_with_their_sequence(tmp_path: Path) -> None:
@@ -429,8 +432,7 @@ def test_a_step_of_prompts_alone_may_sample_nothing_and_score(tmp_path: Path) ->
 
 @served_paths
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.parametrize("num_top", [None, 2])
-@pytest.mark.parametrize("sampling", [SAMPLINGS[0], SAMPLINGS[3]])
+@pytest.mark.parametrize(("sampling", "num_top"), [(SAMPLINGS[0], 2), (SAMPLINGS[3], None)])
 def test_a_row_of_nan_says_so_and_disturbs_neither_the_rows_next_to_it_nor_later_steps(
     path: ServedPath, sampling: Sampling, num_top: int | None, tmp_path: Path
 ) -> None:
@@ -447,13 +449,13 @@ def test_a_row_of_nan_says_so_and_disturbs_neither_the_rows_next_to_it_nor_later
         prompts = [PromptChunk(0, 0, list(range(12))), PromptChunk(1, 0, list(range(5)))]
         starts = [RowStart(chunk.row, sampling, chunk.tokens) for chunk in prompts]
         pending = [run.runner.launch(step_of(starts, pages, [], prompts))]
-        for i in range(4):
+        for i in range(3):
             samples = [Sample(0, 0, num_top), Sample(1, 1, num_top)]
             decodes = [DecodeToken(0, 12 + i), DecodeToken(1, 5 + i)]
             pending.append(run.runner.launch(step_of([], [], decodes, [], samples=samples)))
         found.append([each.result() for each in pending])
     clean, poisoned = found
-    assert [step.tokens[0] for step in poisoned] == [clean[0].tokens[0], *[NOT_FINITE] * 4]
+    assert [step.tokens[0] for step in poisoned] == [clean[0].tokens[0], *[NOT_FINITE] * 3]
     assert [(step.tokens[1], step.logprobs[1]) for step in poisoned] == [
         (step.tokens[1], step.logprobs[1]) for step in clean
     ]

@@ -376,7 +376,7 @@ def test_the_doctor_on_the_interpreted_triton_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("BANDED_KERNELS", "triton")
-    directory = tiny("banded", tmp_path, vocab_size=50257, n_layer=1)
+    directory = tiny("banded", tmp_path, vocab_size=50257, n_layer=1, n_positions=90)
     assert main(["doctor", "--model", str(directory), "--dtype", "float32"]) == 0
     assert capsys.readouterr().out.startswith("banded, float32: Triton, interpreted on CPU, against the reference\n")
 

@@ -51,10 +51,11 @@ struct Key {
   int64_t page, offset;
 };
 
-double attended(const ELEMENT* q, const Numbers& k, const Numbers& v, const std::vector<Key>& keys, int head, int d) {
-  std::vector<double> scores;
+// What a query of one head gets, HEAD_DIM numbers.
+std::vector<double> attended(const ELEMENT* q, const Numbers& k, const Numbers& v, const std::vector<Key>& keys, int head) {
+  std::vector<double> scores, sums(HEAD_DIM);
   const auto at = [&](const Key& key) { return ((key.page * HEADS + head) * PAGE_SIZE + key.offset) * HEAD_DIM; };
-  double peak = -HUGE_VAL, total = 0, sum = 0;
+  double peak = -HUGE_VAL, total = 0;
   for (const Key& key : keys) {
     double score = 0;
     for (int i = 0; i < HEAD_DIM; i++) score += (double)plain(q[i]) * plain(k[at(key) + i]);
@@ -64,9 +65,10 @@ double attended(const ELEMENT* q, const Numbers& k, const Numbers& v, const std:
   for (size_t i = 0; i < keys.size(); i++) {
     const double weight = std::exp(scores[i] - peak);
     total += weight;
-    sum += weight * plain(v[at(keys[i]) + d]);
+    for (int d = 0; d < HEAD_DIM; d++) sums[d] += weight * plain(v[at(keys[i]) + d]);
   }
-  return sum / total;
+  for (double& sum : sums) sum /= total;
+  return sums;
 }
 
 void check_decode(int64_t batch) {
@@ -91,15 +93,16 @@ void check_decode(int64_t batch) {
   decode_attention(q.data(), 3 * row, k_pages.data(), v_pages.data(), page_ids.data(), offsets.data(), visible.data(),
                    out.data(), batch, HEADS, SCALE, THREADS);
   for (int64_t b = 0; b < batch; b++)
-    for (int h = 0; h < HEADS; h++)
+    for (int h = 0; h < HEADS; h++) {
+      const std::vector<double> wanted = attended(&q[b * 3 * row + h * HEAD_DIM], k_pages, v_pages, keys[b], h);
       for (int d = 0; d < HEAD_DIM; d++) {
         const int64_t place = ((slots[b] / PAGE_SIZE * HEADS + h) * PAGE_SIZE + slots[b] % PAGE_SIZE) * HEAD_DIM + d;
         const int64_t source = b * 3 * row + h * HEAD_DIM + d;
         expect("a written key", place, plain(k_pages[place]), plain(q[source + row]), 0);
         expect("a written value", place, plain(v_pages[place]), plain(q[source + 2 * row]), 0);
-        const double wanted = attended(&q[b * 3 * row + h * HEAD_DIM], k_pages, v_pages, keys[b], h, d);
-        expect("decode_attention", b, plain(out[b * row + h * HEAD_DIM + d]), wanted, 4 * STEP);
+        expect("decode_attention", b, plain(out[b * row + h * HEAD_DIM + d]), wanted[d], 4 * STEP);
       }
+    }
 }
 
 void check_prefill() {
@@ -136,12 +139,12 @@ void check_prefill() {
         for (int64_t key = 0; key < PAGE_SIZE; key++)
           if (masks[entry] < 0 || !hidden[(masks[entry] * PAGE_SIZE + key) * PAGE_SIZE + i])
             keys.push_back({page_ids[entry], key});
-      for (int64_t h = 0; h < HEADS; h++)
-        for (int d = 0; d < HEAD_DIM; d++) {
-          const int64_t place = (rows[3 * t] + i) * row + h * HEAD_DIM;
-          const double wanted = attended(&q[place], k_pages, v_pages, keys, h, d);
-          expect("prefill_attention", place, plain(out[place + d]), wanted, 4 * STEP);
-        }
+      for (int64_t h = 0; h < HEADS; h++) {
+        const int64_t place = (rows[3 * t] + i) * row + h * HEAD_DIM;
+        const std::vector<double> wanted = attended(&q[place], k_pages, v_pages, keys, h);
+        for (int d = 0; d < HEAD_DIM; d++)
+          expect("prefill_attention", place, plain(out[place + d]), wanted[d], 4 * STEP);
+      }
     }
 }
 

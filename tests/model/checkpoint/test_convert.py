@@ -25,6 +25,7 @@ from model.checkpoint.convert import convert
 from model.checkpoint.files import CheckpointError
 from model.checkpoint.tokenizer import r50k_base
 from model.checkpoint.vocabulary import load_tokenizer
+from service.cli import main
 from tests.model.checkpoint.checkpoints import tiny
 from tests.model.checkpoint.vocabularies import r50k_merges, r50k_vocab, spelled, write_vocabulary
 from tests.model.logits import our_logits, transformers_logits
@@ -496,6 +497,7 @@ def test_a_file_that_takes_much_memory_ends_with_an_error(tmp_path: Path, monkey
 # What is refused
 
 
+@in_process
 def test_sources_that_can_not_be(tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(tmp_path / "nowhere", out, "nowhere: no such file or directory")
@@ -518,6 +520,7 @@ def test_what_can_not_be_served_is_refused_before_the_weights_are_read(
     refused(source, tmp_path / "out", "gpt2/config.json: model_type 'llama' is not supported")
 
 
+@in_process
 def test_a_target_that_exists_is_left_alone(tmp_path: Path) -> None:
     write_nanogpt(tmp_path / "run")
     (tmp_path / "out").mkdir()
@@ -529,7 +532,7 @@ def test_a_target_that_exists_is_left_alone(tmp_path: Path) -> None:
     convert(tmp_path / "run", tmp_path / "out")  # an empty directory is as good as none
 
 
-def test_a_fresh_users_run(tmp_path: Path) -> None:
+def test_a_fresh_users_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The two commands that the documents show, and the refusal that names the first."""
     write_nanogpt(tmp_path / "run")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
@@ -540,8 +543,13 @@ def test_a_fresh_users_run(tmp_path: Path) -> None:
             command, capture_output=True, text=True, cwd=tmp_path, env=environment | {"BANDED_COMPILE": "0"}
         )
 
-    refusal = banded("complete", "Once", "--model", "run").stderr
-    assert refusal == "banded: run holds no config.json; to make a model of ckpt.pt: banded convert run NEW_DIRECTORY\n"
+    # In this process: one of its own takes seconds to begin.
+    monkeypatch.chdir(tmp_path)
+    assert main(["complete", "Once", "--model", "run"]) == 2
+    assert (
+        capsys.readouterr().err
+        == "banded: run holds no config.json; to make a model of ckpt.pt: banded convert run NEW_DIRECTORY\n"
+    )
     converted = banded("convert", "run", "out")
     assert converted.stdout == "out can be served: banded serve --model out\n", converted.stderr
     assert "50304 tokens are taken for r50k_base's 50257, padded" in converted.stderr

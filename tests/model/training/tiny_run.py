@@ -42,7 +42,7 @@ PLAN = TrainingPlan(
     micro_tokens=64,
 )
 # Two micro-batches a batch, one for each of two ranks. A sum of two has the same bits in either order.
-PAIRS = replace(PLAN, batch=64, first_batch=None, short_window=None, micro_tokens=32)
+PAIRS = replace(PLAN, num_tokens=3200, batch=64, first_batch=None, short_window=None, micro_tokens=32)
 
 
 def run(directory: Path, corpus: Path, plan: TrainingPlan = PLAN, *, resume: bool = False) -> None:

@@ -117,7 +117,7 @@ def test_a_text_is_the_same_alone_and_beside_other_adapters(
             "logprobs": 2,
             "ignore_eos": True,
         }
-        for seed in range(3)
+        for seed in range(2)
         for model in (directory.name, *adapters)
     ]
     settings: dict[str, Any] = {
@@ -145,7 +145,7 @@ def test_a_text_is_the_same_alone_and_beside_other_adapters(
             assert [texts_of(answer) for answer in answers] == [texts_of(answer) for answer in together]
             for alone, beside in zip(answers, together, strict=True):
                 assert logprobs_of(alone) == pytest.approx(logprobs_of(beside), abs=1e-5)
-        assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in cached] == [128] * 12
+        assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in cached] == [128] * 8
         assert len({logprobs_of(answer)[0] for answer in fresh[:4]}) == 4, "each adapter must change the logprobs"
 
     run(test)

@@ -155,7 +155,7 @@ def test_the_same_request_and_seed_give_the_same_text(dtype: str, compiled: bool
             "top_p": (1, 0.9)[i % 2],
             "repetition_penalty": (1, 1.2)[i % 4 == 3],
         }
-        for i in range(12)
+        for i in range(8)
     ]
 
     async def test() -> None:
@@ -194,7 +194,7 @@ def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> N
             "logprobs": (None, 2)[i % 2],
             "ignore_eos": True,
         }
-        for i in range(12)
+        for i in range(8)
     ]
     settings: dict[str, Any] = {
         "kv_bytes": 64 << 20,

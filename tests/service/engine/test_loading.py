@@ -78,28 +78,28 @@ def test_the_same_seed_gives_the_same_tokens_alone_and_in_a_batch(dtype: str, tm
     directory = tiny("banded", tmp_path, vocab_size=50257, band=40)
 
     def seeded(seed: int) -> GenerationRequest:
-        return request([seed] * (3 + 25 * seed), 40, temperature=0.9, top_p=0.95, seed=seed)
+        return request([seed] * (3 + 25 * seed), 20, temperature=0.9, top_p=0.95, seed=seed)
 
     # Small steps: each prompt is cut wherever a step runs out of room.
     model = served(directory, dtype=dtype, max_slots=8, step_tokens=70)
     together = asyncio.run(generate(model, [seeded(seed) for seed in range(8)]))
     assert len({tuple(tokens) for tokens in together}) == 8
-    for seed in (3, 5, 7):
+    for seed in (3, 7):
         alone = asyncio.run(generate(served(directory, dtype=dtype, max_slots=8), [seeded(seed)]))
         assert alone[0] == together[seed]
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-def test_the_triton_path_generates_what_the_cpu_does(overlap: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overlap", "lengths"), [(False, (64, 1)), (True, (17, 1, 70))])
+def test_the_triton_path_generates_what_the_cpu_does(overlap: bool, lengths: tuple[int, ...], tmp_path: Path) -> None:
     """The whole engine. Prompt lengths lie around the borders of bands and pages; chunks share steps with decode rows."""
     directory = tiny("banded", tmp_path, n_layer=2, vocab_size=50257, attention=("dense", "banded", "strided"), stride=32)
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in (64, 1, 17, 70)]
+    prompts = [torch.randint(50257, (n,), generator=generator).tolist() for n in lengths]
     tokens = []
     for kernels in ("auto", "triton"):
-        model = served(directory, max_slots=3, step_tokens=40, kernels=kernels)
+        model = served(directory, max_slots=2, step_tokens=40, kernels=kernels)
         set_overlap(model, overlap)
-        tokens.append(asyncio.run(generate(model, [request(prompt, 5, temperature=0.0) for prompt in prompts])))
+        tokens.append(asyncio.run(generate(model, [request(prompt, 4, temperature=0.0) for prompt in prompts])))
     assert tokens[0] == tokens[1]
 
 

@@ -16,6 +16,10 @@ def test_every_program_has_a_script_or_a_reason_and_a_result() -> None:
     assert list(read()) == [program.name for program in PROGRAMS], "run `make clients`"
 
 
+def test_every_program_passed_when_it_was_run_last() -> None:
+    assert {name: result.outcome for name, result in read().items() if result.failed} == {}
+
+
 def test_the_table_is_in_the_file() -> None:
     assert CONFORMANCE.read_text("utf-8").endswith(section(read())), "run `make clients`"
 

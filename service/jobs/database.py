@@ -1,6 +1,7 @@
 """The SQLite database of a data directory: opened, checked, brought to the schema of this version, and copied."""
 
 import sqlite3
+from collections import deque
 from contextlib import closing, suppress
 from pathlib import Path
 from shlex import quote
@@ -77,6 +78,8 @@ def open_database(path: Path) -> sqlite3.Connection:
         except BaseException:
             db.close()
             raise
+    except UnicodeDecodeError as error:  # SQLite quotes the damage in its message
+        raise damaged(path, "is damaged (its schema)") from error
     except sqlite3.Error as error:
         if is_full(error, path.parent):
             raise
@@ -104,6 +107,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
         raise damaged(path, f"{lack} the column {column} of {table}")
     if db.execute(f"SELECT 1 FROM events WHERE NOT ({IS_SOUND})").fetchone():
         raise damaged(path, "is damaged (events)")
+    deque(db.execute("SELECT job, level, type, message, data FROM events"), maxlen=0)  # fails on what is not UTF-8
 
 
 def expected_columns() -> set[tuple[str, str]]:

@@ -22,7 +22,8 @@ class DiskFullError(OSError):
 
     def __init__(self, directory: Path, needed: int, purpose: str):
         free = free_bytes(directory)
-        super().__init__(f"the disk for {purpose} is full: {free} bytes are free, {needed} are needed")
+        state = "is full" if free < needed else "takes no more, as by a quota or without free inodes"
+        super().__init__(f"the disk for {purpose} {state}: {free} bytes are free, {needed} are needed")
 
 
 def free_bytes(directory: Path) -> int:

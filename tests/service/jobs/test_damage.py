@@ -50,6 +50,11 @@ def overwrite(path: Path, place: float, data: bytes) -> None:
     path.write_bytes(whole[:at] + data + whole[at + len(data) :])
 
 
+def overwrite_text(path: Path, text: bytes, data: bytes) -> None:
+    whole = path.read_bytes()
+    overwrite(path, whole.index(text) / len(whole), data)
+
+
 def be_gone(directory: Path, *names: str) -> None:
     for name in names:
         for path in directory.glob(name):
@@ -157,6 +162,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str | None]] = {
     "an event's numbers are no JSON": (
         lambda directory: execute(directory, "UPDATE events SET data = '{' WHERE number = 2"),
         f"{DAMAGED}events)",
+    ),
+    "an event is no text": (
+        lambda directory: execute(directory, "UPDATE events SET message = CAST(x'ff' AS TEXT) WHERE number = 2"),
+        f"{DAMAGED}Could not decode to UTF-8",
+    ),
+    "its schema is no text": (
+        lambda directory: overwrite_text(directory / DATABASE, b"sqlite_autoindex_files_1", b"sqli\xd3\xd9"),
+        f"{DAMAGED}its schema)",
     ),
     "a newer version has written it": (
         lambda directory: execute(directory, "PRAGMA user_version = 99"),

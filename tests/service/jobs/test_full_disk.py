@@ -204,6 +204,12 @@ def test_a_change_is_made_as_a_whole_or_not_at_all(
     assert has_failed == (change not in (*MAKE_ROOM, copy))
 
 
+def test_the_message_tells_a_full_disk_from_a_quota(tmp_path: Path) -> None:
+    enough, too_many = str(DiskFullError(tmp_path, 1, "the data directory")), DiskFullError(tmp_path, 1 << 60, "x")
+    assert enough.startswith("the disk for the data directory takes no more, as by a quota or without free inodes: ")
+    assert str(too_many).startswith("the disk for x is full: ")
+
+
 def lose_database(directory: Path) -> None:
     (directory / "banded.sqlite").unlink()
 

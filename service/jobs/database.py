@@ -5,6 +5,7 @@ from collections import deque
 from contextlib import closing, suppress
 from pathlib import Path
 from shlex import quote
+from typing import Any
 
 from model.checkpoint.files import write_atomically
 from service.jobs.disk import is_full
@@ -33,6 +34,7 @@ COLUMNS = """
 SELECT tables.name, columns.name FROM sqlite_master AS tables, pragma_table_info(tables.name) AS columns
 WHERE tables.type = 'table'
 """
+EVENT = ("number", "job", "created", "level", "type", "message", "data")
 # What is true of an event that no outside hand has changed.
 IS_SOUND = "json_valid(data) AND typeof(created) = 'integer' AND " + " AND ".join(
     f"typeof({column}) = 'text'" for column in ("job", "level", "type", "message", "data")
@@ -107,7 +109,7 @@ def prepare(db: sqlite3.Connection, path: Path) -> None:
         raise damaged(path, f"{lack} the column {column} of {table}")
     if db.execute(f"SELECT 1 FROM events WHERE NOT ({IS_SOUND})").fetchone():
         raise damaged(path, "is damaged (events)")
-    deque(db.execute("SELECT job, level, type, message, data FROM events"), maxlen=0)  # fails on what is not UTF-8
+    deque(db.execute(f"SELECT {', '.join(EVENT)} FROM events"), maxlen=0)  # fails on what is not UTF-8
 
 
 def expected_columns() -> set[tuple[str, str]]:
@@ -144,20 +146,15 @@ def copy_paths(copies: Path) -> tuple[Path, Path]:
     return copies / "banded-1.sqlite", copies / "banded-2.sqlite"
 
 
-def recover_events(db: sqlite3.Connection, copy: Path) -> int:
-    """Add the events of known jobs that `copy` has and the database has not. Returns their number.
-
-    Raises sqlite3.Error if the copy can't be read.
-    """
-    before = db.total_changes
+def events_of(copy: Path, db: sqlite3.Connection) -> list[tuple[Any, ...]]:
+    """The rows of events that `copy` has of jobs in `db` and `db` has not. Raises sqlite3.Error if they can't be read."""
     db.execute("ATTACH ? AS copy", (str(copy),))
     try:
         (fault,) = db.execute("PRAGMA copy.quick_check(1)").fetchone()
         if fault != "ok":
             raise sqlite3.DatabaseError(fault)
-        known = f"job IN (SELECT id FROM jobs) AND {IS_SOUND}"
-        db.execute(f"INSERT OR IGNORE INTO events SELECT * FROM copy.events WHERE {known}")
+        lost = "job IN (SELECT id FROM jobs) AND number NOT IN (SELECT number FROM main.events)"
+        return db.execute(f"SELECT {', '.join(EVENT)} FROM copy.events WHERE {lost} AND {IS_SOUND}").fetchall()
     finally:
         with suppress(sqlite3.Error):
             db.execute("DETACH copy")
-    return db.total_changes - before

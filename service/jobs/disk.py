@@ -57,9 +57,9 @@ class Ballast:
         self._path = path
 
     def fill(self) -> None:
-        """Take the room again, unless the disk has little."""
+        """Take the room again, ahead of what else could use it, but leave some for what SQLite keeps."""
         with suppress(OSError):
-            if not self._path.exists() and free_bytes(self._path.parent) > 4 * SPARE:
+            if not self._path.exists() and free_bytes(self._path.parent) > SPARE + SPARE // 4:
                 with write_atomically(self._path) as temporary:
                     temporary.write_bytes(os.urandom(SPARE))  # neither a hole nor compressible
 

@@ -1,12 +1,14 @@
 """The record of a file or a job: JSON next to what it is about. A lost row of the database is rebuilt from it."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from model.checkpoint.files import read_json, write_atomically
 from service.jobs.database import VERSION, newer
+from service.jobs.disk import FULL
 
 Item = TypeVar("Item", bound=NamedTuple)
 
@@ -14,10 +16,24 @@ IDS = re.compile(r"(file|ftjob)-\w+")
 
 
 def write_record(path: Path, item: NamedTuple) -> None:
-    """Raises OSError, and leaves the record as it was then."""
+    """Raises OSError, and leaves the record as it was then.
+
+    On a full disk a record is overwritten in place, within the blocks that it has. If the process dies meanwhile, the
+    record is damaged, and the next start writes it again from its row.
+    """
     nested = {name: value._asdict() for name, value in item._asdict().items() if hasattr(value, "_asdict")}
-    with write_atomically(path, durable=True) as temporary:
-        temporary.write_text(json.dumps({"version": VERSION} | item._asdict() | nested))
+    text = json.dumps({"version": VERSION} | item._asdict() | nested)
+    try:
+        with write_atomically(path, durable=True) as temporary:
+            temporary.write_text(text)
+    except OSError as error:
+        if error.errno not in FULL or not path.exists() or len(text) > 512 * path.stat().st_blocks:
+            raise
+        with path.open("r+") as file:
+            file.write(text)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def read_record(path: Path, kind: type[Item]) -> Item:

@@ -132,6 +132,7 @@ class Jobs:
                 events = [message_event(f"New model: {name}"), message_event("The job has succeeded")]
                 self.store.end_job(job.id, "succeeded", events=events, fine_tuned_model=name)
         elif status and status not in INTERRUPTED:
+            self.store.check_disk()  # it goes on when there is room for what it could not save
             self._fail(job, why(status, self.store.run_directory(job.id) / "log"))
         if self._status(job) in ("failed", "cancelled"):
             self.store.remove_run(job.id)

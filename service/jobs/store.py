@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from model.checkpoint.files import write_atomically
-from service.jobs.database import DataError, copy_database, copy_paths, damaged, open_database, recover_events
+from service.jobs.database import EVENT, DataError, copy_database, copy_paths, damaged, events_of, open_database
 from service.jobs.disk import SPARE, Ballast, DiskFullError, free_bytes, room_for
 from service.jobs.records import checked, read_record, write_record
 
@@ -229,12 +229,15 @@ class Store:
     def _recover_events(self) -> None:
         for path in copy_paths(self._copies):
             try:
-                with self.room():
-                    count = recover_events(self._db, path) if path.is_file() else 0
-                if count:
-                    log.warning("%d events of jobs are back from %s", count, path)
+                lost = events_of(path, self._db) if path.is_file() else []
             except sqlite3.Error as error:
                 log.warning("%s can't be read: %s", path, error)
+                continue
+            if lost:
+                with self._transaction():
+                    marks = ", ".join("?" * len(EVENT))
+                    self._db.executemany(f"INSERT INTO events ({', '.join(EVENT)}) VALUES ({marks})", lost)
+                log.warning("%d events of jobs are back from %s", len(lost), path)
 
     def _set_strays_aside(self) -> None:
         files = {self.path_of(file.id) for file in self.files()}
@@ -311,7 +314,9 @@ class Store:
         except DiskFullError:
             self._ballast.give_up()
             with self.room():
+                self._db.execute("PRAGMA wal_checkpoint(RESTART)")  # SQLite's log begins again in the room that it has
                 change()
+        self._ballast.fill()
 
     def add_file(self, filename: str, purpose: str, content: bytes) -> StoredFile:
         """Any thread may call this. Raises StoreFullError, with the numbers, if there are too many files or bytes."""
@@ -465,7 +470,7 @@ class Store:
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[Event]:
         """The newest first; with `before`, only those that are older than that event."""
         rows = self._db.execute(
-            "SELECT * FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
+            f"SELECT {', '.join(EVENT)} FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
             (job_id, LAST_NUMBER if before is None else before, limit),
         )
         return [Event._make((*row[:6], json.loads(row[6]))) for row in rows]

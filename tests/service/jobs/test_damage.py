@@ -346,6 +346,28 @@ def test_the_last_two_copies_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "copies").iterdir()) == ["banded-1.sqlite", "banded-2.sqlite"]
 
 
+def test_a_damaged_copy_is_passed_over(directory: Path, filled: tuple[Path, Kept], caplog: pytest.LogCaptureFixture) -> None:
+    """Whatever it has, nothing of it comes into the database; the other copy may have the same."""
+    newest, older = directory / "copies" / "banded-1.sqlite", directory / "copies" / "banded-2.sqlite"
+    for harm, reason in (
+        (lambda: newest.write_bytes(NOISE), "file is not a database"),
+        (lambda: overwrite(newest, 0.3, NOISE), "database disk image is malformed"),
+        (lambda: overwrite_text(newest, b"Step 1", b"St\xff"), "Could not decode to UTF-8"),
+        (newest.unlink, None),
+    ):
+        shutil.copy(filled[0] / "copies" / "banded-1.sqlite", newest)
+        be_gone(directory, DATABASE)
+        harm()
+        be_gone(directory, older.name)
+        shutil.copy(filled[0] / "copies" / "banded-1.sqlite", older)
+        caplog.clear()
+        for _ in range(2):
+            with closing(Store(directory)) as store:
+                assert Kept.of(store) == filled[1]
+        if reason:
+            assert f"{newest} can't be read: " in caplog.text
+
+
 def test_a_database_that_vanishes_while_it_is_used_is_not_copied_as_an_empty_one(
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

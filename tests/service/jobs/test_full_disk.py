@@ -15,8 +15,9 @@ import pytest
 
 from service.api.app import create_app
 from service.jobs.disk import SPARE, Ballast, DiskFullError
+from service.jobs.records import read_record, write_record
 from service.jobs.runner import Jobs
-from service.jobs.store import Job, Store
+from service.jobs.store import Job, Store, StoredFile
 from tests.conformance import contract
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
@@ -250,7 +251,7 @@ def test_the_ballast_is_kept_where_there_is_room(tmp_path: Path, monkeypatch: py
     assert path.stat().st_blocks * 512 >= SPARE
     ballast.give_up()
     ballast.give_up()
-    monkeypatch.setattr("service.jobs.disk.free_bytes", lambda _: 2 * SPARE)
+    monkeypatch.setattr("service.jobs.disk.free_bytes", lambda _: SPARE)
     ballast.fill()
     assert not path.exists()
 
@@ -358,3 +359,24 @@ def test_a_job_waits_for_room(filled: Path, tmp_path: Path, monkeypatch: pytest.
         line for line in caplog.messages if line.startswith(f"job {job_id} waits: the disk for the data directory is full")
     ]
     assert len(waits) == 1
+
+
+def test_a_record_on_a_full_disk_is_overwritten_in_the_room_that_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file-1.json"
+    file = StoredFile("file-1", "a long name", "fine-tune", 1, 1)
+    write_record(path, file)
+
+    def touch(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(Path, "touch", touch)
+    write_record(path, file._replace(filename="a"))
+    assert read_record(path, StoredFile).filename == "a"
+    with pytest.raises(OSError, match="full"):
+        write_record(path, file._replace(filename="a" * 512 * path.stat().st_blocks))
+    assert read_record(path, StoredFile).filename == "a"
+    with pytest.raises(OSError, match="full"):
+        write_record(tmp_path / "file-2.json", file)
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -96,6 +96,7 @@ class Jobs:
 
     async def _keep_copies(self) -> None:
         """Copy the store's database after changes, for at most a twentieth of the time."""
+        can_copy = True
         while True:
             await asyncio.sleep(POLL_SECONDS)
             if not self.store.has_changed:
@@ -103,9 +104,11 @@ class Jobs:
             started = time.monotonic()
             try:
                 await asyncio.to_thread(self.store.copy)
+                can_copy = True
             except (OSError, sqlite3.Error) as error:
-                log.warning("the database was not copied: %s", error)
-                started -= POLL_SECONDS  # the reason rarely passes within a second
+                if can_copy:
+                    log.warning("the database can't be copied: %s", error)
+                can_copy = False
             await asyncio.sleep(20 * (time.monotonic() - started))
 
     def _next(self) -> Job | None:

@@ -113,9 +113,10 @@ PREFIXES: dict[type, str] = {StoredFile: "file-", Job: "ftjob-"}
 
 
 class Store:
-    """Belongs to one process, and but for `add_file` and `copy` to one thread. A change is on disk when the call returns.
+    """Belongs to one process, and to one thread but for `add_file` and `copy`. A change is on disk when the call returns.
 
-    Every change raises DiskFullError if there is no room for it, and changes nothing then.
+    A change raises DiskFullError if there is no room for it, and nothing has changed then. Only its record may have been
+    written already; the next start then makes the change.
     """
 
     def __init__(self, directory: Path):

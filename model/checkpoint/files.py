@@ -64,18 +64,33 @@ def optional_json(path: Path) -> Json | None:
 def write_atomically(path: Path, *, durable: bool = False, shared: bool = False) -> Iterator[Path]:
     """Gives a temporary path to write to. The file there replaces `path` when the block ends without an error.
 
-    With `durable` its content is on the disk first. `shared` is for a file that several processes may write at once.
+    After an error the temporary file is gone. With `durable` the new file is on the disk when the block has ended, and its
+    content ahead of its name. `shared` is for a file that several processes may write at once.
     """
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp" if shared else f"{path.name}.tmp")
     temporary.unlink(missing_ok=True)  # left by a process that was killed
-    temporary.touch()
-    mode = temporary.stat().st_mode
-    yield temporary
-    temporary.chmod(mode)  # safetensors lets only the owner read its files, and another user may serve them
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors lets only the owner read its files, and another user may serve them
+        if durable:
+            flush(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # what was written may be what fills the disk
+        raise
     if durable:
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's content, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def conversion(path: Path) -> str:

@@ -46,6 +46,8 @@ def create_app(models: Models, metrics: Metrics, settings: Settings, jobs: Jobs 
             await jobs.stop()
         await models.base.engine.stop()
 
+    if jobs:
+        metrics.data_free_bytes.set_function(lambda: jobs.store.free_bytes)
     open_paths = (*HEALTH, "/metrics") if settings.open_metrics else HEALTH
     app = FastAPIOffline(
         title="Banded",

@@ -15,6 +15,7 @@ from service.api.limits import LimitError
 from service.api.schema.base import ErrorResponse
 from service.engine.engine import DoesNotFitError, EngineError, QueueFullError, RetiredError, StepFailedError
 from service.engine.request import RequestError, shown
+from service.jobs.disk import DiskFullError
 from service.jobs.store import StoreFullError
 
 log = logging.getLogger("banded.api")
@@ -32,6 +33,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
         429: "A key's limit or the queue's is reached; retry-after says for how many seconds",
         500: "The server failed",
         503: "Draining, or no slot was free in time",
+        507: "The disk is full",
     }.items()
 }
 
@@ -88,6 +90,8 @@ def api_error(error: Exception) -> APIError:
             return invalid(text, error.param, error.code)
         case StoreFullError():
             return APIError(413, text, param=error.param, code="storage_full")
+        case DiskFullError():
+            return APIError(507, text, code="disk_full")
         case RequestValidationError():
             return validation_error(error.errors()[0])
         case HTTPException(status_code=413):

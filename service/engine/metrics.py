@@ -1,5 +1,6 @@
 """All Prometheus metrics of the server, in a registry of their own."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -67,6 +68,8 @@ class Metrics:
         # By kind of model.doctor.KernelErrors; without samples if nothing was measured.
         about = "Largest difference of a logit by these kernels from the reference, as measured at start"
         self.kernel_logit_error = self._family(Gauge, "kernel_logit_error", about, "kind")
+        self.data_free_bytes = self._gauge("data_free_bytes", "Bytes free for the data directory, NaN without one")
+        self.data_free_bytes.set(math.nan)
         self.accounting_faults = self._counter("page_accounting_faults", "Faults found by the KV accounting's self-check")
         for outcome in OUTCOMES:
             self.outcome(outcome)  # a counter that appears with its first event hides that event from rate()

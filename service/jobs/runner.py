@@ -11,12 +11,15 @@ import ctypes
 import logging
 import os
 import signal
+import sqlite3
 import sys
+import time
 from pathlib import Path
 
 from model.training.records import CURVE_FILE, REPORT_FILE, DataReport, LossRow, read_curve
 from service.engine.models import Models
-from service.jobs.store import UNFINISHED, Job, Store
+from service.jobs.disk import DiskFullError
+from service.jobs.store import UNFINISHED, Job, Store, message_event
 
 log = logging.getLogger("banded.jobs")
 
@@ -41,16 +44,16 @@ class Jobs:
         self._models, self._directory = models, directory
         self._changed = asyncio.Event()
         self._process: tuple[str, asyncio.subprocess.Process] | None = None  # the running job's id and process
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
-        self._task = asyncio.create_task(self._run())
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._keep_copies())]
 
     async def stop(self) -> None:
         """End the running process. The next server resumes its job."""
-        if self._task:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         self.store.close()
 
     def notice(self) -> None:
@@ -62,20 +65,27 @@ class Jobs:
         return self._process is not None and self._process[0] == job.id and self._process[1].returncode == 0
 
     async def cancel(self, job: Job) -> None:
-        if self.store.end_job(job.id, "cancelled"):
-            self.store.add_event(job.id, "The job was cancelled")
+        self.store.end_job(job.id, "cancelled", events=[message_event("The job was cancelled")])
         if self._process and self._process[0] == job.id:
             await end_process(self._process[1])
 
     async def _run(self) -> None:
+        has_room = True
         while True:
             self._changed.clear()
             job = None
             try:
                 if job := self._next():
+                    self.store.check_disk()
+                    has_room = True
                     await self._advance(job)
                 else:
                     await self._changed.wait()
+            except DiskFullError as error:
+                if has_room:
+                    log.warning("job %s waits: %s", job and job.id, error)
+                has_room = False
+                await asyncio.sleep(POLL_SECONDS)
             except Exception:
                 log.exception("job %s", job and job.id)
                 with contextlib.suppress(Exception):  # the disk may be full or the database locked; that may pass
@@ -84,6 +94,23 @@ class Jobs:
                 await asyncio.sleep(POLL_SECONDS)
             self._process = None
 
+    async def _keep_copies(self) -> None:
+        """Copy the store's database after changes, for at most a twentieth of the time."""
+        can_copy = True
+        while True:
+            await asyncio.sleep(POLL_SECONDS)
+            if not self.store.has_changed:
+                continue
+            started = time.monotonic()
+            try:
+                await asyncio.to_thread(self.store.copy)
+                can_copy = True
+            except (OSError, sqlite3.Error) as error:
+                if can_copy:
+                    log.warning("the database can't be copied: %s", error)
+                can_copy = False
+            await asyncio.sleep(20 * (time.monotonic() - started))
+
     def _next(self) -> Job | None:
         """The oldest unfinished job."""
         unfinished = [job for job in self.store.unfinished_jobs() if job.model == self._models.base.name]
@@ -91,26 +118,31 @@ class Jobs:
 
     async def _advance(self, job: Job) -> None:
         """Run a job until it ends or its process is told to end."""
+        for file in filter(None, map(self.store.file, filter(None, (job.training_file, job.validation_file)))):
+            if fault := self.store.missing_content(file):
+                self._fail(job, f"the content of file '{file.id}' {fault}")
+                return
         status = await self._train(job)
         if status == 0 and self._status(job) in UNFINISHED:
             name = f"ft:{job.model}:{job.suffix}:{job.id[-8:]}"
             try:
-                await self._models.add(name, self.store.run_directory(job.id))
+                if self._models.find(name) is None:  # else it was added when there was no room for the job's end
+                    await self._models.add(name, self.store.run_directory(job.id))
             except (ValueError, OSError) as error:
                 self._fail(job, str(error))
             else:
                 # Nobody can have cancelled the job meanwhile: see has_learnt.
-                self.store.end_job(job.id, "succeeded", fine_tuned_model=name)
-                self.store.add_event(job.id, f"New model: {name}")
-                self.store.add_event(job.id, "The job has succeeded")
+                events = [message_event(f"New model: {name}"), message_event("The job has succeeded")]
+                self.store.end_job(job.id, "succeeded", events=events, fine_tuned_model=name)
         elif status and status not in INTERRUPTED:
+            self.store.check_disk()  # it goes on when there is room for what it could not save
             self._fail(job, why(status, self.store.run_directory(job.id) / "log"))
         if self._status(job) in ("failed", "cancelled"):
             self.store.remove_run(job.id)
 
     def _fail(self, job: Job, reason: str) -> None:
-        if self.store.end_job(job.id, "failed", error=reason):
-            self.store.add_event(job.id, f"The job has failed: {reason}", level="error")
+        events = [message_event(f"The job has failed: {reason}", "error")]
+        self.store.end_job(job.id, "failed", events=events, error=reason)
 
     def _status(self, job: Job) -> str | None:
         current = self.store.job(job.id)
@@ -119,8 +151,10 @@ class Jobs:
     async def _train(self, job: Job) -> int:
         """Run the job's process, record its progress, and return its exit status."""
         directory = self.store.run_directory(job.id)
-        directory.mkdir(parents=True, exist_ok=True)
-        with (directory / "log").open("ab") as output:
+        with self.store.room():
+            directory.mkdir(parents=True, exist_ok=True)
+            log_file = (directory / "log").open("ab")
+        with log_file as output:
             process = await asyncio.create_subprocess_exec(
                 *COMMAND,
                 *self._arguments(job),
@@ -138,9 +172,10 @@ class Jobs:
             progress = Progress(self.store, job)
             while not ended.done():
                 await asyncio.wait([ended], timeout=POLL_SECONDS)
-                if reason := await progress.note():
-                    self._fail(job, reason)
-                    await end_process(process)
+                with contextlib.suppress(DiskFullError):  # it is noted when there is room
+                    if reason := await progress.note():
+                        self._fail(job, reason)
+                        await end_process(process)
             await progress.note(to_the_end=ended.result() == 0)
             return ended.result()
         finally:
@@ -174,31 +209,34 @@ class Progress:
         The curve's last row may still get a held-out loss: it is left for the next time, but `to_the_end`.
         """
         if not self._is_validated and self._report.exists():
-            self._is_validated = True
             if reason := self._note_report(DataReport.read(self._report)):
                 return reason
+            self._is_validated = True
         if not self._curve.exists():
             return None
         status = self._curve.stat()
         version = status.st_ino, status.st_mtime_ns
         if to_the_end or version != self._read:
-            self._read = version
             rows = await asyncio.to_thread(read_curve, self._curve, self._last)
             rows = rows if to_the_end else rows[:-1]
             self._store.add_metrics(self._job.id, [metrics_of(row) for row in rows if is_shown(row)])
             self._last = max((row.update for row in rows), default=self._last)
+            self._read = version
         return None
 
     def _note_report(self, report: DataReport) -> str | None:
-        for file_id, found in zip((self._job.training_file, self._job.validation_file), report.files, strict=False):
-            for line in found.advice:
-                self._store.add_event(self._job.id, f"{file_id}: {line}", level="warn")
+        names = self._job.training_file, self._job.validation_file
+        advice = [
+            message_event(f"{file_id}: {line}", "warn")
+            for file_id, found in zip(names, report.files, strict=False)
+            for line in found.advice
+        ]
         if report.updates > MAX_UPDATES:
+            self._store.add_events(self._job.id, advice)
             return f"{report.updates} updates are more than {MAX_UPDATES}: fewer epochs or larger batches are needed"
         tokens = report.files[0].tokens * self._job.hyperparameters.n_epochs
-        if self._store.update_job(self._job.id, status="running", trained_tokens=tokens):
-            self._store.add_event(self._job.id, "Files validated")
-            self._store.add_event(self._job.id, "The job has started")
+        events = [*advice, message_event("Files validated"), message_event("The job has started")]
+        self._store.update_job(self._job.id, status="running", trained_tokens=tokens, events=events)
         return None
 
 

@@ -1,4 +1,15 @@
-"""Files and fine-tuning jobs: their rows in SQLite, their contents in files next to it."""
+"""Files and fine-tuning jobs: a row and a record of each, and their contents.
+
+banded.sqlite                  the rows, and the events of jobs
+copies/                        the last two copies of the database
+files/ID.jsonl, ID.json        a file's content and its record
+jobs/ID/, ID.json              where a job's process works and leaves its result, and the job's record
+lost+found/                    what a start has found and no row or record tells of
+ballast                        room for deleting on a full disk
+lock                           held by the one server that has the directory
+
+A record is written ahead of its row, so it is right where the two differ: after a crash, or with an older database.
+"""
 
 import fcntl
 import json
@@ -6,12 +17,17 @@ import logging
 import secrets
 import shutil
 import sqlite3
+import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from model.checkpoint.files import write_atomically
+from service.jobs.database import EVENT, DataError, copy_database, copy_paths, damaged, events_of, open_database
+from service.jobs.disk import SPARE, Ballast, DiskFullError, free_bytes, room_for
+from service.jobs.records import checked, read_record, write_record
 
 log = logging.getLogger("banded.store")
 
@@ -22,27 +38,12 @@ MAX_JOBS = 1000
 Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
 # A job with one of these goes on, after a restart too.
 UNFINISHED = ("validating_files", "running")
-HAS_NOT_ENDED = f"status IN {UNFINISHED}"
 LAST_NUMBER = 2**63 - 1
-
-SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (
-    id TEXT PRIMARY KEY, filename TEXT NOT NULL, purpose TEXT NOT NULL, bytes INTEGER NOT NULL, created INTEGER NOT NULL
-);
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, status TEXT NOT NULL, model TEXT NOT NULL, suffix TEXT NOT NULL, seed INTEGER NOT NULL,
-    hyperparameters TEXT NOT NULL, training_file TEXT NOT NULL, validation_file TEXT, created INTEGER NOT NULL,
-    finished INTEGER, error TEXT, fine_tuned_model TEXT, trained_tokens INTEGER
-);
-CREATE TABLE IF NOT EXISTS events (
-    number INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL, created INTEGER NOT NULL, level TEXT NOT NULL,
-    type TEXT NOT NULL, message TEXT NOT NULL, data TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS events_of ON events (job, number);
-"""
 
 
 class StoredFile(NamedTuple):
+    """A row of files."""
+
     id: str
     filename: str
     purpose: str
@@ -58,6 +59,8 @@ class Hyperparameters(NamedTuple):
 
 
 class Job(NamedTuple):
+    """A row of jobs."""
+
     id: str
     status: Status
     model: str
@@ -83,6 +86,19 @@ class Event(NamedTuple):
     data: dict[str, Any]
 
 
+class NewEvent(NamedTuple):
+    """An event that has no number yet."""
+
+    level: str
+    type: str
+    message: str
+    data: Mapping[str, float] = {}
+
+
+def message_event(message: str, level: str = "info") -> NewEvent:
+    return NewEvent(level, "message", message)
+
+
 class StoreFullError(Exception):
     """There is no room. `param` is the field of a request that there is no room for, if there is one."""
 
@@ -91,93 +107,304 @@ class StoreFullError(Exception):
         self.param = param
 
 
+T = TypeVar("T", StoredFile, Job)
+TABLES: dict[type, str] = {StoredFile: "files", Job: "jobs"}
+PREFIXES: dict[type, str] = {StoredFile: "file-", Job: "ftjob-"}
+
+
 class Store:
-    """Belongs to one process, and to one thread at a time. A change is on disk when the call returns."""
+    """Belongs to one process, and to one thread but for `add_file` and `copy`. A change is on disk when the call returns.
+
+    A change raises DiskFullError if there is no room for it, and nothing has changed then. Only its record may have been
+    written already; the next start then makes the change.
+    """
 
     def __init__(self, directory: Path):
-        """Raises ValueError if another process has the directory."""
+        """Nothing stored is removed: what nothing explains is moved to lost+found/, with a line in the log.
+
+        Raises ValueError if another process has the directory, DataError if the database is damaged or a newer Banded's,
+        and OSError if the directory can't be written.
+        """
         self.directory = directory
-        (directory / "files").mkdir(parents=True, exist_ok=True)
-        self._lock = (directory / "lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            raise ValueError(f"another server keeps its files in {directory}") from None
-        path = directory / "banded.sqlite"
-        is_new = not path.exists()
-        self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.executescript(SCHEMA)
-        if not is_new:  # a new database can't tell a leftover from a file whose row was lost
-            self._remove_leftovers()
+        self._database, self._copies = directory / "banded.sqlite", directory / "copies"
+        self._ballast = Ballast(directory / "ballast")
+        self._changing, self._copying = threading.RLock(), threading.Lock()
+        self._copied = 0 if copy_paths(self._copies)[0].exists() else -1  # changes at the time of the last copy
+        self._has_copied = False
+        with ExitStack() as opened, self.room():
+            for folder in ("files", "jobs", "copies"):
+                (directory / folder).mkdir(parents=True, exist_ok=True)
+            self._lock = opened.enter_context((directory / "lock").open("w"))
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another server keeps its files in {directory}") from None
+            if free_bytes(directory) < SPARE:
+                self._ballast.give_up()
+            self._remove_temporary_files()
+            self._db = opened.enter_context(closing(self._open()))
+            self._reconcile(StoredFile)
+            self._reconcile(Job)
+            self._recover_events()
+            self._set_strays_aside()
+            self._ballast.fill()
+            opened.pop_all()
 
     def close(self) -> None:
+        try:
+            self.copy()
+        except (OSError, sqlite3.Error) as error:
+            log.warning("the database was not copied: %s", error)
         self._db.close()
         self._lock.close()
 
-    def _remove_leftovers(self) -> None:
-        """Remove what a killed process left behind."""
+    @property
+    def free_bytes(self) -> float:
+        """Of the directory's disk. Not a number if it can't be found out."""
+        try:
+            return free_bytes(self.directory)
+        except OSError:
+            return float("nan")
+
+    def check_disk(self, size: int = 0) -> None:
+        """Raises DiskFullError if the disk has no room for `size` bytes and for what is written with them."""
+        if free_bytes(self.directory) < size + SPARE:
+            raise DiskFullError(self.directory, size + SPARE, "the data directory")
+
+    def room(self, size: int = 0) -> AbstractContextManager[None]:
+        """In this block a write that finds the disk full raises DiskFullError; `size` as in check_disk."""
+        return room_for("the data directory", self.directory, size + SPARE)
+
+    @property
+    def has_changed(self) -> bool:
+        """Whether the database has changed since its last copy."""
+        return self._copied != self._db.total_changes
+
+    def copy(self) -> None:
+        """Copy the database, if it has changed. Any thread may call this. Raises DiskFullError and sqlite3.Error."""
+        with self._copying, self.room():
+            changes = self._db.total_changes
+            if self._copied != changes:
+                # The older copy is the last one of an earlier process, so it outlives whatever goes wrong in this one.
+                copy_database(self._database, self._copies, keep_last=not self._has_copied)
+                self._copied, self._has_copied = changes, True
+                self._ballast.fill()
+
+    def _open(self) -> sqlite3.Connection:
+        if not self._database.exists() or (self._database.is_file() and not self._database.stat().st_size):
+            for ending in ("-wal", "-shm", "-journal"):  # SQLite would delete or apply what belongs to another database
+                self._set_aside(self._database.with_name(self._database.name + ending), "its database is gone")
+        return open_database(self._database)
+
+    def _remove_temporary_files(self) -> None:
+        """Those that a killed server left: nobody was told that their content is stored."""
+        for pattern in ("files/file-*.tmp", "jobs/ftjob-*.tmp", "copies/banded-*.tmp*", "ballast.tmp"):
+            for path in self.directory.glob(pattern):
+                if path.is_file():
+                    path.unlink(missing_ok=True)
+
+    def _reconcile(self, kind: type[T]) -> None:
+        """Make the rows and the records of files or of jobs tell the same."""
+        try:
+            rows = {item.id: item for item in self._items(kind, checked)}
+        except (ValueError, TypeError, sqlite3.Error) as error:
+            raise damaged(self._database, f"is damaged (a row of {TABLES[kind]}: {error})") from error
+        records = {}
+        for path in sorted((self.directory / TABLES[kind]).glob(f"{PREFIXES[kind]}*.json")):
+            try:
+                records[path.stem] = read_record(path, kind), path.stat().st_mtime_ns
+            except DataError:
+                raise
+            except ValueError as error:
+                self._set_aside(path, f"the record can't be read: {error}")
+        changed = [(item, written) for item, written in records.values() if rows.get(item.id) != item]
+        if changed:
+            with self._transaction():
+                for item, _ in sorted(changed, key=lambda each: (each[0].created, each[1])):
+                    self._put_row(item)
+            log.warning("%d rows of %s are rebuilt from their records", len(changed), TABLES[kind])
+        for item in rows.values():
+            if item.id not in records:
+                write_record(self._record_of(item), item)
+
+    def _recover_events(self) -> None:
+        for path in copy_paths(self._copies):
+            try:
+                lost = events_of(path, self._db) if path.is_file() else []
+            except sqlite3.Error as error:
+                log.warning("%s can't be read: %s", path, error)
+                continue
+            if lost:
+                with self._transaction():
+                    marks = ", ".join("?" * len(EVENT))
+                    self._db.executemany(f"INSERT INTO events ({', '.join(EVENT)}) VALUES ({marks})", lost)
+                log.warning("%d events of jobs are back from %s", len(lost), path)
+
+    def _set_strays_aside(self) -> None:
         files = {self.path_of(file.id) for file in self.files()}
-        for path in (self.directory / "files").glob("file-*.jsonl*"):
+        for path in (self.directory / "files").glob("file-*.jsonl"):
             if path not in files:
-                log.warning("removing %s: no stored file has this name", path)
-                path.unlink(missing_ok=True)
+                self._set_aside(path, "no row and no record tells of this file", "to use it, upload it again")
         runs = {self.run_directory(job.id) for job in self.jobs() if job.status in UNFINISHED or job.fine_tuned_model}
         for path in (self.directory / "jobs").glob("ftjob-*"):
-            if path not in runs:
-                log.warning("removing %s: no unfinished job runs there, and it holds no result", path)
-                shutil.rmtree(path, ignore_errors=True)
+            if path.is_dir() and path not in runs:
+                remedy = "if it holds an adapter, serve it with --adapter NAME=DIR"
+                self._set_aside(path, "no job goes on there, and none has its result there", remedy)
+
+    def _set_aside(self, path: Path, reason: str, remedy: str = "") -> None:
+        """Move a file or directory to lost+found/, if there is one."""
+        if not path.exists():
+            return
+        place = self.directory / "lost+found" / path.name
+        try:
+            place.parent.mkdir(exist_ok=True)
+            while place.exists():
+                place = place.with_name(f"{place.name}.again")
+            path.rename(place)
+        except OSError as error:  # a file system's own lost+found is root's
+            place = path
+            reason += f" and it can't be moved ({error.strerror})"
+        log.warning("%s: %s; it is kept as %s%s", path, reason, place, f": {remedy}" if remedy else "")
+
+    def _record_of(self, item: StoredFile | Job) -> Path:
+        return self.directory / TABLES[type(item)] / f"{item.id}.json"
+
+    def _items(self, kind: type[T], made: Callable[[dict[str, Any], type[T]], T], where: str = "", *values: Any) -> list[T]:
+        """The rows of files or jobs, the newest first, as `made` makes them from their fields."""
+        query = f"SELECT {', '.join(kind._fields)} FROM {TABLES[kind]} {where} ORDER BY created DESC, rowid DESC"
+        rows = [dict(zip(kind._fields, row, strict=True)) for row in self._db.execute(query, values)]
+        for row in rows if kind is Job else ():
+            numbers = json.loads(row["hyperparameters"])
+            row["hyperparameters"] = dict(zip(Hyperparameters._fields, numbers, strict=True))
+        return [made(row, kind) for row in rows]
+
+    def _put_row(self, item: StoredFile | Job) -> None:
+        fields = item._asdict()
+        values = [json.dumps(value) if isinstance(value, tuple) else value for value in fields.values()]
+        changes = ", ".join(f"{name} = excluded.{name}" for name in fields)  # not REPLACE: it would change the order
+        self._db.execute(
+            f"INSERT INTO {TABLES[type(item)]} ({', '.join(fields)}) VALUES ({', '.join('?' * len(fields))}) "
+            f"ON CONFLICT (id) DO UPDATE SET {changes}",
+            values,
+        )
+
+    def _put(self, item: StoredFile | Job, events: Iterable[NewEvent] = ()) -> None:
+        """Write a record and its row, with `events` of the job."""
+        with self._transaction():
+            self._put_row(item)
+            self._add_events(item.id, events)
+            write_record(self._record_of(item), item)
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        """All changes of the block are on disk at its end, or after an error none is."""
+        with self._changing, self.room():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            finally:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+
+    def _at_any_rate(self, change: Callable[[], None]) -> None:
+        """Make a change that must be possible on a full disk: the ballast is given up for it."""
+        try:
+            with self.room():
+                change()
+        except DiskFullError:
+            self._ballast.give_up()
+            with self.room():
+                self._db.execute("PRAGMA wal_checkpoint(RESTART)")  # SQLite's log begins again in the room that it has
+                change()
+        self._ballast.fill()
 
     def add_file(self, filename: str, purpose: str, content: bytes) -> StoredFile:
-        """Raises StoreFullError, with the numbers, if there is no room."""
+        """Any thread may call this. Raises StoreFullError, with the numbers, if there are too many files or bytes."""
+        self.check_disk(len(content))
+        file = StoredFile(f"file-{secrets.token_hex(12)}", filename, purpose, len(content), int(time.time()))
+        path = self.path_of(file.id)
+        try:
+            with self.room(len(content)):
+                with write_atomically(path, durable=True) as temporary:
+                    temporary.write_bytes(content)
+                with self._changing:
+                    self._check_limits(len(content))
+                    self._put(file)
+        except BaseException:
+            self._record_of(file).unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+            raise
+        return file
+
+    def _check_limits(self, size: int) -> None:
         count, total = self._db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
         if count >= MAX_FILES:
             raise StoreFullError(f"{count} files are stored, as many as there may be: delete one", "file")
-        if total + len(content) > MAX_TOTAL_BYTES:
-            message = f"files take {total} bytes; {len(content)} more are over the limit of {MAX_TOTAL_BYTES}"
+        if total + size > MAX_TOTAL_BYTES:
+            message = f"files take {total} bytes; {size} more are over the limit of {MAX_TOTAL_BYTES}"
             raise StoreFullError(message, "file")
-        file = StoredFile(f"file-{secrets.token_hex(12)}", filename, purpose, len(content), int(time.time()))
-        with write_atomically(self.path_of(file.id)) as temporary:
-            temporary.write_bytes(content)
-        self._db.execute("INSERT INTO files VALUES (?, ?, ?, ?, ?)", file)
-        return file
 
     def files(self) -> list[StoredFile]:
         """The newest first."""
-        return [StoredFile(*row) for row in self._db.execute("SELECT * FROM files ORDER BY created DESC, rowid DESC")]
+        return self._items(StoredFile, made_of)
 
     def file(self, file_id: str) -> StoredFile | None:
-        return next((file for file in self.files() if file.id == file_id), None)
+        return next(iter(self._items(StoredFile, made_of, "WHERE id = ?", file_id)), None)
 
     def path_of(self, file_id: str) -> Path:
         return self.directory / "files" / f"{file_id}.jsonl"
 
+    def missing_content(self, file: StoredFile) -> str | None:
+        """What is wrong with the content of a file, if something outside has removed or changed it."""
+        path = self.path_of(file.id)
+        if not path.is_file():
+            return "is gone from the data directory"
+        size = path.stat().st_size
+        return None if size == file.bytes else f"has {size} bytes in the data directory, not the {file.bytes} that were sent"
+
     def delete_file(self, file_id: str) -> None:
-        self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
-        self.path_of(file_id).unlink(missing_ok=True)
+        def delete() -> None:
+            with suppress(FileNotFoundError, IsADirectoryError):  # something outside may have taken its place
+                self.path_of(file_id).unlink()  # first of all: it makes room for the other changes
+            (self.directory / "files" / f"{file_id}.json").unlink(missing_ok=True)
+            with self._transaction():
+                self._db.execute("DELETE FROM files WHERE id = ?", (file_id,))
+
+        self._at_any_rate(delete)
 
     def add_job(
         self, model: str, suffix: str, seed: int, hyperparameters: Hyperparameters, training: str, validation: str | None
     ) -> Job:
         """Drops the oldest ended job without a result to make room. Raises StoreFullError if there is none."""
-        (count,) = self._db.execute("SELECT count(*) FROM jobs").fetchone()
-        if count >= MAX_JOBS:
-            query = f"SELECT id FROM jobs WHERE NOT {HAS_NOT_ENDED} AND fine_tuned_model IS NULL ORDER BY created, rowid"
-            oldest = self._db.execute(query).fetchone()
-            if oldest is None:
-                raise StoreFullError(f"{count} jobs are stored, as many as there may be")
-            self._db.execute("DELETE FROM events WHERE job = ?", oldest)
-            self._db.execute("DELETE FROM jobs WHERE id = ?", oldest)
+        self.check_disk()
         job_id, now = f"ftjob-{secrets.token_hex(12)}", int(time.time())
         job = Job(job_id, "validating_files", model, suffix, seed, hyperparameters, training, validation, now)
-        row = job._replace(hyperparameters=json.dumps(hyperparameters))  # type: ignore[arg-type]
-        self._db.execute(f"INSERT INTO jobs VALUES ({', '.join('?' * len(row))})", row)
+        try:
+            with self._transaction():
+                self._make_room_for_a_job()
+                self._put_row(job)
+                self._add_events(job.id, [message_event(f"Created job {job.id}")])
+                write_record(self._record_of(job), job)
+        except BaseException:
+            self._record_of(job).unlink(missing_ok=True)
+            raise
         return job
+
+    def _make_room_for_a_job(self) -> None:
+        jobs = self.jobs()
+        if len(jobs) < MAX_JOBS:
+            return
+        ended = [job for job in jobs if job.status not in UNFINISHED and job.fine_tuned_model is None]
+        if not ended:
+            raise StoreFullError(f"{len(jobs)} jobs are stored, as many as there may be")
+        self._db.execute("DELETE FROM events WHERE job = ?", (ended[-1].id,))
+        self._db.execute("DELETE FROM jobs WHERE id = ?", (ended[-1].id,))
+        self._record_of(ended[-1]).unlink(missing_ok=True)
 
     def jobs(self) -> list[Job]:
         """The newest first."""
-        return [job_of(row) for row in self._db.execute("SELECT * FROM jobs ORDER BY created DESC, rowid DESC")]
+        return self._items(Job, made_of)
 
     def unfinished_jobs(self) -> list[Job]:
         """The newest first."""
@@ -185,22 +412,30 @@ class Store:
 
     def results(self, model: str) -> list[tuple[str, Path]]:
         """The adapters that jobs have made for `model`, oldest first: the name and the directory of each."""
-        query = "SELECT fine_tuned_model, id FROM jobs WHERE model = ? AND fine_tuned_model NOT NULL ORDER BY created, rowid"
-        return [(name, self.run_directory(job_id)) for name, job_id in self._db.execute(query, (model,))]
+        made = [job for job in self.jobs() if job.model == model and job.fine_tuned_model]
+        return [(str(job.fine_tuned_model), self.run_directory(job.id)) for job in reversed(made)]
 
     def job(self, job_id: str) -> Job | None:
-        row = self._db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone()
-        return row and job_of(row)
+        return next(iter(self._items(Job, made_of, "WHERE id = ?", job_id)), None)
 
-    def update_job(self, job_id: str, **fields: Any) -> bool:
-        """Change columns of a job unless it has ended. Returns whether it was changed."""
-        columns = ", ".join(f"{name} = ?" for name in fields)
-        query = f"UPDATE jobs SET {columns} WHERE id = ? AND {HAS_NOT_ENDED}"
-        return self._db.execute(query, (*fields.values(), job_id)).rowcount > 0
+    def update_job(self, job_id: str, *, events: Iterable[NewEvent] = (), **fields: Any) -> bool:
+        """Change columns of a job, and add events to it, unless it has ended. Returns whether it was changed."""
+        job = self.job(job_id)
+        if job is None or job.status not in UNFINISHED:
+            return False
+        self._put(job._replace(**fields), events)
+        return True
 
-    def end_job(self, job_id: str, status: Status, **fields: Any) -> bool:
-        """End a job that has not ended yet. Returns whether it was ended."""
-        return self.update_job(job_id, status=status, finished=int(time.time()), **fields)
+    def end_job(self, job_id: str, status: Status, *, events: Iterable[NewEvent] = (), **fields: Any) -> bool:
+        """End a job that has not ended yet, on a full disk too. Returns whether it was ended."""
+        ended = False
+
+        def end() -> None:
+            nonlocal ended
+            ended = self.update_job(job_id, status=status, finished=int(time.time()), events=events, **fields)
+
+        self._at_any_rate(end)
+        return ended
 
     def run_directory(self, job_id: str) -> Path:
         """The directory in which a job's process works and leaves its result."""
@@ -210,30 +445,33 @@ class Store:
         """Delete the directory of a job whose process has ended and whose result nobody wants."""
         shutil.rmtree(self.run_directory(job_id), ignore_errors=True)
 
-    def forget_result(self, job_id: str) -> None:
-        """Delete the model that a job has made."""
-        self._db.execute("UPDATE jobs SET fine_tuned_model = NULL WHERE id = ?", (job_id,))
-        self.remove_run(job_id)
+    def forget_result(self, job: Job) -> None:
+        """Delete the model that a job has made, on a full disk too."""
+        self.remove_run(job.id)
+        self._at_any_rate(lambda: self._put(job._replace(fine_tuned_model=None)))
 
     def add_event(self, job_id: str, message: str, *, level: str = "info") -> None:
-        self._add_events([(job_id, int(time.time()), level, "message", message, "{}")])
+        self.add_events(job_id, [message_event(message, level)])
 
     def add_metrics(self, job_id: str, metrics: Iterable[tuple[str, Mapping[str, float]]]) -> None:
         """Add a metrics event for each message and its numbers, one of them "step". Either all are added or none."""
-        now = int(time.time())
-        self._add_events([(job_id, now, "info", "metrics", message, json.dumps(data)) for message, data in metrics])
+        self.add_events(job_id, [NewEvent("info", "metrics", message, data) for message, data in metrics])
 
-    def _add_events(self, rows: list[tuple[str, int, str, str, str, str]]) -> None:
-        with self._db:  # in one transaction, which waits for the disk once
-            self._db.execute("BEGIN")
-            self._db.executemany(
-                "INSERT INTO events (job, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)", rows
-            )
+    def add_events(self, job_id: str, events: Iterable[NewEvent]) -> None:
+        with self._transaction():  # which waits for the disk once
+            self._add_events(job_id, events)
+
+    def _add_events(self, job_id: str, events: Iterable[NewEvent]) -> None:
+        now = int(time.time())
+        self._db.executemany(
+            "INSERT INTO events (job, created, level, type, message, data) VALUES (?, ?, ?, ?, ?, ?)",
+            [(job_id, now, event.level, event.type, event.message, json.dumps(event.data)) for event in events],
+        )
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[Event]:
         """The newest first; with `before`, only those that are older than that event."""
         rows = self._db.execute(
-            "SELECT * FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
+            f"SELECT {', '.join(EVENT)} FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
             (job_id, LAST_NUMBER if before is None else before, limit),
         )
         return [Event._make((*row[:6], json.loads(row[6]))) for row in rows]
@@ -249,6 +487,8 @@ class Store:
         return json.loads(row[0]) if row else {}
 
 
-def job_of(row: tuple[Any, ...]) -> Job:
-    job = Job(*row)
-    return job._replace(hyperparameters=Hyperparameters(*json.loads(row[5])))
+def made_of(fields: dict[str, Any], kind: type[T]) -> T:
+    """A file or job of the fields of its row."""
+    if kind is Job:
+        fields["hyperparameters"] = Hyperparameters(**fields["hyperparameters"])
+    return kind(**fields)

@@ -1,10 +1,14 @@
 """/v1/files: training data for fine-tuning jobs."""
 
+import asyncio
+import sys
+from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartParser
 
 from model.training.examples import encode, read_examples
 from service.api.errors import APIError, invalid
@@ -17,6 +21,9 @@ from service.jobs.runner import Jobs
 from service.jobs.store import Job, Store, StoredFile
 
 router = APIRouter()
+
+# An upload is read into memory anyway, and the disk for temporary files may be full.
+MultiPartParser.spool_max_size = sys.maxsize
 
 PURPOSE = "fine-tune"
 MAX_FILENAME = 255
@@ -53,6 +60,17 @@ def find_file(store: Store, file_id: str, param: str | None = None) -> StoredFil
     return file
 
 
+def find_content(store: Store, file_id: str, param: str | None = None) -> Path:
+    """The path of a file's content. Raises APIError like find_file, and if the content is not what was stored."""
+    file = find_file(store, file_id, param)
+    if fault := store.missing_content(file):
+        message = f"the content of file '{file.id}' {fault}: delete the file and send it again"
+        raise (
+            invalid(message, param, "file_content_missing") if param else APIError(404, message, code="file_content_missing")
+        )
+    return store.path_of(file.id)
+
+
 @router.post("/v1/files", openapi_extra=UPLOAD)
 async def upload_file(request: Request) -> FileObject:
     """Store a file, unless a job would refuse it."""
@@ -82,7 +100,7 @@ async def upload_file(request: Request) -> FileObject:
         )
     except ValueError as error:
         raise invalid(f"'file': {error}", "file") from error
-    return file_object(store.add_file(name, PURPOSE, content))
+    return file_object(await asyncio.to_thread(store.add_file, name, PURPOSE, content))
 
 
 @router.get("/v1/files")
@@ -106,9 +124,7 @@ async def get_file(file_id: str, request: Request) -> FileObject:
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
 async def get_content(file_id: str, request: Request) -> FileResponse:
-    store = store_of(request)
-    file = find_file(store, file_id)
-    return FileResponse(store.path_of(file.id), media_type="application/jsonl")
+    return FileResponse(find_content(store_of(request), file_id), media_type="application/jsonl")
 
 
 @router.delete("/v1/files/{file_id}", responses={409: {"model": ErrorResponse, "description": "A job needs the file"}})

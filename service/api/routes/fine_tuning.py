@@ -6,7 +6,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from service.api.errors import APIError, invalid
-from service.api.routes.files import find_file, jobs_of, page, store_of, unknown_id
+from service.api.routes.files import find_content, jobs_of, page, store_of, unknown_id
 from service.api.schema.fine_tuning import (
     CheckpointList,
     CheckpointObject,
@@ -50,9 +50,9 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     entry = find_model(request, body.model)
     if entry.parent is not None:
         raise invalid(f"'model': '{entry.name}' is an adapter; fine-tune '{entry.parent}'", "model")
-    find_file(store, body.training_file, "training_file")
+    find_content(store, body.training_file, "training_file")
     if body.validation_file is not None:
-        find_file(store, body.validation_file, "validation_file")
+        find_content(store, body.validation_file, "validation_file")
     check_room(store, state.models, state.settings.max_adapters)
     given = body.hyperparameters or JobHyperparameters.model_validate({})
     if given.rank == 0:
@@ -65,7 +65,6 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     )
     seed = secrets.randbits(31) if body.seed is None else body.seed
     job = store.add_job(entry.root, body.suffix or "", seed, parameters, body.training_file, body.validation_file)
-    store.add_event(job.id, f"Created job {job.id}")
     jobs.notice()
     return job_object(job, warnings)
 
@@ -149,7 +148,7 @@ async def list_checkpoints(job_id: str, request: Request, limit: Limit = 10, aft
         fine_tuned_model_checkpoint=job.fine_tuned_model,
         fine_tuning_job_id=job.id,
         metrics=metrics,
-        step_number=int(metrics["step"]),
+        step_number=int(metrics.get("step", 0)),  # events may be lost with the database
     )
     some, has_more = page([checkpoint], limit, after)
     return CheckpointList(data=some, has_more=has_more)

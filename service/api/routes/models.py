@@ -38,7 +38,7 @@ async def delete_model(name: str, request: Request) -> DeletedObject:
         raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
     if entry := state.models.find(name):  # it is not served if the weights it was made for have been replaced
         await state.models.remove(entry)
-    state.jobs.store.forget_result(made[0].id)
+    state.jobs.store.forget_result(made[0])
     return DeletedObject(id=name, object="model")
 
 

@@ -31,6 +31,7 @@ def test_after_an_error_the_old_content_stays(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="disk full"):
         fail()
     assert path.read_text() == "old"
+    assert [found.name for found in tmp_path.iterdir()] == ["file"], "half of a file may be what fills the disk"
 
 
 def test_a_file_is_as_readable_as_any_other(tmp_path: Path) -> None:

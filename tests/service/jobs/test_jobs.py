@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import signal
 import sqlite3
 import subprocess
@@ -163,6 +164,37 @@ def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
             answer = await api.client.get(f"/v1/files/{second}")
             assert answer.status_code == 404
             assert answer.json()["error"]["message"] == f"there is no file '{second}'"
+
+    run(test)
+
+
+@contract("fine_tuning", "file", "one whose content is gone or cut short is a 404 with the reason; the others are served")
+@pytest.mark.parametrize(
+    ("harm", "reason"),
+    [
+        (Path.unlink, "is gone from the data directory"),
+        (lambda path: os.truncate(path, 3), f"has 3 bytes in the data directory, not the {len(LINE)} that were sent"),
+        (lambda path: (path.unlink(), path.mkdir()), "is gone from the data directory"),
+    ],
+)
+def test_a_file_whose_content_is_not_what_was_sent(tmp_path: Path, harm: Callable[[Path], object], reason: str) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            harmed, whole = await api.upload(LINE), await api.upload(LINE)
+            message = f"the content of file '{harmed}' {reason}: delete the file and send it again"
+            waiting = api.store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), whole, harmed)
+            harm(api.store.path_of(harmed))
+            answer = await api.client.get(f"/v1/files/{harmed}/content")
+            assert (answer.status_code, answer.json()["error"]["code"]) == (404, "file_content_missing")
+            assert answer.json()["error"]["message"] == message
+            assert (await api.client.get(f"/v1/files/{whole}/content")).text == LINE
+            body = {"model": "fake", "training_file": whole, "validation_file": harmed}
+            answer = await api.client.post("/v1/fine_tuning/jobs", json=body)
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "validation_file")
+            assert answer.json()["error"]["message"] == message
+            api.jobs.notice()
+            assert (await api.ended(waiting.id))["error"]["message"] == f"the content of file '{harmed}' {reason}"
+            assert (await api.client.delete(f"/v1/files/{harmed}")).status_code == 200
 
     run(test)
 

@@ -36,6 +36,9 @@ class FakeModels:
     def __init__(self) -> None:
         self.added: list[str] = []
 
+    def find(self, name: str) -> str | None:
+        return name if name in self.added else None
+
     async def add(self, name: str, _directory: Path) -> None:
         self.added.append(name)
 

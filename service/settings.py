@@ -13,6 +13,7 @@ from kernels.names import KernelChoice
 from service.engine.options import Device, Dtype, EngineOptions
 from service.engine.scheduler import MIN_CHUNK
 
+HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 
 
@@ -52,6 +53,11 @@ class Settings(BaseSettings):
     max_queue: int = Field(1024, ge=0, description="choices that may wait for a slot; one more is a 429")
     step_tokens: int = Field(512, ge=1, description="tokens computed in one step, prompt and generated together")
     queue_timeout: float = Field(120.0, gt=0, description="seconds that a choice may wait for a slot before a 503")
+    max_connections: int = Field(
+        4096,
+        ge=1,
+        description="connections open at once; at the limit those that wait for their client give way, or it is a 503",
+    )
     keep_alive: int = Field(
         90, ge=1, description="seconds that an idle connection stays open, longer than proxies keep theirs, often 60 or 75"
     )
@@ -69,6 +75,11 @@ class Settings(BaseSettings):
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="comma-separated origins whose pages may use the API from a browser; * lets all"
     )
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        (),
+        description="comma-separated names of the server besides loopback's, as the Host header has them; without keys on "
+        "loopback any other is refused, and where this is set; * lets all",
+    )
     lenient: bool = Field(False, description="a field without an effect is a warning in the response instead of a 400")
     metrics_alias: Literal["vllm"] | None = Field(
         None, description="vllm: /metrics has vLLM's names too, for its dashboards"
@@ -80,7 +91,7 @@ class Settings(BaseSettings):
         """Those that are about the engine."""
         return EngineOptions(**{field.name: getattr(self, field.name) for field in fields(EngineOptions)})
 
-    @field_validator("names", "api_keys", "cors_origins", mode="before")
+    @field_validator("names", "api_keys", "cors_origins", "allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         return tuple(item.strip() for item in value.split(",") if item.strip()) if isinstance(value, str) else value
@@ -135,6 +146,16 @@ class Settings(BaseSettings):
                 raise ValueError(f"'{origin[:80]}' is no origin: * or, in lower case and without a path, https://host:port")
         return origins
 
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _check_hosts(cls, hosts: tuple[str, ...]) -> tuple[str, ...]:
+        for host in hosts:
+            if host != "*" and not HOST_NAME.fullmatch(host) and not address(host):
+                raise ValueError(
+                    f"'{host[:80]}' is no host: * or a name or address without scheme and port, like llm.example"
+                )
+        return hosts
+
     @model_validator(mode="after")
     def _check(self) -> "Settings":
         if self.step_tokens < self.max_slots + MIN_CHUNK:
@@ -149,7 +170,13 @@ class Settings(BaseSettings):
 
 
 def is_loopback(host: str) -> bool:
+    found = address(host)
+    return host == "localhost" or (found is not None and found.is_loopback)
+
+
+def address(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | None:
+    """The IP address that `host` is, if it is one."""
     try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host)
     except ValueError:
-        return False
+        return None

@@ -22,6 +22,7 @@ from service.api.middleware import (
     LimitRates,
     RequireKey,
     allow_origins,
+    refuse_sites,
 )
 from service.api.routes import chat, completions, files, fine_tuning, models, operations, score, tokenization
 from service.api.state import AppState
@@ -61,6 +62,7 @@ def create_app(models: Models, metrics: Metrics, settings: Settings, jobs: Jobs 
             Middleware(AnswerHead),
             Middleware(FindPath, root_path=settings.root_path),
             Middleware(CountResponses, metrics=metrics),
+            *refuse_sites(settings),
             *allow_origins(settings),
             *([Middleware(RequireKey, keys=settings.api_keys, open_paths=open_paths)] if settings.api_keys else []),
             Middleware(LimitRates, settings.api_keys, settings.limit_requests, settings.limit_tokens),

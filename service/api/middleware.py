@@ -5,6 +5,7 @@ import hmac
 import re
 import secrets
 import time
+from functools import lru_cache
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -16,7 +17,7 @@ from service.api.errors import APIError, api_error
 from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
 from service.engine.request import shown
-from service.settings import Settings
+from service.settings import Settings, address, is_loopback
 
 HEALTH = ("/health", "/health/live", "/health/ready", "/ping")
 # Headers that a script of another origin may read.
@@ -27,6 +28,10 @@ EXPOSED_HEADERS = (
     "retry-after",
     *(f"x-ratelimit-{what}-{unit}" for unit in ("requests", "tokens") for what in ("limit", "remaining", "reset")),
 )
+# The Host header: a name or an address, and perhaps a port.
+HOST = re.compile(r"(?:\[(?P<ipv6>[\da-f:.]+)\]|(?P<name>[^\s:/?#@\[\]]+))(?::(?P<port>\d+))?", re.IGNORECASE)
+# By which containers reach what listens on their host's loopback. No site can have them: .internal is nobody's.
+CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 SANE_ID = re.compile(r"[!-~]{1,128}")
 # OpenAI's version of its API that the routes follow.
 API_VERSION = "2020-10-01"
@@ -81,6 +86,73 @@ class FindPath(HTTPMiddleware):
             path = path.removeprefix(self._root_path)
         path = "/" + path.strip("/")
         await self._app({**scope, "root_path": self._root_path, "path": self._root_path + path}, receive, send)
+
+
+class RefuseSites(HTTPMiddleware):
+    """Refuses what the page of another site may have sent from a browser, to a server that asks for no key.
+
+    Such a page can post a form anywhere, and the browser tells its origin. It can also have its own name resolve to
+    127.0.0.1 (DNS rebinding). Then its origin looks like the server's, but the Host header has a name that is not.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...], origins: tuple[str, ...]):
+        """`hosts` are names of the server besides loopback's, `origins` those whose pages may use it; * allows any."""
+        super().__init__(app)
+        self._hosts = frozenset(host.lower() for host in hosts)
+        self._origins = frozenset(origins)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        hosts, origins = [], []
+        for name, value in scope["headers"]:
+            if name == b"host" and value:  # a browser always says one
+                hosts.append(value.decode("latin-1"))
+            elif name == b"origin":
+                origins.append(value.decode("latin-1"))
+        here = (scope.get("server") or ("",))[0]
+        for host in hosts:
+            if not self._is_own(host, here):
+                message = f"'{shown(host)}' is no name of this server: if it should be, add it to BANDED_ALLOWED_HOSTS"
+                await APIError(403, message, code="unknown_host").response(scope, receive, send)
+                return
+        for origin in origins:
+            if not self._allows(origin, hosts):
+                message = f"pages of '{shown(origin)}' may not use this server: if they should, see BANDED_CORS_ORIGINS"
+                await APIError(403, message, code="unknown_origin").response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _is_own(self, host: str, here: str) -> bool:
+        """Whether a Host header names this server. `here` is the address that it was reached at, which probes may name."""
+        name, _ = split_host(host)
+        return "*" in self._hosts or name in self._hosts or is_this_machine(name) or (name == here != "")
+
+    def _allows(self, origin: str, hosts: list[str]) -> bool:
+        if "*" in self._origins or origin in self._origins:
+            return True
+        site = origin.partition("://")[2]
+        name, port = split_host(site)
+        if name in self._hosts or site in [host.lower() for host in hosts]:
+            return True
+        # localhost:8000 and 127.0.0.1:8000 are the same server, and localhost:3000 is another.
+        return is_this_machine(name) and any(
+            is_this_machine(other) and other_port == port for other, other_port in map(split_host, hosts)
+        )
+
+
+@lru_cache(maxsize=64)
+def split_host(host: str) -> tuple[str, str]:
+    """The name or address in a Host header, in lower case, and the port; empty where there is none."""
+    found = HOST.fullmatch(host.strip())
+    if not found:
+        return "", ""
+    return (found["ipv6"] or found["name"]).lower().removesuffix("."), found["port"] or ""
+
+
+@lru_cache(maxsize=64)
+def is_this_machine(name: str) -> bool:
+    """Whether a name leads to this machine wherever it is looked up, so that no site can have it."""
+    found = address(name)
+    return is_loopback(name) or name in CONTAINER_HOSTS or (found is not None and found.is_unspecified)
 
 
 def route_path(scope: Scope) -> str:
@@ -234,6 +306,13 @@ class AnswerFaults(HTTPMiddleware):
             if started:
                 raise
             await api_error(error).response(scope, receive, send)
+
+
+def refuse_sites(settings: Settings) -> list[Middleware]:
+    """The middleware against pages of other sites, where no key is asked for or the server's names are set."""
+    if settings.allowed_hosts or (is_loopback(settings.host) and not settings.api_keys):
+        return [Middleware(RefuseSites, hosts=settings.allowed_hosts, origins=settings.cors_origins)]
+    return []
 
 
 def allow_origins(settings: Settings) -> list[Middleware]:

@@ -1,16 +1,19 @@
-"""uvicorn with a start and an end: it listens while the model loads, drains on SIGTERM and exits if the engine fails.
+"""uvicorn with a start and an end: it listens while the model loads, drains on a signal and exits if the engine fails.
 
 While the model loads, the answer to everything but liveness is a 503.
 """
 
 import asyncio
+import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,29 +25,34 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.connection import Connection
 from service.api.errors import APIError
-from service.api.middleware import AnswerHead, FindPath, IdentifyRequests, allow_origins, route_path
+from service.api.gate import Gate, affordable
+from service.api.middleware import AnswerHead, FindPath, IdentifyRequests, allow_origins, refuse_sites, route_path
 from service.engine.engine import Engine, settle
 from service.settings import Settings
 
+UNSENT_BYTES = 64 << 10  # of an answer that the kernel takes before the client has room for them
+
 
 class Server(uvicorn.Server):
-    """Serves until SIGTERM or SIGINT and then finishes the running requests. A second signal ends them at once.
+    """Serves until SIGTERM, SIGINT or SIGHUP and then finishes the running requests. A second signal ends them at once.
 
     It also listens while loading and draining: health checks then read 503, and clients get an error, not a closed port.
     """
 
     def __init__(self, load: Callable[[], FastAPI], settings: Settings):
         """`load` makes the application. It runs in a thread of its own."""
+        self._gate = Gate(settings.max_connections, settings.keep_alive)
+        # uvicorn calls what it takes for a class.
+        protocol: Any = partial(Connection, self._gate)
         super().__init__(
             uvicorn.Config(
                 self,
                 host=settings.host,
                 port=settings.port,
-                http=Connection,
+                http=protocol,
                 ws="none",
                 lifespan="off",
                 log_config=None,
-                timeout_keep_alive=settings.keep_alive,
                 # Clients that read this, Node's among them, give an idle connection up before the server closes it.
                 headers=[("keep-alive", f"timeout={settings.keep_alive}")],
                 timeout_graceful_shutdown=5,
@@ -64,6 +72,18 @@ class Server(uvicorn.Server):
         """Hand a request to the application, or answer it while there is none."""
         await self._app(scope, receive, send)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._gate.limit = affordable(self._gate.limit)
+        logging.getLogger("uvicorn.access").addFilter(without_query)
+        await super().startup(sockets)
+        for listener in (listener for server in self.servers for listener in server.sockets):
+            # Connections inherit it. The kernel would take megabytes of answers that nobody reads, and ask for more.
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+
+    async def on_tick(self, counter: int) -> bool:
+        self._gate.sweep()
+        return await super().on_tick(counter)
+
     async def main_loop(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._tasks.append(asyncio.create_task(self._run_app()))
@@ -72,6 +92,12 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await super().shutdown(sockets)
         await self._lifespan.aclose()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """uvicorn's, and SIGHUP: a terminal that closes must not cost the running requests their end."""
+        with super().capture_signals(), handling_hangup(self.handle_exit):
+            yield
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         self._signals += 1
@@ -110,6 +136,7 @@ def loading_app(settings: Settings) -> ASGIApp:
             Middleware(IdentifyRequests),
             Middleware(AnswerHead),
             Middleware(FindPath, root_path=settings.root_path),
+            *refuse_sites(settings),
             *allow_origins(settings),
         ],
     )
@@ -121,6 +148,26 @@ async def answer_while_loading(scope: Scope, receive: Receive, send: Send) -> No
         return
     error = APIError(503, "the model is still loading", code="unavailable", headers={"retry-after": "1"})
     await error.response(scope, receive, send)
+
+
+@contextmanager
+def handling_hangup(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Have `handler` called on SIGHUP, unless the process was started to ignore it, as nohup does."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def without_query(record: logging.LogRecord) -> bool:
+    """A filter of uvicorn's access log: some clients put their key into the query string."""
+    client, method, path, version, status = record.args  # type: ignore[misc]
+    record.args = (client, method, str(path).partition("?")[0], version, status)
+    return True
 
 
 async def in_daemon_thread(load: Callable[[], FastAPI]) -> FastAPI:

@@ -32,6 +32,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "model": "/models/small",
         "names": "small, org/small",
         "keep_alive": "75",
+        "max_connections": "100",
         "root_path": "/llm",
         "host": "::1",
         "port": "0",
@@ -57,6 +58,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "max_logprobs": "5",
         "max_stops": "4",
         "cors_origins": "https://one.example, http://localhost:3000",
+        "allowed_hosts": "llm.example, fd00::1",
         "lenient": "1",
         "metrics_alias": "vllm",
         "allow_unauthenticated": "1",
@@ -74,6 +76,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.limit_requests, read.limit_tokens, read.max_body_bytes) == (60, 90000, 1000)
     assert (read.max_logprobs, read.max_stops) == (5, 4)
     assert read.cors_origins == ("https://one.example", "http://localhost:3000")
+    assert (read.allowed_hosts, read.max_connections) == (("llm.example", "fd00::1"), 100)
     assert read.metrics_alias == "vllm"
     assert read.doctor is read.open_metrics is read.lenient is read.allow_unauthenticated is True
     assert settings(port=8123, api_keys=("x",)).port == 8123  # given values win
@@ -91,6 +94,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         ("kv_bytes", "2GB", "Input should be a valid integer, unable to parse string as an integer"),
         ("max_slots", "0", "Input should be greater than or equal to 1"),
         ("max_slots", "1025", "Input should be less than or equal to 1024"),
+        ("max_connections", "0", "Input should be greater than or equal to 1"),
         ("max_queue", "-1", "Input should be greater than or equal to 0"),
         ("step_tokens", "0", "Input should be greater than or equal to 1"),
         ("queue_timeout", "0", "Input should be greater than 0"),
@@ -154,6 +158,19 @@ def test_limits_of_a_key_need_keys(name: str) -> None:
 def test_an_origin_that_no_browser_sends_is_refused(origin: str) -> None:
     message = f"Value error, '{origin}' is no origin: * or, in lower case and without a path, https://host:port"
     assert refused(cors_origins=f"*,{origin}") == [("cors_origins", message)]
+
+
+@pytest.mark.parametrize(
+    "host", ["http://llm.example", "llm.example:8000", "llm.example/", "[::1]", "*.example", "a b", "a..b"]
+)
+def test_a_host_that_no_header_names_so_is_refused(host: str) -> None:
+    message = f"Value error, '{host}' is no host: * or a name or address without scheme and port, like llm.example"
+    assert refused(allowed_hosts=f"localhost,{host}") == [("allowed_hosts", message)]
+
+
+@pytest.mark.parametrize("host", ["*", "banded", "llm.example", "10.0.0.1", "fd00::1", "my_host"])
+def test_hosts(host: str) -> None:
+    assert settings(allowed_hosts=host).allowed_hosts == (host,)
 
 
 @pytest.mark.parametrize("origin", ["*", "https://example.org", "http://[::1]:8080", "app://obsidian.md"])

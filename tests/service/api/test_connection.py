@@ -2,15 +2,25 @@
 
 import asyncio
 import json
+import logging
 import random
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import pytest
+import uvicorn
+import uvloop
+from uvicorn.server import ServerState
 
+from service.api import connection, gate
+from service.api.connection import Connection
 from tests.conformance import contract
 from tests.service.api.listening import Running, listening
-from tests.service.helpers import run, settings_of
+from tests.service.helpers import run, settings_of, until
 
 BODY = json.dumps({"model": "fake", "prompt": "a", "max_tokens": 3}).encode()
 STREAM = json.dumps({"model": "fake", "prompt": "a", "max_tokens": 3, "stream": True}).encode()
@@ -23,7 +33,7 @@ H2C = (
 
 
 def post(body: bytes, *headers: tuple[str, str], version: str = "1.1", path: str = "/v1/completions") -> bytes:
-    given = (("Host", "x"), ("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers)
+    given = (("Host", "localhost"), ("Content-Type", "application/json"), ("Content-Length", str(len(body))), *headers)
     lines = [f"POST {path} HTTP/{version}", *(f"{name}: {value}" for name, value in given)]
     return "\r\n".join([*lines, "", ""]).encode() + body
 
@@ -107,9 +117,9 @@ def test_a_get_that_offers_an_upgrade_and_a_chunked_body() -> None:
     async def test() -> None:
         async with listening() as running:
             offer = "".join(f"{name}: {value}\r\n" for name, value in H2C).encode()
-            get = b"GET /health HTTP/1.1\r\nHost: x\r\n" + offer + b"\r\n"
+            get = b"GET /health HTTP/1.1\r\nHost: localhost\r\n" + offer + b"\r\n"
             chunks = b"%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY)
-            head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             chunked = head + b"Transfer-Encoding: chunked\r\n" + offer + b"\r\n" + chunks
             answers = await exchange(running, [get + chunked + get], 3)
             assert [answer.status_line for answer in answers] == ["HTTP/1.1 200 OK"] * 3
@@ -122,10 +132,10 @@ def test_connect_is_refused() -> None:
         async with listening() as running:
             for target in ("example.com:443", "/v1/completions"):
                 reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
-                writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
+                writer.write(f"CONNECT {target} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
                 answer = await read_answer(reader)
                 assert answer.status_line == "HTTP/1.1 400 Bad Request"
-                assert answer.body == b"CONNECT is not supported."
+                assert json.loads(answer.body)["error"]["message"] == "CONNECT is not supported"
                 assert await reader.read() == b""
                 writer.close()
 
@@ -171,3 +181,477 @@ def test_an_idle_connection_is_closed_after_the_setting() -> None:
             writer.close()
 
     run(test)
+
+
+def refused(answer: Answer) -> tuple[str, str]:
+    """The status and the message of a refusal, after which the connection ends."""
+    error = json.loads(answer.body)["error"]
+    assert answer.headers["connection"] == "close"
+    assert error["type"] == "invalid_request_error"
+    return answer.status_line.removeprefix("HTTP/1.1 "), error["message"]
+
+
+async def tried(running: Running, *parts: bytes) -> tuple[str, str]:
+    """The refusal of what is sent, whose connection the server must end."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    for part in parts:
+        writer.write(part)
+        await asyncio.sleep(0.005)
+    answer = await read_answer(reader)
+    assert await reader.read() == b""
+    writer.close()
+    return refused(answer)
+
+
+GET = b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n"
+LINE = ("414 Request-URI Too Long", "the request line is longer than 16384 bytes")
+FIELDS = (
+    "431 Request Header Fields Too Large",
+    "a header is too long, or there are too many: 100 of at most 16384 bytes may come",
+)
+HEAD = ("431 Request Header Fields Too Large", "the headers are longer than 65536 bytes")
+CHUNKS = (
+    "431 Request Header Fields Too Large",
+    "the body's chunks have more lengths, extensions and trailers than content",
+)
+
+
+def line_of(size: int) -> bytes:
+    return b"GET /%s HTTP/1.1\r\n\r\n" % (b"a" * (size - len("GET / HTTP/1.1")))
+
+
+def head_of(size: int) -> bytes:
+    """A head of so many bytes in large fields."""
+    head = GET + b"".join(b"x-%d: %s\r\n" % (place, b"a" * 16_000) for place in range(4))
+    return head + b"y: " + b"a" * (size - len(head) - len(b"y: \r\n\r\n")) + b"\r\n\r\n"
+
+
+@contract(
+    "connections", "bounds", "a request line of over 16 kB is a 414; over 64 kB of headers, or 100, or 16 kB in one: 431"
+)
+@pytest.mark.parametrize(
+    ("largest", "too_large", "why"),
+    [
+        (line_of(16_384), line_of(16_385), LINE),
+        (GET + b"x: " + b"a" * 16_383 + b"\r\n\r\n", GET + b"x: " + b"a" * 16_384 + b"\r\n\r\n", FIELDS),
+        (GET + b"a: b\r\n" * 99 + b"\r\n", GET + b"a: b\r\n" * 100 + b"\r\n", FIELDS),
+        (head_of(65_536), head_of(65_537), HEAD),
+    ],
+    ids=["line", "field", "fields", "head"],
+)
+def test_the_largest_head_is_answered_and_a_larger_one_refused(
+    largest: bytes, too_large: bytes, why: tuple[str, str]
+) -> None:
+    async def test() -> None:
+        async with listening() as running:
+            for cut in (0, 1, 1000, len(largest) - 2):
+                (answer,) = await exchange(running, [largest[:cut], largest[cut:]], 1)
+                assert answer.status_line in ("HTTP/1.1 200 OK", "HTTP/1.1 404 Not Found")
+                assert await tried(running, too_large[:cut], too_large[cut:]) == why
+
+    run(test)
+
+
+CHUNKED = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "more", "why"),
+    [
+        (b"GET /", b"a", LINE),
+        (b"GET", b" ", LINE),
+        (GET + b"x: ", b"a", HEAD),
+        (GET, b"a: b\r\n", FIELDS),
+        (GET + b"Connection: upgrade\r\nUpgrade: ", b"a", HEAD),
+        (b"", b"\r\n", LINE),
+        (CHUNKED + b"1;", b"a", CHUNKS),
+        (CHUNKED + b"0\r\nx: ", b"a", CHUNKS),
+        (CHUNKED + b"0\r\n", b"a: b\r\n", FIELDS),
+        (CHUNKED, b"1\r\na\r\n", CHUNKS),
+    ],
+    ids=["line", "spaces", "field", "fields", "upgrade", "blank", "extension", "trailer", "trailers", "chunks"],
+)
+def test_what_never_ends_is_refused_while_it_comes(start: bytes, more: bytes, why: tuple[str, str]) -> None:
+    async def test() -> None:
+        async with listening() as running:
+            block = more * (8192 // len(more))
+            assert await tried(running, start, *[block] * 16) == why
+
+    run(test)
+
+
+def test_a_body_may_come_in_small_chunks_and_with_trailers() -> None:
+    async def test() -> None:
+        async with listening() as running:
+            chunks = b"".join(b"%x;note=1\r\n%s\r\n" % (1, BODY[place : place + 1]) for place in range(len(BODY)))
+            trailers = b"0\r\nX-Request-Id: late\r\n\r\n"
+            head = CHUNKED.replace(b"\r\n\r\n", b"\r\nContent-Type: application/json\r\n\r\n")
+            answers = await exchange(running, [head + chunks + trailers + GET + b"\r\n"], 2)
+            assert [answer.status_line for answer in answers] == ["HTTP/1.1 200 OK"] * 2
+            assert answers[0].headers["x-request-id"].startswith("req_")
+
+    run(test)
+
+
+@contract("connections", "timeouts", "headers that take over 30 s, or a body that rests for 30 s, are a 408")
+def test_who_sends_too_slowly_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (gate.HEAD_SECONDS, gate.BODY_SECONDS) == (30, 30)
+    monkeypatch.setattr(gate, "HEAD_SECONDS", 0.5)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.5)
+
+    async def test() -> None:
+        async with listening() as running:
+
+            async def dripping(start: bytes, more: bytes) -> tuple[tuple[str, str], float]:
+                """The refusal of what begins with `start` and goes on with `more`, and the seconds until it."""
+                began = time.monotonic()
+                reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+                writer.write(start)
+                answering = asyncio.create_task(read_answer(reader))
+                while not answering.done() and time.monotonic() < began + 2:
+                    await asyncio.sleep(0.2)
+                    writer.write(more)
+                answer = await answering
+                writer.transport.abort()
+                return refused(answer), time.monotonic() - began
+
+            late = "408 Request Timeout", "the request did not come in time"
+            body = post(BODY)
+            whole = exchange(running, [body], 1)
+            for what, seconds in await asyncio.gather(dripping(b"", b""), dripping(GET + b"x: ", b"a")):
+                assert what == late
+                assert 0.4 < seconds < 1.5
+            assert (await whole)[0].status_line == "HTTP/1.1 200 OK"
+            assert await tried(running, body[:-1]) == ("408 Request Timeout", "the body did not come in time")
+            assert await tried(running, CHUNKED + b"5\r\na") == ("408 Request Timeout", "the body did not come in time")
+            # Each byte of a body is one more wait.
+            reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            for place in range(-5, 0):
+                writer.write(body[:-5] if place == -5 else b"")
+                await asyncio.sleep(0.25)
+                writer.write(body[place:][:1])
+            assert (await read_answer(reader)).status_line == "HTTP/1.1 200 OK"
+            # After an answer blank lines begin no request, so that the connection is idle, and not late.
+            writer.write(b"\r\n")
+            await asyncio.sleep(0.8)
+            writer.write(body)
+            assert (await read_answer(reader)).status_line == "HTTP/1.1 200 OK"
+            # An answer that has begun is not followed by another.
+            writer.write(post(BODY, path="/nope")[:-1])
+            assert (await read_answer(reader)).status_line == "HTTP/1.1 404 Not Found"
+            assert await reader.read() == b""
+            writer.close()
+
+    run(test)
+
+
+Opened = tuple[asyncio.StreamReader, asyncio.StreamWriter]
+
+
+async def opened(running: Running, first: bytes = b"") -> Opened:
+    reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    writer.write(first)
+    return reader, writer
+
+
+async def ends(connection: Opened) -> bytes:
+    """What still comes on a connection that the server ends, perhaps by a reset."""
+    with suppress(ConnectionError):
+        return await connection[0].read()
+    return b""
+
+
+@contract(
+    "connections", "limit", "of more than BANDED_MAX_CONNECTIONS those that wait for their client give way, else it is a 503"
+)
+def test_the_longest_wait_gives_way_to_a_new_connection_and_a_running_request_does_not(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gate, "SECONDS_BETWEEN_REPORTS", 0)
+
+    async def test() -> None:
+        async with listening(max_connections=4) as running:
+            silent = [await opened(running) for _ in range(2)]
+            idle = [await opened(running, GET + b"\r\n") for _ in range(2)]
+            for reader, _ in idle:
+                await read_answer(reader)
+            running.fake.runner.gate.clear()
+            busy = []
+            for waiting in (*idle, *silent):  # the idle ones first, and the oldest of each kind
+                busy.append(await opened(running, post(BODY)))
+                assert await ends(waiting) == b""
+                await until(lambda: busy_in(running) == len(busy))
+            (refusal,) = await exchange(running, [b""], 1)
+            assert (refusal.status_line, refusal.headers["retry-after"]) == ("HTTP/1.1 503 Service Unavailable", "1")
+            assert json.loads(refusal.body)["error"]["message"] == "the server has too many connections"
+            running.fake.runner.gate.set()
+            for reader, _ in busy:
+                assert (await read_answer(reader)).status_line == "HTTP/1.1 200 OK"
+            await until(lambda: "1 x 503" in caplog.text)
+            for _, writer in (*silent, *idle, *busy):
+                writer.close()
+
+    run(test)
+    assert "gave way, waiting for another request" in caplog.text
+
+
+def busy_in(running: Running) -> int:
+    """The number of connections whose client waits for the server."""
+    return sum(connection.wait is None for connection in running.server._gate._open)
+
+
+def test_the_limit_of_open_files_is_raised_or_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = [(1024, 1_000_000)]
+    monkeypatch.setattr("service.api.gate.resource.getrlimit", lambda which: limits[-1])
+    monkeypatch.setattr("service.api.gate.resource.setrlimit", lambda which, limit: limits.append(limit))
+    assert gate.affordable(4096) == 4096
+    assert limits.pop() == (5120, 1_000_000)
+    assert gate.affordable(100) == 100
+    assert limits == [(1024, 1_000_000), (1124, 1_000_000)]
+    assert caplog.text == ""
+    limits.append((1024, 4096))
+    assert gate.affordable(4096) == 3072
+    assert "at most 3072 connections, not 4096: the system allows this process 4096 open files" in caplog.text
+
+
+class Request(NamedTuple):
+    """A request as bytes, and what the application should see of it."""
+
+    text: bytes
+    seen: tuple[str, str, bytes]
+
+
+def requests_of(rng: random.Random) -> Iterator[Request]:
+    """Random requests whose bodies hold what could be taken for the end of something."""
+    for _ in range(rng.randrange(1, 6)):
+        body = b"".join(
+            rng.choice([b"\r\n\r\n", b"\r\n", b"\r", b"0\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n", b"x"]) for _ in range(6)
+        )
+        method, path = rng.choice(["GET", "POST", "PUT"]), f"/{rng.randrange(100)}"
+        head = b"\r\n" * rng.choice([0, 0, 1, 2]) + f"{method} {path} HTTP/1.1\r\nHost: a\r\n".encode()
+        if rng.random() < 0.3:
+            head += b"Connection: upgrade\r\nUpgrade: h2c\r\n"
+        match rng.choice(["none", "length", "chunked"]):
+            case "none":
+                yield Request(head + b"\r\n", (method, path, b""))
+            case "length":
+                yield Request(head + b"Content-Length: %d\r\n\r\n" % len(body) + body, (method, path, body))
+            case "chunked":
+                cut = rng.randrange(1, len(body) + 1)
+                chunks = b"".join(b"%x;a=b\r\n%s\r\n" % (len(part), part) for part in (body[:cut], body[cut:]) if part)
+                end = b"0\r\n" + rng.choice([b"", b"X-Trailer: a\r\n", b"A: b\r\nC: d\r\n"]) + b"\r\n"
+                yield Request(head + b"Transfer-Encoding: chunked\r\n\r\n" + chunks + end, (method, path, body))
+
+
+class Wire(asyncio.Transport):
+    """A transport that keeps what is written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written = b""
+        self.is_reading_ = True
+        self.has_closed = False
+
+    def write(self, data: Any) -> None:
+        self.written += data
+
+    def is_closing(self) -> bool:
+        return self.has_closed
+
+    def close(self) -> None:
+        self.has_closed = True
+
+    def pause_reading(self) -> None:
+        self.is_reading_ = False
+
+    def resume_reading(self) -> None:
+        self.is_reading_ = True
+
+
+def connected(app: Any) -> tuple[Connection, Wire]:
+    """A connection to an application, without a socket."""
+    config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None)
+    config.load()
+    connection, wire = Connection(gate.Gate(10, 60), config=config, server_state=ServerState(), app_state={}), Wire()
+    connection.connection_made(wire)
+    return connection, wire
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_requests_are_taken_apart_however_they_are_cut_and_run_one_at_a_time(seed: int) -> None:
+    rng = random.Random(seed)
+    requests = list(requests_of(rng))
+    text = b"".join(request.text for request in requests)
+    seen: list[tuple[str, str, bytes]] = []
+    running = 0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        nonlocal running
+        running += 1
+        assert running == 1
+        body, more = b"", True
+        while more:
+            message = await receive()
+            assert message["type"] == "http.request"
+            body, more = body + message["body"], message["more_body"]
+        seen.append((scope["method"], scope["path"], body))
+        assert not {b"x-trailer", b"a", b"upgrade"} & {name for name, _ in scope["headers"]}
+        for _ in range(rng.randrange(3)):
+            await asyncio.sleep(0)
+        running -= 1
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test() -> None:
+        connection, wire = connected(app)
+        rest = text
+        while rest:
+            cut = rng.choice([1, 2, 3, rng.randrange(1, 200), len(rest)])
+            connection.data_received(rest[:cut])
+            rest = rest[cut:]
+            for _ in range(rng.randrange(3)):
+                await asyncio.sleep(0)
+        await until(lambda: len(seen) == len(requests) and connection.wait == gate.Wait.IDLE)
+        assert wire.written.count(b"HTTP/1.1 200") == len(requests)
+        assert not wire.has_closed
+        assert connection.held == 0
+        connection.connection_lost(None)
+
+    run(test)
+    assert seen == [request.seen for request in requests]
+
+
+def test_what_is_sent_ahead_waits_unparsed_and_reading_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_AHEAD", 65_536)
+    go = asyncio.Event()
+    paths: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        paths.append(scope["path"])
+        await receive()
+        waiting = asyncio.ensure_future(receive())  # as every route watches for its client to leave
+        await go.wait()
+        waiting.cancel()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test() -> None:
+        client, wire = connected(app)
+        request = b"GET /%d HTTP/1.1\r\n\r\n"
+        text = b"".join(request % place for place in range(10_000))
+        client.data_received(text[:60_000])
+        await asyncio.sleep(0.01)
+        assert (paths, wire.is_reading_) == (["/0"], True)
+        client.data_received(text[60_000:])
+        assert not wire.is_reading_, "even though the application waits for what comes"
+        assert client.held == len(text) - len(request % 0)
+        go.set()
+        client.pause_writing()
+        await asyncio.sleep(0.01)
+        assert (paths, client.wait) == (["/0"], gate.Wait.UNREAD), "the answer is unwritten"
+        client.resume_writing()
+        await until(lambda: len(paths) == 10_000)
+        assert paths == [f"/{place}" for place in range(10_000)]
+        assert wire.is_reading_
+        client.connection_lost(None)
+
+    run(test)
+
+
+def test_those_who_hold_much_give_way() -> None:
+    async def test() -> None:
+        hall = gate.Gate(10, 60)
+        config = uvicorn.Config(lambda: None, lifespan="off", ws="none", log_config=None)
+        config.load()
+        wires = [Mock(is_closing=lambda: False, get_extra_info=lambda name: None) for _ in range(3)]
+        guests = [Connection(hall, config=config, server_state=ServerState(), app_state={}) for _ in wires]
+        for guest, wire in zip(guests, wires, strict=True):
+            guest.connection_made(wire)
+            guest.data_received(GET + b"x: " + b"a" * 10_000)
+        each = len(GET) + 10_003
+        assert hall._held == 3 * each
+        hall.hold(guests[2], gate.MAX_HELD - each)
+        assert [wire.abort.called for wire in wires] == [True, False, False]
+        assert hall._held == gate.MAX_HELD
+        hall.wait(guests[1], None)
+        hall.wait(guests[2], None)
+        hall.hold(guests[2], gate.MAX_HELD)
+        assert [wire.abort.called for wire in wires] == [True, False, True], "nobody else waits"
+        assert hall._held == guests[1].held
+
+    run(test)
+
+
+@contract("connections", "leaving", "a client that leaves is noticed, whatever it sent ahead of its answers")
+@pytest.mark.parametrize("ahead", [0, 500_000, connection.MAX_AHEAD + 50_000])
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop])
+def test_a_client_that_sends_ahead_and_leaves_frees_its_sequences(ahead: int, loop: Any) -> None:
+    async def test() -> None:
+        async with listening() as running:
+            running.fake.runner.fault = lambda step: time.sleep(0.02)
+            whole = post(json.dumps({"model": "fake", "prompt": "a", "max_tokens": 250}).encode())
+            _, writer = await opened(running, whole * (2 + ahead // len(whole)))
+            await until(lambda: bool(running.fake.scheduler.running))
+            await asyncio.sleep(0.1)
+            writer.transport.abort()
+            left = time.monotonic()
+            await until(lambda: running.fake.scheduler.idle and not running.server.server_state.connections)
+            assert time.monotonic() - left < 2
+            assert running.fake.metric("requests_total", outcome="abort") == 1
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(asyncio.wait_for(test(), 60))
+
+
+def test_a_body_that_is_not_wanted_is_read_up_to_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_DISCARDED", 300_000)
+
+    async def test() -> None:
+        async with listening(api_keys=("key",)) as running:
+            head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+            (answer, live) = await exchange(running, [head % 200_000 + b"a" * 200_000 + GET + b"\r\n"], 2)
+            assert (answer.status_line, live.status_line) == ("HTTP/1.1 401 Unauthorized", "HTTP/1.1 200 OK")
+            reader, writer = await opened(running, head % 10**12)
+            assert (await read_answer(reader)).status_line == "HTTP/1.1 401 Unauthorized"
+            with suppress(ConnectionError):
+                for _ in range(1000):
+                    writer.write(b"a" * 65_536)
+                    await writer.drain()
+                    await asyncio.sleep(0)
+                pytest.fail("64 MB were read")
+            writer.transport.abort()
+
+    run(test)
+
+
+def test_a_client_that_does_not_take_its_last_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "CLOSE_SECONDS", 0.3)
+
+    async def test() -> None:
+        async with listening() as running:
+            client = socket.create_connection(("127.0.0.1", running.port))
+            client.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: localhost\r\n\r\n" * 200)
+            await asyncio.sleep(0.5)
+            client.shutdown(socket.SHUT_WR)
+            await until(lambda: not running.server.server_state.connections)
+            client.close()
+
+    run(test)
+
+
+def test_the_access_log_names_no_query(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with listening() as running:
+            for path in ("/health/live?api_key=secret", "/nope%3Fx?key=secret"):
+                await running.client.get(path)
+
+    with caplog.at_level(logging.INFO, "uvicorn.access"):
+        run(test)
+    lines = [record.getMessage() for record in caplog.records if record.name == "uvicorn.access"]
+    assert [line.partition(" - ")[2] for line in lines] == [
+        '"GET /health/live HTTP/1.1" 200',
+        '"GET /nope%3Fx HTTP/1.1" 404',
+    ]
+    assert "secret" not in caplog.text

@@ -14,12 +14,12 @@ from fastapi import Request
 from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.app import ROUTERS
+from service.api.app import ROUTERS, create_app
 from service.api.middleware import EXPOSED_HEADERS, HEALTH, AnswerFaults
 from tests.conformance import contract
-from tests.service.api.helpers import Api, error_of, request, serving
+from tests.service.api.helpers import Api, error_of, request, served, serving
 from tests.service.engine.fakes import FakeEngine
-from tests.service.helpers import run
+from tests.service.helpers import run, settings_of
 
 KEYS = ("first-key", "second-key")
 ROUTES = [
@@ -563,11 +563,12 @@ PREFLIGHT = {"access-control-request-method": "POST", "access-control-request-he
 
 @contract("errors", "CORS", "closed by default")
 def test_other_origins_are_shut_out_by_default() -> None:
-    answer = request("GET", "/v1/models", headers={"origin": "https://a.example"})
-    assert answer.status_code == 200
-    assert not [name for name in answer.headers if name.startswith("access-control-")]
-    answer = request("OPTIONS", "/v1/completions", headers={"origin": "https://a.example", **PREFLIGHT})
-    assert answer.status_code == 405
+    for keys, statuses in ((KEYS, (200, 401)), ((), (403, 403))):
+        answer = request("GET", "/v1/models", api_keys=keys, headers={"origin": "https://a.example", **FIRST})
+        assert answer.status_code == statuses[0]
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        answer = request("OPTIONS", "/v1/completions", api_keys=keys, headers={"origin": "https://a.example", **PREFLIGHT})
+        assert answer.status_code == statuses[1]
 
 
 @contract("errors", "CORS", "open to the origins of the setting")
@@ -607,3 +608,123 @@ def test_a_preflight_lets_through_what_clients_send() -> None:
             assert answer.status_code == 401
 
     run(test)
+
+
+async def site(
+    settings: dict[str, Any], host: str | None, origin: str | None = None, server: str = "127.0.0.1"
+) -> httpx.Response:
+    """The answer to a request with such headers, of a server with `settings` that was reached at the address `server`."""
+    fake = FakeEngine()
+    app = create_app(served(fake), fake.metrics, settings_of(**settings))
+    status, sent, sent_headers = 0, b"", []
+    headers = [(b"host", host.encode())] if host is not None else []
+    headers += [(b"origin", origin.encode())] if origin is not None else []
+
+    async def send(message: Message) -> None:
+        nonlocal status, sent
+        status, sent = message.get("status", status), sent + message.get("body", b"")
+        sent_headers.extend(message.get("headers", []))
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    scope = {
+        "type": "http",
+        "method": "GET",
+        "path": "/health/live",
+        "headers": headers,
+        "query_string": b"",
+        "scheme": "http",
+    }
+    await app(scope | {"server": (server, 8000), "client": ("127.0.0.1", 1)}, receive, send)
+    return httpx.Response(status, headers=sent_headers, content=sent)
+
+
+OPEN: dict[str, Any] = {}
+NAMED = {"allowed_hosts": ("llm.example", "FD00::1")}
+OUTSIDE = {"host": "0.0.0.0", "allow_unauthenticated": True}
+KEYED = {"api_keys": KEYS}
+
+
+@contract("errors", "403", "without keys on loopback: the Host header is loopback's or in BANDED_ALLOWED_HOSTS")
+@pytest.mark.parametrize(
+    ("settings", "host", "known"),
+    [
+        *((OPEN, host, True) for host in ("localhost", "localhost:8000", "LocalHost.:8000", "127.0.0.1:8000", "127.9.9.9")),
+        *((OPEN, host, True) for host in ("[::1]:8000", "[::1]", "0.0.0.0:8000", "host.docker.internal:8000", None, "")),
+        *((OPEN, host, False) for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "x")),
+        *(
+            (OPEN, host, False)
+            for host in ("evil@localhost", "localhost:8000:1", "localhost evil", "[::2]", "127.0.0.1.nip.io")
+        ),
+        (NAMED, "llm.example:443", True),
+        (NAMED, "LLM.example", True),
+        (NAMED, "[fd00::1]:8000", True),
+        (NAMED, "localhost", True),
+        (NAMED, "other.llm.example", False),
+        ({"allowed_hosts": ("*",)}, "evil.example", True),
+        (OUTSIDE, "banded:8000", True),
+        (OUTSIDE | NAMED, "banded:8000", False),
+        (OUTSIDE | NAMED, "llm.example", True),
+        (OUTSIDE | NAMED, "127.0.0.1:8000", True),
+        (KEYED, "evil.example", True),
+        (KEYED | NAMED, "evil.example", False),
+    ],
+)
+def test_a_foreign_host_is_refused_where_no_key_is_asked_for(
+    settings: dict[str, Any], host: str | None, known: bool
+) -> None:
+    answer = asyncio.run(site(settings, host))
+    if known:
+        assert answer.status_code == 200
+    else:
+        error = error_of(answer, 403)
+        assert error["message"] == f"'{host}' is no name of this server: if it should be, add it to BANDED_ALLOWED_HOSTS"
+        assert error["code"] == "unknown_host"
+
+
+def test_a_probe_may_name_the_address_that_it_connects_to() -> None:
+    for server, host, status in (
+        ("10.1.2.3", "10.1.2.3:8000", 200),
+        ("fd00::5", "[fd00::5]:8000", 200),
+        ("10.1.2.3", "10.1.2.4", 403),
+    ):
+        assert asyncio.run(site(OUTSIDE | NAMED, host, server=server)).status_code == status
+
+
+@contract("errors", "403", "without keys on loopback: an Origin is the server's own, or allowed")
+@pytest.mark.parametrize(
+    ("settings", "host", "origin", "allowed"),
+    [
+        (OPEN, "localhost:8000", "http://localhost:8000", True),
+        (OPEN, "127.0.0.1:8000", "http://localhost:8000", True),
+        (OPEN, "[::1]:8000", "http://[::1]:8000", True),
+        (OPEN, "localhost:8000", "http://localhost:3000", False),
+        (OPEN, "localhost:8000", "http://evil.example", False),
+        (OPEN, "localhost:8000", "http://evil.example:8000", False),
+        (OPEN, "localhost:8000", "http://localhost:8000.evil.example", False),
+        (OPEN, "localhost:8000", "null", False),
+        (OPEN, "localhost:8000", "", False),
+        (OPEN, None, "http://evil.example", False),
+        (OPEN | {"cors_origins": ("http://localhost:3000",)}, "localhost:8000", "http://localhost:3000", True),
+        (OPEN | {"cors_origins": ("http://localhost:3000",)}, "localhost:8000", "http://evil.example", False),
+        (OPEN | {"cors_origins": ("*",)}, "localhost:8000", "null", True),
+        # A proxy that speaks TLS, which hands the Host header on or not.
+        (NAMED, "llm.example", "https://llm.example", True),
+        (NAMED, "127.0.0.1:8000", "https://llm.example", True),
+        ({"allowed_hosts": ("*",)}, "one.example", "https://one.example", True),
+        ({"allowed_hosts": ("*",)}, "one.example", "https://two.example", False),
+        (OUTSIDE, "banded:8000", "http://evil.example", True),
+        (KEYED, "localhost:8000", "http://evil.example", True),
+    ],
+)
+def test_another_sites_page_is_refused_where_no_key_is_asked_for(
+    settings: dict[str, Any], host: str | None, origin: str, allowed: bool
+) -> None:
+    answer = asyncio.run(site(settings, host, origin))
+    if allowed:
+        assert answer.status_code == 200
+    else:
+        error = error_of(answer, 403)
+        assert error["message"] == f"pages of '{origin}' may not use this server: if they should, see BANDED_CORS_ORIGINS"
+        assert error["code"] == "unknown_origin"

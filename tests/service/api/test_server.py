@@ -19,7 +19,7 @@ import pytest
 from fastapi import FastAPI
 
 from service.api.app import create_app
-from service.api.server import Server, serve
+from service.api.server import Server, handling_hangup, serve
 from service.engine.engine import STOP_SECONDS
 from tests.conformance import contract
 from tests.model.checkpoint.checkpoints import tiny
@@ -209,7 +209,7 @@ def test_wrong_methods_and_half_requests_leave_the_connection_usable() -> None:
             assert (await running.client.post("/v1/completions", content=b"x" * 5_000_000)).status_code == 400
             assert (await running.complete(max_tokens=1)).status_code == 200
             _, writer = await asyncio.open_connection(running.client.base_url.host, running.client.base_url.port)
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
+            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-length: 100\r\n\r\n{")
             await writer.drain()
             writer.close()
             assert (await running.complete(max_tokens=1)).status_code == 200
@@ -217,8 +217,8 @@ def test_wrong_methods_and_half_requests_leave_the_connection_usable() -> None:
     run(test)
 
 
-POST = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n"
-GET = b"GET /health/live HTTP/1.1\r\nhost: x\r\n\r\n"
+POST = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n"
+GET = b"GET /health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
 BODY = b"x" * 200_000  # more than the server buffers before the application reads
 
 
@@ -239,6 +239,20 @@ def test_a_body_too_large_does_not_hang_the_connection() -> None:
             assert (await running.complete(max_tokens=1)).status_code == 200
 
     run(test)
+
+
+def test_a_hangup_drains_unless_the_process_ignores_it() -> None:
+    def handler(number: int, frame: object) -> None: ...
+
+    before = signal.getsignal(signal.SIGHUP)
+    try:
+        for given, taken in ((signal.SIG_DFL, handler), (signal.SIG_IGN, signal.SIG_IGN)):  # nohup ignores it
+            signal.signal(signal.SIGHUP, given)
+            with handling_hangup(handler):
+                assert signal.getsignal(signal.SIGHUP) is taken
+            assert signal.getsignal(signal.SIGHUP) is given
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_port_in_use_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
@@ -328,7 +342,7 @@ def test_a_second_signal_ends_streams_at_once_and_in_good_order(checkpoint: Path
     with banded_serve(checkpoint, tmp_path / "log") as server, streamed(server.url, 2000) as answer:
         lines = answer.iter_lines()
         next_data(lines)
-        server.process.send_signal(signal.SIGINT)
+        server.process.send_signal(signal.SIGHUP)
         time.sleep(0.2)
         assert server.process.poll() is None
         started = time.monotonic()

@@ -1,0 +1,174 @@
+"""How many connections may be open, which of them wait for their client, and which end when time or room runs out."""
+
+import logging
+import math
+import resource
+import select
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
+from typing import Protocol
+
+log = logging.getLogger("banded.api")
+
+HEAD_SECONDS = 30.0  # from the connection, or from a request's first byte, to the end of its headers
+BODY_SECONDS = 30.0  # that a body may rest
+CLOSE_SECONDS = 30.0  # in which a client takes nothing of its last answer
+LINGER_SECONDS = 2.0  # that a refused client has to read why and close
+# Bytes of unfinished headers and of waiting requests that all connections may have together.
+MAX_HELD = 16 << 20
+# What else needs descriptors: files, jobs, and connections that come at once and are about to be refused.
+OTHER_FILES = 1024
+SECONDS_BETWEEN_POLLS = 0.5
+SECONDS_BETWEEN_REPORTS = 10.0
+MOST_AT_ONCE = 256  # ended in one sweep, so that none holds the event loop up
+
+
+class Wait:
+    """What a client is waited for, in the order in which such connections give way to new ones."""
+
+    LINGER = "the end"
+    CLOSING = "reading the last answer"
+    IDLE = "another request"
+    HEAD = "the end of the headers"
+    UNREAD = "reading the answer"
+    BODY = "the body"
+
+
+class Guest(Protocol):
+    """A connection, as the gate sees it."""
+
+    wait: str | None  # of Wait; only the gate writes it
+    held: int  # bytes; only the gate writes it
+
+    def overdue(self, wait: str) -> None:
+        """The client has been waited for too long. The guest waits for nothing until it says so again."""
+
+    def give_way(self) -> None:
+        """Close at once, for another connection."""
+
+    def has_left(self) -> None:
+        """The client has closed its end, which was not seen because nothing is read."""
+
+    def descriptor(self) -> int: ...
+
+
+class Gate:
+    """The open connections of a server. Belongs to the event loop."""
+
+    def __init__(self, limit: int, keep_alive: float):
+        """At most `limit` are open. One that had its answer may be idle for `keep_alive` seconds."""
+        self.limit = limit
+        self._open: set[Guest] = set()
+        self._seconds = {
+            Wait.LINGER: LINGER_SECONDS,
+            Wait.CLOSING: CLOSE_SECONDS,
+            Wait.IDLE: keep_alive,
+            Wait.HEAD: HEAD_SECONDS,
+            Wait.UNREAD: math.inf,
+            Wait.BODY: BODY_SECONDS,
+        }
+        # When each began, the longest wait first.
+        self._waiting: dict[str, OrderedDict[Guest, float]] = {wait: OrderedDict() for wait in self._seconds}
+        self._held = 0
+        self._deaf: set[Guest] = set()
+        self._ended: Counter[str] = Counter()
+        self._polled = self._reported = 0.0
+
+    def enter(self, guest: Guest) -> bool:
+        """Let a new connection in. At the limit the one that has waited longest for its client gives way; if none, False."""
+        if len(self._open) >= self.limit and not self._end_one(self._waiting):
+            return False
+        self._open.add(guest)
+        self.wait(guest, Wait.HEAD)
+        return True
+
+    def leave(self, guest: Guest) -> None:
+        """The connection is closed."""
+        self._open.discard(guest)
+        self.wait(guest, None)
+        self.hold(guest, 0)
+        self.listen(guest)
+
+    def wait(self, guest: Guest, wait: str | None) -> None:
+        """What `guest` waits for from now on, one of Wait. The wait begins anew."""
+        if guest.wait is not None:
+            del self._waiting[guest.wait][guest]
+        guest.wait = wait
+        if wait is not None:
+            self._waiting[wait][guest] = time.monotonic()
+
+    def hold(self, guest: Guest, num_bytes: int) -> None:
+        """What `guest` keeps that is not a request yet. If all together keep too much, some give way, or `guest` does."""
+        self._held += num_bytes - guest.held
+        guest.held = num_bytes
+        while self._held > MAX_HELD:
+            if not self._end_one((Wait.HEAD, Wait.UNREAD)):
+                self._end(guest, "sent far ahead")
+
+    def ignore(self, guest: Guest) -> None:
+        """Nothing of `guest` is read for now. The gate looks whether its client leaves."""
+        self._deaf.add(guest)
+
+    def listen(self, guest: Guest) -> None:
+        self._deaf.discard(guest)
+
+    def count(self, reason: str) -> None:
+        """A connection that the server ended, for the log."""
+        self._ended[reason] += 1
+
+    def sweep(self) -> None:
+        """End what is overdue. To be called several times a second."""
+        now = time.monotonic()
+        for wait, waiting in self._waiting.items():
+            for _ in range(min(MOST_AT_ONCE, len(waiting))):
+                guest, since = next(iter(waiting.items()))
+                if now - since < self._seconds[wait]:
+                    break
+                self.wait(guest, None)
+                guest.overdue(wait)
+        if self._deaf and now - self._polled > SECONDS_BETWEEN_POLLS:
+            self._polled = now
+            self._find_those_who_left()
+        if self._ended and now - self._reported > SECONDS_BETWEEN_REPORTS:
+            self._reported = now
+            ended = ", ".join(f"{count} x {reason}" for reason, count in self._ended.most_common())
+            log.warning("connections that the server refused or ended: %s; %d are open", ended, len(self._open))
+            self._ended.clear()
+
+    def _end_one(self, waits: Iterable[str]) -> bool:
+        """End the connection that has waited longest for the first of `waits` that any waits for."""
+        for wait in waits:
+            if waiting := self._waiting[wait]:
+                self._end(next(iter(waiting)), f"gave way, waiting for {wait}")
+                return True
+        return False
+
+    def _end(self, guest: Guest, reason: str) -> None:
+        self.leave(guest)
+        self.count(reason)
+        guest.give_way()
+
+    def _find_those_who_left(self) -> None:
+        if not hasattr(select, "POLLRDHUP"):
+            return  # not Linux: the end is seen when the server reads on
+        poll = select.poll()
+        guests = {guest.descriptor(): guest for guest in self._deaf}
+        for descriptor in guests:
+            poll.register(descriptor, select.POLLRDHUP)
+        for descriptor, _ in poll.poll(0):
+            guests[descriptor].has_left()
+
+
+def affordable(connections: int) -> int:
+    """As many of `connections` as the system's limit of open files allows, which is raised first as far as it goes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    fewer = max(1, soft - min(OTHER_FILES, soft // 2))
+    log.warning("at most %d connections, not %d: the system allows this process %d open files", fewer, connections, soft)
+    return fewer

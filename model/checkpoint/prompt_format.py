@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jinja2
 
 from model.checkpoint import templates
-from model.checkpoint.files import CheckpointError, Json, optional_json, read_text
+from model.checkpoint.files import CheckpointError, Json, is_there, optional_json, read_text
 from model.checkpoint.render import compiled, render
 from model.checkpoint.vocabulary import ROLES, SETTINGS_FILE, SPECIAL_MAP_FILE, special_roles
 
@@ -22,6 +22,9 @@ log = logging.getLogger("banded.checkpoint")
 PROMPT_FORMAT_FILE = "banded.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
+TEMPLATE_BYTES = 1 << 20
+MAX_TEXT = 4096  # characters of any other text
+MAX_STOPS = 64
 MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
 
 # Instructions come first, wherever the chat has them.
@@ -84,6 +87,10 @@ class PromptFormat:
         check_field("stop", self.stop, "an array of strings that are not empty", strings)
         number = type(self.default_max_tokens) is int and self.default_max_tokens >= 1
         check_field("default_max_tokens", self.default_max_tokens, "an integer from 1", number)
+        texts = {"separator": [self.separator], "input_prefix": [self.input_prefix], "output_prefix": [self.output_prefix]}
+        for name, values in (texts | {"stop": self.stop, "insertion": [self.insertion or ""]}).items():
+            if len(values) > MAX_STOPS or any(len(str(value)) > MAX_TEXT for value in values):
+                raise PromptFormatError(f"{name} must be at most {MAX_STOPS} strings of {MAX_TEXT} characters")
         if self.insertion is not None:
             expected = "a string that holds {prompt} and {suffix} once each, other braces doubled"
             check_field("insertion", self.insertion, expected, is_insertion(self.insertion))
@@ -182,12 +189,14 @@ def published_template(directory: Path, settings: Json) -> str | None:
             named = {entry.get("name"): entry.get("template") for entry in entries}
         case _:
             named = {"default": value}
-    if (directory / TEMPLATE_FILE).exists():
-        named["default"] = read_text(directory / TEMPLATE_FILE)
-    named |= {path.stem: read_text(path) for path in (directory / TEMPLATE_DIRECTORY).glob("*.jinja")}
+    if is_there(directory / TEMPLATE_FILE):
+        named["default"] = directory / TEMPLATE_FILE
+    named |= {path.stem: path for path in (directory / TEMPLATE_DIRECTORY).glob("*.jinja")}
     if "default" not in named:
         raise PromptFormatError(f"none of the chat templates {sorted(map(str, named))!s:.{MAX_SHOWN}} is named default")
     template = named["default"]
+    if isinstance(template, Path):
+        template = read_text(template, TEMPLATE_BYTES)
     if template is not None:
         check_field(f"{SETTINGS_FILE}: chat_template", template, "a string or strings by name", isinstance(template, str))
     return template

@@ -17,8 +17,8 @@ import jinja2
 
 from model.checkpoint.render import LENGTH_BYTES, write_message
 
-# What the process may use for a template: seconds of a core, and of any clock where it gets no core, and bytes of memory.
-SECONDS, PATIENCE = 2, 10
+# What the process may use for a template: seconds of a core, seconds in all if others have the cores, and bytes of memory.
+SECONDS, PATIENCE = 2, 5
 BYTES = 256 << 20
 
 

@@ -11,6 +11,21 @@ from kernels.patterns import Pattern
 # are dense here.
 KVGroup = Literal["dense", "banded"]
 
+# The most that dimensions may be, well above those of any model of this kind: larger ones are no model's.
+LARGEST = {
+    "vocab_size": 2**20,
+    "n_positions": 2**17,
+    "n_embd": 2**16,
+    "n_layer": 2**10,
+    "n_head": 2**10,
+    "n_inner": 2**18,
+    "embedding_width": 2**16,
+    "band": 2**20,
+    "stride": 2**20,
+    "summary": 2**20,
+    "position_offset": 2**10,
+}
+
 # The token embedding's rows are padded to a multiple of this, so that the output projection is a round matrix. Only gpt.py
 # sees the padding.
 VOCAB_MULTIPLE = 64
@@ -60,15 +75,20 @@ class GPTConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        for name, most in LARGEST.items():
+            if (getattr(self, name) or 0) > most:
+                raise ValueError(f"{name} must be at most {most}, got {getattr(self, name)!s:.20}")
         if self.softmax_scale is not None and not 0 < self.softmax_scale < math.inf:
             raise ValueError(f"softmax_scale must be positive, got {self.softmax_scale}")
         if self.position_offset < 0:
             raise ValueError(f"position_offset must not be negative, got {self.position_offset}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if len(self.attention) > LARGEST["n_layer"]:
+            raise ValueError(f"attention must name at most {LARGEST['n_layer']} layers, got {len(self.attention)}")
         kinds = get_args(PatternKind)
         if not self.attention or set(self.attention) - set(kinds):
-            raise ValueError(f"attention must name one of {', '.join(kinds)} for each layer, got {self.attention!r}")
+            raise ValueError(f"attention must name one of {', '.join(kinds)} for each layer, got {self.attention!r:.80}")
         needs = {"banded": ["band"], "strided": ["stride"], "fixed": ["stride", "summary"], "dense": []}
         for kind in self.attention:
             for name in needs[kind]:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from kernels.names import Activation
 from kernels.ops import Ops, Weight
-from model.checkpoint.files import CheckpointError, read_json, write_atomically
-from model.checkpoint.weights import write_tensors
+from model.checkpoint.files import CheckpointError, check_file, read_json, write_atomically
+from model.checkpoint.weights import HEADER_BYTES, write_tensors
 from model.gpt import GPT, Adapt, Linear
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter.json", "adapter.safetensors"
@@ -86,6 +86,12 @@ def adaptable(model: GPT, targets: tuple[str, ...]) -> dict[str, Linear]:
     """The linears of `targets`, by name."""
     linears = (module for module in model.modules() if isinstance(module, Linear))
     return {linear.name: linear for linear in linears if linear.name.rsplit(".", 1)[-1] in targets}
+
+
+def most_bytes(model: GPT) -> int:
+    """Bytes of the largest file of an adapter that makes sense: of full rank on all linears, and fp64."""
+    sizes = [linear.inputs * linear.outputs for linear in adaptable(model, TARGETS).values()]
+    return HEADER_BYTES + 8 * 4 * sum(sizes)
 
 
 def new_adapter(model: GPT, config: AdapterConfig, base: str, seed: int) -> Adapter:
@@ -201,6 +207,7 @@ def load_adapter(directory: Path, model: GPT) -> Adapter:
     for name, linear in adaptable(model, config.targets).items():
         shapes |= {f"{name}.a": (config.rank, linear.inputs), f"{name}.b": (linear.outputs, config.rank)}
     path = directory / ADAPTER_WEIGHTS
+    check_file(path, most_bytes(model))
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:

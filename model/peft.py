@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint.architectures import Architecture, flag, integer, number
-from model.checkpoint.files import CheckpointError, Json, few, read_json
+from model.checkpoint.files import CheckpointError, Json, check_file, few, read_json
 from model.gpt import GPT
-from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable
+from model.lora import TARGETS, Adapter, AdapterConfig, LowRank, adaptable, most_bytes
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
@@ -60,6 +60,8 @@ def load_peft_adapter(directory: Path, model: GPT, architecture: Architecture) -
         flag(config, "use_rslora", False), integer(config, "r"), number(config, "lora_alpha")
     except ValueError as error:
         raise CheckpointError(f"{directory / PEFT_CONFIG}: {error}") from error
+    if path.exists():
+        check_file(path, most_bytes(model))
     stored = read_factors(path, architecture)
     parts = {}
     for name, linear in adaptable(model, TARGETS).items():

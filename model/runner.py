@@ -209,6 +209,8 @@ class Runner:
             for name, column in zip(names, values, strict=True):
                 getattr(state, name)[rows] = column.to(COLUMNS[name])
         for start in starts:
+            if start.generated:
+                self.last_token[start.row] = start.generated[-1]
             if not start.sampling.adjusted:
                 continue  # its tables are never read
             for table in (state.bias, state.generated, state.in_prompt):
@@ -221,6 +223,9 @@ class Runner:
                 barred[self._to_device(start.sampling.allowed_token_ids)[0]] = 0
                 state.bias[start.row] += barred
             state.in_prompt[start.row, self._to_device(start.prompt)[0]] = True
+            if start.generated:
+                (generated,) = self._to_device(start.generated)
+                state.generated[start.row] = generated.bincount(minlength=state.generated.shape[1])
 
     def _add_pages(self, pages: list[NewPages]) -> None:
         for group, table in self.page_tables.items():

@@ -4,6 +4,7 @@ A running sequence owns a *batch row*: the line of each per-sequence table on th
 state) that belongs to it for as long as it runs.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from model.config import KVGroup
@@ -32,12 +33,13 @@ class Sampling(NamedTuple):
 
 
 class RowStart(NamedTuple):
-    """A sequence takes a batch row."""
+    """A sequence takes a batch row, or has its own as it was after some tokens."""
 
     row: int
     sampling: Sampling
     prompt: list[int]  # the whole prompt, whatever part of it the step computes: penalties look at it
     adapter: int = 0  # number of the adapter that computes its tokens; 0: none
+    generated: Sequence[int] = ()  # tokens sampled so far
 
 
 class NewPages(NamedTuple):

@@ -1,13 +1,15 @@
 """Every knob of the server: one frozen object, read from BANDED_* environment variables and the command line."""
 
 import ipaddress
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kernels.names import KernelChoice
 from service.engine.options import Device, Dtype, EngineOptions
@@ -15,6 +17,18 @@ from service.engine.scheduler import MIN_CHUNK
 
 HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
+# What Kubernetes puts into every pod's environment for a Service called banded, or banded-NAME: variables and their values.
+ADDRESS, NUMBER, URL = r"[0-9a-f.:]+", r"[0-9]+", r"(tcp|udp|sctp)://[0-9a-f.:\[\]]+:[0-9]+"
+PORT = r"([A-Z0-9_]+_)?PORT_[0-9]+_(TCP|UDP|SCTP)"
+SERVICE_VARIABLES = {
+    r"([A-Z0-9_]+_)?SERVICE_HOST": ADDRESS,
+    r"([A-Z0-9_]+_)?SERVICE_PORT(_[A-Z0-9_]+)?": NUMBER,
+    r"([A-Z0-9_]+_)?PORT": URL,
+    PORT: URL,
+    f"{PORT}_PROTO": "tcp|udp|sctp",
+    f"{PORT}_PORT": NUMBER,
+    f"{PORT}_ADDR": ADDRESS,
+}
 
 
 class Settings(BaseSettings):
@@ -85,6 +99,21 @@ class Settings(BaseSettings):
         None, description="vllm: /metrics has vLLM's names too, for its dashboards"
     )
     allow_unauthenticated: bool = Field(False, description="serve a non-loopback address without keys")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003 - pydantic passes all of these by name
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is given counts before the environment, of which Kubernetes' variables are no settings."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        left_out = {name.lower() for name in service_variables(os.environ)}
+        env_settings.env_vars = {name: value for name, value in env_settings.env_vars.items() if name not in left_out}
+        return init_settings, env_settings
 
     @property
     def engine(self) -> EngineOptions:
@@ -167,6 +196,20 @@ class Settings(BaseSettings):
         if (self.limit_requests or self.limit_tokens) and not self.api_keys:
             raise ValueError("limit_requests and limit_tokens are limits of a key: set BANDED_API_KEYS")
         return self
+
+
+def service_variables(environment: Mapping[str, str]) -> list[str]:
+    """The variables that begin as settings do and that Kubernetes has set for a Service, by their names and values."""
+    prefix = "BANDED_"
+    return sorted(
+        name
+        for name, value in environment.items()
+        if name.startswith(prefix)
+        and any(
+            re.fullmatch(pattern, name.removeprefix(prefix)) and re.fullmatch(expected, value)
+            for pattern, expected in SERVICE_VARIABLES.items()
+        )
+    )
 
 
 def is_loopback(host: str) -> bool:

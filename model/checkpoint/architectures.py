@@ -1,7 +1,7 @@
 """What the checkpoints of each architecture look like: the fields of their config.json and the names of their tensors."""
 
-import math
 import re
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
@@ -21,15 +21,15 @@ def integer(raw: Json, name: str, default: int | None = None) -> int:
     if value is None:
         raise ValueError(f"{name} is missing")
     if type(value) is not int:
-        raise ValueError(f"{name} must be a whole number, got {value!r}")
+        raise ValueError(f"{name} must be a whole number, got {value!r:.80}")
     return value
 
 
 def number(raw: Json, name: str, default: float | None = None) -> float:
     """A positive number, `default` when absent."""
     value: Any = raw.get(name, default)
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
+        raise ValueError(f"{name} must be a positive number, got {value!r:.80}")
     return float(value)
 
 
@@ -37,7 +37,7 @@ def flag(raw: Json, name: str, default: bool | None = None) -> bool:
     """True or false, `default` when absent."""
     value = raw.get(name, default)
     if type(value) is not bool:
-        raise ValueError(f"{name} must be true or false, got {value!r}")
+        raise ValueError(f"{name} must be true or false, got {value!r:.80}")
     return value
 
 
@@ -54,7 +54,7 @@ ACTIVATION_NAMES: dict[str, Activation] = {
 def activation(raw: Json, name: str, default: Activation | None = None) -> Activation:
     value = raw.get(name, default)
     if not isinstance(value, str) or value not in ACTIVATION_NAMES:
-        raise ValueError(f"{name} {value!r} is not supported, only {', '.join(ACTIVATION_NAMES)}")
+        raise ValueError(f"{name} {value!r:.80} is not supported, only {', '.join(ACTIVATION_NAMES)}")
     return ACTIVATION_NAMES[value]
 
 
@@ -65,7 +65,7 @@ def canonical(raw: Json, aliases: Mapping[str, str]) -> Json:
         if alias in renamed:
             value = renamed.pop(alias)
             if renamed.setdefault(name, value) != value:
-                raise ValueError(f"{alias} is {value!r} but {name}, the same thing, is {renamed[name]!r}")
+                raise ValueError(f"{alias} is {value!r:.80} but {name}, the same thing, is {renamed[name]!r:.80}")
     return renamed
 
 
@@ -98,7 +98,7 @@ def refuse_unserved(raw: Json) -> None:
     for name, only in ONLY.items():
         value = raw.get(name)
         if value is not None and value != only:
-            raise ValueError(f"{name} {value!r} is not supported, only {only!r}")
+            raise ValueError(f"{name} {value!r:.80} is not supported, only {only!r}")
 
 
 class Source(NamedTuple):
@@ -153,14 +153,15 @@ def neo_attention(raw: Json, num_layers: int) -> tuple[PatternKind, ...]:
     """`attention_types`, [[["global", "local"], 12]] for 24 layers in turn, written out layer by layer."""
     types: Any = [[["global", "local"], 12]] if raw.get("attention_types") is None else raw["attention_types"]
     try:
-        layers = [name for names, count in types for _ in range(count) for name in names]
+        total = sum(len(names) * max(count, 0) for names, count in types)
+        layers = [name for names, count in types for _ in range(count) for name in names] if total == num_layers else []
         kinds = tuple(NEO_KINDS[name] for name in layers)
     except (TypeError, ValueError, KeyError) as error:
-        raise ValueError(f"attention_types must be like [[['global', 'local'], 12]], got {types!r}") from error
-    if len(layers) != num_layers:
-        raise ValueError(f"attention_types describes {len(layers)} layers, num_layers is {num_layers}")
+        raise ValueError(f"attention_types must be like [[['global', 'local'], 12]], got {types!r:.80}") from error
+    if total != num_layers:
+        raise ValueError(f"attention_types describes {total!s:.20} layers, num_layers is {num_layers}")
     if raw.get("attention_layers") not in (None, layers):
-        raise ValueError(f"attention_layers {raw['attention_layers']!r} contradicts attention_types {types!r}")
+        raise ValueError(f"attention_layers {raw['attention_layers']!r:.80} contradicts attention_types {types!r:.80}")
     return kinds
 
 
@@ -227,7 +228,7 @@ OPT = BANDED | {
 def attention_kinds(raw: Json, name: str) -> tuple[str, ...]:
     value = raw.get(name)
     if not isinstance(value, list) or not all(isinstance(kind, str) for kind in value):
-        raise ValueError(f"{name} must be a list of names, got {value!r}")
+        raise ValueError(f"{name} must be a list of names, got {value!r:.80}")
     return tuple(value)
 
 
@@ -300,7 +301,7 @@ def read_architecture(directory: Path) -> tuple[Architecture, GPTConfig]:
     model_type = raw.get("model_type")
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         supported = ", ".join(ARCHITECTURES)
-        raise CheckpointError(f"{path}: model_type {model_type!r} is not supported, only {supported}")
+        raise CheckpointError(f"{path}: model_type {model_type!r:.80} is not supported, only {supported}")
     architecture = ARCHITECTURES[model_type]
     try:
         refuse_unserved(raw)

@@ -22,7 +22,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model.checkpoint.architectures import WEIGHTS_FILE, flag, integer, read_architecture
-from model.checkpoint.files import CONFIG_FILE, FOREIGN, CheckpointError, Json, few, optional_json, read_json
+from model.checkpoint.files import (
+    CONFIG_FILE,
+    FOREIGN,
+    VOCABULARY_BYTES,
+    CheckpointError,
+    Json,
+    check_file,
+    few,
+    optional_json,
+    read_json,
+)
 from model.checkpoint.tokenizer import R50K_VOCAB_SIZE
 from model.checkpoint.vocabulary import ADDED_FILE, MERGES_FILE, PIPELINE_FILE, SETTINGS_FILE, VOCAB_FILE, load_tokenizer
 from model.checkpoint.weights import INDEX_FILE, TEXT_FILES, VOCAB_ROWS, load_model, shard_files, write_tensors
@@ -64,6 +74,7 @@ def convert(source: Path, target: Path) -> None:
     if not source.exists():
         raise CheckpointError(f"{source}: no such file or directory")
     file = weights_in(source) if source.is_dir() else source
+    check_file(file)
     with new_directory(target) as directory:
         with file.open("rb") as opened:
             magic = opened.read(4)
@@ -108,6 +119,7 @@ def weights_in(directory: Path) -> Path:
 def copy_texts(source: Path, target: Path) -> None:
     for path in source.iterdir():
         if path.suffix in TEXT_SUFFIXES and path.is_file() and not path.name.endswith(".index.json"):
+            check_file(path, VOCABULARY_BYTES)
             shutil.copyfile(path, target / path.name)
 
 

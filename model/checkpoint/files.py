@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +13,11 @@ CONFIG_FILE = "config.json"
 # Endings of weights in formats that only `banded convert` opens.
 FOREIGN = (".bin", ".pt", ".pth", ".ckpt", ".gguf")
 
+# Bytes that files of a checkpoint may have, several times what published ones have: of JSON, and of a vocabulary.
+JSON_BYTES, VOCABULARY_BYTES = 4 << 20, 20 << 20
+# Values in a file of JSON. Each takes up to a hundred bytes, whatever it takes in the file.
+MAX_VALUES = 2_000_000
+
 # A JSON object as it was parsed.
 Json = dict[str, Any]
 
@@ -20,18 +26,43 @@ class CheckpointError(ValueError):
     """A file or directory that can't be used: which one, which field, and what is wrong with it."""
 
 
-def read_text(path: Path) -> str:
+def check_file(path: Path, max_bytes: int | None = None) -> None:
+    """CheckpointError unless `path` is a regular file of at most `max_bytes`: a pipe or a device may have no end."""
     try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} can't be read: {getattr(error, 'strerror', error)}") from error
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{path} can't be read: it is no regular file")
+    if max_bytes is not None and found.st_size > max_bytes:
+        raise CheckpointError(f"{path} can't be read: it has {found.st_size} bytes, at most {max_bytes} are expected")
 
 
-def read_json(path: Path) -> Json:
+def read_file(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file of at most `max_bytes`."""
+    check_file(path, max_bytes)
     try:
-        value = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
-        raise CheckpointError(f"{path} can't be read as JSON: {getattr(error, 'strerror', error)}") from error
+        with path.open("rb") as file:
+            return file.read(max_bytes)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be read: {error.strerror}") from error
+
+
+def read_text(path: Path, max_bytes: int = JSON_BYTES) -> str:
+    try:
+        return read_file(path, max_bytes).decode()
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} can't be read: {error}") from error
+
+
+def read_json(path: Path, max_bytes: int = JSON_BYTES) -> Json:
+    data = read_file(path, max_bytes)
+    if sum(map(data.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise CheckpointError(f"{path} can't be read as JSON: it holds more than {MAX_VALUES} values")
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError) as error:  # ValueError: neither UTF-8 nor JSON
+        raise CheckpointError(f"{path} can't be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, got {type(value).__name__}")
     return value
@@ -56,8 +87,13 @@ def decoded(data: bytes, name: str) -> str:
         raise ValueError(f"{name} is not UTF-8: {error}") from error
 
 
-def optional_json(path: Path) -> Json | None:
-    return read_json(path) if path.exists() else None
+def optional_json(path: Path, max_bytes: int = JSON_BYTES) -> Json | None:
+    return read_json(path, max_bytes) if is_there(path) else None
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, or a link that leads nowhere: that one must not pass for a file that is missing."""
+    return os.path.lexists(path)
 
 
 @contextmanager

@@ -7,18 +7,14 @@ import string
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import NamedTuple
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.checkpoint.files import CheckpointError, Json, optional_json, read_text
+from model.checkpoint import templates
+from model.checkpoint.files import CheckpointError, Json, is_there, optional_json, read_text
+from model.checkpoint.render import compiled, render
 from model.checkpoint.vocabulary import ROLES, SETTINGS_FILE, SPECIAL_MAP_FILE, special_roles
 
 log = logging.getLogger("banded.checkpoint")
@@ -26,6 +22,9 @@ log = logging.getLogger("banded.checkpoint")
 PROMPT_FORMAT_FILE = "banded.json"
 TEMPLATE_FILE = "chat_template.jinja"
 TEMPLATE_DIRECTORY = "additional_chat_templates"
+TEMPLATE_BYTES = 1 << 20
+MAX_TEXT = 4096  # characters of any other text
+MAX_STOPS = 64
 MAX_SHOWN = 80  # characters of a file's own value that an error message repeats
 
 # Instructions come first, wherever the chat has them.
@@ -88,25 +87,44 @@ class PromptFormat:
         check_field("stop", self.stop, "an array of strings that are not empty", strings)
         number = type(self.default_max_tokens) is int and self.default_max_tokens >= 1
         check_field("default_max_tokens", self.default_max_tokens, "an integer from 1", number)
+        texts = {"separator": [self.separator], "input_prefix": [self.input_prefix], "output_prefix": [self.output_prefix]}
+        for name, values in (texts | {"stop": self.stop, "insertion": [self.insertion or ""]}).items():
+            if len(values) > MAX_STOPS or any(len(str(value)) > MAX_TEXT for value in values):
+                raise PromptFormatError(f"{name} must be at most {MAX_STOPS} strings of {MAX_TEXT} characters")
         if self.insertion is not None:
             expected = "a string that holds {prompt} and {suffix} once each, other braces doubled"
             check_field("insertion", self.insertion, expected, is_insertion(self.insertion))
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the chat template is ours, which takes no time to speak of. Any other runs in another process."""
+        return self.chat_template == CHAT_TEMPLATE
+
     def render_chat(
-        self, messages: Sequence[Turn], *, bos_token: str, eos_token: str, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Turn],
+        *,
+        bos_token: str,
+        eos_token: str,
+        add_generation_prompt: bool = True,
+        max_chars: int | None = None,
     ) -> str:
         """The text of a chat up to where the next answer begins, or without the beginning of an answer.
 
-        The tokens that are given count where the checkpoint names none. Raises whatever the template raises.
+        The tokens that are given count where the checkpoint names none. Raises jinja2.TemplateError with what the template
+        raises, for a text of more than `max_chars` characters, and if the template takes too much time or memory.
         """
-        return compiled(self.chat_template).render(
-            messages=[message._asdict() for message in messages],
-            add_generation_prompt=add_generation_prompt,
+        variables = {
+            "messages": [message._asdict() for message in messages],
+            "add_generation_prompt": add_generation_prompt,
             **{"bos_token": bos_token, "eos_token": eos_token, **self.token_names},
             # Published templates ask whether these are none. If they were missing, they would not be.
-            tools=None,
-            documents=None,
-        )
+            "tools": None,
+            "documents": None,
+        }
+        if self.is_own:
+            return render(compiled(self.chat_template), variables, max_chars)
+        return templates.process.render(self.chat_template, variables, max_chars)
 
 
 def check_field(name: str, value: object, expected: str, is_right: bool) -> None:
@@ -171,23 +189,26 @@ def published_template(directory: Path, settings: Json) -> str | None:
             named = {entry.get("name"): entry.get("template") for entry in entries}
         case _:
             named = {"default": value}
-    if (directory / TEMPLATE_FILE).exists():
-        named["default"] = read_text(directory / TEMPLATE_FILE)
-    named |= {path.stem: read_text(path) for path in (directory / TEMPLATE_DIRECTORY).glob("*.jinja")}
+    if is_there(directory / TEMPLATE_FILE):
+        named["default"] = directory / TEMPLATE_FILE
+    named |= {path.stem: path for path in (directory / TEMPLATE_DIRECTORY).glob("*.jinja")}
     if "default" not in named:
         raise PromptFormatError(f"none of the chat templates {sorted(map(str, named))!s:.{MAX_SHOWN}} is named default")
     template = named["default"]
+    if isinstance(template, Path):
+        template = read_text(template, TEMPLATE_BYTES)
     if template is not None:
         check_field(f"{SETTINGS_FILE}: chat_template", template, "a string or strings by name", isinstance(template, str))
     return template
 
 
 def why_not_compiled(template: str) -> str | None:
+    if template == CHAT_TEMPLATE:
+        return None
     try:
-        compiled(template)
-    except Exception as error:  # Jinja's own errors, and the limits of Python's compiler
-        place = f"line {error.lineno}: " if isinstance(error, jinja2.TemplateSyntaxError) else ""
-        return f"chat_template does not compile: {place}{error!s:.200}"
+        templates.process.render(template, None)
+    except jinja2.TemplateError as error:
+        return f"chat_template does not compile: {error!s:.200}"
     return None
 
 
@@ -197,45 +218,3 @@ def refuse_unknown(fields: Json) -> None:
         if name not in known:
             expected = ", ".join(sorted(known))
             raise PromptFormatError(f"unknown field {name[:MAX_SHOWN]!r}, expected one of {expected}")
-
-
-def raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
-
-
-def to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """Like transformers, in this order of arguments. Jinja's own filter escapes for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
-
-
-class GenerationBlock(Extension):
-    """{% generation %} ... {% endgeneration %} marks what a model learns to write. The text itself stays as it is."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> nodes.Node:
-        line = next(parser.stream).lineno
-        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
-
-
-@cache
-def compiled(template: str) -> jinja2.Template:
-    """`template` in the environment that transformers gives published templates.
-
-    A template is somebody else's program, so it runs in a sandbox.
-    """
-    extensions = ["jinja2.ext.loopcontrols", GenerationBlock]
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": strftime_now}
-    environment.filters["tojson"] = to_json
-    return environment.from_string(template)

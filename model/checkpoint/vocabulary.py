@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from model.checkpoint.files import CONFIG_FILE, Json, few, optional_json, read_json, read_text
+from model.checkpoint.files import CONFIG_FILE, VOCABULARY_BYTES, Json, few, is_there, optional_json, read_json, read_text
 from model.checkpoint.tokenizer import (
     DIGIT_PATTERN,
     END_OF_TEXT,
@@ -41,6 +41,12 @@ VOCABULARY_FILES = (
     MERGES_FILE,
     GENERATION_FILE,
 )
+
+# What it may take to check a vocabulary: its pieces' lengths, each squared, added up. r50k_base's add up to 2 million.
+MAX_WORK = 2**24
+# No vocabulary has as many tokens that are found ahead of merging, nor as many ids.
+MAX_ADDED = 2**13
+MAX_ID = 2**24
 
 # GPT-2's pattern as its authors and as tiktoken write it, where a Split cuts the words.
 SPLITS = (
@@ -79,7 +85,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     extras = (
         optional_json(directory / name) or {} for name in (SETTINGS_FILE, SPECIAL_MAP_FILE, ADDED_FILE, GENERATION_FILE)
     )
-    files = CheckpointFiles(read_json(directory / CONFIG_FILE), optional_json(directory / PIPELINE_FILE), *extras)
+    pipeline = optional_json(directory / PIPELINE_FILE, VOCABULARY_BYTES)
+    files = CheckpointFiles(read_json(directory / CONFIG_FILE), pipeline, *extras)
     try:
         vocabulary = read_vocabulary(directory, files)
         return build_tokenizer(files, vocabulary) if vocabulary else embedded_tokenizer(directory, files)
@@ -110,9 +117,10 @@ def read_vocabulary(directory: Path, files: CheckpointFiles) -> Vocabulary | Non
     """None when the directory has no vocabulary at all."""
     if files.pipeline is not None:
         return pipeline_vocabulary(files.pipeline)
-    if not any((directory / name).exists() for name in (VOCAB_FILE, MERGES_FILE)):
+    if not any(is_there(directory / name) for name in (VOCAB_FILE, MERGES_FILE)):
         return None
-    ids, merges = read_json(directory / VOCAB_FILE), read_text(directory / MERGES_FILE)
+    ids = read_json(directory / VOCAB_FILE, VOCABULARY_BYTES)
+    merges = read_text(directory / MERGES_FILE, VOCABULARY_BYTES)
     if hashlib.sha256(repr((list(ids.items()), merges)).encode()).hexdigest() == R50K_FILES_SHA256:
         return Vocabulary(ids, range(R50K_VOCAB_SIZE - 1))
     lines = merges.removesuffix("\n").split("\n")
@@ -136,7 +144,9 @@ def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
     if set(normalizers) - {"NFC"}:
         raise TokenizerError(f"{PIPELINE_FILE}: normalizer {', '.join(normalizers)} is not supported, only NFC")
     rules = TextRules(word_pattern(pipeline.get("pre_tokenizer")), bool(normalizers), *unknown_bytes(model))
-    added = [token for token in pipeline.get("added_tokens") or [] if isinstance(token, dict)]
+    added = [
+        token for token in listed(pipeline.get("added_tokens"), f"{PIPELINE_FILE}: added_tokens") if isinstance(token, dict)
+    ]
     if model.get("ignore_merges"):  # changes nothing where merges make every piece
         made = {*vocabulary.merge_order, *(token.get("id") for token in added)}
         loose = [piece for piece, token_id in vocabulary.ids.items() if token_id not in made]
@@ -152,7 +162,8 @@ def pipeline_vocabulary(pipeline: Json) -> Vocabulary:
 def steps_of(part: Any, members: str) -> list[Any]:
     """The steps of a part of tokenizer.json, with those of each Sequence, which lie in its field `members`, in its place."""
     if type_of(part) == "Sequence":
-        return [step for inner in part.get(members) or [] for step in steps_of(inner, members)]
+        inner_steps = listed(part.get(members), f"{PIPELINE_FILE}: {members}")
+        return [step for inner in inner_steps for step in steps_of(inner, members)]
     return [] if part is None else [part]
 
 
@@ -192,6 +203,13 @@ def unknown_bytes(model: Json) -> tuple[int | None, bool]:
     return model["vocab"][unknown], bool(model.get("fuse_unk"))
 
 
+def listed(value: Any, place: str) -> list[Any]:
+    """A list; null is an empty one."""
+    if value is not None and not isinstance(value, list):
+        raise TokenizerError(f"{place} must be a list, got {value!r:.80}")
+    return value or []
+
+
 def type_of(part: Any) -> str:
     """The type that a part of tokenizer.json declares."""
     return str(part.get("type")) if isinstance(part, dict) else str(part)
@@ -217,7 +235,7 @@ def checked_vocabulary(ids: Json, ids_from: str, merges: Iterable[Any], merges_f
         raise TokenizerError(f"{ids_from}: no token for any byte")
     order = [ids[character] for character in alphabet]
     ranks = {bytes([byte]): rank for rank, byte in enumerate(alphabet.values())}
-    made, seen = set(alphabet), set()
+    made, seen, work = set(alphabet), set(), 0
     for place, entry in enumerate(merges, first):
         left, right = split_merge(entry, f"{merges_from} {place}")
         problem = None
@@ -230,6 +248,9 @@ def checked_vocabulary(ids: Json, ids_from: str, merges: Iterable[Any], merges_f
             problem = f"{left!r} and {right!r} are merged before"
         if problem:
             raise TokenizerError(f"{merges_from} {place}: {problem}")
+        work += len(left + right) ** 2
+        if work > MAX_WORK:
+            raise TokenizerError(f"{merges_from} {place}: the pieces up to here are longer than any vocabulary's")
         made.add(left + right)
         seen.add((left, right))
         parts = [piece_bytes(left), piece_bytes(right)]
@@ -248,8 +269,10 @@ def split_merge(merge: Any, place: str) -> tuple[str, str]:
 
 
 def check_id(token: str, token_id: Any, source: str) -> int:
-    if type(token_id) is not int or token_id < 0:
-        raise TokenizerError(f"{source}: the id of {token!r} is {token_id!r}, expected an integer from 0")
+    if type(token_id) is not int or not 0 <= token_id <= MAX_ID:
+        raise TokenizerError(
+            f"{source}: the id of {token!r:.80} is {token_id!r:.80}, expected an integer from 0 to {MAX_ID}"
+        )
     return token_id
 
 
@@ -365,8 +388,8 @@ def special_roles(settings: Json, special_map: Json) -> dict[str, str]:
     for source, named in sources.items():
         played = {role: named.get(role) for role in ROLES}
         for role_list in ROLE_LISTS:
-            extra = named.get(role_list) or []
-            values = extra.values() if isinstance(extra, dict) else extra
+            extra = named.get(role_list)
+            values = extra.values() if isinstance(extra, dict) else listed(extra, f"{source}: {role_list}")
             played |= {f"{role_list} {n}": value for n, value in enumerate(values)}
         roles |= {role: token_text(token, source) for role, token in played.items() if token is not None}
     return roles
@@ -375,7 +398,7 @@ def special_roles(settings: Json, special_map: Json) -> dict[str, str]:
 def added_tokens(files: CheckpointFiles, vocabulary: Vocabulary) -> tuple[dict[str, int], set[str]]:
     """Ids of the tokens that are found in text before it is merged, and the names of those flagged as special."""
     ids: dict[str, int] = {}
-    flagged = set()
+    flagged, work = set(), 0
     name_of = {token_id: piece for piece, token_id in vocabulary.ids.items()}
     for source, token_id, token in declared_tokens(files):
         name = token_text(token, source)
@@ -386,6 +409,9 @@ def added_tokens(files: CheckpointFiles, vocabulary: Vocabulary) -> tuple[dict[s
         if name_of.setdefault(token_id, name) != name:
             raise TokenizerError(f"{source}: {name!r} and {name_of[token_id]!r} share the id {token_id}")
         ids[name] = token_id
+        work += len(name) ** 2
+        if len(ids) > MAX_ADDED or work > MAX_WORK:
+            raise TokenizerError(f"{source}: the added tokens are more, or longer, than any vocabulary's")
         if isinstance(token, dict) and token.get("special"):
             flagged.add(name)
     return ids, flagged
@@ -393,9 +419,12 @@ def added_tokens(files: CheckpointFiles, vocabulary: Vocabulary) -> tuple[dict[s
 
 def declared_tokens(files: CheckpointFiles) -> Iterator[tuple[str, Any, Any]]:
     """(file, id, token) of every added token."""
-    for token in (files.pipeline or {}).get("added_tokens") or []:
+    for token in listed((files.pipeline or {}).get("added_tokens"), f"{PIPELINE_FILE}: added_tokens"):
         yield PIPELINE_FILE, token.get("id") if isinstance(token, dict) else None, token
-    for key, token in (files.settings.get("added_tokens_decoder") or {}).items():
+    decoder = files.settings.get("added_tokens_decoder") or {}
+    if not isinstance(decoder, dict):
+        raise TokenizerError(f"{SETTINGS_FILE}: added_tokens_decoder must be an object, got {decoder!r:.80}")
+    for key, token in decoder.items():
         yield SETTINGS_FILE, int(key) if key.isdecimal() else key, token
     for name, token_id in files.added.items():
         yield ADDED_FILE, token_id, name

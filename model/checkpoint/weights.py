@@ -24,7 +24,7 @@ from model.checkpoint.architectures import (
     Source,
     read_architecture,
 )
-from model.checkpoint.files import CONFIG_FILE, CheckpointError, conversion, few, read_json, write_atomically
+from model.checkpoint.files import CONFIG_FILE, CheckpointError, check_file, conversion, few, read_json, write_atomically
 from model.checkpoint.prompt_format import PROMPT_FORMAT_FILE, TEMPLATE_DIRECTORY, TEMPLATE_FILE
 from model.checkpoint.vocabulary import VOCABULARY_FILES
 from model.config import GPTConfig
@@ -37,6 +37,8 @@ INDEX_FILE = "model.safetensors.index.json"
 TEXT_FILES = (*VOCABULARY_FILES, PROMPT_FORMAT_FILE, TEMPLATE_FILE)
 # Rows of these are padded to a round vocabulary in memory, never on disk.
 VOCAB_ROWS = ("wte.weight", "lm_head.weight")
+# Bytes of the header of a file of weights, many times what thousands of tensors take.
+HEADER_BYTES = 8 << 20
 # What a stored weight may be. Any other type is quantised, and its numbers are not weights.
 FLOATS = ("F64", "F32", "F16", "BF16")
 CPU = torch.device("cpu")
@@ -85,6 +87,8 @@ def load_model(directory: Path, dtype: torch.dtype, device: torch.device = CPU) 
         if head is not None:  # a file may hold either of the tied weights, or both
             stored.setdefault(sources["wte.weight"].keys[0], head)
         check_keys(directory, sources, stored)
+        if device.type == "cpu":
+            check_memory(directory, sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize)
         for name, parameter in model.named_parameters():
             check_shapes(tuple(unpadded(name, parameter, config).shape), sources[name], stored)
         if head is not None:
@@ -110,7 +114,7 @@ def shard_files(index: Path) -> list[Path]:
     """The files that `index` names, all of them in its directory."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: weight_map must map tensors to files, got {weight_map!r}")
+        raise CheckpointError(f"{index}: weight_map must map tensors to files, got {weight_map!r:.80}")
     names = sorted(set(map(str, weight_map.values())))
     strangers = [name for name in names if Path(name).name != name]
     if strangers:
@@ -125,10 +129,7 @@ def open_tensors(files: Iterable[Path], architecture: Architecture, open_files: 
     """The tensors in `files` by key without root, except ignored ones, readable until `open_files` closes."""
     stored: dict[str, StoredTensor] = {}
     for file in files:
-        try:
-            handle = open_files.enter_context(safe_open(file, "pt"))
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{file} can't be read as safetensors: {error}") from error
+        handle = open_safetensors(file, open_files)
         for key in handle.keys():  # noqa: SIM118 - not a mapping
             name = key.removeprefix(next(filter(key.startswith, architecture.roots), ""))
             if re.fullmatch(architecture.ignored, name):
@@ -138,6 +139,30 @@ def open_tensors(files: Iterable[Path], architecture: Architecture, open_files: 
                 raise CheckpointError(f"{file} holds {key}, and {first.file.name} holds it too, as {first.key}")
             stored[name] = StoredTensor(file, key, handle)
     return stored
+
+
+def open_safetensors(file: Path, open_files: ExitStack) -> Any:
+    """A regular file of safetensors, readable until `open_files` closes."""
+    check_file(file)
+    try:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+        if length > HEADER_BYTES:
+            raise CheckpointError(f"{file} can't be read as safetensors: its header has {length} bytes")
+        return open_files.enter_context(safe_open(file, "pt"))
+    except (SafetensorError, OSError, RuntimeError) as error:  # RuntimeError: too large to be mapped
+        raise CheckpointError(f"{file} can't be read as safetensors: {error}") from error
+
+
+def check_memory(directory: Path, num_bytes: int) -> None:
+    """CheckpointError if weights of `num_bytes` are more than the machine's free memory, where the system tells of it."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return
+    free = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(("MemAvailable:", "SwapFree:")))
+    if num_bytes > free:
+        raise CheckpointError(f"{directory}: the weights take {num_bytes / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free")
 
 
 def leave_out_other_heads(directory: Path, stored: dict[str, StoredTensor]) -> None:

@@ -1,11 +1,14 @@
 """Options that several commands share, and the settings made from them."""
 
 import argparse
+import logging
 import math
 import os
 from typing import Any, TypeAlias
 
-from service.settings import Settings
+from service.settings import Settings, service_variables
+
+log = logging.getLogger("banded")
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -33,11 +36,15 @@ def add_model_options(command: argparse.ArgumentParser) -> None:
 def settings_from(args: argparse.Namespace, **fixed: Any) -> Settings:
     """Settings from the environment, overridden by the given options and by `fixed`.
 
-    Raises ValueError for a BANDED_ variable that is not a setting: a misspelt limit must not be ignored.
+    Variables of a Service in Kubernetes are left out, with a line in the log. Raises ValueError for any other BANDED_
+    variable that is not a setting: a misspelt limit must not be ignored.
     """
     prefix = str(Settings.model_config["env_prefix"])
+    if left_out := service_variables(os.environ):
+        log.info("left out, since Kubernetes sets them for a Service: %s", ", ".join(left_out))
+    others = os.environ.keys() - set(left_out)
     unknown = [
-        name for name in os.environ if name.startswith(prefix) and name[len(prefix) :].lower() not in Settings.model_fields
+        name for name in others if name.startswith(prefix) and name[len(prefix) :].lower() not in Settings.model_fields
     ]
     if unknown:
         raise ValueError(f"{', '.join(sorted(unknown))}: no such setting; there are {', '.join(Settings.model_fields)}")

@@ -10,18 +10,18 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
+from itertools import chain
 from typing import NamedTuple, Protocol
 
 from model.config import KVGroup
 from model.step import Sampled, StepInput
 from service.engine.metrics import Metrics
 from service.engine.pages import PoolUsage
-from service.engine.scheduler import Delta, Scheduler
+from service.engine.retry import Retry, canary
+from service.engine.scheduler import Delta, Scheduler, Sequence
 
 log = logging.getLogger("banded.engine")
-
-# Consecutive steps that may raise before the engine gives up.
-MAX_FAILURES = 2
 
 Command = Callable[[], None]
 
@@ -59,7 +59,6 @@ class StepLoop:
         self._metrics = metrics
         self._num_ahead = 1 if overlap else 0
         self._in_flight: deque[InFlight] = deque()  # oldest first
-        self._failures = 0
         self._busy_since = math.inf
         # Shared with other threads, under the condition.
         self._inbox_changed = threading.Condition()
@@ -146,9 +145,13 @@ class StepLoop:
         launched = time.monotonic()
         try:
             self._in_flight.append(InFlight(step.num_tokens, self._runner.launch(step), launched))
+            return
         except Exception:
-            self._read_steps(keep=0)  # steps end in order, and none may be scheduled on top of one that did not run
-            self._fail_step()
+            log.exception("a step raised and is run again in halves")
+        # Steps end in order, and none may be scheduled on top of one that did not run.
+        self._read_steps(keep=0)
+        if self._scheduler.oldest_step is step:
+            self._repeat_step(raised=True)
 
     def _read_steps(self, *, keep: int) -> None:
         """Wait for the oldest steps and commit them, until `keep` are in flight."""
@@ -157,29 +160,74 @@ class StepLoop:
             try:
                 sampled = pending.result()
             except Exception:
-                self._fail_step()
+                log.exception("a step raised and is run again in halves")
+            else:
+                self._commit(sampled, num_tokens, launched)
                 continue
-            self._failures = 0
-            now = time.monotonic()
-            seconds = now - max(launched, self._busy_since)  # until then the device ran the step before
-            self._busy_since = now
-            self._metrics.step_time.observe(seconds)
-            self._metrics.step_tokens.observe(num_tokens)
-            deltas = self._scheduler.commit(sampled, seconds)
-            self._metrics.draft_tokens.inc(self._scheduler.drafts.drafted)
-            self._metrics.accepted_draft_tokens.inc(self._scheduler.drafts.accepted)
-            self._report(deltas)
+            while self._in_flight:  # steps that were launched on top of the one that failed
+                with suppress(Exception):
+                    self._in_flight.popleft().pending.result()
+            self._repeat_step(raised=True)
+            while self._scheduler.oldest_step:
+                self._repeat_step(raised=False)
 
-    def _fail_step(self) -> None:
-        """The oldest step that the scheduler knows of raised."""
-        deltas = self._scheduler.fail_step()
-        log.exception("a step failed; its %d choices end with an error", len(deltas))
-        self._check_integrity()
-        self._failures += 1
-        if self._failures >= MAX_FAILURES:
-            raise RuntimeError(f"{self._failures} steps in a row have failed")  # ends every request, these included
-        self._busy_since = time.monotonic()
+    def _commit(self, sampled: Sampled, num_tokens: int, launched: float) -> None:
+        now = time.monotonic()
+        seconds = now - max(launched, self._busy_since)  # until then the device ran the step before
+        self._busy_since = now
+        self._metrics.step_time.observe(seconds)
+        self._metrics.step_tokens.observe(num_tokens)
+        deltas = self._scheduler.commit(sampled, seconds)
+        self._metrics.draft_tokens.inc(self._scheduler.drafts.drafted)
+        self._metrics.accepted_draft_tokens.inc(self._scheduler.drafts.accepted)
         self._report(deltas)
+
+    def _repeat_step(self, *, raised: bool) -> None:
+        """Run the oldest step again in halves, and halves of those that raise, until each request that raises is alone.
+
+        Those end with an error, the others go on as if nothing had happened. `raised`: the step as a whole has raised.
+        """
+        scheduler, step = self._scheduler, self._scheduler.oldest_step
+        assert step is not None
+        retry, requests = Retry(step), scheduler.oldest_requests()
+        is_alone = raised and len(requests) == 1
+        running = [some for request in requests if (some := [each for each in request if scheduler.is_running(each)])]
+        failed = [request for request in running if is_alone or not all(map(scheduler.can_repeat, request))]
+        parts = [[request for request in running if request not in failed]]
+        if is_alone:
+            self._run_canary()
+        elif raised:
+            parts = halves(*parts)
+        while parts:
+            part = parts.pop()
+            if not part or self._run_part(retry, part):
+                continue
+            if len(part) > 1:
+                parts += halves(part)
+            else:
+                failed += part
+                self._run_canary()
+        log.error("a step raised: %d of its %d requests end with an error", len(failed), len(requests))
+        deltas = scheduler.commit(retry.sampled, None, chain.from_iterable(failed))
+        self._check_integrity()
+        self._report(deltas)
+
+    def _run_part(self, retry: Retry, requests: list[list[Sequence]]) -> bool:
+        """Run the part of a step that computes `requests`; whether it did not raise."""
+        part = retry.part(chain.from_iterable(requests))
+        try:
+            retry.add(part, self._runner.launch(part).result())
+        except Exception as error:
+            log.warning("a step of %d requests raised again: %r", len(requests), error)
+            return False
+        finally:
+            self._busy_since = time.monotonic()
+        return True
+
+    def _run_canary(self) -> None:
+        """Raise if a step raises that is known to be good: then the fault is the engine's, and not a request's."""
+        for step in canary(self._scheduler.max_rows):
+            self._runner.launch(step).result()
 
     def _report(self, deltas: list[Delta]) -> None:
         if deltas:
@@ -202,3 +250,9 @@ class StepLoop:
         for fault in self._scheduler.check_integrity():
             self._metrics.accounting_faults.inc()
             log.error("page accounting: %s", fault)
+
+
+def halves(requests: list[list[Sequence]]) -> list[list[list[Sequence]]]:
+    """The second half and the first."""
+    middle = len(requests) // 2
+    return [requests[middle:], requests[:middle]]

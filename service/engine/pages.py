@@ -409,6 +409,24 @@ class PageAllocator:
         for pool in self.pools.values():
             pool.release_passed(row, next_position)
 
+    @property
+    def _banded(self) -> list[PagePool]:
+        return [pool for pool in self.pools.values() if pool.band is not None]
+
+    @property
+    def spare_pages(self) -> int:
+        """Pages that no row has reserved, of the pools of which rows pass pages."""
+        return min((pool.capacity - pool.reserved for pool in self._banded), default=0)
+
+    def num_passed(self, position: int, next_position: int) -> int:
+        """How many pages the query at `position` sees, in a group, and the one at `next_position` does not."""
+        starts = [[first_key(each, pool.band) // PAGE_SIZE for each in (position, next_position)] for pool in self._banded]
+        return max((after - before for before, after in starts), default=0)
+
+    def holds(self, row: int, position: int) -> bool:
+        """Whether a row still holds all pages that its query at `position` sees."""
+        return all(pool.held[row].first <= first_key(position, pool.band) // PAGE_SIZE for pool in self.pools.values())
+
     def free(self, row: int) -> None:
         for pool in self.pools.values():
             pool.release(row)

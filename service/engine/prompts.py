@@ -129,13 +129,14 @@ def chat_prompt(
     allow_special: bool = False,
     add_generation_prompt: bool = True,
     continue_final_message: bool = False,
+    max_chars: int | None = None,
 ) -> Prompt:
     """`messages` laid out by the model's template, which may write bos itself; the completion ends at its stops.
 
     It ends with the beginning of an answer if `add_generation_prompt`, or inside the last message if
     `continue_final_message`. Only contents are kept from becoming special tokens, since roles are the API's own words.
-    Raises RequestError when the template raises, for whatever reason, when it does not write the message to continue, and
-    where the checkpoint has none that can be used.
+    Raises RequestError when the template raises, for whatever reason, when it writes more than `max_chars` characters or not
+    the message to continue, and where the checkpoint has none that can be used.
     """
     if prompt_format.chat_problem:
         raise RequestError(f"'messages': the model can't chat: {prompt_format.chat_problem}", "messages")
@@ -153,6 +154,7 @@ def chat_prompt(
             bos_token=bos_name,
             eos_token=eos_name,
             add_generation_prompt=add_generation_prompt,
+            max_chars=max_chars,
         )
     except Exception as error:  # the template is someone else's program
         reason = re.sub(f"{mark}|{end} ?", "", str(error) or type(error).__name__)

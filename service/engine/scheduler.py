@@ -82,7 +82,7 @@ class Sequence:
     admitted: float = 0.0  # when it got its row
     num_computed: int = 0  # booked when a step is scheduled
     num_generated: int = 0  # tokens known, booked when a step is committed
-    generated: list[int] = field(default_factory=list)  # these tokens, where bad_words needs them
+    generated: list[int] = field(default_factory=list)  # these tokens
     lookup: PromptLookup | None = None  # its text, once it decodes, if its tokens can be guessed
 
     @property
@@ -164,7 +164,7 @@ class Scheduled:
     """A step in flight: scheduled, not yet committed. It remembers its sequences, since rows may change hands meanwhile."""
 
     step: StepInput = field(default_factory=lambda: StepInput([], [], [], [], [], [], []))
-    sequences: dict[Sequence, None] = field(default_factory=dict)  # all that fail if the step fails
+    sequences: dict[Sequence, int] = field(default_factory=dict)  # all that it computes, and the first position of each
     sampling: list[Sequence] = field(default_factory=list)  # of step.samples
     explaining: list[Sequence] = field(default_factory=list)  # of step.prompt_logprobs
     num_tokens: int = 0  # so far
@@ -177,8 +177,8 @@ class Scheduler:
 
     First in, first out, no overtaking. Several steps may be scheduled before the first is committed. The device runs
     steps in order, so that a step's reads and writes are safe from later steps. That is why pages and rows are reused at
-    once, even while steps in flight still use them. Every step is committed, or failed, in the same order; `submit` and
-    `abort` come at any time.
+    once, even while steps in flight still use them. Every step is committed in the same order; `submit` and `abort` come
+    at any time.
     """
 
     def __init__(self, cache: PageAllocator, *, max_rows: int, step_tokens: int, max_draft: int = 0):
@@ -222,10 +222,13 @@ class Scheduler:
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is. Harmless if it has already ended."""
-        if self._is_running(sequence):
+        if self.is_running(sequence):
             self._retire(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+
+    def is_running(self, sequence: Sequence) -> bool:
+        return self.running.get(sequence.row) is sequence
 
     def expire(self, now: float) -> list[Delta]:
         """End the sequences that have waited past their deadline."""
@@ -237,7 +240,7 @@ class Scheduler:
     def schedule(self, now: float) -> StepInput | None:
         """The next step, or None when nothing can run. `begun` tells which sequences begin in it."""
         assert not (self.max_draft and self._in_flight), "a draft's tokens are not verified yet"
-        self._release_passed()
+        self._release_passed(in_flight=self._in_flight)
         self._admit(now)
         self.begun = []
         scheduled = Scheduled()
@@ -262,10 +265,19 @@ class Scheduler:
         self._in_flight.append(scheduled)
         return scheduled.step
 
-    def _release_passed(self) -> None:
-        """Return the pages that no later step will see. Every sequence then holds at most what it reserved."""
+    def _release_passed(self, in_flight: abc.Reversible[Scheduled] = ()) -> None:
+        """Return the pages that no later step will see. Every sequence then holds at most what it reserved.
+
+        What steps `in_flight` see is kept, so that they can run again, as far as nobody has reserved the memory.
+        """
+        oldest: dict[Sequence, int] = {}
+        for scheduled in reversed(in_flight):
+            oldest |= scheduled.sequences
+        spare = self.cache.spare_pages
         for sequence in self.running.values():
-            self.cache.release_passed(sequence.row, sequence.num_computed)
+            first = oldest.get(sequence, sequence.num_computed)
+            spare -= self.cache.num_passed(first, sequence.num_computed)
+            self.cache.release_passed(sequence.row, first if spare >= 0 else sequence.num_computed)
 
     def _admit(self, now: float) -> None:
         self._lacks_pages = False
@@ -332,7 +344,7 @@ class Scheduler:
         return min(self.max_draft, int(stop) - sequence.num_computed - 1)
 
     def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
-        scheduled.sequences[sequence] = None
+        scheduled.sequences.setdefault(sequence, sequence.num_computed)
         scheduled.num_tokens += num_tokens
         sequence.num_computed += num_tokens
         scheduled.step.pages.extend(self.cache.extend(sequence.row, sequence.num_computed))
@@ -394,7 +406,7 @@ class Scheduler:
         scheduled.step.pages.extend(pages)
         scheduled.step.copies.extend(copies)
         sequence.num_computed = len(sequence.prompt)
-        scheduled.sequences[sequence] = None
+        scheduled.sequences[sequence] = sequence.num_computed
         self._end_prompt(scheduled, sequence)
 
     def _end_prompt(self, scheduled: Scheduled, sequence: Sequence) -> None:
@@ -404,18 +416,44 @@ class Scheduler:
         else:
             scheduled.unsampled.append(sequence)
 
-    def commit(self, sampled: Sampled, seconds: float) -> list[Delta]:
-        """Take in the results of the oldest step in flight, which ran for `seconds`; returns what each sequence gained.
+    @property
+    def oldest_step(self) -> StepInput | None:
+        """The oldest step in flight."""
+        return self._in_flight[0].step if self._in_flight else None
 
+    def oldest_requests(self) -> list[list[Sequence]]:
+        """The sequences that the oldest step in flight computes, by request, those included that have ended meanwhile."""
+        requests: dict[int, list[Sequence]] = {}
+        for sequence in self._in_flight[0].sequences:
+            requests.setdefault(id(sequence.siblings), []).append(sequence)
+        return list(requests.values())
+
+    def can_repeat(self, sequence: Sequence) -> bool:
+        """Whether the oldest step in flight can compute a running sequence of it again: all that it reads is still there.
+
+        Pages may be gone if memory was short, and the sequence that one forks from if it was aborted.
+        """
+        scheduled = self._in_flight[0]
+        rows, samples = scheduled.step.token_rows, scheduled.step.samples
+        source = next((rows[sample.token] for sample in samples if sample.row == sequence.row), sequence.row)
+        has_source = any(each.row == source and self.is_running(each) for each in scheduled.sequences)
+        return has_source and self.cache.holds(sequence.row, scheduled.sequences[sequence])
+
+    def commit(self, sampled: Sampled, seconds: float | None, failed: abc.Iterable[Sequence] = ()) -> list[Delta]:
+        """Take in the results of the oldest step in flight; returns what each sequence gained.
+
+        The step ran for `seconds`, or None if that tells nothing. It could not compute `failed`, which end with an error.
         Tokens of sequences that ended after the step was scheduled are dropped.
         """
+        errors = [self._fail(sequence, "error") for sequence in failed]
         scheduled = self._in_flight.popleft()
         step = scheduled.step
         tokens = sum(len(chunk.tokens) for chunk in step.chunks)
         keys = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) // 2) for chunk in step.chunks)
-        self._pace.observe(Load(len(step.decodes), tokens, keys), seconds)
+        if seconds is not None:
+            self._pace.observe(Load(len(step.decodes), tokens, keys), seconds)
         for sequence, filled in scheduled.filled:
-            if self._is_running(sequence):
+            if self.is_running(sequence):
                 self.cache.publish(filled)
             else:
                 self.cache.discard(filled)
@@ -424,9 +462,9 @@ class Scheduler:
         gains |= self._verified(scheduled, sampled)
         for sequence, logprobs in zip(scheduled.explaining, sampled.prompt_logprobs, strict=True):
             gains[sequence] = gains[sequence]._replace(prompt_logprobs=logprobs)
-        deltas = []
+        deltas = errors
         for sequence, delta in gains.items():
-            if not self._is_running(sequence):
+            if not self.is_running(sequence):
                 continue
             if not all(math.isfinite(each.logprob) for each in delta.prompt_logprobs):
                 deltas.append(self._fail(sequence, "not_finite"))
@@ -460,23 +498,10 @@ class Scheduler:
         self.drafts = Drafts(num_drafted, num_accepted)
         return found
 
-    def fail_step(self) -> list[Delta]:
-        """The oldest step in flight raised: end its sequences with an error. The others are not harmed."""
-        scheduled = self._in_flight.popleft()
-        for _, filled in scheduled.filled:
-            self.cache.discard(filled)
-        deltas = [Delta(s, [], "error") for s in scheduled.sequences if self._is_running(s)]
-        for delta in deltas:
-            self._retire(delta.sequence)
-        return deltas
-
     def check_integrity(self) -> list[str]:
         """What is wrong with the page accounts, in words, whatever is in flight; empty when they balance."""
         self._release_passed()  # or a prompt chunk would seem to hold more pages than were reserved
         return self.cache.check_integrity()
-
-    def _is_running(self, sequence: Sequence) -> bool:
-        return self.running.get(sequence.row) is sequence
 
     def _advance(self, delta: Delta) -> list[Delta]:
         """Book what a sequence gained, and end the sequence if that was its last token or the next can't be sampled."""
@@ -485,8 +510,7 @@ class Scheduler:
         fault = FAULTS.get(delta.tokens[-1]) if delta.tokens and end is None else None
         tokens = delta.tokens[: -1 if fault else end]
         sequence.num_generated += len(tokens)
-        if sequence.bad_words:
-            sequence.generated += tokens
+        sequence.generated += tokens
         finish: FinishReason | None = None
         if end is not None:
             finish = "stop"

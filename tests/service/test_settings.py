@@ -1,5 +1,7 @@
 """Settings: environment, bounds, rules among fields, and the messages for each."""
 
+import argparse
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from service.commands.options import settings_from
 from service.settings import Settings, is_loopback
 
 
@@ -215,3 +218,59 @@ def test_names_that_clients_could_not_ask_for(names: str) -> None:
 def test_a_root_path_begins_with_a_slash(path: str) -> None:
     message = f"Value error, '{path}' must begin with a slash and not end with one, like /llm"
     assert refused(root_path=path) == [("root_path", message)]
+
+
+# As Kubernetes writes them for the Services `banded` and `banded-canary`, the latter over IPv6.
+SERVICES = {
+    "BANDED_SERVICE_HOST": "10.96.12.7",
+    "BANDED_SERVICE_PORT": "8000",
+    "BANDED_SERVICE_PORT_HTTP": "8000",
+    "BANDED_PORT": "tcp://10.96.12.7:8000",
+    "BANDED_PORT_8000_TCP": "tcp://10.96.12.7:8000",
+    "BANDED_PORT_8000_TCP_PROTO": "tcp",
+    "BANDED_PORT_8000_TCP_PORT": "8000",
+    "BANDED_PORT_8000_TCP_ADDR": "10.96.12.7",
+    "BANDED_CANARY_SERVICE_HOST": "fd00::7",
+    "BANDED_CANARY_SERVICE_PORT_WEB_UI": "53",
+    "BANDED_CANARY_PORT": "udp://[fd00::7]:53",
+    "BANDED_CANARY_PORT_53_UDP": "udp://[fd00::7]:53",
+    "BANDED_CANARY_PORT_53_UDP_ADDR": "fd00::7",
+}
+
+
+def test_variables_of_a_kubernetes_service_are_no_settings(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    for name, value in SERVICES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("BANDED_MAX_SLOTS", "3")
+    read = settings_from(argparse.Namespace())
+    assert (read.port, read.max_slots) == (8000, 3)
+    assert caplog.messages == [f"left out, since Kubernetes sets them for a Service: {', '.join(sorted(SERVICES))}"]
+    assert settings(port=8123).port == 8123
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("SERVICE_HOST", "localhost"),
+        ("SERVICE_PORT", "many"),
+        ("SERVICES_HOST", "10.0.0.1"),
+        ("PORT_8000_TCP", "8000"),
+        ("PORT_8000_HTTP", "tcp://10.0.0.1:8000"),
+        ("PORT_TCP", "tcp://10.0.0.1:8000"),
+        ("PORT_8000_TCP_NAME", "http"),
+        ("CANARY_PORT", "8000"),
+    ],
+)
+def test_other_variables_are_still_refused(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(f"BANDED_{name}", value)
+    with pytest.raises(ValueError, match=f"^BANDED_{name}: no such setting"):
+        settings_from(argparse.Namespace())
+
+
+@pytest.mark.parametrize("value", ["http://10.0.0.1:8000", "tcp://10.0.0.1", "tcp://10.0.0.1:8000/"])
+def test_a_port_that_no_service_has_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDED_PORT", value)
+    assert refused() == [("port", "Input should be a valid integer, unable to parse string as an integer")]

@@ -1,6 +1,8 @@
 """POST /v1/chat/completions: messages laid out by the model's template, answered as chat front ends expect."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, cast
@@ -42,6 +44,12 @@ from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
 
 router = APIRouter()
+
+# Waits for the process that renders checkpoints' templates, one at a time. Nothing else may have to wait for them.
+TEMPLATE_THREAD = ThreadPoolExecutor(1, "chat-template")
+# A chat's text may have so many characters for each byte that its tokens can have: bytes of a character that NFC composes,
+# and the marks next to what looks like a special token.
+TEXT_PER_BYTE = 8
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
@@ -87,17 +95,22 @@ async def read_messages(
     for _, text in turns if not is_cut else ():
         check_text_length(text, tokenizer, entry.config.n_positions, "messages")
     size = sum(len(text) for _, text in turns)
-    return await off_the_loop(
-        size,
-        lambda: chat_prompt(
+    most = TEXT_PER_BYTE * (entry.config.n_positions * tokenizer.max_token_bytes + (size if is_cut else 0))
+
+    def read() -> Prompt:
+        return chat_prompt(
             turns,
             entry.prompt_format,
             tokenizer,
             allow_special=allow_special,
             add_generation_prompt=layout.has_generation_prompt,
             continue_final_message=layout.continue_final_message,
-        ),
-    )
+            max_chars=None if entry.prompt_format.is_own else most,
+        )
+
+    if entry.prompt_format.is_own:
+        return await off_the_loop(size, read)
+    return await asyncio.get_running_loop().run_in_executor(TEMPLATE_THREAD, read)
 
 
 def max_tokens_of(body: ChatRequest, prompt_tokens: int, entry: ModelEntry) -> int:

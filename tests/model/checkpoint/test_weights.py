@@ -450,7 +450,7 @@ def test_config_that_is_none(content: bytes, message: str, tmp_path: Path) -> No
 
 def test_config_that_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
-    refused(tmp_path, "config.json can't be read as JSON: .*directory")
+    refused(tmp_path, "config.json can't be read: it is no regular file")
 
 
 @pytest.mark.parametrize(

@@ -334,14 +334,14 @@ def test_a_launch_that_raises_comes_after_the_tokens_of_the_steps_before_it() ->
                 await finish(generation)
             assert generation.choices[0][0].text == " one two"
             await until(lambda: fake.scheduler.idle)
-            assert fake.runner.calls.count("result") == 2
-            assert len(fake.runner.steps) == 3, "no step may run after a failed launch"
+            assert fake.runner.calls.count("result") == 2 + 2
+            assert len(fake.runner.steps) == 3 + 2, "after a failed launch only the two steps of the canary run"
             assert text_of(await collect(engine, request(2))) == " one two"
 
     run(test)
 
 
-def test_two_failing_results_in_a_row_end_the_engine(overlap: int) -> None:
+def test_an_engine_whose_every_result_raises_has_failed(overlap: int) -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
 
@@ -358,7 +358,7 @@ def test_two_failing_results_in_a_row_end_the_engine(overlap: int) -> None:
             results = await asyncio.gather(*tasks, return_exceptions=True)
             assert [type(result) for result in results] == [StepFailedError] * 4
             await engine.failed()
-        assert len(fake.runner.steps) == 2 + overlap
+        assert len(fake.runner.steps) == 2 + overlap, "the last one is the canary"
 
     run(test)
 
@@ -397,7 +397,7 @@ def test_a_step_that_raises_fails_its_requests_and_no_others(caplog: pytest.LogC
     assert "device on fire" in caplog.text
 
 
-def test_two_failing_steps_in_a_row_end_the_engine() -> None:
+def test_an_engine_whose_every_step_raises_has_failed() -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
 
@@ -416,7 +416,7 @@ def test_two_failing_steps_in_a_row_end_the_engine() -> None:
     run(test)
 
 
-def test_a_step_that_succeeds_forgives_the_one_that_failed() -> None:
+def test_however_many_requests_raise_in_a_row_the_engine_goes_on() -> None:
     async def test() -> None:
         fake = FakeEngine(max_slots=1)
         async with running(fake) as engine:
@@ -424,10 +424,66 @@ def test_a_step_that_succeeds_forgives_the_one_that_failed() -> None:
                 fail_once(fake)
                 with pytest.raises(StepFailedError):
                     await collect(engine, request())
+                fail_once(fake)
+                with pytest.raises(StepFailedError):
+                    await collect(engine, request())
                 assert text_of(await collect(engine, request(1))) == " one"
             assert engine.unready_reason is None
 
     run(test)
+
+
+def test_a_step_of_several_requests_that_raises_once_harms_none() -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        async with running(fake) as engine:
+            fake.runner.gate.clear()
+            tasks = [asyncio.create_task(collect(engine, request(9))) for _ in range(3)]
+            await until(lambda: len(fake.scheduler.running) + len(engine._steps._inbox) == 3)
+
+            def fault(step: StepInput) -> None:
+                if len(step.decodes) == 3:
+                    fail_once(fake)
+                    fake.runner.fault(step)
+
+            fake.runner.fault = fault
+            fake.runner.gate.set()
+            assert [text_of(each) for each in await asyncio.gather(*tasks)] == [
+                " one two three four one two three four one"
+            ] * 3
+        assert fake.metric("requests_total", outcome="error") == 0
+
+    run(test)
+
+
+def test_a_request_that_raises_takes_none_of_those_with_it_that_its_steps_hold(caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=8)
+        rows: dict[int, int] = {}
+
+        def fault(step: StepInput) -> None:
+            rows.update((start.row, len(start.prompt)) for start in step.starts)
+            if any(
+                rows[row] == 5 and position == 8 for row, position in zip(step.token_rows, step.token_positions, strict=True)
+            ):
+                raise RuntimeError("device on fire")
+
+        fake.runner.late_fault = fault
+        async with running(fake) as engine:
+            fake.runner.gate.clear()
+            tasks = [asyncio.create_task(collect(engine, request(9, num_prompt=3 + i))) for i in range(7)]
+            await until(lambda: len(fake.scheduler.running) + len(engine._steps._inbox) == 7)
+            fake.runner.gate.set()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert isinstance(found.pop(2), StepFailedError)
+            assert [text_of(each) for each in found if isinstance(each, list)] == [
+                " one two three four one two three four one"
+            ] * 6
+            await until(lambda: fake.scheduler.idle)
+            assert fake.scheduler.cache.check_integrity() == []
+
+    run(test)
+    assert "a step raised: 1 of its 7 requests end with an error" in caplog.text
 
 
 def test_a_failed_step_has_its_accounts_checked() -> None:

@@ -13,6 +13,7 @@ from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
 from model.step import DecodeToken, Sampled, Sampling, StepInput, TokenLogprobs
 from service.engine.pages import PageAllocator, chunk_slack, resting_pages
+from service.engine.retry import Retry
 from service.engine.scheduler import Delta, PrefixGroup, Scheduler, Sequence, Start
 
 EOS = 7
@@ -329,7 +330,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             step, rows, sampled = in_flight.popleft()
             rows = [row for row in rows if row.sequence not in ended]
             if rng.random() < 0.02:
-                deltas = scheduler.fail_step()
+                deltas = fail_step(scheduler)
                 assert by_sequence(deltas) == {row.sequence: Delta(row.sequence, [], "error") for row in rows}
                 failed = {row.sequence.group for row in rows if row.sequence.group}
                 for other in [*scheduler.running.values(), *scheduler.waiting]:
@@ -551,11 +552,19 @@ def test_a_failed_step_ends_its_own_sequences_only() -> None:
     step = scheduler.schedule(0.0)
     assert step is not None
     assert [chunk.row for chunk in step.chunks] == [0]
-    assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
+    assert [delta.finish_reason for delta in fail_step(scheduler)] == ["error"]
     assert scheduler.check_integrity() == []
     step = scheduler.schedule(0.0)
     assert step is not None
     assert [start.row for start in step.starts] == [1], "a sequence admitted in the failed step must still start"
+
+
+def fail_step(scheduler: Scheduler) -> list[Delta]:
+    """The oldest step in flight raises, whatever is tried."""
+    step = scheduler.oldest_step
+    assert step is not None
+    failed = [each for request in scheduler.oldest_requests() for each in request if scheduler.is_running(each)]
+    return scheduler.commit(Retry(step).sampled, None, failed)
 
 
 def sampled(tokens: list[int]) -> Sampled:
@@ -625,15 +634,15 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     launch(scheduler)
     scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
     assert [row.row for row in launch(scheduler).decodes] == [0]
-    assert scheduler.fail_step() == [Delta(failing, [], "error")]
+    assert fail_step(scheduler) == [Delta(failing, [], "error")]
     assert scheduler.check_integrity() == [], "a chunk in flight may hold more pages than its sequence reserved"
     assert scheduler.commit(sampled([1, 2]), 0.01) == [Delta(joined, [2], "length")]
     assert scheduler.idle
     scheduler.submit([sequence(5, 9)])
     launch(scheduler)
     launch(scheduler)
-    assert len(scheduler.fail_step()) == 1
-    assert scheduler.fail_step() == [], "the sequence ended with the previous step"
+    assert len(fail_step(scheduler)) == 1
+    assert fail_step(scheduler) == [], "the sequence ended with the previous step"
 
 
 def alike(prompt: list[int], max_tokens: int = 5) -> Sequence:
@@ -806,7 +815,7 @@ def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
     launch(scheduler)
     scheduler.submit([alike(prompt)])
     launch(scheduler)
-    assert len(scheduler.fail_step()) == 1
+    assert len(fail_step(scheduler)) == 1
     assert scheduler.num_cached(scheduler.running[1]) == [0]
     scheduler.commit(sampled([1, 1]), 0.01)
     assert scheduler.check_integrity() == []

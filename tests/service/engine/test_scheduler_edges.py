@@ -14,6 +14,7 @@ from service.engine.drafting import PromptLookup
 from service.engine.pace import Load
 from service.engine.pages import FilledPage, PageAllocator, page_hashes
 from service.engine.scheduler import MIN_CHUNK, Delta, PrefixGroup, Scheduler, Sequence
+from tests.service.engine.test_scheduler import fail_step
 
 CONTEXT = 512
 STOP = 7
@@ -115,7 +116,7 @@ def test_a_page_computed_on_one_of_a_failed_step_is_never_found(band: int | None
     scheduler.submit([sequence(prompt)])
     launch(scheduler)  # computes the first page, and fails
     second = launch(scheduler)  # computes the second page, which attends to the first
-    assert [delta.finish_reason for delta in scheduler.fail_step()] == ["error"]
+    assert [delta.finish_reason for delta in fail_step(scheduler)] == ["error"]
     assert commit(scheduler, second) == []
     scheduler.submit([sequence(prompt[: PAGE_SIZE + 1])])  # computes the first page again, this time correctly
     finish(scheduler)
@@ -127,7 +128,7 @@ def test_the_pages_of_a_failed_step_are_free() -> None:
     scheduler = make()
     scheduler.submit([alone(128)])
     launch(scheduler)
-    scheduler.fail_step()
+    fail_step(scheduler)
     assert (cached_pages(scheduler.cache), free_pages(scheduler.cache)) == (0, 64)
 
 
@@ -153,6 +154,35 @@ def test_a_page_let_go_before_it_is_published_is_free_at_once_if_its_content_is_
     cache.free(0)
     assert (cached_pages(cache), free_pages(cache)) == (2, 6)
     assert cache.check_integrity() == []
+
+
+@pytest.mark.parametrize(("num_pages", "is_kept"), [(16, True), (4, False)])
+def test_pages_that_a_step_in_flight_sees_are_kept_as_far_as_there_is_room(num_pages: int, is_kept: bool) -> None:
+    """So that it can run again, though a later step was launched that does not see them."""
+    scheduler = make(10, num_pages=num_pages)  # two of them for prompt chunks, two for the sequence
+    one = alone(72, max_tokens=9)
+    scheduler.submit([one])
+    commit(scheduler, launch(scheduler))
+    steps = [launch(scheduler), launch(scheduler)]
+    assert [step.decodes[0].position for step in steps] == [72, 73], "which see keys from 63 and from 64 on"
+    assert scheduler.can_repeat(one) == is_kept
+    held = scheduler.cache.pools["banded"].held[one.row]
+    assert len(held.page_ids) == 1 + is_kept
+    commit(scheduler, steps[0])
+    assert scheduler.can_repeat(one)
+    launch(scheduler)
+    assert len(held.page_ids) == 1, "once the step has run, the page is passed"
+
+
+def test_a_fork_without_its_parent_can_not_run_again() -> None:
+    scheduler = make(step_tokens=256)
+    parent, fork = (sequence(range(70), **together) for together in [group(70, one_prompt=True)] for _ in range(2))
+    scheduler.submit([parent, fork])
+    launch(scheduler)
+    assert [scheduler.can_repeat(each) for each in (parent, fork)] == [True, True]
+    assert scheduler.oldest_requests() == [[parent, fork]]
+    scheduler.abort(parent)
+    assert not scheduler.can_repeat(fork)
 
 
 # Drafts

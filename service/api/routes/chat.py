@@ -15,10 +15,14 @@ from service.api.answers import (
     EventStream,
     TextEvents,
     answer,
+    answer_size,
     chunk_event,
     heading,
+    json_array,
     prompt_logprobs_of,
 )
+from service.api.bodies import CONTEXT_BYTES, BodyRoute
+from service.api.encoding import in_pieces
 from service.api.errors import invalid
 from service.api.schema.chat import (
     ChatChoice,
@@ -35,26 +39,38 @@ from service.api.schema.chat import (
     TokenBytes,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
-from service.engine.choice import Output, ShownToken
+from service.api.validation import check_logprobs, find_model, log_user, sampling_params, warnings_for
+from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
+from service.engine.workers import Slices, off_the_loop
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat; with `stream`, as server-sent events."""
     entry = find_model(request, body.model)
-    warnings = warnings_for(body, request)
+    size = len(await request.body())
+    warnings, asked = await off_the_loop(size, lambda: (warnings_for(body, request), generation_of(body, entry, request)))
+    log_user(body.user, request)
+    generation = entry.engine.generate(asked)
+    chat = ChatAnswer(body, entry, asked.prompts[0], ChargedRun(generation, request), warnings)
+    if body.stream:
+        return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
+    return await answer(request, chat.collect())
+
+
+def generation_of(body: ChatRequest, entry: ModelEntry, request: Request) -> GenerationRequest:
+    """What the body asks of the engine. Raises APIError, RequestError or EngineError naming what it can't do."""
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, entry, state_of(request).settings, logprobs=logprobs, max_tokens=MAX_INT)
     entry.engine.check_size(body.n)
     tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
     is_cut, special = body.truncate_prompt_tokens is not None, body.allow_special
-    prompt = await read_messages(body.messages, body, entry, tokenizer, allow_special=special, is_cut=is_cut)
+    prompt = read_messages(body.messages, body, entry, tokenizer, allow_special=special, is_cut=is_cut)
     if body.truncate_prompt_tokens is not None:
         asked = body.max_completion_tokens or body.max_tokens or entry.prompt_format.default_max_tokens
         room = max(entry.config.n_positions - asked, 1)
@@ -64,16 +80,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         check_logprobs(body.n * max_tokens, body.top_logprobs or 0, "logprobs")
     if body.prompt_logprobs is not None:
         check_logprobs(len(prompt.tokens), body.prompt_logprobs, "prompt_logprobs")
-    log_user(body.user, request)
-    params = replace(params, max_tokens=max_tokens)
-    generation = entry.engine.generate(GenerationRequest([prompt], params, entry.adapter))
-    chat = ChatAnswer(body, entry, prompt, ChargedRun(generation, request), warnings)
-    if body.stream:
-        return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
-    return await answer(request, chat.collect())
+    return GenerationRequest([prompt], replace(params, max_tokens=max_tokens), entry.adapter)
 
 
-async def read_messages(
+def read_messages(
     messages: Sequence[Message],
     layout: ChatLayout,
     entry: ModelEntry,
@@ -82,21 +92,23 @@ async def read_messages(
     allow_special: bool = False,
     is_cut: bool = False,
 ) -> Prompt:
-    """The prompt of a chat. Raises RequestError for a message that can't fit the context, unless the prompt `is_cut`."""
+    """The prompt of a chat.
+
+    Raises RequestError for a message that can't fit the context, unless the prompt `is_cut`, and APIError for too much text.
+    """
     turns = [Turn(message.role, message.text) for message in messages]
     for _, text in turns if not is_cut else ():
         check_text_length(text, tokenizer, entry.config.n_positions, "messages")
     size = sum(len(text) for _, text in turns)
-    return await off_the_loop(
-        size,
-        lambda: chat_prompt(
-            turns,
-            entry.prompt_format,
-            tokenizer,
-            allow_special=allow_special,
-            add_generation_prompt=layout.has_generation_prompt,
-            continue_final_message=layout.continue_final_message,
-        ),
+    if size > CONTEXT_BYTES:
+        raise invalid(f"'messages': hold {size} characters, at most {CONTEXT_BYTES} are laid out", "messages")
+    return chat_prompt(
+        turns,
+        entry.prompt_format,
+        tokenizer,
+        allow_special=allow_special,
+        add_generation_prompt=layout.has_generation_prompt,
+        continue_final_message=layout.continue_final_message,
     )
 
 
@@ -117,6 +129,7 @@ class ChatAnswer:
     def __init__(self, body: ChatRequest, entry: ModelEntry, prompt: Prompt, run: ChargedRun, warnings: list[str] | None):
         self._has_logprobs = body.logprobs
         self._num_prompt_top = body.prompt_logprobs
+        self._num_top = max(body.top_logprobs or 0, body.prompt_logprobs or 0)
         self._has_ids = body.return_token_ids
         self._prompt_token_ids = prompt.tokens if body.return_token_ids else None
         self._options = body.stream_options
@@ -130,26 +143,33 @@ class ChatAnswer:
         plain = self._logprobs(())
         self._text_event = TextEvents("content", lambda i: self._piece(i, ChatDelta(content=""), logprobs=plain))
 
-    async def collect(self) -> ChatResponse:
-        """The whole answer."""
-        candidates = await self._run.finish()
-        choices = [
-            ChatChoice(
-                index=i,
-                message=ChatMessage(content=candidate.text),
-                logprobs=self._logprobs(candidate.shown),
-                finish_reason=cast(Any, candidate.finish_reason),
-                token_ids=candidate.tokens if self._has_ids else None,
-            )
-            for i, candidate in enumerate(candidates)
-        ]
+    async def collect(self) -> list[bytes]:
+        """The whole answer, as JSON."""
+        chosen = await self._run.finish()
+        size = answer_size(chosen, self._num_top)
+        return await off_the_loop(size, lambda: in_pieces(self._heading_of(chosen[0]), choices=self._choices_of(chosen)))
+
+    def _heading_of(self, first: Choice) -> ChatResponse:
+        """The answer without its choices."""
         return ChatResponse(
             **self._heading,
-            choices=choices,
-            prompt_logprobs=prompt_logprobs_of(candidates[0], self._num_prompt_top, self._entry.tokenizer),
+            choices=[],
+            prompt_logprobs=prompt_logprobs_of(first, self._num_prompt_top, self._entry.tokenizer),
             prompt_token_ids=self._prompt_token_ids,
             usage=self._run.usage,
             warnings=self._warnings,
+        )
+
+    def _choices_of(self, chosen: Sequence[Choice]) -> Iterator[bytes]:
+        return json_array(
+            ChatChoice(
+                index=i,
+                message=ChatMessage(content=each.text),
+                logprobs=self._logprobs(each.shown),
+                finish_reason=cast(Any, each.finish_reason),
+                token_ids=each.tokens if self._has_ids else None,
+            )
+            for i, each in enumerate(chosen)
         )
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
@@ -157,10 +177,15 @@ class ChatAnswer:
 
         Those of a step come together.
         """
+        slices = Slices()
         async with aclosing(self._run.outputs()) as steps:
             async for outputs in steps:
-                if events := b"".join(event for output in outputs for event in self._events_of(output)):
-                    yield events
+                events = bytearray()
+                for output in outputs:
+                    events += b"".join(self._events_of(output))
+                    await slices.rest()
+                if events:
+                    yield bytes(events)
         if self._options.include_usage:
             yield self._event([])
 

@@ -84,6 +84,9 @@ class Settings(BaseSettings):
         0, ge=0, description="tokens, of prompts and completions, that each key may ask for in a minute; 0: any number"
     )
     max_body_bytes: int = Field(16 * 2**20, gt=0, description="bytes of a request's body; one more is a 413")
+    max_text_bytes: int = Field(
+        4 * 2**20, gt=0, description="the same where a request has many prompts, or a text of any length to be tokenized"
+    )
     max_logprobs: int = Field(20, ge=0, le=1000, description="likeliest tokens that a request may ask for with each token")
     max_stops: int = Field(16, ge=1, le=64, description="stop strings of a request")
     cors_origins: Annotated[tuple[str, ...], NoDecode] = Field(

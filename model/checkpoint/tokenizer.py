@@ -6,6 +6,7 @@ import hashlib
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +32,22 @@ NFC_SHRINKS = 4
 # How a token is named that has no other name. So no other name may begin like this.
 NUMBERED = "token_id:"
 
+# Characters that are searched or encoded in one go.
+PIECE = 2**16
+SPACE = re.compile(r"(?<=[!-~])[ \n]")
+# Bytes of a word, which may also be white space or a line of dashes. Merging takes 50 bytes of memory for each.
+MAX_WORD = 2**20
+
 # A run of white space that a word follows. Unicode's white space lacks four separators that Python's \s has.
 LONG_SPACE = re.compile(r"(?<![^\S\x1c-\x1f])[^\S\x1c-\x1f]{100000,}+(?!\Z)")
 
 
 class TokenizerError(CheckpointError):
     """A vocabulary that can't be used: which file, and what is wrong with it."""
+
+
+class LongWordError(ValueError):
+    """A text that takes too much memory to tokenize. The message goes on after the text's name."""
 
 
 class PromptPart(NamedTuple):
@@ -110,6 +121,8 @@ class Tokenizer:
         self._added = dict(added)
         self._added_in_text = any_of(added)
         self._any_in_text = any_of({**added, **special})
+        self._longest_name = max(map(len, (*added, *special)), default=0)
+        self._words = regex.compile(rules.pattern)
         self._names = name_tokens(self._tokens, special)
 
     @property
@@ -123,16 +136,21 @@ class Tokenizer:
     def has_row(self, token_id: int) -> bool:
         return token_id < self._num_rows
 
-    def least_tokens(self, text: str) -> int:
-        """A lower bound on the tokens of a text of any length, known without encoding it."""
+    def num_known_bytes(self, text: str) -> int:
+        """Bytes of a text, without those that no token stands for."""
+        if text.isascii() and not self._missing:
+            return len(text)
         data = text.encode(errors="replace")
-        known = self._missing.sub(b"", data) if self._missing else data
-        return -(-len(known) // (self.max_token_bytes * (NFC_SHRINKS if self.rules.nfc else 1)))
+        return len(self._missing.sub(b"", data)) if self._missing else len(data)
+
+    def least_tokens(self, num_known_bytes: int) -> int:
+        """A lower bound on the tokens of a text of so many bytes, known without encoding it."""
+        return -(-num_known_bytes // (self.max_token_bytes * (NFC_SHRINKS if self.rules.nfc else 1)))
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
         """Token ids of `text`, without bos. The name of a special token stays text unless `allow_special`.
 
-        A lone surrogate, which is no character, is encoded as U+FFFD.
+        A lone surrogate, which is no character, is encoded as U+FFFD. Raises LongWordError.
 
         >>> r50k_base().encode("<|endoftext|>", allow_special=True)
         [50256]
@@ -147,16 +165,20 @@ class Tokenizer:
         >>> r50k_base().encode_parts([("Once up", False), ("on a time", False), ("<|endoftext|>", True)])
         [7454, 2402, 257, 640, 50256]
         """
-        tokens: list[int] = []
+        return list(chain.from_iterable(self.encode_slowly(parts)))
+
+    def encode_slowly(self, parts: Iterable[tuple[str, bool]]) -> Iterator[list[int]]:
+        """What `encode_parts` gives, piece by piece, so that a long text takes little memory and lets other threads run."""
         plain: list[str] = []
         for text, allow_special in parts:
-            for piece in filter(None, self._any_in_text.split(text)) if allow_special else [text]:
+            for piece in split_slowly(self._any_in_text, self._longest_name, text) if allow_special else [text]:
                 if allow_special and piece in self.special_tokens:
-                    tokens += [*self._encode_unsplit("".join(plain)), self.special_tokens[piece]]
+                    yield from self._encode_unsplit("".join(plain))
+                    yield [self.special_tokens[piece]]
                     plain = []
                 else:
                     plain.append(piece)
-        return tokens + self._encode_unsplit("".join(plain))
+        yield from self._encode_unsplit("".join(plain))
 
     def without_bos(self) -> "Tokenizer":
         """The same tokens, for prompts that start with nothing."""
@@ -190,16 +212,17 @@ class Tokenizer:
                     raise TokenizerError(f"{name!r} is token {token}, but the model's ids end at {self._num_rows - 1}")
         return tokens
 
-    def _encode_unsplit(self, text: str) -> list[int]:
+    def _encode_unsplit(self, text: str) -> Iterator[list[int]]:
         """Token ids of text in which nothing is special."""
-        tokens = []
-        for piece in filter(None, self._added_in_text.split(text)):
-            tokens += [self._added[piece]] if piece in self._added else self._encode_plain(piece)
-        return tokens
+        for piece in split_slowly(self._added_in_text, self._longest_name, text) if self._added else [text]:
+            if piece in self._added:
+                yield [self._added[piece]]
+            else:
+                # Composing makes other words, so it comes first.
+                plain = unicodedata.normalize("NFC", piece) if self.rules.nfc else piece
+                yield from map(self._encode_plain, cut_between_words(plain, self._words))
 
     def _encode_plain(self, text: str) -> list[int]:
-        if self.rules.nfc:
-            text = unicodedata.normalize("NFC", text)
         if self._missing and self._missing.search(text.encode(errors="surrogatepass")):
             # As tiktoken does it: a lone surrogate becomes U+FFFD.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
@@ -282,6 +305,49 @@ def any_of(words: Iterable[str]) -> re.Pattern[str]:
     """A pattern whose `split` cuts text at the leftmost longest of `words` and keeps them."""
     longest_first = sorted(words, key=len, reverse=True)
     return re.compile(f"({'|'.join(map(re.escape, longest_first)) or '(?!)'})")
+
+
+def split_slowly(pattern: re.Pattern[str], longest: int, text: str) -> Iterator[str]:
+    """What `pattern.split` gives, without the empty strings. No match has more than `longest` characters.
+
+    It searches PIECE characters at a time, so that other threads get to run.
+    """
+    start = searched = 0
+    while searched < len(text):
+        match = pattern.search(text, searched, searched + PIECE + longest)
+        if match is None or match.start() >= searched + PIECE:
+            searched += PIECE
+            continue
+        if match.start() > start:
+            yield text[start : match.start()]
+        yield match[0]
+        start = searched = match.end()
+    if start < len(text):
+        yield text[start:]
+
+
+def cut_between_words(text: str, words: "regex.Pattern[str]") -> Iterator[str]:
+    """`text` in pieces of about PIECE characters. Their tokens are those of the whole: no word reaches across a cut.
+
+    A word is what a match of `words` holds. None holds white space after other characters, so that a cut ahead of a space is
+    right whatever surrounds it. Where there is no space, the words themselves are searched.
+    Raises LongWordError.
+    """
+    start = 0
+    while len(text) - start > PIECE:
+        found = SPACE.search(text, start + PIECE // 2, start + PIECE)
+        if found:
+            end = found.start()
+        else:
+            ends = (word.end() for word in words.finditer(text, start))
+            end = next((end for end in ends if end - start >= PIECE // 2 and not text[end - 1].isspace()), len(text))
+        if end - start > MAX_WORD // 4:
+            size = len(text[start:end].encode("utf-8", "surrogatepass"))
+            if size > MAX_WORD:
+                raise LongWordError(f"holds a word of {size} bytes, at most {MAX_WORD} can be tokenized")
+        yield text[start:end]
+        start = end
+    yield text[start:]
 
 
 def cut_long_space(text: str, *, before_numbers: bool = True) -> Iterator[str]:

@@ -8,7 +8,7 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from pydantic_core import to_json
 from starlette.types import Receive, Scope, Send
 
 from model.checkpoint.tokenizer import Tokenizer
-from service.api.encoding import on_one_line
+from service.api.encoding import PiecesResponse, on_one_line
 from service.api.errors import api_error
 from service.api.limits import KeyLimits
 from service.api.schema.base import (
@@ -190,13 +190,23 @@ class TextEvents:
         return before + on_one_line(to_json(text)) + after
 
 
-async def answer(request: Request, work: Coroutine[Any, Any, BaseModel]) -> Response:
-    """The response to a client that waits for all of it. If the client leaves, the work ends."""
+async def answer(request: Request, work: Coroutine[Any, Any, list[bytes]]) -> Response:
+    """The response to a client that waits for all of it, whose pieces `work` gives. If the client leaves, the work ends."""
     try:
-        body = await unless_disconnected(request.receive, work)
+        return PiecesResponse(await unless_disconnected(request.receive, work))
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
-    return Response(on_one_line(body.model_dump_json().encode()), media_type="application/json")
+
+
+def json_array(items: Iterable[BaseModel]) -> Iterator[bytes]:
+    """What stands between the brackets of a JSON array, an item at a time: all of them may take much memory."""
+    for i, item in enumerate(items):
+        yield b"," * (i > 0) + item.model_dump_json().encode()
+
+
+def answer_size(choices: Sequence[Choice], num_top: int) -> int:
+    """About how many tokens an answer tells of, with `num_top` likeliest ones for each logprob."""
+    return sum(len(each.tokens) + (len(each.shown) + len(each.prompt_logprobs)) * (1 + num_top) for each in choices)
 
 
 class EventStream(Response):

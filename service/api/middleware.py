@@ -5,6 +5,7 @@ import hmac
 import re
 import secrets
 import time
+from collections.abc import Callable
 from functools import lru_cache
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -247,26 +248,27 @@ class LimitRates(HTTPMiddleware):
 
 
 class CheckBody(HTTPMiddleware):
-    """Answers a compressed body with a 415 and one of more than `max_bytes` with a 413.
+    """Answers a compressed body with a 415 and one that is longer than its route takes with a 413.
 
     A declared length is checked before anything is read, any other once that many bytes have come. The server then
     discards the rest, so that a client that reads only after sending everything still gets the answer.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes: int):
+    def __init__(self, app: ASGIApp, max_bytes_of: Callable[[str], int]):
+        """`max_bytes_of(path)` is how long the body of a request for a path may be."""
         super().__init__(app)
-        self._max_bytes = max_bytes
+        self._max_bytes_of = max_bytes_of
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers, max_bytes = Headers(scope=scope), self._max_bytes_of(route_path(scope))
         coding = headers.get("content-encoding", "identity")
         if coding.lower() != "identity":
             message = f"'content-encoding': is '{shown(coding)}', but this server reads bodies that are not compressed only"
             await APIError(415, message, headers={"accept-encoding": "identity"}).response(scope, receive, send)
             return
         declared = headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > self._max_bytes:
-            message = f"the body is {declared} bytes, this server's limit is {self._max_bytes}"
+        if declared.isdecimal() and int(declared) > max_bytes:
+            message = f"the body is {declared} bytes, this server's limit is {max_bytes}"
             # A client that waits for "100 Continue" may never send the body; its next request would be read as the body.
             close = {"connection": "close"} if "expect" in headers else None
             await APIError(413, message, code="body_too_large", headers=close).response(scope, receive, send)
@@ -277,9 +279,9 @@ class CheckBody(HTTPMiddleware):
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self._max_bytes:
+            if received > max_bytes:
                 # FastAPI's body parser re-raises HTTPException and swallows everything else; see errors.install.
-                raise HTTPException(413, f"the body is longer than this server's limit of {self._max_bytes} bytes")
+                raise HTTPException(413, f"the body is longer than this server's limit of {max_bytes} bytes")
             return message
 
         await self._app(scope, counting, send)

@@ -1,11 +1,9 @@
 """Reads a request's body against the model that it names: what the schema alone can't check."""
 
-import asyncio
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any
 
 from fastapi import Request
 
@@ -18,13 +16,8 @@ from service.engine.models import ModelEntry
 from service.engine.request import SamplingParams, shown
 from service.settings import Settings
 
-T = TypeVar("T")
-
 log = logging.getLogger("banded.api")
 
-# Characters and token ids of a request that are read on the event loop. Longer ones are read in a worker thread, so that
-# the event loop keeps running.
-SHORT_PROMPTS = 4096
 MAX_WARNINGS = 32  # ignored fields that are named
 # Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent, with so many likeliest ones.
 MAX_LOGPROBS = 2**17
@@ -46,15 +39,16 @@ def find_model(request: Request, name: str | None) -> ModelEntry:
 
 def warnings_for(body: Body, request: Request) -> list[str] | None:
     """What the response has to warn of. Raises APIError for a field that is refused, unless the server is lenient."""
-    found = [field._replace(name=shown(field.name)) for field in body.ineffective]
+    found = body.ineffective
     if not state_of(request).settings.lenient:
-        for name, reason, is_refused in found:
-            if is_refused and reason is None:
+        for field in found:
+            name = shown(field.name)
+            if field.is_refused and field.reason is None:
                 raise invalid(f"unknown field '{name}'", name, "unknown_parameter")
-            if is_refused:
-                raise invalid(f"'{name}': {reason}", name, "unsupported_parameter")
+            if field.is_refused:
+                raise invalid(f"'{name}': {field.reason}", name, "unsupported_parameter")
     named = [
-        f"the unknown field '{name}' was ignored" if reason is None else f"'{name}' was ignored: {reason}"
+        f"the unknown field '{shown(name)}' was ignored" if reason is None else f"'{shown(name)}' was ignored: {reason}"
         for name, reason, _ in found[:MAX_WARNINGS]
     ]
     more = len(found) - len(named)
@@ -66,11 +60,6 @@ def log_user(user: str | None, request: Request) -> None:
     if user is not None:
         digest = hashlib.sha256(user.encode(errors="replace")).hexdigest()
         log.info("request %s is for user %s", request.state.request_id, digest[:16])
-
-
-async def off_the_loop(size: int, work: Callable[[], T]) -> T:
-    """The result of `work`, which goes through about `size` characters or tokens: in a worker thread if there are many."""
-    return work() if size <= SHORT_PROMPTS else await asyncio.to_thread(work)
 
 
 def sampling_params(body: SamplingFields, entry: ModelEntry, settings: Settings, **changed: Any) -> SamplingParams:
@@ -86,7 +75,8 @@ def sampling_params(body: SamplingFields, entry: ModelEntry, settings: Settings,
         if count > settings.max_logprobs:
             raise invalid(f"'{name}': is {count}, at most {settings.max_logprobs} are given by this server", name)
     shared = {field.name: vars(body)[field.name] for field in fields(SamplingParams) if field.name in vars(body)}
-    converted = {name: tuple(shared[name] or ()) for name in ("stop_token_ids", "allowed_token_ids", "bad_words")}
+    lists = ("stop_token_ids", "allowed_token_ids", "bad_words")
+    converted = {name: tuple(dict.fromkeys(shared[name] or ())) for name in lists}  # what is named twice counts once
     params = SamplingParams(**shared | converted | {"logit_bias": dict(body.logit_bias)} | changed)
     params.check_tokens(entry.config.vocab_size)
     return params

@@ -71,5 +71,6 @@ def load_app(settings: Settings) -> "FastAPI":
         jobs = Jobs(store, models, model_directory(settings.model)) if store else None
         app = create_app(models, metrics, settings, jobs)
         opened.pop_all()  # from here on the jobs close the store, when the application ends
+    app.openapi()  # kept from here on: it takes half a second, in which nothing else would be answered
     freeze_loaded_objects()
     return app

@@ -141,7 +141,7 @@ def run_finetune(args: argparse.Namespace) -> int:
     rank, targets = args.rank or DEFAULT_RANK, tuple(args.targets or TARGETS)
     adapter = None if args.full else AdapterConfig(rank, 2.0 * rank, targets)
     files = [args.examples, args.valid] if args.valid else [args.examples]
-    examples = [read_examples(path.read_bytes(), path.name) for path in files]
+    examples = [list(read_examples(path.read_bytes(), path.name)) for path in files]
     advices = list(map(advice, examples))
     for path, lines in zip(files, advices, strict=True):
         for line in lines:
@@ -149,7 +149,7 @@ def run_finetune(args: argparse.Namespace) -> int:
     directory = model_directory(args.model)
     model = load_model(directory, torch.float32).to(choose_device(args.device))
     tokenizer = load_tokenizer(directory)
-    encoded = [encode(some, tokenizer, model.config.n_positions) for some in examples]
+    encoded = [list(encode(some, tokenizer, model.config.n_positions)) for some in examples]
     plan = finetuning_plan(
         encoded[0],
         epochs=args.epochs,

@@ -11,7 +11,7 @@ from model.step import TokenLogprobs
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, Prompt
 from service.engine.scheduler import Delta, FinishReason, Start
-from service.engine.text import TextStream
+from service.engine.text import StopMatcher, TextStream
 
 
 class ShownToken(NamedTuple):
@@ -47,8 +47,12 @@ class Choice:
         tokenizer: Tokenizer,
         metrics: Metrics,
         submitted: float,
+        like: "Choice | None" = None,
     ):
-        """`prompt_logprobs` is one list for all choices of a prompt: the first choice receives and appends them."""
+        """`prompt_logprobs` is one list for all choices of a prompt: the first choice receives and appends them.
+
+        `like` is another choice of the request. What is known of its stops and its prompt is not computed again.
+        """
         params = request.params
         self.text = ""
         self.finish_reason: FinishReason | None = None
@@ -59,11 +63,16 @@ class Choice:
         self.prompt = prompt
         self._index, self._params = index, params
         self._bytes_of = tokenizer.text_bytes if params.skip_special_tokens else self._spelled
-        self._silent_ids = frozenset() if params.include_stop_str_in_output else request.stop_ids(prompt, tokenizer)
         self._tokenizer = tokenizer
-        chars_before, unfinished = self._text_before()
-        stops = (*params.stop, *prompt.stops)
-        self._text = TextStream(stops, include_stop=params.include_stop_str_in_output, start=chars_before)
+        self._silent_ids: frozenset[int] = frozenset()
+        if not params.include_stop_str_in_output:
+            same_ids = like and like.prompt.stop_token_ids == prompt.stop_token_ids
+            self._silent_ids = like._silent_ids if like and same_ids else request.stop_ids(prompt, tokenizer)
+        same_stops = like and like.prompt.stops == prompt.stops
+        self._stops: StopMatcher = like._stops if like and same_stops else StopMatcher((*params.stop, *prompt.stops))
+        self._before: tuple[int, bytes] = like._before if like and like.prompt is prompt else self._text_before()
+        chars_before, unfinished = self._before
+        self._text = TextStream(self._stops, include_stop=params.include_stop_str_in_output, start=chars_before)
         # If the prompt ends inside a character, the text begins afresh but the offsets count on.
         self._places = self._text
         if unfinished:

@@ -23,6 +23,7 @@ from service.engine.loop import StepLoop, StepRunner
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, RequestError
 from service.engine.scheduler import AdapterRef, Delta, Scheduler, Sequence
+from service.engine.workers import SHORT, Slices, off_the_loop
 
 log = logging.getLogger("banded.engine")
 
@@ -83,15 +84,15 @@ class Generation:
         when a choice waited too long to start, StepFailedError when a step raised or its logits are not finite, RequestError
         when the request bans every token.
         """
-        self._engine.submit(self)
+        await self._engine.submit(self)
         unfinished = dict.fromkeys(self.choice_of)
         outcome = "abort"
         try:
             while unfinished:
                 found: list[Output] = []
-                failure = self._take(await self.mailbox.get(), unfinished, found)
+                failure = await self._take(await self.mailbox.get(), unfinished, found)
                 while unfinished and not failure and not self.mailbox.empty():
-                    failure = self._take(self.mailbox.get_nowait(), unfinished, found)
+                    failure = await self._take(self.mailbox.get_nowait(), unfinished, found)
                 if found:
                     yield found
                 if failure:
@@ -101,14 +102,16 @@ class Generation:
             for sequence in unfinished:
                 self._engine.close(sequence, outcome)
 
-    def _take(
+    async def _take(
         self, message: Message, unfinished: dict[Sequence, None], found: list[Output]
     ) -> EngineError | RequestError | None:
         """Add to `found` what a message brings the `unfinished` sequences. Returns why the request ends, if it must."""
         if isinstance(message, EngineError):
             return message
         deltas, now = message
+        slices = Slices()  # with echo, a choice may begin with a whole context
         for delta in deltas:
+            await slices.rest()
             if delta.sequence not in unfinished:
                 continue  # from a step that was in flight when the stop string was found
             if delta.finish_reason not in (None, "stop", "length"):
@@ -249,26 +252,35 @@ class Engine:
 
     # -- a request's way in and out -----------------------------------------------------------------------------------
 
-    def submit(self, generation: Generation) -> None:
+    async def submit(self, generation: Generation) -> None:
         """Check that a request may enter, and hand its sequences to the step loop."""
         request = generation.request
         self._check_admission(request)
         now = time.monotonic()
-        sequences = request.sequences(self.tokenizer, now + self._queue_timeout)
-        for prompt, own in zip(request.prompts, sequences, strict=True):
+        if request.size <= SHORT:
+            self._prepare(generation, now)
+        else:
+            await off_the_loop(request.size, lambda: self._prepare(generation, now))
+            self._check_admission(request)
+        for prompt in request.prompts:
             self._metrics.prompt_tokens.inc(len(prompt.tokens))
             self._metrics.request_prompt_tokens.observe(len(prompt.tokens))
-            prompt_logprobs: list[TokenLogprobs] = []
-            for sequence in own:
-                index = len(generation.choice_of)
-                generation.choice_of[sequence] = Choice(
-                    index, prompt, request, prompt_logprobs, self.tokenizer, self._metrics, now
-                )
-            generation.choices.append([generation.choice_of[sequence] for sequence in own])
         self._empty.clear()
         self._generations |= dict.fromkeys(generation.choice_of, generation)
         self._active |= dict.fromkeys(generation.choice_of)
         self._steps.send(lambda: self._scheduler.submit(generation.choice_of))
+
+    def _prepare(self, generation: Generation, now: float) -> None:
+        """Make the sequences and choices of a request that nobody else knows yet."""
+        request, like = generation.request, None
+        for prompt, own in zip(request.prompts, request.sequences(self.tokenizer, now + self._queue_timeout), strict=True):
+            prompt_logprobs: list[TokenLogprobs] = []
+            for sequence in own:
+                index = len(generation.choice_of)
+                like = generation.choice_of[sequence] = Choice(
+                    index, prompt, request, prompt_logprobs, self.tokenizer, self._metrics, now, like
+                )
+            generation.choices.append([generation.choice_of[sequence] for sequence in own])
 
     def _check_admission(self, request: GenerationRequest) -> None:
         if reason := self.unready_reason:

@@ -9,12 +9,20 @@ import string
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from functools import cache
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Literal, NamedTuple
 
 from model.checkpoint.prompt_format import PromptFormat, Turn
 from model.checkpoint.tokenizer import PromptPart, Tokenizer
-from service.engine.request import ExampleCounts, Prompt, RequestError, context_error, start_prompt
+from service.engine.request import (
+    ExampleCounts,
+    Prompt,
+    RequestError,
+    check_text_length,
+    context_error,
+    encode_slowly,
+    start_prompt,
+)
 
 MAX_REASON = 200  # characters of a template's own error that a message repeats
 
@@ -55,17 +63,26 @@ def few_shot_prompt(
     not wanted, or not enough.
     """
     total, room = len(few_shot.examples), context - max_tokens
+    separator = prompt_format.separator if few_shot.separator is None else few_shot.separator
+    check_text_length(separator, tokenizer, context, "few_shot.separator")
 
-    def parts(dropped: int) -> list[PromptPart]:
-        return few_shot_parts(query, few_shot._replace(examples=few_shot.examples[dropped:]), prompt_format, allow_special)
+    def parts(examples: Sequence[Example]) -> list[PromptPart]:
+        return few_shot_parts(query, few_shot._replace(examples=examples), prompt_format, allow_special)
 
     @cache
     def prompt(dropped: int) -> Prompt:
-        return start_prompt(tokenizer.encode_parts(parts(dropped)), tokenizer)
+        return start_prompt(tokenizer.encode_parts(parts(few_shot.examples[dropped:])), tokenizer)
+
+    # Lengths are added, since the same long text may stand between all examples.
+    without = sum(tokenizer.num_known_bytes(part.text) for part in parts(()))
+    around = sum(tokenizer.num_known_bytes(part.text) for part in parts([Example("", "")])) - without
+    own = [around + sum(map(tokenizer.num_known_bytes, example)) for example in few_shot.examples]
+    # Of the last examples: none, one, two and so on.
+    num_bytes = list(accumulate(reversed(own), initial=without))
 
     def least_tokens(dropped: int) -> int:
-        """A lower bound on the prompt's tokens, known without tokenizing texts of any length."""
-        return tokenizer.least_tokens("".join(part.text for part in parts(dropped)))
+        """A lower bound on the prompt's tokens, known without laying it out."""
+        return tokenizer.least_tokens(num_bytes[total - dropped])
 
     def fits(dropped: int) -> bool:
         return least_tokens(dropped) <= room and len(prompt(dropped).tokens) <= room
@@ -82,7 +99,6 @@ def few_shot_prompt(
             f"examples, {max_tokens} for the completion)"
         )
         raise context_error(context, asked, "prompt", prompt_fits=count < context)
-    separator = prompt_format.separator if few_shot.separator is None else few_shot.separator
     stops, stop_token_ids = ends_at([separator], tokenizer)
     counts = ExampleCounts(examples_used=total - dropped, examples_dropped=dropped)
     return prompt(dropped)._replace(stops=stops, stop_token_ids=stop_token_ids, few_shot=counts)
@@ -167,7 +183,8 @@ def chat_prompt(
             raise RequestError("the model's chat template leaves out the final message, so nothing continues it", "messages")
         text = re.sub(f"{end} ?", "", text if rest.startswith(" ") else text.rstrip())  # a template may strip contents
     pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
-    tokens = tokenizer.encode_parts(PromptPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
+    parts = (PromptPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
+    tokens = list(chain.from_iterable(encode_slowly(parts, tokenizer, "messages")))
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
     stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)

@@ -2,12 +2,14 @@
 
 import math
 import secrets
-from collections import abc
+import sys
+from collections import abc, deque
 from dataclasses import dataclass, field
-from itertools import takewhile
+from functools import cached_property
+from itertools import chain, takewhile
 from typing import NamedTuple
 
-from model.checkpoint.tokenizer import Tokenizer, TokenizerError
+from model.checkpoint.tokenizer import LongWordError, Tokenizer, TokenizerError
 from model.config import GPTConfig
 from model.step import Sampling
 from service.engine.scheduler import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
@@ -65,7 +67,7 @@ def check_length(prompt_tokens: int, max_tokens: int, context: int, param: str =
 
 def check_text_length(text: str, tokenizer: Tokenizer, context: int, param: str) -> None:
     """Refuse a text before it is tokenized if even the longest tokens would leave it too long."""
-    least = tokenizer.least_tokens(text)
+    least = tokenizer.least_tokens(tokenizer.num_known_bytes(text))
     if least > context:
         raise context_error(context, f"a prompt of at least {least} tokens", param)
 
@@ -141,6 +143,11 @@ class SamplingParams:
         """Choices generated for each prompt."""
         return self.best_of or self.n
 
+    @cached_property
+    def _biases(self) -> tuple[tuple[int, float], ...]:
+        """Once for all choices: there may be a bias for every token of the vocabulary."""
+        return tuple(self.logit_bias.items())
+
     @property
     def is_ranked(self) -> bool:
         return self.num_candidates > self.n
@@ -157,7 +164,7 @@ class SamplingParams:
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
-            logit_bias=tuple(self.logit_bias.items()),
+            logit_bias=self._biases,
             allowed_token_ids=self.allowed_token_ids,
         )
 
@@ -200,7 +207,8 @@ def read_prompt(
     if isinstance(given, str):
         if max_tokens is None:
             check_text_length(given, tokenizer, config.n_positions, param)
-        return end_of(text_prompt(given, tokenizer, param, allow_special=allow_special), max_tokens)
+        prompt = text_prompt(given, tokenizer, param, allow_special=allow_special, max_tokens=max_tokens)
+        return end_of(prompt, max_tokens)
     check_token_ids(given, config.vocab_size, param)
     return end_of(Prompt(list(given)), max_tokens)
 
@@ -212,8 +220,26 @@ def end_of(prompt: Prompt, max_tokens: int | None) -> Prompt:
     return prompt._replace(tokens=prompt.tokens[:start] + prompt.tokens[start + num_left_out :])
 
 
-def text_prompt(text: str, tokenizer: Tokenizer, param: str = "prompt", *, allow_special: bool = False) -> Prompt:
-    return start_prompt(tokenizer.encode(text, allow_special=allow_special), tokenizer, param)
+def text_prompt(
+    text: str,
+    tokenizer: Tokenizer,
+    param: str = "prompt",
+    *,
+    allow_special: bool = False,
+    max_tokens: int | None = None,
+) -> Prompt:
+    """The prompt for a text, or for its last `max_tokens` tokens. Raises RequestError about `param` as start_prompt does."""
+    pieces = encode_slowly([(text, allow_special)], tokenizer, param)
+    tokens = deque(chain.from_iterable(pieces), None if max_tokens is None else min(max_tokens, sys.maxsize))
+    return start_prompt(list(tokens), tokenizer, param)
+
+
+def encode_slowly(parts: abc.Iterable[tuple[str, bool]], tokenizer: Tokenizer, param: str) -> abc.Iterator[list[int]]:
+    """Tokenizer.encode_slowly. Raises RequestError about `param` for a word that is too long."""
+    try:
+        yield from tokenizer.encode_slowly(parts)
+    except LongWordError as error:
+        raise RequestError(f"'{param}': {error}", param) from error
 
 
 def start_prompt(tokens: list[int], tokenizer: Tokenizer, param: str = "prompt") -> Prompt:
@@ -240,6 +266,13 @@ class GenerationRequest:
     def num_choices(self) -> int:
         return len(self.prompts) * self.params.num_candidates
 
+    @property
+    def size(self) -> int:
+        """About how many characters and tokens are gone through to make its sequences and choices."""
+        texts = (*self.params.bad_words, *self.params.stop, *(stop for prompt in self.prompts[:1] for stop in prompt.stops))
+        per_choice = 64 * self.num_choices
+        return per_choice + sum(len(prompt.tokens) for prompt in self.prompts) + sum(map(len, texts))
+
     def stop_ids(self, prompt: Prompt, tokenizer: Tokenizer) -> frozenset[int]:
         """Tokens that end a choice. A stop that names a special token is that token: it has no text to be searched for."""
         special = {token for name, token in tokenizer.special_tokens.items() if name in self.params.stop}
@@ -257,9 +290,12 @@ class GenerationRequest:
         if count == 1 and len(self.prompts) > 1:
             common = PrefixGroup(num_common([prompt.tokens for prompt in self.prompts]), forks=False)
         rows = []
+        all_stop_ids: dict[tuple[int, ...], frozenset[int]] = {}
         for i, prompt in enumerate(self.prompts):
             group = PrefixGroup(len(prompt.tokens), forks=True) if count > 1 else common
-            stop_ids = self.stop_ids(prompt, tokenizer)
+            if prompt.stop_token_ids not in all_stop_ids:
+                all_stop_ids[prompt.stop_token_ids] = self.stop_ids(prompt, tokenizer)
+            stop_ids = all_stop_ids[prompt.stop_token_ids]
             rows.append(
                 [
                     Sequence(

@@ -1,6 +1,7 @@
 """From a choice's tokens to the text a client may see: whole characters only, and nothing of a stop string."""
 
 import codecs
+import copy
 from collections.abc import Sequence
 
 
@@ -22,11 +23,11 @@ class TextStream:
     ([0, 3, 3, 6], 3)
     """
 
-    def __init__(self, stops: Sequence[str], *, include_stop: bool = False, start: int = 0):
+    def __init__(self, stops: "Sequence[str] | StopMatcher", *, include_stop: bool = False, start: int = 0):
         self.offsets: list[int] = []
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._is_whole = True  # the decoder holds no bytes of an unfinished character
-        self._matcher = StopMatcher(stops)
+        self._matcher = stops.fresh() if isinstance(stops, StopMatcher) else StopMatcher(stops)
         self._include_stop = include_stop
         self._finished = False
         # Places in the text: the end of the decoded text, of the text passed on, and of the text in which no stop begins.
@@ -122,6 +123,15 @@ class StopMatcher:
         self._progress = [StopProgress(stop) for stop in stops]
         self._first_characters = frozenset(stop[0] for stop in stops)
         self._held = ""
+
+    def fresh(self) -> "StopMatcher":
+        """One for another text. They share what has been computed about the stop strings."""
+        other = copy.copy(self)
+        other.found, other._held = None, ""
+        other._progress = [copy.copy(progress) for progress in self._progress]
+        for progress in other._progress:
+            progress.matched = 0
+        return other
 
     def push(self, text: str) -> str:
         """The text that has become certain with this call."""

@@ -58,6 +58,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "limit_requests": "60",
         "limit_tokens": "90000",
         "max_body_bytes": "1000",
+        "max_text_bytes": "500",
         "max_logprobs": "5",
         "max_stops": "4",
         "cors_origins": "https://one.example, http://localhost:3000",
@@ -76,7 +77,8 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert (read.device, read.kernels, read.kv_bytes, read.drain_timeout) == ("cpu", "triton", 1_000_000, 0)
     assert (read.adapters, read.data_dir, read.max_adapters) == ({"one": "runs/one"}, Path("/var/banded"), 3)
     assert read.api_keys == ("one", "two", "three")
-    assert (read.limit_requests, read.limit_tokens, read.max_body_bytes) == (60, 90000, 1000)
+    assert (read.limit_requests, read.limit_tokens) == (60, 90000)
+    assert (read.max_body_bytes, read.max_text_bytes) == (1000, 500)
     assert (read.max_logprobs, read.max_stops) == (5, 4)
     assert read.cors_origins == ("https://one.example", "http://localhost:3000")
     assert (read.allowed_hosts, read.max_connections) == (("llm.example", "fd00::1"), 100)
@@ -107,6 +109,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         ("limit_requests", "-1", "Input should be greater than or equal to 0"),
         ("limit_tokens", "1e3", "Input should be a valid integer, unable to parse string as an integer"),
         ("max_body_bytes", "0", "Input should be greater than 0"),
+        ("max_text_bytes", "0", "Input should be greater than 0"),
         ("max_logprobs", "1001", "Input should be less than or equal to 1000"),
         ("max_stops", "65", "Input should be less than or equal to 64"),
         ("metrics_alias", "tgi", "Input should be 'vllm'"),

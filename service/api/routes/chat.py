@@ -1,11 +1,11 @@
 """POST /v1/chat/completions: messages laid out by the model's template, answered as chat front ends expect."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from fastapi import APIRouter, Request, Response
 
@@ -17,10 +17,14 @@ from service.api.answers import (
     EventStream,
     TextEvents,
     answer,
+    answer_size,
     chunk_event,
     heading,
+    json_array,
     prompt_logprobs_of,
 )
+from service.api.bodies import CONTEXT_BYTES, BodyRoute
+from service.api.encoding import in_pieces
 from service.api.errors import invalid
 from service.api.schema.chat import (
     ChatChoice,
@@ -37,13 +41,16 @@ from service.api.schema.chat import (
     TokenBytes,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
-from service.engine.choice import Output, ShownToken
+from service.api.validation import check_logprobs, find_model, log_user, sampling_params, warnings_for
+from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
+from service.engine.workers import Slices, off_the_loop
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
+
+T = TypeVar("T")
 
 # Waits for the process that renders checkpoints' templates, one at a time. Nothing else may have to wait for them.
 TEMPLATE_THREAD = ThreadPoolExecutor(1, "chat-template")
@@ -56,13 +63,31 @@ TEXT_PER_BYTE = 8
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat; with `stream`, as server-sent events."""
     entry = find_model(request, body.model)
-    warnings = warnings_for(body, request)
+    size = len(await request.body())
+    warnings, asked = await lay_out(size, entry, lambda: (warnings_for(body, request), generation_of(body, entry, request)))
+    log_user(body.user, request)
+    generation = entry.engine.generate(asked)
+    chat = ChatAnswer(body, entry, asked.prompts[0], ChargedRun(generation, request), warnings)
+    if body.stream:
+        return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
+    return await answer(request, chat.collect())
+
+
+async def lay_out(size: int, entry: ModelEntry, work: Callable[[], T]) -> T:
+    """off_the_loop, for work that lays out a chat: a checkpoint's template is waited for in the thread for that."""
+    if entry.prompt_format.is_own:
+        return await off_the_loop(size, work)
+    return await asyncio.get_running_loop().run_in_executor(TEMPLATE_THREAD, work)
+
+
+def generation_of(body: ChatRequest, entry: ModelEntry, request: Request) -> GenerationRequest:
+    """What the body asks of the engine. Raises APIError, RequestError or EngineError naming what it can't do."""
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = sampling_params(body, entry, state_of(request).settings, logprobs=logprobs, max_tokens=MAX_INT)
     entry.engine.check_size(body.n)
     tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
     is_cut, special = body.truncate_prompt_tokens is not None, body.allow_special
-    prompt = await read_messages(body.messages, body, entry, tokenizer, allow_special=special, is_cut=is_cut)
+    prompt = read_messages(body.messages, body, entry, tokenizer, allow_special=special, is_cut=is_cut)
     if body.truncate_prompt_tokens is not None:
         asked = body.max_completion_tokens or body.max_tokens or entry.prompt_format.default_max_tokens
         room = max(entry.config.n_positions - asked, 1)
@@ -72,16 +97,10 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         check_logprobs(body.n * max_tokens, body.top_logprobs or 0, "logprobs")
     if body.prompt_logprobs is not None:
         check_logprobs(len(prompt.tokens), body.prompt_logprobs, "prompt_logprobs")
-    log_user(body.user, request)
-    params = replace(params, max_tokens=max_tokens)
-    generation = entry.engine.generate(GenerationRequest([prompt], params, entry.adapter))
-    chat = ChatAnswer(body, entry, prompt, ChargedRun(generation, request), warnings)
-    if body.stream:
-        return EventStream(chat.stream(), state_of(request).metrics.stream_errors)
-    return await answer(request, chat.collect())
+    return GenerationRequest([prompt], replace(params, max_tokens=max_tokens), entry.adapter)
 
 
-async def read_messages(
+def read_messages(
     messages: Sequence[Message],
     layout: ChatLayout,
     entry: ModelEntry,
@@ -90,27 +109,26 @@ async def read_messages(
     allow_special: bool = False,
     is_cut: bool = False,
 ) -> Prompt:
-    """The prompt of a chat. Raises RequestError for a message that can't fit the context, unless the prompt `is_cut`."""
+    """The prompt of a chat.
+
+    Raises RequestError for a message that can't fit the context, unless the prompt `is_cut`, and APIError for too much text.
+    """
     turns = [Turn(message.role, message.text) for message in messages]
     for _, text in turns if not is_cut else ():
         check_text_length(text, tokenizer, entry.config.n_positions, "messages")
     size = sum(len(text) for _, text in turns)
+    if size > CONTEXT_BYTES:
+        raise invalid(f"'messages': hold {size} characters, at most {CONTEXT_BYTES} are laid out", "messages")
     most = TEXT_PER_BYTE * (entry.config.n_positions * tokenizer.max_token_bytes + (size if is_cut else 0))
-
-    def read() -> Prompt:
-        return chat_prompt(
-            turns,
-            entry.prompt_format,
-            tokenizer,
-            allow_special=allow_special,
-            add_generation_prompt=layout.has_generation_prompt,
-            continue_final_message=layout.continue_final_message,
-            max_chars=None if entry.prompt_format.is_own else most,
-        )
-
-    if entry.prompt_format.is_own:
-        return await off_the_loop(size, read)
-    return await asyncio.get_running_loop().run_in_executor(TEMPLATE_THREAD, read)
+    return chat_prompt(
+        turns,
+        entry.prompt_format,
+        tokenizer,
+        allow_special=allow_special,
+        add_generation_prompt=layout.has_generation_prompt,
+        continue_final_message=layout.continue_final_message,
+        max_chars=None if entry.prompt_format.is_own else most,
+    )
 
 
 def max_tokens_of(body: ChatRequest, prompt_tokens: int, entry: ModelEntry) -> int:
@@ -130,6 +148,7 @@ class ChatAnswer:
     def __init__(self, body: ChatRequest, entry: ModelEntry, prompt: Prompt, run: ChargedRun, warnings: list[str] | None):
         self._has_logprobs = body.logprobs
         self._num_prompt_top = body.prompt_logprobs
+        self._num_top = max(body.top_logprobs or 0, body.prompt_logprobs or 0)
         self._has_ids = body.return_token_ids
         self._prompt_token_ids = prompt.tokens if body.return_token_ids else None
         self._options = body.stream_options
@@ -143,26 +162,33 @@ class ChatAnswer:
         plain = self._logprobs(())
         self._text_event = TextEvents("content", lambda i: self._piece(i, ChatDelta(content=""), logprobs=plain))
 
-    async def collect(self) -> ChatResponse:
-        """The whole answer."""
-        candidates = await self._run.finish()
-        choices = [
-            ChatChoice(
-                index=i,
-                message=ChatMessage(content=candidate.text),
-                logprobs=self._logprobs(candidate.shown),
-                finish_reason=cast(Any, candidate.finish_reason),
-                token_ids=candidate.tokens if self._has_ids else None,
-            )
-            for i, candidate in enumerate(candidates)
-        ]
+    async def collect(self) -> list[bytes]:
+        """The whole answer, as JSON."""
+        chosen = await self._run.finish()
+        size = answer_size(chosen, self._num_top)
+        return await off_the_loop(size, lambda: in_pieces(self._heading_of(chosen[0]), choices=self._choices_of(chosen)))
+
+    def _heading_of(self, first: Choice) -> ChatResponse:
+        """The answer without its choices."""
         return ChatResponse(
             **self._heading,
-            choices=choices,
-            prompt_logprobs=prompt_logprobs_of(candidates[0], self._num_prompt_top, self._entry.tokenizer),
+            choices=[],
+            prompt_logprobs=prompt_logprobs_of(first, self._num_prompt_top, self._entry.tokenizer),
             prompt_token_ids=self._prompt_token_ids,
             usage=self._run.usage,
             warnings=self._warnings,
+        )
+
+    def _choices_of(self, chosen: Sequence[Choice]) -> Iterator[bytes]:
+        return json_array(
+            ChatChoice(
+                index=i,
+                message=ChatMessage(content=each.text),
+                logprobs=self._logprobs(each.shown),
+                finish_reason=cast(Any, each.finish_reason),
+                token_ids=each.tokens if self._has_ids else None,
+            )
+            for i, each in enumerate(chosen)
         )
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
@@ -170,10 +196,15 @@ class ChatAnswer:
 
         Those of a step come together.
         """
+        slices = Slices()
         async with aclosing(self._run.outputs()) as steps:
             async for outputs in steps:
-                if events := b"".join(event for output in outputs for event in self._events_of(output)):
-                    yield events
+                events = bytearray()
+                for output in outputs:
+                    events += b"".join(self._events_of(output))
+                    await slices.rest()
+                if events:
+                    yield bytes(events)
         if self._options.include_usage:
             yield self._event([])
 

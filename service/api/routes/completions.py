@@ -13,10 +13,14 @@ from service.api.answers import (
     EventStream,
     TextEvents,
     answer,
+    answer_size,
     chunk_event,
     heading,
+    json_array,
     prompt_logprobs_of,
 )
+from service.api.bodies import BodyRoute
+from service.api.encoding import in_pieces
 from service.api.errors import invalid
 from service.api.schema.completions import (
     CompletionChoice,
@@ -25,13 +29,14 @@ from service.api.schema.completions import (
     CompletionResponse,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
+from service.api.validation import check_logprobs, find_model, log_user, sampling_params, warnings_for
 from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
 from service.engine.request import GenerationRequest, Prompt, check_length, check_text_length, read_prompt, shown
+from service.engine.workers import Slices, off_the_loop
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/completions", response_model=CompletionResponse, responses=STREAMED)
@@ -50,32 +55,30 @@ async def create_engine_completion(engine: str, body: CompletionRequest, request
 
 async def complete(body: CompletionRequest, model: str | None, request: Request) -> Response:
     entry = find_model(request, model)
-    warnings = warnings_for(body, request)
+    size = len(await request.body())
+    warnings, asked = await off_the_loop(size, lambda: (warnings_for(body, request), generation_of(body, entry, request)))
+    log_user(body.user, request)
+    generation = entry.engine.generate(asked)
+    completion = CompletionAnswer(body, entry, asked.prompts, ChargedRun(generation, request), warnings)
+    if body.stream:
+        return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
+    return await answer(request, completion.collect())
+
+
+def generation_of(body: CompletionRequest, entry: ModelEntry, request: Request) -> GenerationRequest:
+    """What the body asks of the engine. Raises APIError, RequestError or EngineError naming what it can't do."""
     params = sampling_params(body, entry, state_of(request).settings)
     prompt: Any = body.prompt or ""  # a text, token ids, or a list of either
     texts = [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else prompt
     entry.engine.check_size(len(texts) * params.num_candidates)
-    size = sum(map(len, texts)) + few_shot_size(body)
-    prompts = await off_the_loop(size, lambda: [prompt_of(text, body, entry) for text in texts])
+    prompts = [prompt_of(text, body, entry) for text in texts]
     num_prompt = sum(len(prompt.tokens) for prompt in prompts)
     if body.logprobs is not None:
         num_shown = num_prompt * body.echo + len(prompts) * body.max_tokens
         check_logprobs(params.num_candidates * num_shown, body.logprobs, "logprobs")
     if body.prompt_logprobs is not None:
         check_logprobs(params.num_candidates * num_prompt, body.prompt_logprobs, "prompt_logprobs")
-    log_user(body.user, request)
-    generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
-    completion = CompletionAnswer(body, entry, prompts, ChargedRun(generation, request), warnings)
-    if body.stream:
-        return EventStream(completion.stream(), state_of(request).metrics.stream_errors)
-    return await answer(request, completion.collect())
-
-
-def few_shot_size(body: CompletionRequest) -> int:
-    """Characters of the few-shot fields."""
-    if body.few_shot is None:
-        return 0
-    return len(body.few_shot.instruction or "") + sum(len(each.input) + len(each.output) for each in body.few_shot.examples)
+    return GenerationRequest(prompts, params, entry.adapter)
 
 
 def prompt_of(text: str | list[int], body: CompletionRequest, entry: ModelEntry) -> Prompt:
@@ -128,21 +131,25 @@ class CompletionAnswer:
         self._begun: set[int] = set()
         self._text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
 
-    async def collect(self) -> CompletionResponse:
-        """The whole completion."""
+    async def collect(self) -> list[bytes]:
+        """The whole completion, as JSON."""
         chosen = await self._run.finish()
-        choices = await off_the_loop(
-            sum(len(each.shown) + len(each.prompt_logprobs) for each in chosen),
-            lambda: [self._whole_choice(i, each) for i, each in enumerate(chosen)],
-        )
-        return CompletionResponse(**self._heading, choices=choices, usage=self._run.usage, warnings=self._warnings)
+        whole = CompletionResponse(**self._heading, choices=[], usage=self._run.usage, warnings=self._warnings)
+        choices = (self._whole_choice(i, each) for i, each in enumerate(chosen))
+        size = answer_size(chosen, max(self._body.logprobs or 0, self._body.prompt_logprobs or 0))
+        return await off_the_loop(size, lambda: in_pieces(whole, choices=json_array(choices)))
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each token whose text is certain. Those of a step come together."""
+        slices = Slices()
         async with aclosing(self._run.outputs()) as steps:
             async for outputs in steps:
-                if events := b"".join(map(self._event_of, outputs)):
-                    yield events
+                events = bytearray()
+                for output in outputs:
+                    events += self._event_of(output)
+                    await slices.rest()
+                if events:
+                    yield bytes(events)
         if self._options.include_usage:
             yield self._event([])
 

@@ -2,6 +2,8 @@
 
 import asyncio
 import sys
+from collections import deque
+from email.message import Message
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -15,8 +17,9 @@ from service.api.errors import APIError, invalid
 from service.api.schema.base import DeletedObject, ErrorResponse
 from service.api.schema.fine_tuning import CheckpointObject, FileList, FileObject
 from service.api.state import state_of
-from service.api.validation import off_the_loop
+from service.engine.models import ModelEntry
 from service.engine.request import shown
+from service.engine.workers import off_the_loop
 from service.jobs.runner import Jobs
 from service.jobs.store import Job, Store, StoredFile
 
@@ -27,6 +30,7 @@ MultiPartParser.spool_max_size = sys.maxsize
 
 PURPOSE = "fine-tune"
 MAX_FILENAME = 255
+MAX_FIELD = 1024  # bytes of a form's field that is no file
 
 UPLOAD_SCHEMA = {
     "type": "object",
@@ -75,9 +79,15 @@ def find_content(store: Store, file_id: str, param: str | None = None) -> Path:
 async def upload_file(request: Request) -> FileObject:
     """Store a file, unless a job would refuse it."""
     store = store_of(request)
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    content_type = Message()
+    content_type["content-type"] = request.headers.get("content-type", "")
+    if content_type.get_content_type() != "multipart/form-data":
         raise invalid("a file is sent as multipart/form-data", "file")
-    async with request.form(max_files=1, max_fields=8) as form:
+    charset = str(content_type.get_param("charset", "utf-8"))
+    # Others can be names of Python's codecs that are no encodings, or take a minute for a megabyte.
+    if charset.lower() not in ("utf-8", "utf8"):
+        raise invalid(f"the form's charset is '{shown(charset)}', but this server reads UTF-8 only")
+    async with request.form(max_files=1, max_fields=8, max_part_size=MAX_FIELD) as form:
         unknown = [name for name in form if name not in ("file", "purpose")]
         if unknown:
             raise invalid(f"unknown field '{shown(unknown[0])}'", shown(unknown[0]), "unknown_parameter")
@@ -94,13 +104,15 @@ async def upload_file(request: Request) -> FileObject:
         raise invalid("'file': it is empty", "file")
     base = state_of(request).models.base
     try:
-        await off_the_loop(
-            len(content),
-            lambda: encode(read_examples(content, shown(name)), base.tokenizer, base.config.n_positions),
-        )
+        await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
     except ValueError as error:
         raise invalid(f"'file': {error}", "file") from error
     return file_object(await asyncio.to_thread(store.add_file, name, PURPOSE, content))
+
+
+def check_examples(content: bytes, name: str, base: ModelEntry) -> None:
+    """Raises ValueError if a job could not learn from the file. Its examples are never all in memory."""
+    deque(encode(read_examples(content, name), base.tokenizer, base.config.n_positions), maxlen=0)
 
 
 @router.get("/v1/files")

@@ -5,6 +5,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
+from service.api.bodies import BodyRoute
 from service.api.errors import APIError, invalid
 from service.api.routes.files import find_content, jobs_of, page, store_of, unknown_id
 from service.api.schema.fine_tuning import (
@@ -23,9 +24,10 @@ from service.api.validation import find_model, warnings_for
 from service.engine.models import ModelEntry, Models
 from service.engine.pages import sequence_bytes
 from service.engine.request import shown
+from service.engine.workers import off_the_loop
 from service.jobs.store import UNFINISHED, Hyperparameters, Job, Store
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 # What "auto" means. The rate is multiplied by learning_rate_multiplier.
 EPOCHS, BATCH, RATE = 4, 8, 1e-3
@@ -46,7 +48,7 @@ async def create_job(body: JobRequest, request: Request) -> JobObject:
     """Queue a job. It trains a low-rank adapter, which the server then serves under a name of its own."""
     jobs, state = jobs_of(request), state_of(request)
     store = jobs.store
-    warnings = warnings_for(body, request)
+    warnings = await off_the_loop(len(await request.body()), lambda: warnings_for(body, request))
     entry = find_model(request, body.model)
     if entry.parent is not None:
         raise invalid(f"'model': '{entry.name}' is an adapter; fine-tune '{entry.parent}'", "model")

@@ -2,44 +2,44 @@
 
 from fastapi import APIRouter, Request, Response
 
-from service.api.answers import ChargedRun, answer
+from service.api.answers import ChargedRun, answer, answer_size, json_array
+from service.api.bodies import BodyRoute
+from service.api.encoding import in_pieces
 from service.api.errors import invalid
 from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, warnings_for
-from service.engine.choice import Score
+from service.api.validation import check_logprobs, find_model, log_user, warnings_for
+from service.engine.choice import Choice, Score
 from service.engine.models import ModelEntry
 from service.engine.request import SCORING, GenerationRequest, Prompt, check_length, read_prompt
+from service.engine.workers import off_the_loop
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
 
 
 @router.post("/v1/score", response_model=ScoreResponse)
 async def create_score(body: ScoreRequest, request: Request) -> Response:
     """Score continuations, each a text or token ids. A text is tokenized by itself: begin it with its space."""
     entry = find_model(request, body.model)
-    warnings = warnings_for(body, request)
+    size = len(await request.body())
+    warnings = await off_the_loop(size, lambda: warnings_for(body, request))
     entry.engine.check_size(len(body.continuations))
-    size = len(body.prompt) + sum(map(len, body.continuations))
     prompt, continuations = await off_the_loop(size, lambda: read_texts(body, entry))
-    num_scored = sum(map(len, continuations))
-    check_logprobs(num_scored, SCORING.logprobs or 0, "continuations")
     log_user(body.user, request)
     prompts = [Prompt(prompt + continuation, logprobs_from=len(prompt)) for continuation in continuations]
     generation = entry.engine.generate(GenerationRequest(prompts, SCORING, entry.adapter))
-    run = ChargedRun(generation, request, prompt_tokens=len(prompt) + num_scored)
+    run = ChargedRun(generation, request, prompt_tokens=len(prompt) + sum(map(len, continuations)))
 
-    async def scores() -> ScoreResponse:
-        results = []
-        for tokens, choice in zip(continuations, await run.finish(), strict=True):
-            names = [entry.tokenizer.token_name(token) for token in tokens]
-            results.append(ScoreResult(**vars(Score.of(tokens, choice, entry.tokenizer)) | {"tokens": names}))
-        return ScoreResponse(
-            model=entry.name,
-            system_fingerprint=entry.fingerprint,
-            results=results,
-            usage=run.usage,
-            warnings=warnings,
+    def result(tokens: list[int], choice: Choice) -> ScoreResult:
+        names = [entry.tokenizer.token_name(token) for token in tokens]
+        return ScoreResult(**vars(Score.of(tokens, choice, entry.tokenizer)) | {"tokens": names})
+
+    async def scores() -> list[bytes]:
+        chosen = await run.finish()
+        whole = ScoreResponse(
+            model=entry.name, system_fingerprint=entry.fingerprint, results=[], usage=run.usage, warnings=warnings
         )
+        results = json_array(map(result, continuations, chosen))
+        return await off_the_loop(answer_size(chosen, 0), lambda: in_pieces(whole, results=results))
 
     return await answer(request, scores())
 
@@ -60,4 +60,5 @@ def read_texts(body: ScoreRequest, entry: ModelEntry) -> tuple[list[int], list[l
             raise invalid(f"'{param}' is empty, so that there is nothing to score", param)
         check_length(len(prompt), len(tokens), entry.config.n_positions, param)
         continuations.append(tokens)
+    check_logprobs(sum(map(len, continuations)), SCORING.logprobs or 0, "continuations")
     return prompt, continuations

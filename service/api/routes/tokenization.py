@@ -1,17 +1,26 @@
 """POST /tokenize and /detokenize, GET /tokenizer_info: in vLLM's form, for clients that have no tokenizer of their own."""
 
+import codecs
+from collections.abc import Iterable
+from itertools import chain
 from typing import Any
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Request, Response
+from pydantic_core import to_json
 
-from service.api.routes.chat import read_messages
+from service.api.bodies import BodyRoute
+from service.api.encoding import PiecesResponse, in_pieces
+from service.api.routes.chat import lay_out, read_messages
 from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from service.api.state import state_of
-from service.api.validation import find_model, off_the_loop, warnings_for
+from service.api.validation import find_model, warnings_for
 from service.engine.models import ModelEntry
-from service.engine.request import check_token_ids
+from service.engine.request import check_token_ids, encode_slowly
+from service.engine.workers import off_the_loop
 
-router = APIRouter()
+router = APIRouter(route_class=BodyRoute)
+
+SOME_TOKENS = 2**14  # that are turned into text at a time
 
 
 def entry_of(name: str | None, request: Request) -> ModelEntry:
@@ -19,37 +28,60 @@ def entry_of(name: str | None, request: Request) -> ModelEntry:
     return state_of(request).models.base if name is None else find_model(request, name)
 
 
-@router.post("/tokenize")
-async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
+@router.post("/tokenize", response_model=TokenizeResponse)
+async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a text, or of a chat laid out by its template. Special-token text becomes the special token."""
-    entry = entry_of(body.model, request)
+    entry, size = entry_of(body.model, request), len(await request.body())
+    if body.messages is not None:
+        return PiecesResponse(await lay_out(size, entry, lambda: tokenized(body, entry, request)))
+    return PiecesResponse(await off_the_loop(size, lambda: tokenized(body, entry, request)))
+
+
+def tokenized(body: TokenizeRequest, entry: ModelEntry, request: Request) -> list[bytes]:
+    """The answer. A text of any length is never a list of ids: they would take ten times as much memory."""
     warnings = warnings_for(body, request)
     tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
     if body.messages is not None:
-        tokens = (await read_messages(body.messages, body, entry, tokenizer)).tokens
+        lists: Iterable[list[int]] = [read_messages(body.messages, body, entry, tokenizer).tokens]
     else:
-        text = body.prompt or ""
-        tokens = await off_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
-        if tokenizer.bos_id is not None:
-            tokens = [tokenizer.bos_id, *tokens]
-    return TokenizeResponse(
-        count=len(tokens),
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        lists = chain([bos], encode_slowly([(body.prompt or "", True)], tokenizer, "prompt"))
+    count, ids, names = 0, bytearray(), bytearray()
+    for tokens in filter(None, lists):
+        count += len(tokens)
+        ids += b"," + to_json(tokens)[1:-1]
+        if body.return_token_strs:
+            names += b"," + to_json([tokenizer.token_name(token) for token in tokens])[1:-1]
+    answer = TokenizeResponse(
+        count=count,
         max_model_len=entry.config.n_positions,
-        tokens=tokens,
-        token_strs=[tokenizer.token_name(token) for token in tokens] if body.return_token_strs else None,
+        tokens=[],
+        token_strs=[] if body.return_token_strs else None,
         warnings=warnings,
     )
+    contents = {"tokens": ids, "token_strs": names} if body.return_token_strs else {"tokens": ids}
+    return in_pieces(answer, **{name: [bytes(content[1:])] for name, content in contents.items()})
 
 
-@router.post("/detokenize")
-async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeResponse:
+@router.post("/detokenize", response_model=DetokenizeResponse)
+async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
-    entry = entry_of(body.model, request)
+    entry, size = entry_of(body.model, request), len(await request.body())
+    return PiecesResponse(await off_the_loop(size, lambda: detokenized(body, entry, request)))
+
+
+def detokenized(body: DetokenizeRequest, entry: ModelEntry, request: Request) -> list[bytes]:
     warnings = warnings_for(body, request)
     check_token_ids(body.tokens, entry.config.vocab_size, "tokens")
-    # A model may have more ids than its vocabulary has tokens; the extra ids have no text.
-    known = (token for token in body.tokens if token in entry.tokenizer)
-    return DetokenizeResponse(prompt=entry.tokenizer.decode(known), warnings=warnings)
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = []
+    for start in range(0, len(body.tokens) + 1, SOME_TOKENS):
+        # A model may have more ids than its vocabulary has tokens; the extra ids have no text.
+        known = (token for token in body.tokens[start : start + SOME_TOKENS] if token in entry.tokenizer)
+        is_last = start + SOME_TOKENS > len(body.tokens)
+        text = decoder.decode(b"".join(map(entry.tokenizer.token_bytes, known)), is_last)
+        texts.append(to_json(text)[1:-1])
+    return in_pieces(DetokenizeResponse(prompt="", warnings=warnings), prompt=texts)
 
 
 @router.get("/tokenizer_info")

@@ -51,6 +51,7 @@ class Body(BaseModel):
 
     model_config = ConfigDict(frozen=True, json_schema_extra={"additionalProperties": False})
 
+    # Only the first fault is reported, so that lists, of which a hostile one has very many, `fail_fast`.
     peers: ClassVar[dict[str, PeerField]] = {}  # fields that it does not declare, but may have
 
     _ineffective: list[Ineffective] = PrivateAttr(default_factory=list)
@@ -119,14 +120,19 @@ class SamplingFields(Body):
     n: Annotated[StrictInt, bounds("n")] = 1
     seed: Annotated[StrictInt, bounds("seed")] | None = None
     stop: StopField = ()
-    stop_token_ids: list[StrictInt] = Field(default_factory=list, max_length=MAX_STOP_TOKENS)
+    stop_token_ids: list[StrictInt] = Field(default_factory=list, fail_fast=True, max_length=MAX_STOP_TOKENS)
     min_tokens: Annotated[StrictInt, bounds("min_tokens")] = Field(
         0, description="no end of text and no stop before so many tokens"
     )
     ignore_eos: StrictBool = False
-    allowed_token_ids: list[StrictInt] | None = Field(None, min_length=1, description="no other token is generated")
+    allowed_token_ids: list[StrictInt] | None = Field(
+        None, fail_fast=True, min_length=1, description="no other token is generated"
+    )
     bad_words: list[BadWord] = Field(
-        default_factory=list, max_length=MAX_BAD_WORDS, description="texts that are not generated, nor after a space"
+        default_factory=list,
+        fail_fast=True,
+        max_length=MAX_BAD_WORDS,
+        description="texts that are not generated, nor after a space",
     )
     include_stop_str_in_output: StrictBool = False
     add_special_tokens: StrictBool = Field(True, description="begin with bos where the checkpoint asks for it")

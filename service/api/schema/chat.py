@@ -78,7 +78,7 @@ class ChatLayout(Body):
 class ChatRequest(SamplingFields, ChatLayout):
     """Body of POST /v1/chat/completions."""
 
-    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] = Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     max_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     max_completion_tokens: StrictInt | None = Field(None, ge=1, le=MAX_INT)
     logprobs: StrictBool = False

@@ -30,7 +30,7 @@ class FewShotFields(Body):
     """How to lay out worked examples ahead of the prompt. What is not given comes from the model's card."""
 
     instruction: StrictStr | None = None
-    examples: list[ExampleFields] = Field(default_factory=list, max_length=MAX_EXAMPLES)
+    examples: list[ExampleFields] = Field(fail_fast=True, default_factory=list, max_length=MAX_EXAMPLES)
     input_prefix: StrictStr | None = None
     output_prefix: StrictStr | None = None
     separator: StrictStr | None = Field(None, min_length=1)

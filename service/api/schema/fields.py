@@ -2,12 +2,14 @@
 
 from typing import Annotated, Any
 
-from pydantic import Field, PlainValidator
+from pydantic import AfterValidator, Field, PlainValidator, StrictStr
 from pydantic.json_schema import WithJsonSchema
 
 from service.engine.request import MAX_BIAS, shown
 
 MAX_PROMPTS = 1024
+# Entries of logit_bias: more than any vocabulary here has tokens.
+MAX_BIASES = 2**17
 # A stop that names a special token is a stop token and does not count: see validation.sampling_params.
 MAX_STOPS_SENT = 64
 # Characters. A longer stop would only cost time, for every choice.
@@ -127,6 +129,8 @@ StopField = Annotated[
 def check_logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict):
         raise ValueError("must be an object that maps token ids to numbers")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"holds {len(value)} entries, at most {MAX_BIASES} are allowed")
     pairs = []
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) < 20):
@@ -150,4 +154,14 @@ LogitBiasField = Annotated[
         }
     ),
 ]
+
+
+def check_characters(value: str) -> str:
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError("holds a lone surrogate, which is no character")
+    return value
+
+
+# A text that is stored or looked up, in databases and file names that hold characters only.
+Text = Annotated[StrictStr, AfterValidator(check_characters)]
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]

@@ -6,6 +6,7 @@ from pydantic import BaseModel, BeforeValidator, Field, StrictInt, StrictStr
 from pydantic.json_schema import WithJsonSchema
 
 from service.api.schema.base import Body, Page, Warnings
+from service.api.schema.fields import Text
 
 # "auto" stands for null.
 AUTO = BeforeValidator(lambda value: None if value == "auto" else value)
@@ -46,8 +47,8 @@ class JobRequest(Body):
     """Body of POST /v1/fine_tuning/jobs."""
 
     model: StrictStr
-    training_file: StrictStr
-    validation_file: StrictStr | None = None
+    training_file: Text
+    validation_file: Text | None = None
     suffix: StrictStr | None = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$", description="in the result's name")
     hyperparameters: JobHyperparameters | None = None
     seed: StrictInt | None = Field(None, ge=0, le=2**31 - 1)

@@ -13,7 +13,7 @@ class ScoreRequest(Body):
 
     model: StrictStr | None = None
     prompt: TextOrTokens = ""
-    continuations: list[TextOrTokens] = Field(min_length=1, max_length=MAX_PROMPTS)
+    continuations: list[TextOrTokens] = Field(fail_fast=True, min_length=1, max_length=MAX_PROMPTS)
     allow_special: StrictBool = False
     user: StrictStr | None = None
 

@@ -14,7 +14,7 @@ class TokenizeRequest(ChatLayout):
 
     model: StrictStr | None = None
     prompt: StrictStr | None = None
-    messages: list[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: list[Message] | None = Field(None, fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: StrictBool = Field(True, description="begin with bos where the checkpoint asks for it")
     return_token_strs: StrictBool = False
 
@@ -37,7 +37,7 @@ class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
     model: StrictStr | None = None
-    tokens: list[StrictInt]
+    tokens: list[StrictInt] = Field(fail_fast=True)
 
 
 class DetokenizeResponse(BaseModel):

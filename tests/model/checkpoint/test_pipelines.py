@@ -197,7 +197,7 @@ class TestIncompleteAlphabet:
     @given(text=st.text("redtn \n(1\xe9\u03c0QZ", max_size=40))
     def test_least_tokens(self, incomplete: tuple[Tokenizer, Any], text: str) -> None:
         ours, _ = incomplete
-        assert ours.least_tokens(text) <= len(ours.encode(text))
+        assert ours.least_tokens(ours.num_known_bytes(text)) <= len(ours.encode(text))
 
     def test_lone_surrogates_become_replacement_characters(self, incomplete: tuple[Tokenizer, Any]) -> None:
         ours, _ = incomplete
@@ -207,6 +207,32 @@ class TestIncompleteAlphabet:
         ours, theirs = incomplete
         for text in ("Q" * 300_000 + "e" * 300_000, " " * 1_000_001 + "Q"):
             assert ours.encode(text) == theirs.encode(text).ids
+
+
+class TestInPieces:
+    """A text that is encoded in pieces of a few characters has the tokens of the whole."""
+
+    def check(self, ours: Tokenizer, text: str) -> None:
+        assume(all(unicodedata.category(char) != "Cn" for char in text))  # only regex knows Unicode's newest letters
+        expected = ours.encode(text)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("model.checkpoint.tokenizer.PIECE", 3)
+            assert ours.encode(text) == expected
+
+    @FAST
+    @given(text=TEXTS | MANY_DIGITS)
+    def test_of_other_words(self, cutting: tuple[Tokenizer, Any], text: str) -> None:
+        self.check(cutting[0], text)
+
+    @FAST
+    @given(text=TEXTS | st.text("eE\u0301\u0338 >\u1100\u1161\u11a8\u212b\n", max_size=20))
+    def test_of_composed_text(self, composing: tuple[Tokenizer, Any], text: str) -> None:
+        self.check(composing[0], text)
+
+    @FAST
+    @given(text=TEXTS | st.text("redtn \n(1\xe9QZ\x00", max_size=24))
+    def test_of_bytes_without_a_token(self, incomplete: tuple[Tokenizer, Any], text: str) -> None:
+        self.check(incomplete[0], text)
 
 
 @pytest.mark.parametrize(

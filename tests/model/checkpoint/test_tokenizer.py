@@ -4,19 +4,28 @@ import functools
 import json
 import random
 import re
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import model.checkpoint.tokenizer
 from model.checkpoint.files import CheckpointError
-from model.checkpoint.tokenizer import END_OF_TEXT, GPT2_PATTERN, PromptPart, Tokenizer, TokenizerError, r50k_base
+from model.checkpoint.tokenizer import (
+    END_OF_TEXT,
+    GPT2_PATTERN,
+    LongWordError,
+    PromptPart,
+    Tokenizer,
+    TokenizerError,
+    r50k_base,
+)
 from model.checkpoint.vocabulary import BYTE_OF, load_tokenizer
 from service.engine.request import GenerationRequest, Prompt, RequestError, SamplingParams, text_prompt
 from tests.model.checkpoint.vocabularies import TEXTS, r50k_merges, r50k_vocab, write_vocabulary
@@ -158,12 +167,12 @@ class TestR50k:
     def test_million_letters_without_a_space(self, r50k: Tokenizer) -> None:
         assert len(r50k.encode("a" * 1_000_000)) == 250_000
 
-    @pytest.mark.parametrize("space", [" ", "\n", "\u3000"])
-    def test_million_spaces(self, r50k: Tokenizer, space: str) -> None:
+    @pytest.mark.parametrize(("space", "count"), [(" ", 1_000_000), ("\n", 1_000_000), ("\u3000", 340_000)])
+    def test_million_spaces(self, r50k: Tokenizer, space: str, count: int) -> None:
         """tiktoken alone panics on the first of these texts."""
-        spaces = r50k.encode(space * 1_000_000)
-        assert r50k.encode(space * 1_000_001 + "word") == spaces + r50k.encode(space + "word")
-        assert r50k.encode("word" + space * 1_000_000) == r50k.encode("word") + spaces
+        spaces = r50k.encode(space * count)
+        assert r50k.encode(space * (count + 1) + "word") == spaces + r50k.encode(space + "word")
+        assert r50k.encode("word" + space * count) == r50k.encode("word") + spaces
 
     @FAST
     @given(text=st.text("a1\x1c \n\u2003", max_size=30))
@@ -270,6 +279,30 @@ class TestParts:
         assert encode_parts([special("</s"), special(">")]) == encode("</s>")
         # An added token is found across a border, even if the text ahead of it was searched for special ones.
         assert encode_parts([special("</s><bot "), plain("é>")]) == [50262, 50257]
+
+
+@FAST
+@given(text=TEXTS, allow_special=st.booleans(), piece=st.integers(2, 9))
+def test_encoding_in_pieces_changes_nothing(pair: tuple[Tokenizer, Any], text: str, allow_special: bool, piece: int) -> None:
+    # Only regex, which looks for the words where no space stands, knows Unicode's newest letters.
+    assume(all(unicodedata.category(char) != "Cn" for char in text))
+    expected = pair[0].encode(text, allow_special=allow_special)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model.checkpoint.tokenizer, "PIECE", piece)
+        assert pair[0].encode(text, allow_special=allow_special) == expected
+
+
+def test_a_long_text_is_encoded_in_short_pieces(r50k: Tokenizer) -> None:
+    for text in ("the king " * 50_000, "\u5929\uff0c" * 100_000, "ab-" * 100_000):
+        pieces = list(r50k.encode_slowly([(text, False)]))
+        assert 5 < len(pieces) < 20
+        assert [token for piece in pieces for token in piece] == r50k._bpe.encode_ordinary(text)
+
+
+def test_a_word_too_long(r50k: Tokenizer) -> None:
+    for word in ("a" * (2**20 + 1), "\u5929" * 349_526, "\ud800" * 349_526):
+        with pytest.raises(LongWordError, match=r"^holds a word of 10485\d\d bytes, at most 1048576 can be tokenized$"):
+            r50k.encode(f"b {word} c")
 
 
 class TestAgainstTransformers:

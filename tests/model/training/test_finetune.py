@@ -55,7 +55,7 @@ def make_model() -> GPT:
 
 
 def encoded(examples: list[TrainingExample]) -> list[Encoded]:
-    return encode(examples, r50k_base(), CONFIG.n_positions)
+    return list(encode(examples, r50k_base(), CONFIG.n_positions))
 
 
 @pytest.mark.parametrize("adapter", [AdapterConfig(4, 8.0), None])
@@ -129,11 +129,11 @@ def test_the_prompt_is_read_and_not_learnt() -> None:
 
 def test_a_tokenizer_without_end_of_text_ends_completions_with_nothing() -> None:
     tokenizer = Tokenizer({byte: bytes([byte]) for byte in range(256)}, range(256), special={}, added={}, eos_id=None)
-    assert encode(numbered(("ab", "cd")), tokenizer, 32) == [([97, 98, 99], [IGNORED, 99, 100])]
+    assert list(encode(numbered(("ab", "cd")), tokenizer, 32)) == [([97, 98, 99], [IGNORED, 99, 100])]
     with pytest.raises(
         ValueError, match="line 1: an empty prompt needs a token that starts a document, and the model has none"
     ):
-        encode(numbered(("", "x")), tokenizer, 32)
+        list(encode(numbered(("", "x")), tokenizer, 32))
 
 
 def test_tokens_that_the_model_has_no_row_for_are_not_learnt() -> None:
@@ -141,7 +141,7 @@ def test_tokens_that_the_model_has_no_row_for_are_not_learnt() -> None:
     tokenizer = Tokenizer(tokens, range(256), special={}, added={"<tool>": 300}, eos_id=0, num_rows=256)
     for example in (("a<tool>", "b"), ("a", "<tool>b")):
         with pytest.raises(ValueError, match="line 2: '<tool>' is token 300, but the model's ids end at 255"):
-            encode(numbered(("a", "b"), example), tokenizer, 32)
+            list(encode(numbered(("a", "b"), example), tokenizer, 32))
     with pytest.raises(ValueError, match="'<tool>' is token 300, but the model's ids end at 255"):
         tokens_of("a<tool>", tokenizer)
 
@@ -169,7 +169,7 @@ def write(path: Path, *lines: object) -> Path:
 
 
 def read(path: Path) -> list[TrainingExample]:
-    return read_examples(path.read_bytes(), path.name)
+    return list(read_examples(path.read_bytes(), path.name))
 
 
 GOOD: dict[str, Any] = {"prompt": "a =>", "completion": " b"}

@@ -4,6 +4,7 @@ import hashlib
 import json
 import threading
 import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -461,14 +462,15 @@ def test_the_engines_alias() -> None:
 
 def test_long_prompts_are_tokenized_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = []
-    encode = FakeEngine.tokenizer.encode
+    encode = FakeEngine.tokenizer.encode_slowly
 
-    def noting(text: str, *, allow_special: bool = False) -> list[int]:
-        if not allow_special:  # the fake reads its script with special tokens
+    def noting(parts: Iterable[tuple[str, bool]]) -> Iterator[list[int]]:
+        parts = list(parts)
+        if not parts[0][1]:  # the fake reads its script with special tokens
             threads.append(threading.current_thread() is threading.main_thread())
-        return encode(text, allow_special=allow_special)
+        return encode(parts)
 
-    monkeypatch.setattr(FakeEngine.tokenizer, "encode", noting)
+    monkeypatch.setattr(FakeEngine.tokenizer, "encode_slowly", noting)
     post({"model": "fake", "prompt": "short", "max_tokens": 1})
     post({"model": "fake", "prompt": " a" * 3000})
     post({"model": "fake", "prompt": ["many short ones " * 15] * 100, "max_tokens": 1}, FakeEngine(max_queue=100))

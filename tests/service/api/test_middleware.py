@@ -423,10 +423,34 @@ def test_a_false_length_is_not_believed() -> None:
     run(test)
 
 
-def test_the_default_limit_is_16_mib() -> None:
-    assert request("POST", "/v1/completions", content=b"x" * 2**24).status_code == 400
-    error = error_of(request("POST", "/v1/completions", content=b"x" * (2**24 + 1)), 413)
-    assert error["message"] == "the body is 16777217 bytes, this server's limit is 16777216"
+@contract("errors", "413", "16 MiB for a file, 4 MiB for many prompts or a text of any length, 1 MiB for all else")
+@pytest.mark.parametrize(
+    ("path", "limit"),
+    [
+        ("/v1/files", 2**24),
+        ("/v1/completions", 2**22),
+        ("/v1/engines/a/b/completions", 2**22),
+        ("/v1/score", 2**22),
+        ("/tokenize", 2**22),
+        ("/detokenize/", 2**22),
+        ("/v1/chat/completions", 2**20),
+        ("/v1/fine_tuning/jobs", 2**20),
+        ("/v1/nothing", 2**20),
+    ],
+)
+def test_the_default_limits(path: str, limit: int) -> None:
+    assert request("POST", path, content=b"x" * limit).status_code in (400, 404)
+    error = error_of(request("POST", path, content=b"x" * (limit + 1)), 413)
+    assert error["message"] == f"the body is {limit + 1} bytes, this server's limit is {limit}"
+    assert error["code"] == "body_too_large"
+
+
+def test_a_lower_limit_of_files_is_a_limit_of_all() -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=10, max_text_bytes=20) as api:
+            assert (await api.client.post("/tokenize", content=b"x" * 11)).status_code == 413
+
+    run(test)
 
 
 @pytest.mark.parametrize(("expect", "connection"), [({}, None), ({"expect": "100-continue"}, "close")])

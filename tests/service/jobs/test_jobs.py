@@ -32,6 +32,8 @@ from tests.serving import JOB_COMMAND
 
 GOOD = [{"prompt": f"{word} =>", "completion": f" {word}s"} for word in ("cat", "dog", "bird")]
 LINE = '{"prompt": "b", "completion": " c"}'
+# A file as part of a form.
+UPLOADED = f'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n{LINE}\r\n'
 ADVICE = "begin every completion with a space, as words are tokens with one: line 4"
 # Slowly writes what a run writes: the report, a row for every update, then the result.
 PROCESS = """
@@ -216,6 +218,11 @@ def test_a_file_whose_content_is_not_what_was_sent(tmp_path: Path, harm: Callabl
         ({"files": {"other": ("a", b"x")}, "data": {"purpose": "fine-tune"}}, "unknown field 'other'"),
         ({"files": {"purpose": (None, "fine-tune")}}, "'file': a file is needed"),
         ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, "Missing boundary in multipart."),
+        ({"files": {"file": ("a", b"x")}, "data": {"purpose": "x" * 1025}}, "Part exceeded maximum size of 1KB."),
+        (
+            {"files": {"file": ("a", b"x")}, "data": {str(i): "" for i in range(9)}},
+            "Too many fields. Maximum number of fields is 8.",
+        ),
     ],
 )
 def test_uploads_that_are_none(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -224,6 +231,41 @@ def test_uploads_that_are_none(tmp_path: Path, options: dict[str, Any], message:
             answer = await api.client.post("/v1/files", **options)
             assert answer.status_code == 400
             assert answer.json()["error"]["message"] == message
+
+    run(test)
+
+
+@contract("fine_tuning", "file", "a form in another charset than UTF-8: 400")
+@pytest.mark.parametrize(
+    "charset",
+    ["undefined", "punycode", "unicode_escape", "raw_unicode_escape", "idna", "latin-1", "utf-16", "zlib", "x\u00e9"],
+)
+def test_a_form_in_another_charset(tmp_path: Path, charset: str) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            form = f'--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nfine-tune\r\n{UPLOADED}--b--\r\n'
+            for name, status in ((charset, 400), ("utf-8", 200), ('"UTF8"', 200)):
+                content_type = f"multipart/form-data; boundary=b; charset={name}".encode()
+                answer = await api.client.post("/v1/files", content=form, headers={b"content-type": content_type})
+                assert answer.status_code == status, answer.text
+                if status == 400:
+                    assert "but this server reads UTF-8 only" in answer.json()["error"]["message"]
+
+    run(test)
+
+
+@contract("fine_tuning", "training_file", "a lone surrogate in an id: 400")
+@pytest.mark.parametrize("field", ["training_file", "validation_file"])
+def test_an_id_that_is_no_text(tmp_path: Path, field: str) -> None:
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            body = {"model": "fake", "training_file": await api.upload(), field: "file-\ud800"}
+            content, headers = json.dumps(body), {"content-type": "application/json"}
+            answer = await api.client.post("/v1/fine_tuning/jobs", content=content, headers=headers)
+            assert answer.status_code == 400
+            error = answer.json()["error"]
+            assert error["message"] == f"'{field}': holds a lone surrogate, which is no character"
+            assert error["param"] == field
 
     run(test)
 
@@ -237,6 +279,8 @@ def test_uploads_that_are_none(tmp_path: Path, options: dict[str, Any], message:
         ("\n", "'file': notes.txt holds no examples"),
         (b"\xff", "'file': notes.txt is not UTF-8: "),
         (LINE + "\n" + LINE.replace("b", "word " * 300), "'file': the model's context is 256 tokens; longer, up to "),
+        (LINE.replace("b", "-" * 50_000), "'file': the model's context is 256 tokens; longer, up to 391: line 1"),
+        (LINE + "\n" + "x" * (2**20 + 1), "'file': notes.txt, line 2: has 1048577 characters, at most 1048576 are read"),
     ],
 )
 def test_files_that_no_job_could_learn_from(tmp_path: Path, content: str | bytes, message: str) -> None:

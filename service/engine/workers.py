@@ -1,0 +1,38 @@
+"""Keeps the event loop running: long work goes to a worker thread, or is done in slices."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+T = TypeVar("T")
+
+# Characters, token ids and bytes of JSON that are gone through on the event loop, in a few milliseconds at most.
+SHORT = 4096
+# Large requests that are worked on at a time. The others wait, so that every thread gets the interpreter soon.
+LARGE_AT_ONCE = 4
+# Seconds of work after which the event loop gets its turn.
+SLICE_SECONDS = 0.01
+
+workers = ThreadPoolExecutor(LARGE_AT_ONCE, "large-request")
+
+
+async def off_the_loop(size: int, work: Callable[[], T]) -> T:
+    """The result of `work`, which goes through about `size` characters, tokens or bytes: in a worker thread if many."""
+    if size <= SHORT:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(workers, work)
+
+
+class Slices:
+    """Work on the event loop that gives way to others now and then."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    async def rest(self) -> None:
+        """Let others run if the last time is long ago. Call it between pieces of work."""
+        if time.monotonic() - self._since > SLICE_SECONDS:
+            await asyncio.sleep(0)
+            self._since = time.monotonic()

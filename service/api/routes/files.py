@@ -1,6 +1,6 @@
 """/v1/files: training data for fine-tuning jobs."""
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
@@ -8,6 +8,7 @@ from starlette.datastructures import UploadFile
 
 from model.training.examples import encode, read_examples
 from service.api.errors import APIError, invalid
+from service.api.limits import KeyLimits
 from service.api.schema.base import DeletedObject, ErrorResponse
 from service.api.schema.fine_tuning import CheckpointObject, FileList, FileObject
 from service.api.state import state_of
@@ -74,14 +75,16 @@ async def upload_file(request: Request) -> FileObject:
         raise invalid(f"'file': its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
     if not content:
         raise invalid("'file': it is empty", "file")
-    base = state_of(request).models.base
+    base, limits = state_of(request).models.base, cast(KeyLimits, request.state.limits)
+    charged = limits.charge_text(1)  # a key that owes tokens must wait; how many these are is not known yet
     try:
-        await off_the_loop(
+        examples = await off_the_loop(
             len(content),
             lambda: encode(read_examples(content, shown(name)), base.tokenizer, base.config.n_positions),
         )
     except ValueError as error:
         raise invalid(f"'file': {error}", "file") from error
+    limits.settle_text(charged, sum(len(example.inputs) + 1 for example in examples))
     return file_object(store.add_file(name, PURPOSE, content))
 
 

@@ -4,6 +4,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from service.api.limits import KeyLimits
 from service.api.routes.chat import read_messages
 from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from service.api.state import state_of
@@ -25,6 +26,9 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
     entry = entry_of(body.model, request)
     warnings = warnings_for(body, request)
     tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
+    limits: KeyLimits = request.state.limits
+    texts = [body.prompt or ""] if body.messages is None else [message.text for message in body.messages]
+    charged = limits.charge_text(sum(map(tokenizer.least_tokens, texts)))
     if body.messages is not None:
         tokens = (await read_messages(body.messages, body, entry, tokenizer)).tokens
     else:
@@ -32,6 +36,7 @@ async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         tokens = await off_the_loop(len(text), lambda: tokenizer.encode(text, allow_special=True))
         if tokenizer.bos_id is not None:
             tokens = [tokenizer.bos_id, *tokens]
+    limits.settle_text(charged, len(tokens))
     return TokenizeResponse(
         count=len(tokens),
         max_model_len=entry.config.n_positions,
@@ -46,6 +51,7 @@ async def detokenize(body: DetokenizeRequest, request: Request) -> DetokenizeRes
     """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
     entry = entry_of(body.model, request)
     warnings = warnings_for(body, request)
+    request.state.limits.charge_text(len(body.tokens))
     check_token_ids(body.tokens, entry.config.vocab_size, "tokens")
     # A model may have more ids than its vocabulary has tokens; the extra ids have no text.
     known = (token for token in body.tokens if token in entry.tokenizer)

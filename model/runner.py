@@ -189,7 +189,8 @@ class Runner:
         if step.starts:
             self._start_rows(step.starts)
         self._add_pages(step.pages)
-        pending = self._run_mixed(step) if step.chunks else self._run_decode(step)
+        decodes_only = not step.chunks and len(step.samples) == len(step.decodes)
+        pending = self._run_decode(step) if decodes_only else self._run_mixed(step)
         self._copy_pages(step.copies)
         return pending
 
@@ -250,7 +251,7 @@ class Runner:
                             pages[targets] = pages[sources]
 
     def _run_decode(self, step: StepInput) -> PendingStep:
-        """A step without prompt tokens, padded to a bucket. Graphs support neither logprobs nor bans."""
+        """A step that samples after each of its tokens, padded to a bucket. Graphs support neither logprobs nor bans."""
         count = len(step.decodes)
         bucket = next((size for size in self.buckets if size >= count), count)
         padded = [(row, position, UNKNOWN if token is None else token) for row, position, token in step.decodes]
@@ -281,7 +282,7 @@ class Runner:
         return self._sample(hidden, rows, positions + 1, samples)
 
     def _run_mixed(self, step: StepInput) -> PendingStep:
-        """A step with prompt chunks, with or without decode tokens."""
+        """A step with tokens that nothing is sampled after: prompt chunks, or known ones. It may also have others."""
         given = [UNKNOWN if token is None else token for _, _, token in step.decodes]
         prompt = [token for chunk in step.chunks for token in chunk.tokens]
         rows, positions, tokens, chunk_rows, sampled, sampling_rows = self._to_device(

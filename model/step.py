@@ -39,7 +39,7 @@ class RowStart(NamedTuple):
     sampling: Sampling
     prompt: list[int]  # the whole prompt, whatever part of it the step computes: penalties look at it
     adapter: int = 0  # number of the adapter that computes its tokens; 0: none
-    generated: Sequence[int] = ()  # tokens sampled so far
+    generated: Sequence[int] = ()  # what it has generated already: penalties look at it
 
 
 class NewPages(NamedTuple):
@@ -98,8 +98,9 @@ class PromptLogprobs(NamedTuple):
 class StepInput(NamedTuple):
     """All that the runner needs for one step, in the order of application: `starts` and `pages` first, `copies` last.
 
-    The step's tokens form one sequence: those of `decodes`, then those of each chunk. `samples` begins with one entry for
-    each of `decodes`, in order. Several of `decodes` may be successive positions of one row: drafts.
+    The step's tokens form one sequence: those of `decodes`, then those of each chunk. `samples` begins with those of
+    `decodes`, in order, one for each that is not followed by a known token. Several of `decodes` may be successive positions
+    of one row: drafts, or known tokens whose keys are computed again.
     """
 
     starts: list[RowStart]

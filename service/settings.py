@@ -64,7 +64,9 @@ class Settings(BaseSettings):
         None, gt=0, description="memory for KV pages, in bytes; by default 2 GiB on a CPU, what weights leave free on a GPU"
     )
     max_slots: int = Field(32, ge=1, le=1024, description="sequences that run at once")
-    max_queue: int = Field(1024, ge=0, description="choices that may wait for a slot; one more is a 429")
+    max_queue: int = Field(
+        1024, ge=0, description="choices of a key, or of all without keys, that may wait; one more is a 429"
+    )
     step_tokens: int = Field(512, ge=1, description="tokens computed in one step, prompt and generated together")
     queue_timeout: float = Field(120.0, gt=0, description="seconds that a choice may wait for a slot before a 503")
     max_connections: int = Field(

@@ -61,9 +61,26 @@ class KeyLimits:
         bucket.add(-amount, now)
 
     def refund(self, num_tokens: int) -> None:
-        """Give back the tokens that a finished request was charged for but did not use."""
+        """Give back the tokens that a finished request was charged for but did not use; below 0, it used more."""
         if bucket := self._buckets.get("tokens"):
             bucket.add(num_tokens, self._clock())
+
+    def charge_text(self, num_tokens: int) -> int:
+        """Take the tokens of a text that no model runs on, as `charge` does; `settle_text` says how many it had.
+
+        A text of more than a minute's tokens takes a minute's, since a file may well be longer.
+        """
+        charged = self._of_a_text(num_tokens)
+        self.charge(charged)
+        return charged
+
+    def settle_text(self, charged: int, num_tokens: int) -> None:
+        """The text that was charged turned out to have so many tokens. What it had more is owed."""
+        self.refund(charged - self._of_a_text(num_tokens))
+
+    def _of_a_text(self, num_tokens: int) -> int:
+        bucket = self._buckets.get("tokens")
+        return min(num_tokens, bucket.limit) if bucket else 0
 
     def headers(self) -> dict[str, str]:
         """The state of each bucket in OpenAI's headers; `reset` is the time until it is full."""

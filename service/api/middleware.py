@@ -220,7 +220,7 @@ class RequireKey(HTTPMiddleware):
 
 
 class LimitRates(HTTPMiddleware):
-    """Charges every POST below /v1/ to its key. Each response to a key says what the key has left.
+    """Charges every POST to its key. Each response to a key says what the key has left.
 
     Only routes know the number of tokens, so they charge those to request.state.limits. Without a key it allows everything.
     """
@@ -238,7 +238,7 @@ class LimitRates(HTTPMiddleware):
                 MutableHeaders(scope=message).update(limits.headers())
             await send(message)
 
-        if scope["method"] == "POST" and route_path(scope).startswith("/v1/"):
+        if scope["method"] == "POST":
             try:
                 limits.charge(1, "requests")
             except LimitError as error:

@@ -37,6 +37,11 @@ def find_model(request: Request, name: str | None) -> ModelEntry:
     return entry
 
 
+def client_of(request: Request) -> bytes | None:
+    """Whose share of the engine the request takes: its key's, or one of its own on a server without keys."""
+    return getattr(request.state, "key", None)
+
+
 def warnings_for(body: Body, request: Request) -> list[str] | None:
     """What the response has to warn of. Raises APIError for a field that is refused, unless the server is lenient."""
     found = body.ineffective

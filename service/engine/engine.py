@@ -294,7 +294,7 @@ class Engine:
                 f"a prompt of {num_prompt} tokens with max_tokens {max_tokens} needs more KV cache than "
                 f"this server's {self._scheduler.cache.capacity_text()}"
             )
-        waiting, room = self._queue()
+        waiting, room = self._queue(request.client)
         if request.num_choices > room:
             self._metrics.outcome("rejected").inc(request.num_choices)
             retry_after = max(1, math.ceil((waiting + 1) / self._max_rows * self._mean_seconds))
@@ -302,10 +302,14 @@ class Engine:
                 f"{waiting} choices are waiting, the limit is {self._max_queue}; try again in {retry_after} s", retry_after
             )
 
-    def _queue(self) -> tuple[int, int]:
-        """Sequences that wait for a row, and how many more may come."""
+    def _queue(self, client: bytes | None) -> tuple[int, int]:
+        """Sequences of a client that wait for a row, and how many more may come. Those without a name count together."""
         running = self._steps.num_running
-        waiting = max(0, len(self._active) - running)
+        if client is None:
+            waiting = max(0, len(self._active) - running)
+        else:
+            own = sum(sequence.client == client for sequence in self._active)
+            waiting = max(0, own - self._steps.num_running_of(client))
         free_rows = 0 if self._steps.lacks_pages else max(0, self._max_rows - running)
         return waiting, self._max_queue + free_rows - waiting
 

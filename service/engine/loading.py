@@ -205,7 +205,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metric
         config,
         kv_bytes=kv_budget(options.kv_bytes, device),
         item_bytes=dtype.itemsize,
-        max_rows=options.max_slots,
+        max_rows=2 * options.max_slots,  # those that were put back keep theirs while there is memory
         step_tokens=options.step_tokens,
     )
     total = sum(pages * page_bytes(config, kind, dtype.itemsize) for kind, pages in sizes.items())

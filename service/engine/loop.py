@@ -45,8 +45,8 @@ class InFlight(NamedTuple):
 class StepLoop:
     """Runs commands and steps in a thread of its own.
 
-    Other threads call `start`, `send` and `stop`, and read the properties num_running, lacks_pages, busy_since, is_alive
-    and usage(): single values, each true at some moment during the last step.
+    Other threads call `start`, `send` and `stop`, and read the properties num_running, lacks_pages, busy_since, is_alive,
+    num_running_of() and usage(): single values, each true at some moment during the last step.
     """
 
     def __init__(self, runner: StepRunner, scheduler: Scheduler, metrics: Metrics, *, overlap: bool):
@@ -105,6 +105,9 @@ class StepLoop:
     @property
     def num_waiting(self) -> int:
         return len(self._scheduler.waiting)
+
+    def num_running_of(self, client: bytes) -> int:
+        return self._scheduler.waiting.held(client)
 
     @property
     def lacks_pages(self) -> bool:

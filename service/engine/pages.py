@@ -147,6 +147,11 @@ class PagePool:
             self.held[member].reservation = joint
         self.held[row] = HeldPages(joint)
 
+    def move(self, row: int, to: int) -> None:
+        held = self.held[to] = self.held.pop(row)
+        held.reservation.rows.remove(row)
+        held.reservation.rows.add(to)
+
     def pages_before(self, num_pages: int) -> range:
         """Which of a sequence's first `num_pages` pages the query right after them sees."""
         return range(first_key(num_pages * PAGE_SIZE, self.band) // PAGE_SIZE, num_pages)
@@ -296,9 +301,9 @@ class PageAllocator:
 
     A sequence reserves the most pages that it holds between steps. While a chunk of c prompt tokens runs, a banded layer
     holds up to ceil(c / 64) pages more, so each banded pool keeps ceil(step_tokens / 64) pages back. That is enough
-    because chunks are handed out first come, first served: all but the last chunk of a step finish their prompt, all but
-    the first begin one, and a chunk that begins a prompt, or continues after cached pages, exceeds its reservation by
-    whole pages of its own.
+    because at most one prompt rests inside a page. A chunk that begins at a page's start exceeds its reservation only by
+    whole pages of its own, fewer than c / 64. So all chunks of a step together, with the one that begins inside a page,
+    exceed theirs by no more than ceil(step_tokens / 64).
 
     Rows that share a prompt reserve its pages once: see `try_join`. If rows share pages because their content happens to
     be equal, each row reserves them, so that none depends on how long another runs.
@@ -343,6 +348,17 @@ class PageAllocator:
         for group, pool in self.pools.items():
             pool.join(row, parent, joint[group])
         return True
+
+    def move(self, row: int, to: int) -> None:
+        """Let `to`, which has nothing, have what `row` has reserved and holds. Either may be a number that is no row's."""
+        for pool in self.pools.values():
+            pool.move(row, to)
+
+    def pages_of(self, row: int) -> list[NewPages]:
+        """All that a row holds, for a device that does not know it."""
+        return self._added(
+            row, {group: (pool.held[row].first, list(pool.held[row].page_ids)) for group, pool in self.pools.items()}
+        )
 
     def prefix(self, hashes: Sequence[PageHash]) -> int:
         """How many of a prompt's first pages a sequence can take from the cache: each group has those that it sees."""

@@ -4,6 +4,7 @@ import math
 import secrets
 import sys
 from collections import abc, deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain, takewhile
@@ -261,6 +262,7 @@ class GenerationRequest:
     prompts: abc.Sequence[Prompt]
     params: SamplingParams
     adapter: AdapterRef = NO_ADAPTER
+    client: bytes | None = None  # who shares the engine with others; None: nobody else's request is of the same client
 
     @property
     def num_choices(self) -> int:
@@ -286,6 +288,7 @@ class GenerationRequest:
         seed = params.seed if params.seed is not None else secrets.randbits(63)
         explains = (params.echo and params.logprobs is not None) or params.prompt_logprobs is not None
         bad_words = bad_word_tokens(params.bad_words, tokenizer)
+        client: Hashable = object() if self.client is None else self.client
         common = None
         if count == 1 and len(self.prompts) > 1:
             common = PrefixGroup(num_common([prompt.tokens for prompt in self.prompts]), forks=False)
@@ -312,6 +315,7 @@ class GenerationRequest:
                         is_cached=params.cache_prompt,
                         group=group,
                         adapter=self.adapter,
+                        client=client,
                         deadline=deadline,
                     )
                     for k in range(count)

@@ -5,6 +5,7 @@ Plain numbers: no torch, no clock, no thread.
 
 import math
 from collections import abc, deque
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, NamedTuple
@@ -25,9 +26,17 @@ from model.step import (
 from service.engine.drafting import PromptLookup
 from service.engine.pace import Load, Pace
 from service.engine.pages import FilledPage, PageAllocator, PageHash, page_hashes
+from service.engine.shares import Shares
 
 # Tokens of a step that decoding always leaves to prompts, so that prompts make progress.
 MIN_CHUNK = 16
+# Known tokens of a sequence that a step computes again, if it was put back and its pages were needed. They take about as
+# long as a batch of so many sequences, less the output head.
+MAX_REPLAY = 32
+# Tokens that the only sequence of a client generates before it must yield its row to a client without one.
+QUANTUM = 64
+# Pages are reserved under this row until the sequence gets one.
+NO_ROW = -1
 
 # "stop" and "length" are for the client. "error": the step raised. "timeout": the sequence waited too long to start.
 # "not_finite": the model's logits are NaN or infinite. "none_left": the request bans every token.
@@ -60,6 +69,9 @@ class Sequence:
     Positions [0, num_computed) have their keys in the cache once the steps in flight have run. During the prompt
     num_computed grows by chunks. Afterwards the token at position num_computed is the last one that a scheduled step
     samples.
+
+    A sequence that is put back waits for a row again. If its pages are needed meanwhile, it computes its prompt again, and
+    then the tokens that it has generated: as decode rows, several positions at once, since only these have the same bits.
     """
 
     prompt: list[int]
@@ -69,26 +81,35 @@ class Sequence:
     min_tokens: int = 0  # none of stop_ids is sampled before so many other tokens
     # How many of the likeliest tokens to report with each generated one; None: no logprobs at all.
     top_logprobs: int | None = None
-    # First position of the prompt whose token gets logprobs too, at least 1. Earlier tokens may come from the cache.
+    # First position of the prompt whose token gets logprobs too, at least 1. Earlier tokens may come from the cache. It
+    # moves on when logprobs are committed, so that none are reported twice.
     prompt_logprobs_from: int | None = None
     prompt_top_logprobs: int = 0  # likeliest tokens to report with each of these, if more than top_logprobs
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are not generated
     is_cached: bool = True  # whether its prompt may come from the prefix cache, and stay there
     group: PrefixGroup | None = None
     adapter: AdapterRef = NO_ADAPTER
+    client: Hashable = ""  # whose share of the engine it takes
     deadline: float = math.inf  # when to give up waiting for a row, on the scheduler's clock
     siblings: abc.Sequence["Sequence"] = ()  # those it was submitted with: once one has a row, none of them times out
-    row: int = -1  # while running
-    admitted: float = 0.0  # when it got its row
+    row: int = NO_ROW  # while running. Put back, a number below NO_ROW that its pages are kept under
+    due: float = 0.0  # when its prompt's turn is, on the clock of the shares
+    is_placed: bool = False  # whether the runner knows it by its row
+    admitted: float = 0.0  # when it first got a row
+    has_begun: bool = False  # whether its Start was reported
     num_computed: int = 0  # booked when a step is scheduled
-    num_generated: int = 0  # tokens known, booked when a step is committed
-    generated: list[int] = field(default_factory=list)  # these tokens
+    generated: list[int] = field(default_factory=list)  # tokens known, booked when a step is committed
+    num_before: int = 0  # of these, known when it got its row
     lookup: PromptLookup | None = None  # its text, once it decodes, if its tokens can be guessed
 
     @property
     def num_written(self) -> int:
         """Positions that will ever be in the cache: the last token is sampled but never computed."""
         return len(self.prompt) + max(self.max_tokens - 1, 0)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.generated)
 
     @property
     def in_prompt(self) -> bool:
@@ -134,7 +155,7 @@ class Sequence:
 
 
 class Start(NamedTuple):
-    """When a sequence got its row, and what the prefix cache knew of its prompt when the first tokens were scheduled."""
+    """When a sequence first got a row, and what the prefix cache knew of its prompt when the first tokens were scheduled."""
 
     admitted: float
     num_looked_up: int  # prompt tokens that the prefix cache was asked for
@@ -173,12 +194,14 @@ class Scheduled:
 
 
 class Scheduler:
-    """Continuous batching with admission by reservation: an admitted sequence always finishes.
+    """Continuous batching with admission by reservation: a sequence that has a row never lacks pages.
 
-    First in, first out, no overtaking. Several steps may be scheduled before the first is committed. The device runs
-    steps in order, so that a step's reads and writes are safe from later steps. That is why pages and rows are reused at
-    once, even while steps in flight still use them. Every step is committed in the same order; `submit` and `abort` come
-    at any time.
+    Shares says whose turn it is, and nobody overtakes. A sequence loses its row only to another client, never by a lack of
+    pages of its own, and later goes on with the same bits.
+
+    Several steps may be scheduled before the first is committed. The device runs steps in order, so that a step's reads
+    and writes are safe from later steps. That is why pages and rows are reused at once, even while steps in flight still
+    use them. Every step is committed in the same order; `submit` and `abort` come at any time.
     """
 
     def __init__(self, cache: PageAllocator, *, max_rows: int, step_tokens: int, max_draft: int = 0):
@@ -195,11 +218,14 @@ class Scheduler:
         self.max_rows = max_rows
         self.step_tokens = step_tokens
         self.max_draft = max_draft
-        self.waiting: deque[Sequence] = deque()
+        self.waiting: Shares[Sequence] = Shares()
         self.running: dict[int, Sequence] = {}  # by row, in order of admission
+        self.num_put_back = 0  # so far
         self.begun: list[Delta] = []  # of the sequences that begin in the step that was scheduled last
         self.drafts = Drafts(0, 0)  # of the step that was committed last
         self._lacks_pages = False
+        self._earliest = math.inf  # no deadline of a waiting sequence is earlier
+        self._parked: dict[Sequence, None] = {}  # those put back that still have their pages, the one put back first first
         self._free_rows = list(range(max_rows - 1, -1, -1))
         self._pace = Pace()
         self._in_flight: deque[Scheduled] = deque()  # oldest first
@@ -218,7 +244,8 @@ class Scheduler:
         together = list(sequences)
         for sequence in together:
             sequence.siblings = together
-        self.waiting.extend(together)
+            self.waiting.add(sequence)
+            self._earliest = min(self._earliest, sequence.deadline)
 
     def abort(self, sequence: Sequence) -> None:
         """Forget a sequence wherever it is. Harmless if it has already ended."""
@@ -226,27 +253,35 @@ class Scheduler:
             self._retire(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
+            self._drop_pages(sequence)
 
     def is_running(self, sequence: Sequence) -> bool:
         return self.running.get(sequence.row) is sequence
 
     def expire(self, now: float) -> list[Delta]:
         """End the sequences that have waited past their deadline."""
+        if self._earliest >= now:
+            return []
         late = [sequence for sequence in self.waiting if sequence.deadline < now]
         for sequence in late:
             self.waiting.remove(sequence)
+        self._earliest = min((sequence.deadline for sequence in self.waiting), default=math.inf)
         return [Delta(sequence, [], "timeout") for sequence in late]
 
     def schedule(self, now: float) -> StepInput | None:
-        """The next step, or None when nothing can run. `begun` tells which sequences begin in it."""
+        """The next step, or None when nothing can run before the steps in flight are committed.
+
+        `begun` tells which sequences begin in it.
+        """
         assert not (self.max_draft and self._in_flight), "a draft's tokens are not verified yet"
         self._release_passed(in_flight=self._in_flight)
-        self._admit(now)
         self.begun = []
+        if not self._admit(now):
+            return None
         scheduled = Scheduled()
         decoding = [s for s in self.running.values() if s.is_decoding and not s.waits_for_tokens]
         prompts = self._prompts()
-        is_paced = 0 < len(prompts) < len(decoding)  # with as many prompts as streams, prompts take the whole step
+        is_paced = self._is_paced(prompts, decoding)
         room = self.step_tokens - MIN_CHUNK - len(decoding)
         if is_paced:
             room = min(room, self._pace.row_limit(prompts[0].num_computed) - len(decoding))
@@ -256,10 +291,8 @@ class Scheduler:
         budget = self.step_tokens - num_decodes
         if is_paced:
             budget = min(budget, self._pace.chunk_limit(num_decodes, prompts[0].num_computed))
-        for sequence in prompts:
-            left = budget - (scheduled.num_tokens - num_decodes)
-            if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left):
-                break
+        self._add_chunks(scheduled, prompts, budget)
+        self.waiting.advance(scheduled.num_tokens - num_decodes, (sequence.client for sequence in prompts))
         if not scheduled.sequences:
             return None
         self._in_flight.append(scheduled)
@@ -279,44 +312,123 @@ class Scheduler:
             spare -= self.cache.num_passed(first, sequence.num_computed)
             self.cache.release_passed(sequence.row, first if spare >= 0 else sequence.num_computed)
 
-    def _admit(self, now: float) -> None:
+    def _admit(self, now: float) -> bool:
+        """Give rows to those whose turn it is. False if somebody must yield who is still in a step in flight."""
         self._lacks_pages = False
-        parents = self._parents() if self.waiting else {}
-        while self.waiting and self._free_rows:
-            sequence = self.waiting[0]
-            parent = parents.get(sequence.group) if sequence.group else None
-            if not self._try_reserve(sequence, self._free_rows[-1], parent):
-                self._lacks_pages = True
+        while sequence := self.waiting.first():
+            victim = None if self._free_rows else self._victim(sequence)
+            if not (self._free_rows or victim):
                 break
-            self.waiting.popleft()
-            sequence.row = self._free_rows.pop()
-            sequence.admitted = now
-            self.running[sequence.row] = sequence
-            if sequence.group:
-                parents.setdefault(sequence.group, sequence)
-            if sequence.deadline < math.inf:
-                for sibling in sequence.siblings:
-                    sibling.deadline = math.inf
+            if victim and self._in_flight:
+                return False
+            if not self._reserve(sequence):
+                self._lacks_pages = True
+                return not (self._in_flight and self._victim_for_pages(sequence))
+            if victim and not self._free_rows:
+                self._put_back(victim)
+            self._take_row(sequence, now)
+        return True
 
-    def _try_reserve(self, sequence: Sequence, row: int, parent: Sequence | None) -> bool:
-        if sequence.may_fork and parent and parent.in_prompt:
-            return self.cache.try_join(row, parent.row, len(sequence.prompt), sequence.num_written)
-        return self.cache.try_reserve(row, sequence.num_written)
+    def _victim(self, sequence: Sequence) -> Sequence | None:
+        """Who must yield to the first in line: the newest of a client that has more than its share.
+
+        If no client has, but that of `sequence` has no row at all: one who has had a turn, and whose client has others.
+        """
+        client = self.waiting.over(sequence.client)
+        if client is not None:
+            return next(each for each in reversed(self.running.values()) if each.client == client)
+        if self.waiting.held(sequence.client):
+            return None
+        return next((each for each in self.running.values() if self._has_had_turn(each)), None)
+
+    def _has_had_turn(self, sequence: Sequence) -> bool:
+        num_new = sequence.num_generated - sequence.num_before
+        return num_new >= QUANTUM and self.waiting.has_waiting(sequence.client)
+
+    def _victim_for_pages(self, sequence: Sequence) -> Sequence | None:
+        """Computing a victim's tokens again takes time, so only a client without a row may cause it."""
+        return None if self.waiting.held(sequence.client) else self._victim(sequence)
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        """Promise pages to the first in line. Those who were put back lose theirs if needed, the last to go on first."""
+        if sequence in self._parked:
+            return True
+        while not self._try_reserve(sequence):
+            if self._parked:
+                self._drop_pages(next(iter(self._parked)))
+            elif (victim := self._victim_for_pages(sequence)) and not self._in_flight:
+                self._put_back(victim)
+            else:
+                return False
+        return True
+
+    def _try_reserve(self, sequence: Sequence) -> bool:
+        same = (each for each in self.running.values() if each.group is sequence.group and each.in_prompt)
+        parent = next(same, None) if sequence.may_fork else None
+        if parent:
+            return self.cache.try_join(NO_ROW, parent.row, len(sequence.prompt), sequence.num_written)
+        return self.cache.try_reserve(NO_ROW, sequence.num_written)
+
+    def _take_row(self, sequence: Sequence, now: float) -> None:
+        sequence.due = self.waiting.take(sequence, len(sequence.prompt) + sequence.num_generated - sequence.num_computed)
+        row = self._free_rows.pop()
+        self.cache.move(sequence.row, row)
+        self._parked.pop(sequence, None)
+        self.running[row] = sequence
+        sequence.row, sequence.num_before = row, sequence.num_generated
+        if not sequence.has_begun:
+            sequence.admitted = now
+        if sequence.deadline < math.inf:
+            for sibling in sequence.siblings:
+                sibling.deadline = math.inf
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Take a sequence's row away. It keeps its pages until somebody needs them, unless it is inside its prompt.
+
+        No step in flight may hold it: what it samples would be lost, and pages that it has passed would be needed again.
+        """
+        del self.running[sequence.row]
+        self._free_rows.append(sequence.row)
+        self.waiting.put_back(sequence)
+        self.num_put_back += 1
+        key = NO_ROW - self.num_put_back
+        self.cache.move(sequence.row, key)
+        sequence.row, sequence.is_placed = key, False
+        self._parked[sequence] = None
+        if sequence.in_prompt:
+            self._drop_pages(sequence)
+
+    def _drop_pages(self, sequence: Sequence) -> None:
+        """Take the pages of a sequence that waits, if it has any: it will be computed again."""
+        if sequence in self._parked:
+            del self._parked[sequence]
+            self.cache.free(sequence.row)
+            sequence.row, sequence.num_computed = NO_ROW, 0
 
     def _parents(self) -> dict[PrefixGroup, Sequence]:
         """The first sequence of each group, unless it is known to have computed its prompt."""
         parents: dict[PrefixGroup, Sequence] = {}
         for sequence in self.running.values():
-            if sequence.group and sequence.num_generated == 0:
+            if sequence.group and (sequence.in_prompt or sequence.num_generated == 0):
                 parents.setdefault(sequence.group, sequence)
         return parents
 
     def _prompts(self) -> list[Sequence]:
-        """Sequences whose prompts this step may continue: the one left half done first, then the others in order."""
+        """Sequences whose prompts this step may continue, the one that is due first first."""
         parents = self._parents()
         in_prompt = [sequence for sequence in self.running.values() if sequence.in_prompt]
-        in_prompt.sort(key=lambda sequence: sequence.num_computed == 0)
+        in_prompt.sort(key=lambda sequence: sequence.due)
         return [s for s in in_prompt if s.group is None or not self._waits(s, s.group, parents[s.group])]
+
+    def _is_paced(self, prompts: list[Sequence], decoding: list[Sequence]) -> bool:
+        """Whether prompts must leave those who decode their pace.
+
+        With as many prompts as streams, prompts take the whole step. To streams of other clients, only the prompt of a
+        client that has nothing else does that: a client with many prompts would slow them down for as long as it likes.
+        """
+        num_first = sum(self.waiting.held(sequence.client) == 1 for sequence in prompts)
+        others = {sequence.client for sequence in decoding} - {sequence.client for sequence in prompts}
+        return bool(prompts) and (len(prompts) < len(decoding) or num_first < len(others))
 
     def _waits(self, sequence: Sequence, group: PrefixGroup, parent: Sequence) -> bool:
         """Whether the parent of its group is about to compute what the sequence would."""
@@ -328,20 +440,39 @@ class Scheduler:
         return self.cache.prefix(common) < len(common)
 
     def _add_decode(self, scheduled: Scheduled, sequence: Sequence, room: int, streams: int) -> int:
-        """Add the next token of a sequence, followed by a draft of at most `room` tokens; returns the draft's length."""
-        tokens: list[int | None] = [None]
-        if sequence.lookup:
-            tokens = [sequence.lookup.last, *sequence.lookup.draft(min(room, self._draft_limit(sequence)), streams)]
-        for token in tokens:
+        """Add the last token of a sequence, followed by a draft; or known tokens, if it was put back and lost their keys.
+
+        Returns how many tokens that is beyond the first: at most `room`.
+        """
+        if not sequence.is_placed:
+            self._start(scheduled, sequence)
+        known = sequence.generated[sequence.num_computed - len(sequence.prompt) :]  # none if a step in flight samples it
+        room = max(0, min(room, self._room_in_pages(sequence)))
+        tokens: list[int | None] = [*known[: 1 + min(room, MAX_REPLAY)]] or [None]
+        if sequence.lookup and len(known) == 1:
+            tokens += sequence.lookup.draft(min(room, self.max_draft), streams)
+        for i, token in enumerate(tokens, 1):
             scheduled.step.decodes.append(DecodeToken(sequence.row, sequence.num_computed, token))
             self._compute(scheduled, sequence, 1)
-            self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
+            if i >= len(known):
+                self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
         return len(tokens) - 1
 
-    def _draft_limit(self, sequence: Sequence) -> int:
+    def _room_in_pages(self, sequence: Sequence) -> int:
         """How many tokens after the next one may be computed: no further than max_tokens, and within reserved pages."""
         stop = min(self.cache.reserved_end(sequence.row), sequence.num_written)
-        return min(self.max_draft, int(stop) - sequence.num_computed - 1)
+        return int(stop) - sequence.num_computed - 1
+
+    def _add_chunks(self, scheduled: Scheduled, prompts: list[Sequence], budget: int) -> None:
+        """Add prompt tokens, at most `budget`. No more than one prompt may rest inside a page, see PageAllocator."""
+        end = scheduled.num_tokens + budget
+        begun = next((sequence for sequence in prompts if sequence.num_computed % PAGE_SIZE), None)
+        if begun and begun is not prompts[0]:
+            self._add_chunk(scheduled, begun, min(budget, -begun.num_computed % PAGE_SIZE))
+            prompts = [sequence for sequence in prompts if sequence is not begun]
+        for sequence in prompts:
+            if sequence.in_prompt and not self._add_chunk(scheduled, sequence, end - scheduled.num_tokens):
+                break
 
     def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
         scheduled.sequences.setdefault(sequence, sequence.num_computed)
@@ -368,7 +499,7 @@ class Scheduler:
             return False
         if begins:
             num_looked_up = len(prompt) if sequence.prompt_logprobs_from is None and sequence.is_cached else 0
-            self._start(scheduled, sequence, num_looked_up, num_cached=start)
+            self._start(scheduled, sequence, num_looked_up, start)
         if cached:
             step.pages.extend(self.cache.start_after(sequence.row, cached))
             sequence.num_computed = start
@@ -386,10 +517,17 @@ class Scheduler:
                 self._fork(scheduled, fork, sequence)
         return True
 
-    def _start(self, scheduled: Scheduled, sequence: Sequence, num_looked_up: int, num_cached: int) -> None:
-        start = RowStart(sequence.row, sequence.sampling, sequence.prompt, sequence.adapter.number)
+    def _start(self, scheduled: Scheduled, sequence: Sequence, num_looked_up: int = 0, num_cached: int = 0) -> None:
+        """Tell the runner of a sequence that has got a row, with the pages it may have kept. Report it if it is new."""
+        start = RowStart(
+            sequence.row, sequence.sampling, sequence.prompt, sequence.adapter.number, tuple(sequence.generated)
+        )
         scheduled.step.starts.append(start)
-        self.begun.append(Delta(sequence, [], None, start=Start(sequence.admitted, num_looked_up, num_cached)))
+        scheduled.step.pages.extend(self.cache.pages_of(sequence.row))
+        sequence.is_placed = True
+        if not sequence.has_begun:
+            sequence.has_begun = True
+            self.begun.append(Delta(sequence, [], None, start=Start(sequence.admitted, num_looked_up, num_cached)))
 
     def _add_prompt_logprobs(self, scheduled: Scheduled, sequence: Sequence, positions: range) -> None:
         """Ask for the logprobs of prompt tokens. The tokens before each of them are the last ones of the step so far."""
@@ -401,7 +539,7 @@ class Scheduler:
             scheduled.explaining.append(sequence)
 
     def _fork(self, scheduled: Scheduled, sequence: Sequence, parent: Sequence) -> None:
-        self._start(scheduled, sequence, num_looked_up=0, num_cached=0)
+        self._start(scheduled, sequence)
         pages, copies = self.cache.fork(sequence.row, parent.row, len(sequence.prompt))
         scheduled.step.pages.extend(pages)
         scheduled.step.copies.extend(copies)
@@ -410,7 +548,9 @@ class Scheduler:
         self._end_prompt(scheduled, sequence)
 
     def _end_prompt(self, scheduled: Scheduled, sequence: Sequence) -> None:
-        """The step's last token so far is the last of the sequence's prompt."""
+        """The step's last token so far is the last of the sequence's prompt, and the token after it may be known already."""
+        if sequence.generated:
+            return
         if sequence.max_tokens:
             self._add_sample(scheduled, sequence, scheduled.num_tokens - 1)
         else:
@@ -462,6 +602,7 @@ class Scheduler:
         gains |= self._verified(scheduled, sampled)
         for sequence, logprobs in zip(scheduled.explaining, sampled.prompt_logprobs, strict=True):
             gains[sequence] = gains[sequence]._replace(prompt_logprobs=logprobs)
+            sequence.prompt_logprobs_from = (sequence.prompt_logprobs_from or 0) + len(logprobs)
         deltas = errors
         for sequence, delta in gains.items():
             if not self.is_running(sequence):
@@ -485,7 +626,8 @@ class Scheduler:
             before = Delta(sequence, [], None)
             if i > 0 and sequence is scheduled.sampling[i - 1]:  # a draft
                 before = found[sequence]
-                right = right and scheduled.step.decodes[i].token == sampled.tokens[i - 1]
+                drafted = scheduled.step.decodes[scheduled.step.samples[i].token].token
+                right = right and drafted == sampled.tokens[i - 1]
                 num_drafted += 1
                 num_accepted += right
             else:
@@ -509,7 +651,6 @@ class Scheduler:
         end = next((i for i, token in enumerate(delta.tokens, 1) if token in sequence.stop_ids), None)
         fault = FAULTS.get(delta.tokens[-1]) if delta.tokens and end is None else None
         tokens = delta.tokens[: -1 if fault else end]
-        sequence.num_generated += len(tokens)
         sequence.generated += tokens
         finish: FinishReason | None = None
         if end is not None:
@@ -537,3 +678,4 @@ class Scheduler:
         del self.running[sequence.row]
         self.cache.free(sequence.row)
         self._free_rows.append(sequence.row)
+        self.waiting.leave(sequence)

@@ -2,10 +2,9 @@
 
 import asyncio
 import sys
-from collections import deque
 from email.message import Message
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, cast
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
@@ -14,6 +13,7 @@ from starlette.formparsers import MultiPartParser
 
 from model.training.examples import encode, read_examples
 from service.api.errors import APIError, invalid
+from service.api.limits import KeyLimits
 from service.api.schema.base import DeletedObject, ErrorResponse
 from service.api.schema.fine_tuning import CheckpointObject, FileList, FileObject
 from service.api.state import state_of
@@ -102,17 +102,20 @@ async def upload_file(request: Request) -> FileObject:
         raise invalid(f"'file': its name has {len(name)} characters, at most {MAX_FILENAME} are taken", "file")
     if not content:
         raise invalid("'file': it is empty", "file")
-    base = state_of(request).models.base
+    base, limits = state_of(request).models.base, cast(KeyLimits, request.state.limits)
+    charged = limits.charge_text(1)  # a key that owes tokens must wait; how many these are is not known yet
     try:
-        await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
+        num_tokens = await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
     except ValueError as error:
         raise invalid(f"'file': {error}", "file") from error
+    limits.settle_text(charged, num_tokens)
     return file_object(await asyncio.to_thread(store.add_file, name, PURPOSE, content))
 
 
-def check_examples(content: bytes, name: str, base: ModelEntry) -> None:
-    """Raises ValueError if a job could not learn from the file. Its examples are never all in memory."""
-    deque(encode(read_examples(content, name), base.tokenizer, base.config.n_positions), maxlen=0)
+def check_examples(content: bytes, name: str, base: ModelEntry) -> int:
+    """How many tokens a file has; they are never all in memory. Raises ValueError if a job could not learn from it."""
+    examples = encode(read_examples(content, name), base.tokenizer, base.config.n_positions)
+    return sum(len(example.inputs) + 1 for example in examples)
 
 
 @router.get("/v1/files")

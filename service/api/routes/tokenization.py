@@ -3,13 +3,14 @@
 import codecs
 from collections.abc import Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 from fastapi import APIRouter, Request, Response
 from pydantic_core import to_json
 
 from service.api.bodies import BodyRoute
 from service.api.encoding import PiecesResponse, in_pieces
+from service.api.limits import KeyLimits
 from service.api.routes.chat import lay_out, read_messages
 from service.api.schema.tokenization import DetokenizeRequest, DetokenizeResponse, TokenizeRequest, TokenizeResponse
 from service.api.state import state_of
@@ -32,13 +33,22 @@ def entry_of(name: str | None, request: Request) -> ModelEntry:
 async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     """Token ids of a text, or of a chat laid out by its template. Special-token text becomes the special token."""
     entry, size = entry_of(body.model, request), len(await request.body())
+    tokenizer, limits = entry.tokenizer, cast(KeyLimits, request.state.limits)
+    texts = [body.prompt or ""] if body.messages is None else [message.text for message in body.messages]
+    charged = limits.charge_text(sum(tokenizer.least_tokens(tokenizer.num_known_bytes(text)) for text in texts))
     if body.messages is not None:
-        return PiecesResponse(await lay_out(size, entry, lambda: tokenized(body, entry, request)))
-    return PiecesResponse(await off_the_loop(size, lambda: tokenized(body, entry, request)))
+        count, pieces = await lay_out(size, entry, lambda: tokenized(body, entry, request))
+    else:
+        count, pieces = await off_the_loop(size, lambda: tokenized(body, entry, request))
+    limits.settle_text(charged, count)
+    return PiecesResponse(pieces)
 
 
-def tokenized(body: TokenizeRequest, entry: ModelEntry, request: Request) -> list[bytes]:
-    """The answer. A text of any length is never a list of ids: they would take ten times as much memory."""
+def tokenized(body: TokenizeRequest, entry: ModelEntry, request: Request) -> tuple[int, list[bytes]]:
+    """How many tokens there are, and the answer.
+
+    A text of any length is never a list of ids: they would take ten times as much memory.
+    """
     warnings = warnings_for(body, request)
     tokenizer = entry.tokenizer if body.add_special_tokens else entry.tokenizer.without_bos()
     if body.messages is not None:
@@ -60,13 +70,14 @@ def tokenized(body: TokenizeRequest, entry: ModelEntry, request: Request) -> lis
         warnings=warnings,
     )
     contents = {"tokens": ids, "token_strs": names} if body.return_token_strs else {"tokens": ids}
-    return in_pieces(answer, **{name: [bytes(content[1:])] for name, content in contents.items()})
+    return count, in_pieces(answer, **{name: [bytes(content[1:])] for name, content in contents.items()})
 
 
 @router.post("/detokenize", response_model=DetokenizeResponse)
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
     entry, size = entry_of(body.model, request), len(await request.body())
+    request.state.limits.charge_text(len(body.tokens))
     return PiecesResponse(await off_the_loop(size, lambda: detokenized(body, entry, request)))
 
 

@@ -70,6 +70,21 @@ def test_what_could_never_pass_is_no_matter_of_waiting() -> None:
     key.charge(600)  # nothing was taken
 
 
+def test_a_text_is_charged_at_most_a_minutes_tokens_and_owes_what_it_had_more() -> None:
+    clock = Clock()
+    key = limits(clock, tokens=600)
+    charged = key.charge_text(10)
+    key.settle_text(charged, 100)
+    assert key.headers()["x-ratelimit-remaining-tokens"] == "500"
+    charged = key.charge_text(400)
+    key.settle_text(charged, 100_000)
+    assert refused(key.charge_text, 1).retry_after == 11, "it owes 100 tokens, and 1 is needed"
+    clock.now += 70
+    assert key.charge_text(100_000) == 600
+    unlimited = limits(clock)
+    unlimited.settle_text(unlimited.charge_text(10**9), 5)
+
+
 def test_headers_are_those_of_the_limits_there_are() -> None:
     clock = Clock()
     key = limits(clock, requests=60, tokens=6000)

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from model.checkpoint.prompt_format import PromptFormat
+from service.api import limits
 from tests.conformance import contract
 from tests.service.api.helpers import error_of, request, serving
 from tests.service.engine.fakes import FakeEngine
@@ -106,3 +107,28 @@ def test_a_model_that_can_not_chat() -> None:
 )
 def test_what_is_refused(path: str, body: object, status: int, message: str) -> None:
     assert error_of(request("POST", path, json=body), status)["message"] == message
+
+
+@contract("errors", "429", "/tokenize and /detokenize count to a key's requests and tokens")
+def test_texts_count_to_a_keys_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MINUTE", 1e9)  # nothing is refilled
+
+    async def test() -> None:
+        async with serving(api_keys=("a",), limit_requests=9, limit_tokens=60) as api:
+            headers = {"authorization": "Bearer a"}
+
+            async def left(status: int, path: str, **body: Any) -> list[int]:
+                answer = await api.client.post(path, json=body, headers=headers)
+                assert answer.status_code == status, answer.text
+                return [int(answer.headers[f"x-ratelimit-remaining-{unit}"]) for unit in ("requests", "tokens")]
+
+            assert await left(200, "/tokenize", prompt="one two three") == [8, 57]
+            assert await left(200, "/tokenize", messages=[{"role": "user", "content": "Hello"}]) == [7, 51]
+            assert await left(200, "/detokenize", tokens=[1] * 20) == [6, 31]
+            assert await left(429, "/detokenize", tokens=[1] * 32) == [5, 31]
+            assert await left(200, "/tokenize", prompt=" one" * 80) == [4, 0], "more than a minute's tokens are a minute's"
+            answer = await api.client.post("/tokenize", json={"prompt": "one"}, headers=headers)
+            error = error_of(answer, 429, "rate_limit_error")
+            assert error["message"].startswith("this key's limit is 60 tokens a minute; the request needs 1 and 0 are left")
+
+    run(test)

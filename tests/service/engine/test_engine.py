@@ -42,9 +42,10 @@ def request(
     adapter: AdapterRef = NO_ADAPTER,
     ignore_eos: bool = False,
     stop: tuple[str, ...] = (),
+    client: bytes | None = None,
 ) -> GenerationRequest:
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos, stop=stop)
-    return GenerationRequest([Prompt([1] * num_prompt)] * num_prompts, params, adapter)
+    return GenerationRequest([Prompt([1] * num_prompt)] * num_prompts, params, adapter, client)
 
 
 @asynccontextmanager
@@ -171,6 +172,45 @@ def test_a_full_queue_is_refused_with_a_time_to_retry() -> None:
             assert len(await others) == 12
             assert text_of(await collect(engine, request(1))) == " one"
         assert fake.metric("requests_total", outcome="rejected") == 1
+
+    run(test)
+
+
+def test_each_client_has_a_queue_of_its_own() -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=2, max_queue=1)
+        async with running(fake) as engine:
+            fake.runner.gate.clear()
+            others = [asyncio.create_task(collect(engine, request(num_prompts=3, client=b"a")))]
+            await until(lambda: len(fake.scheduler.running) == 2)
+            others.append(asyncio.create_task(collect(engine, request(client=b"b"))))
+            await asyncio.sleep(0)
+            for client in (b"a", b"b"):
+                with pytest.raises(QueueFullError, match="1 choices are waiting, the limit is 1"):
+                    await collect(engine, request(client=client))
+            fake.runner.gate.set()
+            assert [len(outputs) for outputs in await asyncio.gather(*others)] == [12, 4]
+
+    run(test)
+
+
+def test_a_client_gets_a_slot_while_anothers_choices_fill_them_and_everything_is_counted_once() -> None:
+    async def test() -> None:
+        fake = FakeEngine(max_slots=3, kv_sequences=3, max_queue=20)
+        slow_down(fake, 0.001)
+        async with running(fake) as engine:
+            large = asyncio.create_task(collect(engine, request(60, num_prompts=9, num_prompt=100, client=b"a")))
+            await until(lambda: fake.metric("generated_tokens_total") > 0)
+            for _ in range(5):
+                assert text_of(await collect(engine, request(1, client=b"b"))) == " one"
+            assert not large.done()
+            texts = [text_of(await large, choice) for choice in range(9)]
+            assert texts == [text_of(await collect(engine, request(60, num_prompt=100)))] * 9
+        assert fake.scheduler.num_put_back > 0
+        assert fake.metric("generated_tokens_total") == 10 * 60 + 5
+        assert fake.metric("prefix_cache_queries_total") == 10 * 100 + 5 * 3
+        assert fake.metric("requests_total", outcome="length") == 10 + 5
+        assert fake.metric("queue_time_seconds_count") == 10 + 5
 
     run(test)
 

@@ -107,6 +107,14 @@ class Device:
             for i, page_id in enumerate(pages.page_ids):
                 self.table[pages.group, pages.row, pages.first + i] = page_id
         starting = {start.row for start in step.starts}
+        for start in step.starts:
+            assert list(start.generated) == self.texts.get(running[start.row], []), "penalties count what was generated"
+        for token in step.decodes:
+            assert token.position >= len(running[token.row].prompt), "a prompt's keys have other bits when decoded"
+        for chunk in step.chunks:
+            assert chunk.start + len(chunk.tokens) <= len(running[chunk.row].prompt), (
+                "a text's keys have other bits in a chunk"
+            )
         for chunk in step.chunks:
             if chunk.row in starting:
                 self.num_computed[running[chunk.row]] = chunk.start  # the cached part is skipped
@@ -127,7 +135,7 @@ class Device:
             for offset in range(PAGE_SIZE):
                 self.content[group, target, offset] = self.content.get((group, source, offset))
         rows = {row: Row(running[row], False, [], [], []) for row, _ in tokens}
-        for row in starting - {chunk.row for chunk in step.chunks}:  # forks
+        for row in starting - set(rows):  # forks
             sequence = running[row]
             rows[row] = Row(sequence, False, [], [], [])
             self.num_computed[sequence] = len(sequence.prompt)
@@ -160,7 +168,10 @@ class Device:
             self.num_scored[sequence] = scored + len(score.targets)
             sampled.prompt_logprobs.append([TokenLogprobs(scored + i, []) for i in range(len(score.targets))])
             rows[row].scores.extend(sampled.prompt_logprobs[-1])
-        gains = [gain._replace(past_prompt=not gain.sequence.in_prompt) for gain in rows.values()]
+        gains = [
+            gain._replace(past_prompt=not gain.sequence.in_prompt and (gain.tokens != [] or gain.sequence.max_tokens == 0))
+            for gain in rows.values()
+        ]
         for sequence, past_prompt, *_ in gains:
             if past_prompt and sequence.prompt_logprobs_from is not None:
                 assert self.num_scored.get(sequence, sequence.prompt_logprobs_from) == len(sequence.prompt)
@@ -172,9 +183,10 @@ class Device:
         for i, row in enumerate(step.decodes):
             sequence = self.scheduler.running[row.row]
             is_draft = i > 0 and step.decodes[i - 1].row == row.row
-            if is_draft and right[-1]:
+            place = row.position - len(sequence.prompt)
+            if is_draft and right[-1] and place == len(self.texts[sequence]):
                 self.texts[sequence].append(self.draw(sequence))
-            token = self.texts[sequence][row.position - len(sequence.prompt)] if not is_draft or right[-1] else None
+            token = self.texts[sequence][place] if not is_draft or right[-1] else None
             right.append(token is not None and row.token in (None, token))
             assert right[-1] or is_draft
         return right + [True] * (step.num_tokens - len(right))
@@ -208,6 +220,8 @@ class Request(NamedTuple):
     num_choices: int
     scored: bool
     differ: bool  # the choices differ in their last tokens, like continuations to score
+    client: str
+    is_cached: bool
 
 
 requests = st.lists(
@@ -221,6 +235,8 @@ requests = st.lists(
         num_choices=st.sampled_from([1, 1, 2, 5]),
         scored=st.booleans(),
         differ=st.booleans(),
+        client=st.sampled_from("abc"),
+        is_cached=st.sampled_from([True, True, False]),
     ),
     min_size=1,
     max_size=8,
@@ -243,6 +259,8 @@ def sequences_of(request: Request) -> list[Sequence]:
             min_tokens=request.min_tokens,
             top_logprobs=2 if request.scored else None,
             group=group,
+            client=request.client,
+            is_cached=request.is_cached,
         )
         for i in range(request.num_choices)
     ]
@@ -321,7 +339,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
         else:
             assert step.num_tokens <= step_tokens
             assert {start.row for start in step.starts} >= {chunk.row for chunk in step.chunks if chunk.start == 0}
-            began += [scheduler.running[start.row] for start in step.starts]
+            began += [delta.sequence for delta in scheduler.begun]
             in_flight.append((step, *device.run(step)))
         abort_one()
         # Now and then all results are read, as after a launch that failed.
@@ -345,8 +363,10 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             if rng.random() < 0.5:  # not always: the check releases passed pages, but `schedule` must do so itself
                 assert scheduler.check_integrity() == []
     assert set(ended) == set(submitted)
-    alone = [s for s in submitted if s in set(began) and s.group is None]
-    assert [s for s in began if s.group is None] == alone, "a sequence overtook another"
+    assert len(set(began)) == len(began), "billed twice"
+    for client in "abc":
+        own = [s for s in submitted if s.client == client and s.group is None]
+        assert [s for s in began if s in own] == [s for s in own if s in set(began)], "a sequence overtook another"
     assert all(generated[s] == s.num_generated for s in submitted)
     assert scheduler.check_integrity() == []
     assert all(usage.held == 0 for usage in scheduler.cache.usage().values())
@@ -521,7 +541,7 @@ def test_penalties_look_at_what_was_sampled_and_so_forbid_drafts() -> None:
     scheduler = looping(sampling=Sampling(presence_penalty=0.5))
     step = scheduler.schedule(0.0)
     assert step is not None
-    assert step.decodes == [DecodeToken(0, 7)]
+    assert step.decodes == [DecodeToken(0, 7, 2)]
 
 
 def answers(step: StepInput, tokens: list[int]) -> Sampled:

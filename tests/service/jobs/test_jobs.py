@@ -143,6 +143,24 @@ async def serving(directory: Path, **options: Any) -> AsyncIterator[Api]:
         yield Api(client, store, jobs, loader)
 
 
+def test_an_upload_is_charged_for_its_tokens_at_most_for_a_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.limits.MINUTE", 1e9)  # nothing is refilled
+
+    async def test() -> None:
+        async with serving(tmp_path, api_keys=("a",), limit_requests=9, limit_tokens=100) as api:
+            api.client.headers["authorization"] = "Bearer a"
+            for status, lines, left in ((200, GOOD, "88"), (200, GOOD * 20, "0"), (429, GOOD, "0")):
+                content = "\n".join(map(json.dumps, lines))
+                answer = await api.client.post(
+                    "/v1/files", files={"file": ("data.jsonl", content)}, data={"purpose": "fine-tune"}
+                )
+                assert (answer.status_code, answer.headers["x-ratelimit-remaining-tokens"]) == (status, left)
+            assert answer.headers["x-ratelimit-remaining-requests"] == "6"
+            assert len((await api.get("/v1/files"))["data"]) == 2
+
+    run(test)
+
+
 def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(tmp_path) as api:

@@ -1,0 +1,289 @@
+"""Who goes next: slots and prompt tokens among clients, and how long anybody waits at most."""
+
+import math
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.band import PAGE_SIZE
+from model.step import Sampled, Sampling, StepInput
+from service.engine.scheduler import MAX_REPLAY, QUANTUM, PrefixGroup, Scheduler, Sequence
+from service.engine.shares import Shares
+from tests.service.engine.test_scheduler import answer, make
+
+
+class Item(NamedTuple):
+    client: str
+    number: int = 0
+
+
+def shares_of(*items: Item) -> Shares[Item]:
+    shares: Shares[Item] = Shares()
+    for item in items:
+        shares.add(item)
+    return shares
+
+
+def granted(shares: Shares[Item], count: int) -> str:
+    """The clients that the next slots go to."""
+    found = ""
+    for _ in range(count):
+        item = shares.first()
+        assert item is not None
+        shares.take(item, 1)
+        found += item.client
+    return found
+
+
+def test_slots_go_round_the_clients_and_within_one_by_arrival() -> None:
+    shares = shares_of(*(Item("a", i) for i in range(5)), Item("b"), Item("c"), Item("b", 1))
+    assert granted(shares, 8) == "abcabaaa"
+    assert (len(shares), shares.first(), list(shares)) == (0, None, [])
+
+
+def test_a_client_that_got_a_slot_waits_for_those_that_have_not() -> None:
+    shares = shares_of(Item("a"), Item("a", 1), Item("b"), Item("b", 1))
+    assert granted(shares, 1) == "a"
+    shares.leave(Item("a"))
+    assert granted(shares, 1) == "b"
+    shares.leave(Item("b"))
+    assert granted(shares, 1) == "a"
+
+
+def test_what_is_put_back_is_the_first_of_its_client() -> None:
+    shares = shares_of(Item("a"), Item("a", 1), Item("a", 2))
+    assert granted(shares, 2) == "aa"
+    shares.put_back(Item("a", 1))
+    assert (list(shares), shares.held("a")) == ([Item("a", 1), Item("a", 2)], 1)
+    assert Item("a", 1) in shares
+    shares.remove(Item("a", 1))
+    assert shares.first() == Item("a", 2)
+
+
+@pytest.mark.parametrize(("held", "yields"), [({"a": 3, "b": 1}, "a"), ({"a": 2, "b": 1}, None), ({"a": 1, "b": 3}, None)])
+def test_only_a_client_with_at_least_two_more_slots_yields(held: dict[str, int], yields: str | None) -> None:
+    shares = shares_of(*(Item(client, i) for client, count in held.items() for i in range(count)))
+    granted(shares, sum(held.values()))
+    assert shares.over("b") == yields
+
+
+def test_a_prompt_is_due_when_its_clients_share_would_have_computed_it() -> None:
+    shares = shares_of(Item("a"), Item("a", 1), Item("b"))
+    due = [shares.take(item, tokens) for item, tokens in ((Item("a"), 1000), (Item("b"), 300), (Item("a", 1), 50))]
+    assert due == [1000, 300, 1050]
+    shares.advance(400, ["a", "b", "a"])
+    shares.add(Item("c"))
+    assert shares.take(Item("c"), 10) == 210, "half of 400 tokens, and its own"
+    shares.advance(0, [])
+    shares.advance(5000, ["a"])
+    shares.add(Item("a", 2))
+    assert shares.take(Item("a", 2), 10) == 5210, "a client keeps nothing of what it left unused"
+
+
+# The scheduler
+
+
+def sequence(client: str, num_prompt: int, max_tokens: int, **fields: Any) -> Sequence:
+    return Sequence([hash(client) % 1000] * num_prompt, max_tokens, Sampling(), client=client, is_cached=False, **fields)
+
+
+def launch(scheduler: Scheduler) -> StepInput:
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    scheduler.commit(answer(step), 0.01)
+    return step
+
+
+def run(scheduler: Scheduler, steps: int) -> None:
+    for _ in range(steps):
+        launch(scheduler)
+
+
+def test_a_row_is_taken_from_the_client_with_more_and_pages_are_kept() -> None:
+    scheduler = make(None, max_rows=2, dense_sequences=3)
+    large = [sequence("a", 10, 40) for _ in range(3)]
+    scheduler.submit(large)
+    run(scheduler, 5)
+    scheduler.submit([other := sequence("b", 10, 2)])
+    step = launch(scheduler)
+    assert [start.row for start in step.starts] == [1]
+    assert [each.row for each in large] == [0, -2, -1]
+    assert (scheduler.num_put_back, len(scheduler.waiting)) == (1, 2)
+    run(scheduler, 1)
+    assert other.num_generated == 2
+    step = launch(scheduler)
+    assert [(start.row, start.generated) for start in step.starts] == [(1, (1,) * 5)]
+    assert [(new.row, new.first) for new in step.pages] == [(1, 0)]
+    assert [(token.row, token.position, token.token) for token in step.decodes] == [(0, 16, 1), (1, 14, 1)]
+    assert scheduler.check_integrity() == []
+
+
+def test_pages_are_taken_for_a_clients_first_row_only_and_known_tokens_computed_again() -> None:
+    scheduler = make(None, max_rows=3, dense_sequences=2)  # 16 pages
+    first, newest = sequence("a", 320, 190), sequence("a", 320, 190)  # 8 pages each
+    scheduler.submit([first, newest])
+    while newest.num_generated < 100:
+        launch(scheduler)
+    other, more = sequence("b", 10, 3), sequence("b", 320, 1)
+    scheduler.submit([other, more])
+    launch(scheduler)
+    assert (newest.num_computed, newest in scheduler.waiting) == (0, True)
+    assert (other.num_generated, more in scheduler.waiting) == (1, True)
+    while newest.row < 0:
+        launch(scheduler)
+    while newest.in_prompt:
+        assert newest.num_generated == 100
+        launch(scheduler)
+    step = launch(scheduler)
+    again = [token.position for token in step.decodes if token.row == newest.row]
+    assert again == list(range(320, 320 + MAX_REPLAY + 1))
+    assert [sample.row for sample in step.samples] == [first.row], "nothing is sampled after known tokens"
+    while newest.num_generated == 100:
+        launch(scheduler)
+    assert newest.num_computed == 320 + 100
+
+
+def test_the_only_row_is_yielded_after_a_turn_if_its_client_has_more_to_do() -> None:
+    scheduler = make(None, max_rows=1)
+    large, other = [sequence("a", 10, 300) for _ in range(2)], sequence("b", 10, 1)
+    scheduler.submit(large)
+    run(scheduler, 2)
+    scheduler.submit([other])
+    run(scheduler, QUANTUM - 2)
+    assert (large[0].num_generated, other.num_generated) == (QUANTUM, 0)
+    run(scheduler, 2)
+    assert (large[0].num_generated, other.num_generated) == (QUANTUM + 1, 1)
+
+
+def test_a_client_with_one_sequence_keeps_its_row() -> None:
+    scheduler = make(None, max_rows=1)
+    scheduler.submit([sequence("a", 10, 300)])
+    run(scheduler, 2)
+    scheduler.submit([sequence("b", 10, 1)])
+    run(scheduler, 297)
+    assert scheduler.num_put_back == 0
+
+
+def test_a_row_is_taken_only_when_no_step_is_in_flight() -> None:
+    scheduler = make(None, max_rows=2)
+    large = [sequence("a", 10, 40) for _ in range(2)]
+    scheduler.submit(large)
+    steps = [scheduler.schedule(0.0)]
+    scheduler.submit([sequence("b", 10, 1)])
+    assert scheduler.schedule(0.0) is None
+    for step in steps:
+        assert step is not None
+        scheduler.commit(answer(step), 0.01)
+    step = scheduler.schedule(0.0)
+    assert step is not None
+    assert [chunk.row for chunk in step.chunks] == [1]
+
+
+def test_logprobs_of_a_prompt_are_given_once_though_it_begins_again() -> None:
+    scheduler = make(None, max_rows=2, step_tokens=64, dense_sequences=4)
+    explained = sequence("a", 300, 5, top_logprobs=0, prompt_logprobs_from=1)
+    scheduler.submit([sequence("a", 2, 300), explained])
+    targets = 0
+
+    def step() -> None:
+        nonlocal targets
+        found = scheduler.schedule(0.0)
+        assert found is not None
+        targets += sum(len(some.targets) for some in found.prompt_logprobs)
+        scores: Any = [[type("Found", (), {"logprob": -1.0})()] * len(some.targets) for some in found.prompt_logprobs]
+        scheduler.commit(Sampled([1] * len(found.samples), [None] * len(found.samples), scores), 0.01)
+
+    for _ in range(3):
+        step()
+    before = targets
+    assert 0 < before < 299
+    scheduler.submit([sequence("b", 10, 1)])
+    step()
+    assert explained in scheduler.waiting
+    while explained.num_generated < 5:
+        step()
+    assert targets == 299
+
+
+def test_a_short_prompt_passes_the_long_ones_of_another_client_but_is_not_passed_itself() -> None:
+    scheduler = make(None, max_rows=4, step_tokens=80, dense_sequences=4)
+    scheduler.submit([sequence("a", 500, 1) for _ in range(2)])
+    launch(scheduler)
+    scheduler.submit([sequence("b", 30, 1), sequence("c", 480, 1)])
+    step = launch(scheduler)
+    assert [chunk.row for chunk in step.chunks] == [2, 0], "then the one that came first"
+
+
+def test_many_prompts_of_a_client_leave_the_streams_of_another_their_pace() -> None:
+    scheduler = make(None, max_rows=4, step_tokens=256, dense_sequences=4)
+    scheduler._pace.chunk_limit = lambda *_: PAGE_SIZE  # type: ignore[method-assign]
+    scheduler.submit([sequence("a", 10, 99)])
+    launch(scheduler)
+    for prompts, tokens in ((["b"], 192), (["b", "b"], PAGE_SIZE), (["a", "a"], 192)):
+        more = [sequence(client, 400, 1) for client in prompts]
+        scheduler.submit(more)
+        assert sum(len(chunk.tokens) for chunk in launch(scheduler).chunks) == tokens
+        for each in more:
+            scheduler.abort(each)
+
+
+class Load(NamedTuple):
+    client: int
+    num_prompt: int
+    max_tokens: int
+    num_choices: int
+    after: int  # steps after the one before it
+
+
+loads = st.lists(
+    st.builds(
+        Load,
+        client=st.integers(0, 5),
+        num_prompt=st.integers(1, 400),
+        max_tokens=st.integers(1, 100),
+        num_choices=st.sampled_from([1, 1, 2, 9]),
+        after=st.integers(0, 30),
+    ),
+    min_size=2,
+    max_size=12,
+)
+
+
+@given(loads=loads, max_rows=st.integers(1, 8), step_tokens=st.integers(80, 300), pages=st.integers(1, 3))
+def test_nobody_waits_longer_than_a_bound(loads: list[Load], max_rows: int, step_tokens: int, pages: int) -> None:
+    """A client's first row comes at once if there is a row for each client, else after the turns of the others."""
+    scheduler = make(100, max_rows=max_rows, step_tokens=step_tokens, dense_sequences=pages * 3, banded_sequences=pages * 3)
+    clients = {load.client for load in loads}
+    longest = max(load.num_prompt for load in loads)
+    # Steps that compute the prompts of as many sequences as there are rows, at the least pace, and again what they lost.
+    prompts = sum(-(-(load.num_prompt + load.max_tokens) // PAGE_SIZE) + 1 for load in [max(loads, key=sum)]) * max_rows
+    turn = prompts + longest + max(load.max_tokens for load in loads) + QUANTUM
+    todo = list(loads)
+    waits: dict[Sequence, int] = {}
+    now = due = 0
+    while todo or not scheduler.idle:
+        while todo and now >= due + todo[0].after:
+            load, due = todo.pop(0), now
+            together = PrefixGroup(load.num_prompt, True) if load.num_choices > 1 else None
+            made = [
+                Sequence([load.client * 500 + len(todo)] * load.num_prompt, load.max_tokens, Sampling(), client=load.client,
+                         group=together)
+                for _ in range(load.num_choices)
+            ]  # fmt: skip
+            if not any(each.client == load.client for each in (*scheduler.waiting, *scheduler.running.values())):
+                waits[made[0]] = now
+            scheduler.submit(made)
+        step = scheduler.schedule(0.0)
+        if step is not None:
+            scheduler.commit(answer(step), 0.01)
+        now += 1
+        for first, since in list(waits.items()):
+            if first.row >= 0 or first.num_generated:
+                del waits[first]
+                continue
+            rows_for_all = max_rows >= len(clients) and pages * 3 >= len(clients)
+            assert now - since <= (0 if rows_for_all else len(clients) * turn), "its client waits too long"
+    assert not waits
+    assert math.isfinite(scheduler.waiting._clock)

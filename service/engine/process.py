@@ -3,6 +3,7 @@
 import ctypes
 import gc
 import platform
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import torch
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**31 - 1
+SWITCH_SECONDS = 0.001
 
 
 def keep_freed_memory() -> None:
@@ -39,6 +41,15 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def switch_threads_often() -> None:
+    """Have a thread that runs Python give way after a millisecond, not after five.
+
+    A step takes the interpreter back dozens of times, after each of torch's operations. Next to a thread that parses a large
+    request, each time would cost those five.
+    """
+    sys.setswitchinterval(SWITCH_SECONDS)
 
 
 def freeze_loaded_objects() -> None:

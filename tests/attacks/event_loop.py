@@ -2,13 +2,14 @@
 
 It serves the embedded model, sends one request after the other at full size, and measures from a process of its own how long
 /health/live and a one-token completion take meanwhile, and by how much the server's resident memory grows at most. Requests
-that run the model for long are left after PATIENCE seconds. `--only WORD` runs the cases whose names hold the word, `--url`
-measures a server that runs already (its process id in `--pid`).
+that run the model for long are left after PATIENCE seconds; `--text` leaves them out. `--only WORD` runs the cases whose
+names hold the word, `--url` measures a server that runs already (its process id in `--pid`).
 """
 
 import argparse
 import http.client
 import json
+import os
 import random
 import re
 import subprocess
@@ -28,6 +29,7 @@ PATIENCE = 15.0  # seconds that a request gets
 SIZE = 15_000_000  # bytes of a large body
 TEXT = 4_190_000  # of the largest that a route of texts takes
 JSON_HEADERS = {"content-type": "application/json"}
+KV_BYTES = 2**28
 SETTLE = 0.3  # seconds measured before and after each request
 
 
@@ -512,7 +514,7 @@ def forget_peak(pid: int) -> None:
 
 def cost(attack: Attack, url: str, pid: int, probe: Probe) -> Cost:
     body = attack.body()
-    for _ in range(8):  # until the server has done with the last one
+    for _ in range(4):  # until the server has done with the last one
         probe.worst()
         time.sleep(SETTLE)
         live, one = probe.worst()
@@ -534,7 +536,8 @@ def served(directory: Path, *options: str) -> Iterator[tuple[str, int]]:
     code = "from service.cli import main; raise SystemExit(main())"
     command = [sys.executable, "-c", code, "serve", "--port", "0", "--data-dir", str(directory / "data"), *options]
     log = directory / "log"
-    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr) as process:
+    environment = os.environ | {"BANDED_KV_BYTES": str(KV_BYTES)}
+    with log.open("wb") as stderr, subprocess.Popen(command, stderr=stderr, env=environment) as process:
         try:
             while not (found := re.search(r"running on (http://\S+)", log.read_text())):
                 assert process.poll() is None, log.read_text()
@@ -550,6 +553,7 @@ def served(directory: Path, *options: str) -> Iterator[tuple[str, int]]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="cases whose names hold this")
+    parser.add_argument("--text", action="store_true", help="leave out what runs the model for long")
     parser.add_argument("--url")
     parser.add_argument("--pid", type=int)
     parser.add_argument("--probe", help=argparse.SUPPRESS)
@@ -563,13 +567,16 @@ def main() -> int:
         url, pid = (args.url, args.pid) if args.url else context.__enter__()
         probe = Probe(url)
         try:
+            # Memory of the KV cache is taken when it is first used.
+            warm = Attack("", COMPLETIONS, completion(prompt=[[i * 7] * 1500 for i in range(16)]))
+            send(urlsplit(url).netloc, warm, warm.body())
             time.sleep(2)
             print(
                 f"{'request':<44}{'status':>7}{'took s':>8}{'live ms':>9}{'one token ms':>14}{'memory MB':>11}", flush=True
             )
             nothing = Attack("nothing", "/health/live", lambda: b"", {}, "GET")
             for attack in (nothing, *attacks()):
-                if args.only not in attack.name:
+                if args.only not in attack.name or (args.text and attack.runs):
                     continue
                 found = cost(attack, url, pid, probe)
                 is_missed = found.live > MOST_LIVE or found.memory > MOST_MEMORY

@@ -3,7 +3,7 @@ import sys
 
 import torch
 
-from service.engine.process import one_torch_thread
+from service.engine.process import one_torch_thread, switch_threads_often
 
 
 def test_one_torch_thread_is_given_back_even_after_an_error() -> None:
@@ -34,3 +34,12 @@ def test_freed_memory_stays_with_the_process() -> None:
     )
     faults = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
     assert faults < 2048, "freed memory was mapped anew: 20 x 2048 pages in all"
+
+
+def test_a_thread_that_runs_python_gives_way_often() -> None:
+    before = sys.getswitchinterval()
+    try:
+        switch_threads_often()
+        assert sys.getswitchinterval() < before / 2
+    finally:
+        sys.setswitchinterval(before)

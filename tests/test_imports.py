@@ -131,11 +131,13 @@ def test_kernels_import_torch_and_triton_only() -> None:
 
 NUMBERS_ONLY = [
     "service.engine.scheduler",
+    "service.engine.retry",
     "service.engine.pages",
     "service.engine.text",
     "service.engine.prompts",
     "service.api.limits",
     "model.checkpoint.prompt_format",
+    "model.checkpoint.templates",
     "service",
     "service.engine.choice",
     "service.engine.request",

@@ -25,6 +25,7 @@ def main(seconds: float, num_bytes: int) -> None:
     for limit, value in ((resource.RLIMIT_DATA, num_bytes), (resource.RLIMIT_FSIZE, 0)):
         resource.setrlimit(limit, (value, value))
     source, target = sys.stdin.buffer, sys.stdout.buffer
+    write_message(target, b"{}")  # it has started
     while data := read_message(source):
         signal.setitimer(signal.ITIMER_PROF, seconds)  # nobody handles its signal, which therefore ends this process
         try:

@@ -18,8 +18,9 @@ import jinja2
 from model.checkpoint.render import LENGTH_BYTES, write_message
 
 # What the process may use for a template: seconds of a core, seconds in all if others have the cores, and bytes of memory.
-SECONDS, PATIENCE = 2, 5
+SECONDS, PATIENCE = 2, 3
 BYTES = 256 << 20
+START_SECONDS = 30  # that it may take to start
 
 
 class TemplateProcess:
@@ -54,21 +55,20 @@ class TemplateProcess:
                     pipe.close()  # type: ignore[union-attr]
 
     def _ask(self, request: bytes) -> dict[str, Any]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process and self._process.poll() is not None:
             self.close()
-            self._process = start()
         try:
+            if self._process is None:
+                self._process = start()
+                self._receive(START_SECONDS)
             with suppress(BrokenPipeError):  # it ended while it read, and why is seen below
                 write_message(self._process.stdin, request)  # type: ignore[arg-type]
-            deadline = time.monotonic() + PATIENCE
-            length = int.from_bytes(self._read(LENGTH_BYTES, deadline))
-            answer: dict[str, Any] = json.loads(self._read(length, deadline))
-            return answer
+            return self._receive(PATIENCE)
         except TimeoutError:
             self.close()
             return {"error": f"it takes more than {PATIENCE} s"}
         except EOFError:
-            status = self._process.wait()
+            status = self._process.wait() if self._process else None
             self.close()
             is_late = status == -signal.SIGPROF
             return {"error": f"it takes more than {SECONDS} s" if is_late else f"its process ended with status {status}"}
@@ -76,8 +76,15 @@ class TemplateProcess:
             self.close()  # or its answer would be taken for that to the next request
             raise
 
+    def _receive(self, seconds: float) -> dict[str, Any]:
+        """Its next message. Raises TimeoutError after `seconds`, EOFError if it has ended."""
+        deadline = time.monotonic() + seconds
+        length = int.from_bytes(self._read(LENGTH_BYTES, deadline))
+        message: dict[str, Any] = json.loads(self._read(length, deadline))
+        return message
+
     def _read(self, count: int, deadline: float) -> bytes:
-        """The next `count` bytes of its answer. Raises TimeoutError after `deadline`, EOFError if it has ended."""
+        """The next `count` bytes of it."""
         data, pipe = bytearray(), self._process.stdout.fileno()  # type: ignore[union-attr]
         waiting = select.poll()
         waiting.register(pipe, select.POLLIN)

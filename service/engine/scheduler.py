@@ -308,9 +308,11 @@ class Scheduler:
             oldest |= scheduled.sequences
         spare = self.cache.spare_pages
         for sequence in self.running.values():
-            first = oldest.get(sequence, sequence.num_computed)
-            spare -= self.cache.num_passed(first, sequence.num_computed)
-            self.cache.release_passed(sequence.row, first if spare >= 0 else sequence.num_computed)
+            position = sequence.num_computed
+            if sequence in oldest:
+                spare -= self.cache.num_passed(oldest[sequence], position)
+                position = oldest[sequence] if spare >= 0 else position
+            self.cache.release_passed(sequence.row, position)
 
     def _admit(self, now: float) -> bool:
         """Give rows to those whose turn it is. False if somebody must yield who is still in a step in flight."""

@@ -463,6 +463,8 @@ class Wire(asyncio.Transport):
     def close(self) -> None:
         self.has_closed = True
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None: ...
+
     def pause_reading(self) -> None:
         self.is_reading_ = False
 

@@ -21,9 +21,10 @@ MAX_HEAD = 64 << 10  # bytes of the request line and all headers
 # Bytes that a chunked body may spend on lengths, extensions and trailers beyond as many as its content has.
 MAX_FRAMING = 64 << 10
 # Bytes after a request that are read ahead of its answer. While the server reads, it sees that a client leaves.
-MAX_AHEAD = 1 << 20
+MAX_AHEAD = 128 << 10
 MAX_DISCARDED = 32 << 20  # bytes of a body that are read, and thrown away, after its answer
 MAX_LINGER = 1 << 20  # bytes that are read, and thrown away, after a request that was refused
+MAX_UNSENT = 16 << 10  # bytes of answers that wait for the client to read before the application waits too
 # A turn of the event loop parses this many bytes of a chunked body. Each piece that it is cut into counts as so many more.
 TURN, PIECE = 64 << 10, 256
 END = b"\r\n\r\n"  # of headers and of chunked bodies: the parser accepts no other
@@ -78,6 +79,7 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         self.flow = Flow(transport)
+        transport.set_write_buffer_limits(MAX_UNSENT)
         if not self._gate.enter(self):
             error = APIError(503, "the server has too many connections", code="unavailable", headers={"retry-after": "1"})
             self._refuse(error, lingers=False)

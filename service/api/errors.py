@@ -26,6 +26,7 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, description in {
         400: "Something in the request is wrong; param names it",
         401: "No key, or a wrong one",
+        403: "Without keys: the page of another site asks, by its Host or Origin header",
         404: "No such route or model",
         405: "A method that the route does not take",
         413: "The body is too large",

@@ -2,8 +2,8 @@
 
     python -m tests.attacks.before_the_key [--scale 0.1] [--only silent ...] [--url http://HOST:PORT --pid PID]
 
-starts `banded serve` with a key, runs the attacks at full size one after another, and prints for each the worst
-/health/live, the memory and the CPU time that it cost, next to what it may cost. It exits with 1 where one is over.
+starts `banded serve` with a key for each attack, runs them at full size one after another, and prints the worst /health/live
+next to that of three calm seconds before, the memory and the CPU time that it cost. It exits with 1 if one is over.
 The attacks are on this machine's loopback only. They need 5100 file descriptors, and half a minute for each that waits.
 """
 
@@ -341,7 +341,7 @@ async def measure(name: str, target: Target, pid: int, scale: float) -> bool:
     live, memory = max(felt.live, after.live), max(felt.memory, after.memory)
     cpu = felt.cpu + after.cpu - calm.cpu / 3 * (time.monotonic() - started)
     over = live > LIVE or memory > MEMORY or cpu > CPU
-    figures = f"{live * 1000:>9.0f}{memory / 2**20:>7.0f}{cpu:>8.2f}"
+    figures = f"{live * 1000:>9.0f}{calm.live * 1000:>6.0f}{memory / 2**20:>7.0f}{cpu:>8.2f}"
     print(f"{name:<32}{figures}  {'OVER: ' if over else ''}{outcome}", flush=True)
     return not over
 
@@ -353,7 +353,7 @@ async def measure_leaving(target: Target, model: str) -> bool:
 
     body = b'{"model": "%s", "prompt": "Once", "max_tokens": 2000, "ignore_eos": true}' % model.encode()
     seconds = await leave(target, 16, body, is_busy)
-    print(f"{LEAVING:<32}{'':>24}  {'OVER: ' if seconds > 2 else ''}freed after {seconds:.2f} s")
+    print(f"{LEAVING:<32}{'':>30}  {'OVER: ' if seconds > 2 else ''}freed after {seconds:.2f} s")
     return seconds <= 2
 
 
@@ -370,8 +370,8 @@ def main() -> int:
     if args.attack:
         print(asyncio.run(ATTACKS[args.attack](target_of(args.url), args.scale)))
         return 0
-    print(f"{'attack':<32}{'live, ms':>9}{'+MB':>7}{'CPU, s':>8}  outcome")
-    print(f"{'at most':<32}{LIVE * 1000:>9.0f}{MEMORY / 2**20:>7.0f}{CPU:>8.2f}", flush=True)
+    print(f"{'attack':<32}{'live, ms':>9}{'calm':>6}{'+MB':>7}{'CPU, s':>8}  outcome")
+    print(f"{'at most':<32}{LIVE * 1000:>9.0f}{'':>6}{MEMORY / 2**20:>7.0f}{CPU:>8.2f}", flush=True)
     is_sound = True
     for name in args.only:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:

@@ -131,7 +131,7 @@ def test_start_up_tells_what_is_loaded_and_how_much_fits(tmp_path: Path, caplog:
     assert model.name == "banded"
     assert "loading banded from" in caplog.text
     assert "as float32 on cpu" in caplog.text
-    assert "KV cache: 8 dense pages and 12 banded pages of" in caplog.text
+    assert "KV cache: 16 dense pages and 16 banded pages of" in caplog.text
     assert "2 sequences run at once, 2.0 of them at the full 256 tokens" in caplog.text
     assert "4 layers, ready in" in caplog.text
 

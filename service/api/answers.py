@@ -35,6 +35,7 @@ from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
 from service.engine.engine import Generation
 from service.engine.models import ModelEntry
+from service.engine.workers import Slices
 
 log = logging.getLogger("banded.api")
 
@@ -167,6 +168,27 @@ def chunk_event(chunk: CompletionResponse | ChatChunk, options: StreamOptions) -
         length = len(chunk.model_dump_json(exclude=left_out).encode())
         chunk.obfuscation += secrets.token_hex(PADDED_TO)[: -length % PADDED_TO]
     return event(chunk.model_dump_json(exclude=left_out))
+
+
+async def joined(
+    steps: AsyncGenerator[list[Output], None], events_of: Callable[[Output], Iterable[bytes]]
+) -> AsyncGenerator[bytes, None]:
+    """The events of each step in one piece, so that they are one write. An exception comes after those that are done."""
+    slices = Slices()
+    async with aclosing(steps):
+        async for outputs in steps:
+            found = bytearray()
+            try:
+                for output in outputs:
+                    for part in events_of(output):
+                        found += part
+                    await slices.rest()
+            except Exception:
+                if found:
+                    yield bytes(found)
+                raise
+            if found:
+                yield bytes(found)
 
 
 class TextEvents:

@@ -20,6 +20,7 @@ from service.api.answers import (
     answer_size,
     chunk_event,
     heading,
+    joined,
     json_array,
     prompt_logprobs_of,
 )
@@ -46,7 +47,7 @@ from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
-from service.engine.workers import Slices, off_the_loop
+from service.engine.workers import off_the_loop
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -196,24 +197,18 @@ class ChatAnswer:
 
         Those of a step come together.
         """
-        slices = Slices()
-        async with aclosing(self._run.outputs()) as steps:
-            async for outputs in steps:
-                events = bytearray()
-                for output in outputs:
-                    events += b"".join(self._events_of(output))
-                    await slices.rest()
-                if events:
-                    yield bytes(events)
+        async with aclosing(joined(self._run.outputs(), self._events_of)) as pieces:
+            async for events in pieces:
+                yield events
         if self._options.include_usage:
             yield self._event([])
 
     def _events_of(self, output: Output) -> Iterator[bytes]:
         """Of what a token added; none if a client would see nothing new."""
+        self._num_tokens += len(output.tokens)
         if output.choice not in self._begun:
             self._begun.add(output.choice)
             yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
-        self._num_tokens += len(output.tokens)
         if output.shown or (output.tokens and self._has_ids) or (output.text and not self._options.is_plain):
             more = {"logprobs": self._logprobs(output.shown), "token_ids": output.tokens if self._has_ids else None}
             yield self._piece(output.choice, ChatDelta(content=output.text), **more)

@@ -1,6 +1,6 @@
 """POST /v1/completions: a body becomes a request of the engine, its outputs become a response or a stream of chunks."""
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import Any, cast
 
@@ -16,6 +16,7 @@ from service.api.answers import (
     answer_size,
     chunk_event,
     heading,
+    joined,
     json_array,
     prompt_logprobs_of,
 )
@@ -34,7 +35,7 @@ from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
 from service.engine.request import GenerationRequest, Prompt, check_length, check_text_length, read_prompt, shown
-from service.engine.workers import Slices, off_the_loop
+from service.engine.workers import off_the_loop
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -141,20 +142,14 @@ class CompletionAnswer:
 
     async def stream(self) -> AsyncGenerator[bytes, None]:
         """Chunks as server-sent events, one for each token whose text is certain. Those of a step come together."""
-        slices = Slices()
-        async with aclosing(self._run.outputs()) as steps:
-            async for outputs in steps:
-                events = bytearray()
-                for output in outputs:
-                    events += self._event_of(output)
-                    await slices.rest()
-                if events:
-                    yield bytes(events)
+        async with aclosing(joined(self._run.outputs(), self._events_of)) as pieces:
+            async for events in pieces:
+                yield events
         if self._options.include_usage:
             yield self._event([])
 
-    def _event_of(self, output: Output) -> bytes:
-        """Of what a token added; empty if a client would see nothing new."""
+    def _events_of(self, output: Output) -> Iterator[bytes]:
+        """Of what a token added; none if a client would see nothing new."""
         self._num_tokens += len(output.tokens)
         has_ids = self._body.return_token_ids
         is_more = output.shown or output.finish_reason or (output.tokens and has_ids)
@@ -165,8 +160,9 @@ class CompletionAnswer:
             if has_ids and output.choice not in self._begun:
                 piece.prompt_token_ids = self._prompt_of(output.choice).tokens
             self._begun.add(output.choice)
-            return self._event([piece])
-        return self._text_event(output.choice, output.text) if output.text else b""
+            yield self._event([piece])
+        elif output.text:
+            yield self._text_event(output.choice, output.text)
 
     def _event(self, choices: list[CompletionChoice]) -> bytes:
         has_usage = self._options.continuous_usage_stats or not choices

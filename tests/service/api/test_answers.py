@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
+from model.step import StepInput
 from service.api.answers import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_disconnected
 from service.api.errors import APIError
 from service.engine.metrics import Metrics
@@ -247,8 +248,9 @@ def test_a_fault_after_the_first_byte_is_an_error_event() -> None:
             assert await stream.status() == 200
             assert (await stream.event())["choices"][0]["text"] == " one"
 
-            def fault(step: object) -> None:
-                raise RuntimeError("secret detail")
+            def fault(step: StepInput) -> None:
+                if step.token_rows[0] < api.fake.scheduler.max_rows:  # else it is the canary
+                    raise RuntimeError("secret detail")
 
             await until(lambda: len(api.fake.runner.steps) == 2)
             api.fake.runner.fault = fault

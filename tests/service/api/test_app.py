@@ -32,7 +32,18 @@ def test_the_openapi_document_tells_of_errors_and_keys(api_keys: tuple[str, ...]
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     errors = {status: answer for status, answer in operation["responses"].items() if status != "200"}
-                    assert set(errors) - {"400", "409"} == {"401", "404", "405", "413", "415", "429", "500", "503"}
+                    assert set(errors) - {"400", "409"} == {
+                        "401",
+                        "403",
+                        "404",
+                        "405",
+                        "413",
+                        "415",
+                        "429",
+                        "500",
+                        "503",
+                        "507",
+                    }
                     for answer in errors.values():
                         [content] = answer["content"].values()
                         assert content["schema"] == {"$ref": "#/components/schemas/ErrorResponse"}

@@ -283,7 +283,8 @@ def test_nobody_waits_longer_than_a_bound(loads: list[Load], max_rows: int, step
             if first.row >= 0 or first.num_generated:
                 del waits[first]
                 continue
-            rows_for_all = max_rows >= len(clients) and pages * 3 >= len(clients)
+            # What is left of choices that shared a prompt may have reserved up to twice a sequence's pages.
+            rows_for_all = max_rows >= len(clients) and pages * 3 >= 2 * len(clients)
             assert now - since <= (0 if rows_for_all else len(clients) * turn), "its client waits too long"
     assert not waits
     assert math.isfinite(scheduler.waiting._clock)

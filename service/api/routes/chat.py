@@ -35,7 +35,15 @@ from service.api.schema.chat import (
     TokenBytes,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
+from service.api.validation import (
+    check_logprobs,
+    find_model,
+    log_user,
+    off_the_loop,
+    owner_of,
+    sampling_params,
+    warnings_for,
+)
 from service.engine.choice import Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
@@ -66,7 +74,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
         check_logprobs(len(prompt.tokens), body.prompt_logprobs, "prompt_logprobs")
     log_user(body.user, request)
     params = replace(params, max_tokens=max_tokens)
-    generation = entry.engine.generate(GenerationRequest([prompt], params, entry.adapter))
+    generation = entry.engine.generate(
+        GenerationRequest([prompt], params, entry.adapter, cache_scope=owner_of(request)),
+    )
     chat = ChatAnswer(body, entry, prompt, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(chat.stream(), state_of(request).metrics.stream_errors)

@@ -25,7 +25,15 @@ from service.api.schema.completions import (
     CompletionResponse,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, sampling_params, warnings_for
+from service.api.validation import (
+    check_logprobs,
+    find_model,
+    log_user,
+    off_the_loop,
+    owner_of,
+    sampling_params,
+    warnings_for,
+)
 from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
@@ -64,7 +72,9 @@ async def complete(body: CompletionRequest, model: str | None, request: Request)
     if body.prompt_logprobs is not None:
         check_logprobs(params.num_candidates * num_prompt, body.prompt_logprobs, "prompt_logprobs")
     log_user(body.user, request)
-    generation = entry.engine.generate(GenerationRequest(prompts, params, entry.adapter))
+    generation = entry.engine.generate(
+        GenerationRequest(prompts, params, entry.adapter, cache_scope=owner_of(request)),
+    )
     completion = CompletionAnswer(body, entry, prompts, ChargedRun(generation, request), warnings)
     if body.stream:
         return EventStream(completion.stream(), state_of(request).metrics.stream_errors)

@@ -5,7 +5,7 @@ from fastapi import APIRouter, Request, Response
 from service.api.answers import ChargedRun, answer
 from service.api.errors import invalid
 from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
-from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, warnings_for
+from service.api.validation import check_logprobs, find_model, log_user, off_the_loop, owner_of, warnings_for
 from service.engine.choice import Score
 from service.engine.models import ModelEntry
 from service.engine.request import SCORING, GenerationRequest, Prompt, check_length, read_prompt
@@ -25,7 +25,9 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
     check_logprobs(num_scored, SCORING.logprobs or 0, "continuations")
     log_user(body.user, request)
     prompts = [Prompt(prompt + continuation, logprobs_from=len(prompt)) for continuation in continuations]
-    generation = entry.engine.generate(GenerationRequest(prompts, SCORING, entry.adapter))
+    generation = entry.engine.generate(
+        GenerationRequest(prompts, SCORING, entry.adapter, cache_scope=owner_of(request)),
+    )
     run = ChargedRun(generation, request, prompt_tokens=len(prompt) + num_scored)
 
     async def scores() -> ScoreResponse:

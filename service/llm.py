@@ -17,6 +17,7 @@ from service.engine.engine import EngineError
 from service.engine.loading import load_served
 from service.engine.metrics import Metrics
 from service.engine.models import ModelEntry
+from service.engine.options import NOBODY
 from service.engine.request import (
     SCORING,
     GenerationRequest,
@@ -144,9 +145,9 @@ class AsyncLLM:
         return generation.best()
 
     def _entry(self, adapter: str | None) -> ModelEntry:
-        entry = self._models.find(adapter)
+        entry = self._models.find(adapter, NOBODY)
         if entry is None:
-            known = ", ".join(each.name for each in self._models if each.parent)
+            known = ", ".join(each.name for each in self._models.seen_by(NOBODY) if each.parent)
             raise RequestError(f"no adapter is called '{shown(str(adapter))}'; there are {known or 'none'}", "adapter")
         return entry
 

@@ -12,10 +12,11 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, EnvSettingsSource, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict
 
 from kernels.names import KernelChoice
-from service.engine.options import Device, Dtype, EngineOptions
+from service.engine.options import NOBODY, Device, Dtype, EngineOptions
 from service.engine.scheduler import MIN_CHUNK
 
 HOST_NAME = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+KEY_NAME = re.compile(r"[a-z0-9_-]{1,64}")
 ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s]+")
 # What Kubernetes puts into every pod's environment for a Service called banded, or banded-NAME: variables and their values.
 ADDRESS, NUMBER, URL = r"[0-9a-f.:]+", r"[0-9]+", r"(tcp|udp|sctp)://[0-9a-f.:\[\]]+:[0-9]+"
@@ -47,7 +48,7 @@ class Settings(BaseSettings):
         {}, description="comma-separated NAME=DIR: adapters of the model, each served under its name"
     )
     data_dir: Path | None = Field(None, description="where files and fine-tuning jobs are kept; without it there are none")
-    max_adapters: int = Field(16, ge=0, le=1024, description="adapters that are served at once")
+    max_adapters: int = Field(16, ge=0, le=1024, description="adapters that are served at once, to each name that keys have")
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535, description="0 takes a free port")
     dtype: Dtype = Field(
@@ -79,7 +80,9 @@ class Settings(BaseSettings):
     )
     root_path: str = Field("", description="/PREFIX of all paths, if a proxy serves the API below one, removed or not")
     drain_timeout: float = Field(30.0, ge=0, description="seconds that running requests get to finish after SIGTERM")
-    api_keys: Annotated[tuple[str, ...], NoDecode] = Field((), description="comma-separated; one of them opens the API")
+    api_keys: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="comma-separated; one of them opens the API. NAME:KEY is a key of NAME, who sees its own only"
+    )
     open_metrics: bool = Field(False, description="/metrics needs no key")
     limit_requests: int = Field(0, ge=0, description="requests that each key may post in a minute; 0: any number")
     limit_tokens: int = Field(
@@ -125,6 +128,11 @@ class Settings(BaseSettings):
         """Those that are about the engine."""
         return EngineOptions(**{field.name: getattr(self, field.name) for field in fields(EngineOptions)})
 
+    @property
+    def owners(self) -> frozenset[str]:
+        """The names that keys have, with NOBODY if one has none or there are none."""
+        return frozenset(owner for owner, _ in map(read_key, self.api_keys)) or frozenset({NOBODY})
+
     @field_validator("names", "api_keys", "cors_origins", "allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
@@ -152,6 +160,16 @@ class Settings(BaseSettings):
         for place, key in enumerate(keys, 1):
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ValueError(f"key {place} can't be sent in a header: it may hold printable ASCII only, and no space")
+        owner_of: dict[str, str] = {}
+        for place, key in enumerate(keys, 1):
+            owner, secret = read_key(key)
+            if ":" in key and not (KEY_NAME.fullmatch(owner) and secret):
+                raise ValueError(
+                    f"key {place} has a colon, but is not NAME:KEY with a name of at most 64 of a-z, 0-9, _ and -. "
+                    "A key without a name can't have a colon"
+                )
+            if owner_of.setdefault(secret, owner) != owner:
+                raise ValueError(f"key {place} is also that of another name or of none: a key has one name at most")
         return keys
 
     @field_validator("names")
@@ -215,6 +233,12 @@ def service_variables(environment: Mapping[str, str]) -> list[str]:
             for pattern, expected in SERVICE_VARIABLES.items()
         )
     )
+
+
+def read_key(key: str) -> tuple[str, str]:
+    """The owner of a key of BANDED_API_KEYS, and what a client sends: NAME and KEY of NAME:KEY."""
+    owner, colon, secret = key.partition(":")
+    return (owner, secret) if colon else (NOBODY, key)
 
 
 def is_loopback(host: str) -> bool:

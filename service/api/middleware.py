@@ -18,7 +18,7 @@ from service.api.errors import APIError, api_error
 from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
 from service.engine.request import shown
-from service.settings import Settings, address, is_loopback
+from service.settings import Settings, address, is_loopback, read_key
 
 HEALTH = ("/health", "/health/live", "/health/ready", "/ping")
 # Headers that a script of another origin may read.
@@ -198,24 +198,27 @@ class RequireKey(HTTPMiddleware):
     """Refuses a request without one of `keys` as its bearer token, except to `open_paths`.
 
     Keys are stored as hashes, and every one is compared in constant time. The hash that matched is in
-    scope["state"]["key"].
+    scope["state"]["key"], and whose key it is in scope["state"]["owner"].
     """
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], open_paths: tuple[str, ...]):
         super().__init__(app)
-        self._digests = [digest(key) for key in keys]
+        self._owners = {digest(secret): owner for owner, secret in map(read_key, keys)}
+        self._with_names = [digest(key) for key in keys if ":" in key]
         self._open_paths = open_paths
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         if route_path(scope) not in self._open_paths:
             kind, _, token = Headers(scope=scope).get("authorization", "").partition(" ")
             key = digest(token.strip())
-            matches = [hmac.compare_digest(key, known) for known in self._digests]
+            matches = [hmac.compare_digest(key, known) for known in self._owners]
             if kind.lower() != "bearer" or not any(matches):
                 message, headers = "missing or wrong API key in the Authorization header", {"www-authenticate": "Bearer"}
+                if any(hmac.compare_digest(key, known) for known in self._with_names):  # a key until keys had names
+                    message = "the API key in the Authorization header has a name: send only what comes after the colon"
                 await APIError(401, message, code="invalid_api_key", headers=headers).response(scope, receive, send)
                 return
-            scope["state"]["key"] = key
+            scope["state"] |= {"key": key, "owner": self._owners[key]}
         await self._app(scope, receive, send)
 
 
@@ -227,7 +230,7 @@ class LimitRates(HTTPMiddleware):
 
     def __init__(self, app: ASGIApp, keys: tuple[str, ...], limit_requests: int, limit_tokens: int):
         super().__init__(app)
-        self._limits = {digest(key): KeyLimits(limit_requests, limit_tokens) for key in keys}
+        self._limits = {digest(read_key(key)[1]): KeyLimits(limit_requests, limit_tokens) for key in keys}
         self._unlimited = KeyLimits(0, 0)
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -13,6 +13,7 @@ from service.api.schema.base import Body, SamplingFields
 from service.api.schema.fields import too_many_stops
 from service.api.state import state_of
 from service.engine.models import ModelEntry
+from service.engine.options import NOBODY
 from service.engine.request import SamplingParams, shown
 from service.settings import Settings
 
@@ -24,13 +25,19 @@ MAX_LOGPROBS = 2**17
 TOP_COUNTED = 20
 
 
+def owner_of(request: Request) -> str:
+    """Who alone sees what the request makes, and whose things alone it sees: the name of its key."""
+    return getattr(request.state, "owner", NOBODY)
+
+
 def find_model(request: Request, name: str | None) -> ModelEntry:
     """The model that a request names, or the only one. Raises APIError: 404, or 400 if none of several is named."""
     models = state_of(request).models
-    names = [f"'{each.name}'" for each in models]
-    if name is None and len({each.root for each in models}) > 1:
+    seen = models.seen_by(owner_of(request))
+    names = [f"'{each.name}'" for each in seen]
+    if name is None and len({each.root for each in seen}) > 1:
         raise invalid(f"'model' is required: this server has {few(names)}", "model", "missing_required_parameter")
-    entry = models.find(name)
+    entry = models.find(name, owner_of(request))
     if entry is None:
         message = f"the model '{shown(name or '')}' does not exist; this server has {few(names)}"
         raise APIError(404, message, param="model", code="model_not_found")

@@ -6,14 +6,19 @@ import logging
 import os
 import signal
 import sys
+from collections import Counter
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from service.commands.options import Commands, add_model_options, settings_from
-from service.settings import Settings
+from service.engine.options import NOBODY
+from service.settings import Settings, read_key
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+
+log = logging.getLogger("banded")
 
 
 def add_serve(commands: Commands) -> None:
@@ -54,6 +59,13 @@ def run_serve(args: argparse.Namespace) -> int:
     return status
 
 
+def log_names(settings: Settings) -> None:
+    """So that a key of before keys had names, which has a colon, is not taken for one of a name unnoticed."""
+    keys = Counter(owner for owner, _ in map(read_key, settings.api_keys))
+    if keys.keys() - {NOBODY}:
+        log.info("keys: %s", ", ".join(f"{count} of {owner or 'nobody'}" for owner, count in keys.items()))
+
+
 def load_app(settings: Settings) -> "FastAPI":
     """The application over the model that the settings name. This is the slow part of starting a server."""
     from service.api.app import create_app
@@ -65,10 +77,13 @@ def load_app(settings: Settings) -> "FastAPI":
 
     name = served_name(settings.model, settings.names)
     metrics = Metrics(name)
+    log_names(settings)
     with ExitStack() as opened:
         store = opened.enter_context(closing(Store(settings.data_dir))) if settings.data_dir else None
-        models = load_served(settings.engine, metrics, store.results(name) if store else ())
-        jobs = Jobs(store, models, model_directory(settings.model)) if store else None
+        for owner, count in store.unseen(settings.owners).items() if store else ():
+            log.warning("%d files and jobs of %s are kept, but no key sees them", count, owner or "nobody")
+        models = load_served(settings.engine, metrics, store.results(name, settings.owners) if store else ())
+        jobs = Jobs(store, models, model_directory(settings.model), settings.owners) if store else None
         app = create_app(models, metrics, settings, jobs)
         opened.pop_all()  # from here on the jobs close the store, when the application ends
     app.openapi()  # kept from here on: it takes half a second, in which nothing else would be answered

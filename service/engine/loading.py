@@ -301,8 +301,8 @@ class EngineAdapters:
         return base._replace(name=name, created=now, fingerprint=fingerprint, adapter=ref, parent=base.name)
 
 
-def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tuple[str, Path]] = ()) -> Models:
-    """Load the model, its adapters and those in `finished`, the names and directories of what jobs have made."""
+def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tuple[str, str, Path]] = ()) -> Models:
+    """Load the model, its adapters and those in `finished`: owner, name and directory of what each job has made."""
     started = time.perf_counter()
     keep_freed_memory()
     switch_threads_often()
@@ -336,11 +336,11 @@ def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tup
     aliases, (architecture, _) = options.names[1:], read_architecture(model_directory(options.model))
     loader = EngineAdapters(base, aliases, checkpoint.model, runner, architecture, digest)
     adapters = [loader.load_first(name, Path(directory)) for name, directory in options.adapters.items()]
-    for name, directory in finished:
+    for owner, name, directory in finished:
         try:
-            if len(adapters) >= options.max_adapters:
+            if sum(adapter.owner in (None, owner) for adapter in adapters) >= options.max_adapters:
                 raise LoadError(f"max_adapters is {options.max_adapters}")
-            adapters.append(loader.load_first(name, directory))
+            adapters.append(loader.load_first(name, directory)._replace(owner=owner))
         except ValueError as error:  # DELETE /v1/models takes it away
             log.error("%s is not served: %s", name, error)
     return Models([base, *(base._replace(name=name, alias_of=base.name) for name in aliases), *adapters], loader)

@@ -1,6 +1,6 @@
 """The models that clients may ask for by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -26,6 +26,7 @@ class ModelEntry(NamedTuple):
     num_parameters: int = 0
     item_bytes: int = 2  # of a key, and of a weight unless it is quantised
     alias_of: str | None = None
+    owner: str | None = None  # who alone may ask for it; None: everybody
 
     @property
     def root(self) -> str:
@@ -46,23 +47,26 @@ class Models:
 
     def __init__(self, models: Sequence[ModelEntry], loader: AdapterLoader | None = None):
         """The first of `models` answers requests that name none. Without a `loader` the models stay as they are."""
-        self._by_name = {entry.name: entry for entry in models}
+        self._entries = {(entry.owner, entry.name): entry for entry in models}
         self._loader = loader
         self.base = models[0]
 
-    def __iter__(self) -> Iterator[ModelEntry]:
-        return iter(self._by_name.values())
+    def seen_by(self, owner: str) -> list[ModelEntry]:
+        """Everybody's models, and those of `owner`."""
+        return [entry for entry in self._entries.values() if entry.owner in (None, owner)]
 
-    def find(self, name: str | None) -> ModelEntry | None:
-        return self.base if name is None else self._by_name.get(name)
+    def find(self, name: str | None, owner: str) -> ModelEntry | None:
+        """The model of that name that `owner` sees."""
+        return self.base if name is None else next((each for each in self.seen_by(owner) if each.name == name), None)
 
-    async def add(self, name: str, directory: Path) -> None:
-        """Serve the adapter in `directory`. Raises CheckpointError if it does not fit."""
+    async def add(self, name: str, directory: Path, owner: str) -> None:
+        """Serve the adapter in `directory` to `owner`. Raises CheckpointError if it does not fit."""
         assert self._loader is not None
-        self._by_name[name] = await self._loader.load(name, directory)
+        entry = await self._loader.load(name, directory)
+        self._entries[owner, name] = entry._replace(owner=owner)
 
     async def remove(self, entry: ModelEntry) -> None:
         """Hide a model from new requests at once; returns when those that run have ended."""
         assert self._loader is not None
-        del self._by_name[entry.name]
+        del self._entries[entry.owner, entry.name]
         await self._loader.unload(entry)

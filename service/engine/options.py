@@ -7,6 +7,8 @@ from typing import Literal
 
 from kernels.names import KernelChoice
 
+# Whose things are that came without a key, or with one that has no name.
+NOBODY = ""
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 Device = Literal["auto", "cpu", "cuda"]
 

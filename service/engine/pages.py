@@ -70,16 +70,16 @@ def pool_sizes(config: GPTConfig, *, kv_bytes: int, item_bytes: int, max_rows: i
     return {group: int(sequences * resting_pages(config.n_positions, band)) + slack[group] for group, band in groups(config)}
 
 
-# Of a full page of a prompt: a hash of its tokens and of all tokens before them.
+# Of a full page of a prompt: a hash of its tokens, of all tokens before them, and of who may find it.
 PageHash = bytes
 
 
-def page_hashes(prompt: Sequence[int], adapter: bytes = b"") -> list[PageHash]:
-    """Hashes of the full pages of a prompt, computed with the adapter called `adapter`.
+def page_hashes(prompt: Sequence[int], adapter: bytes = b"", scope: str = "") -> list[PageHash]:
+    """Hashes of the full pages of a prompt, computed with the adapter called `adapter` for those who share `scope`.
 
-    Two equal hashes mean the same adapter and equal tokens from the first on, as far as SHA-256 has no collisions.
+    Two equal hashes mean the same adapter and scope and equal tokens from the first on, as far as SHA-256 has no collisions.
     """
-    hashes, last = [], adapter
+    hashes, last = [], hashlib.sha256(b"%d %b%b" % (len(adapter), adapter, scope.encode())).digest()
     for stop in range(PAGE_SIZE, len(prompt) + 1, PAGE_SIZE):
         last = hashlib.sha256(last + array("q", prompt[stop - PAGE_SIZE : stop]).tobytes()).digest()
         hashes.append(last)

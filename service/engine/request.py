@@ -13,6 +13,7 @@ from typing import NamedTuple
 from model.checkpoint.tokenizer import LongWordError, Tokenizer, TokenizerError
 from model.config import GPTConfig
 from model.step import Sampling
+from service.engine.options import NOBODY
 from service.engine.scheduler import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
 
 # The largest number that a 64-bit integer holds.
@@ -263,6 +264,7 @@ class GenerationRequest:
     params: SamplingParams
     adapter: AdapterRef = NO_ADAPTER
     client: bytes | None = None  # who shares the engine with others; None: nobody else's request is of the same client
+    cache_scope: str = NOBODY  # requests of different scopes find nothing of each other in the prefix cache
 
     @property
     def num_choices(self) -> int:
@@ -313,6 +315,7 @@ class GenerationRequest:
                         prompt_top_logprobs=params.prompt_logprobs or 0,
                         bad_words=bad_words,
                         is_cached=params.cache_prompt,
+                        cache_scope=self.cache_scope,
                         group=group,
                         adapter=self.adapter,
                         client=client,

@@ -87,6 +87,7 @@ class Sequence:
     prompt_top_logprobs: int = 0  # likeliest tokens to report with each of these, if more than top_logprobs
     bad_words: tuple[tuple[int, ...], ...] = ()  # runs of tokens that are not generated
     is_cached: bool = True  # whether its prompt may come from the prefix cache, and stay there
+    cache_scope: str = ""  # sequences of different scopes never share a page
     group: PrefixGroup | None = None
     adapter: AdapterRef = NO_ADAPTER
     client: Hashable = ""  # whose share of the engine it takes
@@ -135,7 +136,7 @@ class Sequence:
 
     @cached_property
     def page_hashes(self) -> list[PageHash]:
-        return page_hashes(self.prompt, self.adapter.name) if self.is_cached else []
+        return page_hashes(self.prompt, self.adapter.name, self.cache_scope) if self.is_cached else []
 
     @property
     def usable_hashes(self) -> list[PageHash]:

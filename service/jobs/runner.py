@@ -14,10 +14,12 @@ import signal
 import sqlite3
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 from model.training.records import CURVE_FILE, REPORT_FILE, DataReport, LossRow, read_curve
 from service.engine.models import Models
+from service.engine.options import NOBODY
 from service.jobs.disk import DiskFullError
 from service.jobs.store import UNFINISHED, Job, Store, message_event
 
@@ -38,9 +40,14 @@ PR_SET_PDEATHSIG = 1
 class Jobs:
     """Runs the jobs of a store. Belongs to the event loop."""
 
-    def __init__(self, store: Store, models: Models, directory: Path):
-        """Jobs begin with the base of `models`, which lies in `directory`, and add their results to `models`."""
+    def __init__(self, store: Store, models: Models, directory: Path, owners: Collection[str] = (NOBODY,)):
+        """Jobs begin with the base of `models`, which lies in `directory`, and add their results to `models`.
+
+        Those of others than `owners` rest: nobody could see or cancel them.
+        """
         self.store = store
+        self._owners = owners
+        self._turns: dict[str, int] = {}  # of each owner, how many jobs had begun when its last one did
         self._models, self._directory = models, directory
         self._changed = asyncio.Event()
         self._process: tuple[str, asyncio.subprocess.Process] | None = None  # the running job's id and process
@@ -94,6 +101,9 @@ class Jobs:
                 await asyncio.sleep(POLL_SECONDS)
             self._process = None
 
+    def _take_turn(self, job: Job) -> None:
+        self._turns[job.owner] = max(self._turns.values(), default=0) + 1
+
     async def _keep_copies(self) -> None:
         """Copy the store's database after changes, for at most a twentieth of the time."""
         can_copy = True
@@ -112,22 +122,25 @@ class Jobs:
             await asyncio.sleep(20 * (time.monotonic() - started))
 
     def _next(self) -> Job | None:
-        """The oldest unfinished job."""
-        unfinished = [job for job in self.store.unfinished_jobs() if job.model == self._models.base.name]
-        return unfinished[-1] if unfinished else None
+        """The oldest unfinished job of the owner whose turn it is, unless one has been begun."""
+        base, unfinished = self._models.base.name, reversed(self.store.unfinished_jobs())
+        mine = [job for job in unfinished if job.model == base and job.owner in self._owners]
+        return min(mine, key=lambda job: (job.status != "running", self._turns.get(job.owner, 0)), default=None)
 
     async def _advance(self, job: Job) -> None:
         """Run a job until it ends or its process is told to end."""
-        for file in filter(None, map(self.store.file, filter(None, (job.training_file, job.validation_file)))):
-            if fault := self.store.missing_content(file):
-                self._fail(job, f"the content of file '{file.id}' {fault}")
+        self._take_turn(job)
+        for file_id in filter(None, (job.training_file, job.validation_file)):
+            file = self.store.file(job.owner, file_id)
+            if file and (fault := self.store.missing_content(file)):
+                self._fail(job, f"the content of file '{file_id}' {fault}")
                 return
         status = await self._train(job)
         if status == 0 and self._status(job) in UNFINISHED:
             name = f"ft:{job.model}:{job.suffix}:{job.id[-8:]}"
             try:
-                if self._models.find(name) is None:  # else it was added when there was no room for the job's end
-                    await self._models.add(name, self.store.run_directory(job.id))
+                if self._models.find(name, job.owner) is None:  # else it was added when there was no room for the job's end
+                    await self._models.add(name, self.store.run_directory(job.id), job.owner)
             except (ValueError, OSError) as error:
                 self._fail(job, str(error))
             else:
@@ -145,7 +158,7 @@ class Jobs:
         self.store.end_job(job.id, "failed", events=events, error=reason)
 
     def _status(self, job: Job) -> str | None:
-        current = self.store.job(job.id)
+        current = self.store.job(job.owner, job.id)
         return current and current.status
 
     async def _train(self, job: Job) -> int:

@@ -19,18 +19,21 @@ import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from model.checkpoint.files import write_atomically
+from service.engine.options import NOBODY
 from service.jobs.database import EVENT, DataError, copy_database, copy_paths, damaged, events_of, open_database
 from service.jobs.disk import SPARE, Ballast, DiskFullError, free_bytes, room_for
 from service.jobs.records import checked, read_record, write_record
 
 log = logging.getLogger("banded.store")
 
+# Of each owner: what others have must neither be told nor take room.
 MAX_FILES = 1000
 MAX_TOTAL_BYTES = 4 << 30
 MAX_JOBS = 1000
@@ -38,7 +41,6 @@ MAX_JOBS = 1000
 Status = Literal["validating_files", "running", "succeeded", "failed", "cancelled"]
 # A job with one of these goes on, after a restart too.
 UNFINISHED = ("validating_files", "running")
-LAST_NUMBER = 2**63 - 1
 
 
 class StoredFile(NamedTuple):
@@ -49,6 +51,7 @@ class StoredFile(NamedTuple):
     purpose: str
     bytes: int
     created: int
+    owner: str = NOBODY  # the name of the key that it came with
 
 
 class Hyperparameters(NamedTuple):
@@ -74,10 +77,11 @@ class Job(NamedTuple):
     error: str | None = None
     fine_tuned_model: str | None = None
     trained_tokens: int | None = None
+    owner: str = NOBODY
 
 
 class Event(NamedTuple):
-    number: int
+    number: int  # counts those of its job from 1: a count of all would tell of others' jobs
     job: str
     created: int
     level: str  # info, warn or error
@@ -241,11 +245,11 @@ class Store:
                 log.warning("%d events of jobs are back from %s", len(lost), path)
 
     def _set_strays_aside(self) -> None:
-        files = {self.path_of(file.id) for file in self.files()}
+        files = {self.path_of(file.id) for file in self._items(StoredFile, made_of)}
         for path in (self.directory / "files").glob("file-*.jsonl"):
             if path not in files:
                 self._set_aside(path, "no row and no record tells of this file", "to use it, upload it again")
-        runs = {self.run_directory(job.id) for job in self.jobs() if job.status in UNFINISHED or job.fine_tuned_model}
+        runs = {self.run_directory(job.id) for job in self._all_jobs() if job.status in UNFINISHED or job.fine_tuned_model}
         for path in (self.directory / "jobs").glob("ftjob-*"):
             if path.is_dir() and path not in runs:
                 remedy = "if it holds an adapter, serve it with --adapter NAME=DIR"
@@ -319,17 +323,17 @@ class Store:
                 change()
         self._ballast.fill()
 
-    def add_file(self, filename: str, purpose: str, content: bytes) -> StoredFile:
+    def add_file(self, owner: str, filename: str, purpose: str, content: bytes) -> StoredFile:
         """Any thread may call this. Raises StoreFullError, with the numbers, if there are too many files or bytes."""
         self.check_disk(len(content))
-        file = StoredFile(f"file-{secrets.token_hex(12)}", filename, purpose, len(content), int(time.time()))
+        file = StoredFile(f"file-{secrets.token_hex(12)}", filename, purpose, len(content), int(time.time()), owner)
         path = self.path_of(file.id)
         try:
             with self.room(len(content)):
                 with write_atomically(path, durable=True) as temporary:
                     temporary.write_bytes(content)
                 with self._changing:
-                    self._check_limits(len(content))
+                    self._check_limits(owner, len(content))
                     self._put(file)
         except BaseException:
             self._record_of(file).unlink(missing_ok=True)
@@ -337,20 +341,21 @@ class Store:
             raise
         return file
 
-    def _check_limits(self, size: int) -> None:
-        count, total = self._db.execute("SELECT count(*), coalesce(sum(bytes), 0) FROM files").fetchone()
+    def _check_limits(self, owner: str, size: int) -> None:
+        query = "SELECT count(*), coalesce(sum(bytes), 0) FROM files WHERE owner = ?"
+        count, total = self._db.execute(query, (owner,)).fetchone()
         if count >= MAX_FILES:
             raise StoreFullError(f"{count} files are stored, as many as there may be: delete one", "file")
         if total + size > MAX_TOTAL_BYTES:
             message = f"files take {total} bytes; {size} more are over the limit of {MAX_TOTAL_BYTES}"
             raise StoreFullError(message, "file")
 
-    def files(self) -> list[StoredFile]:
+    def files(self, owner: str) -> list[StoredFile]:
         """The newest first."""
-        return self._items(StoredFile, made_of)
+        return self._items(StoredFile, made_of, "WHERE owner = ?", owner)
 
-    def file(self, file_id: str) -> StoredFile | None:
-        return next(iter(self._items(StoredFile, made_of, "WHERE id = ?", file_id)), None)
+    def file(self, owner: str, file_id: str) -> StoredFile | None:
+        return next(iter(self._items(StoredFile, made_of, "WHERE owner = ? AND id = ?", owner, file_id)), None)
 
     def path_of(self, file_id: str) -> Path:
         return self.directory / "files" / f"{file_id}.jsonl"
@@ -374,15 +379,22 @@ class Store:
         self._at_any_rate(delete)
 
     def add_job(
-        self, model: str, suffix: str, seed: int, hyperparameters: Hyperparameters, training: str, validation: str | None
+        self,
+        owner: str,
+        model: str,
+        suffix: str,
+        seed: int,
+        hyperparameters: Hyperparameters,
+        training: str,
+        validation: str | None,
     ) -> Job:
-        """Drops the oldest ended job without a result to make room. Raises StoreFullError if there is none."""
+        """Drops the owner's oldest ended job without a result to make room. Raises StoreFullError if there is none."""
         self.check_disk()
         job_id, now = f"ftjob-{secrets.token_hex(12)}", int(time.time())
-        job = Job(job_id, "validating_files", model, suffix, seed, hyperparameters, training, validation, now)
+        job = Job(job_id, "validating_files", model, suffix, seed, hyperparameters, training, validation, now, owner=owner)
         try:
             with self._transaction():
-                self._make_room_for_a_job()
+                self._make_room_for_a_job(owner)
                 self._put_row(job)
                 self._add_events(job.id, [message_event(f"Created job {job.id}")])
                 write_record(self._record_of(job), job)
@@ -391,8 +403,8 @@ class Store:
             raise
         return job
 
-    def _make_room_for_a_job(self) -> None:
-        jobs = self.jobs()
+    def _make_room_for_a_job(self, owner: str) -> None:
+        jobs = self.jobs(owner)
         if len(jobs) < MAX_JOBS:
             return
         ended = [job for job in jobs if job.status not in UNFINISHED and job.fine_tuned_model is None]
@@ -402,25 +414,34 @@ class Store:
         self._db.execute("DELETE FROM jobs WHERE id = ?", (ended[-1].id,))
         self._record_of(ended[-1]).unlink(missing_ok=True)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self, owner: str) -> list[Job]:
         """The newest first."""
+        return self._items(Job, made_of, "WHERE owner = ?", owner)
+
+    def job(self, owner: str, job_id: str) -> Job | None:
+        return next(iter(self._items(Job, made_of, "WHERE owner = ? AND id = ?", owner, job_id)), None)
+
+    def _all_jobs(self) -> list[Job]:
+        """Everybody's, the newest first."""
         return self._items(Job, made_of)
 
     def unfinished_jobs(self) -> list[Job]:
-        """The newest first."""
-        return [job for job in self.jobs() if job.status in UNFINISHED]
+        """Everybody's, the newest first."""
+        return [job for job in self._all_jobs() if job.status in UNFINISHED]
 
-    def results(self, model: str) -> list[tuple[str, Path]]:
-        """The adapters that jobs have made for `model`, oldest first: the name and the directory of each."""
-        made = [job for job in self.jobs() if job.model == model and job.fine_tuned_model]
-        return [(str(job.fine_tuned_model), self.run_directory(job.id)) for job in reversed(made)]
+    def results(self, model: str, owners: Collection[str]) -> list[tuple[str, str, Path]]:
+        """The adapters that jobs of `owners` have made for `model`, oldest first: owner, name and directory of each."""
+        made = [job for job in self._all_jobs() if job.model == model and job.fine_tuned_model and job.owner in owners]
+        return [(job.owner, str(job.fine_tuned_model), self.run_directory(job.id)) for job in reversed(made)]
 
-    def job(self, job_id: str) -> Job | None:
-        return next(iter(self._items(Job, made_of, "WHERE id = ?", job_id)), None)
+    def unseen(self, owners: Collection[str]) -> Counter[str]:
+        """How many files and jobs there are of each other owner."""
+        found = [file.owner for file in self._items(StoredFile, made_of)] + [job.owner for job in self._all_jobs()]
+        return Counter(owner for owner in found if owner not in owners)
 
     def update_job(self, job_id: str, *, events: Iterable[NewEvent] = (), **fields: Any) -> bool:
         """Change columns of a job, and add events to it, unless it has ended. Returns whether it was changed."""
-        job = self.job(job_id)
+        job = next(iter(self._items(Job, made_of, "WHERE id = ?", job_id)), None)
         if job is None or job.status not in UNFINISHED:
             return False
         self._put(job._replace(**fields), events)
@@ -469,16 +490,20 @@ class Store:
         )
 
     def events(self, job_id: str, limit: int, before: int | None = None) -> list[Event]:
-        """The newest first; with `before`, only those that are older than that event."""
+        """The newest first; with `before`, only those that are older than the event of that number, which must exist."""
+        stop = self._num_events(job_id) if before is None else before - 1
+        start = max(stop - limit, 0)
         rows = self._db.execute(
-            f"SELECT {', '.join(EVENT)} FROM events WHERE job = ? AND number < ? ORDER BY number DESC LIMIT ?",
-            (job_id, LAST_NUMBER if before is None else before, limit),
+            f"SELECT {', '.join(EVENT[1:])} FROM events WHERE job = ? ORDER BY number LIMIT ? OFFSET ?",
+            (job_id, stop - start, start),
         )
-        return [Event._make((*row[:6], json.loads(row[6]))) for row in rows]
+        return [Event._make((number, *row[:5], json.loads(row[5]))) for number, row in enumerate(rows, start + 1)][::-1]
 
     def has_event(self, job_id: str, number: int) -> bool:
-        query = "SELECT 1 FROM events WHERE job = ? AND number = ?"
-        return self._db.execute(query, (job_id, number)).fetchone() is not None
+        return 0 < number <= self._num_events(job_id)
+
+    def _num_events(self, job_id: str) -> int:
+        return int(self._db.execute("SELECT count(*) FROM events WHERE job = ?", (job_id,)).fetchone()[0])
 
     def last_metrics(self, job_id: str) -> dict[str, float]:
         """The numbers of the newest metrics event, empty if there is none."""

@@ -67,8 +67,8 @@ def fill(store: Store) -> None:
         numbers = iter("121")
         patch.setattr(service.jobs.store.secrets, "token_hex", lambda _: next(numbers))  # type: ignore[attr-defined]
         for _ in FILES:
-            store.add_file("a.jsonl", "fine-tune", b"{}")
-        job = store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), FILES[0], None)
+            store.add_file("", "a.jsonl", "fine-tune", b"{}")
+        job = store.add_job("", "fake", "", 0, Hyperparameters(1, 1, 1.0, 1), FILES[0], None)
     store.add_event(job.id, "Created")
 
 

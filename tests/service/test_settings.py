@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 
 from service.commands.options import settings_from
-from service.settings import Settings, is_loopback
+from service.settings import Settings, is_loopback, read_key
 
 
 @pytest.fixture(autouse=True)
@@ -149,6 +149,35 @@ def test_loopback(host: str) -> None:
 def test_keys_that_no_header_can_carry_are_refused_and_not_repeated(key: str) -> None:
     message = "Value error, key 2 can't be sent in a header: it may hold printable ASCII only, and no space"
     assert refused(api_keys=f"fine,{key}") == [("api_keys", message)]
+
+
+def test_keys_may_have_names() -> None:
+    found = settings(api_keys=f"alice:sk-a, alice:sk-a2,b-_0{'b' * 60}:b:c,sk-c,sk-c")
+    assert [read_key(key) for key in found.api_keys] == [
+        ("alice", "sk-a"),
+        ("alice", "sk-a2"),
+        ("b-_0" + "b" * 60, "b:c"),
+        ("", "sk-c"),
+        ("", "sk-c"),
+    ]
+    assert found.owners == {"alice", "b-_0" + "b" * 60, ""}
+    assert settings(api_keys="alice:sk-a").owners == {"alice"}
+    assert settings().owners == {""}
+
+
+@pytest.mark.parametrize("key", ["Alice:sk-a", ":sk-a", "alice:", "a.b:sk-a", ":", "a" * 65 + ":sk-a", "bob/:sk-a"])
+def test_a_key_with_a_colon_that_is_none_of_a_name_is_refused(key: str) -> None:
+    message = (
+        "Value error, key 2 has a colon, but is not NAME:KEY with a name of at most 64 of a-z, 0-9, _ and -. "
+        "A key without a name can't have a colon"
+    )
+    assert refused(api_keys=f"fine,{key}") == [("api_keys", message)]
+
+
+@pytest.mark.parametrize("key", ["bob:sk-a", "sk-a"])
+def test_a_key_has_one_name(key: str) -> None:
+    message = "Value error, key 3 is also that of another name or of none: a key has one name at most"
+    assert refused(api_keys=f"alice:sk-a,alice:sk-a,{key}") == [("api_keys", message)]
 
 
 @pytest.mark.parametrize("name", ["limit_requests", "limit_tokens"])

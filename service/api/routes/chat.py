@@ -42,7 +42,15 @@ from service.api.schema.chat import (
     TokenBytes,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, client_of, find_model, log_user, sampling_params, warnings_for
+from service.api.validation import (
+    check_logprobs,
+    client_of,
+    find_model,
+    log_user,
+    owner_of,
+    sampling_params,
+    warnings_for,
+)
 from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
@@ -98,7 +106,8 @@ def generation_of(body: ChatRequest, entry: ModelEntry, request: Request) -> Gen
         check_logprobs(body.n * max_tokens, body.top_logprobs or 0, "logprobs")
     if body.prompt_logprobs is not None:
         check_logprobs(len(prompt.tokens), body.prompt_logprobs, "prompt_logprobs")
-    return GenerationRequest([prompt], replace(params, max_tokens=max_tokens), entry.adapter, client_of(request))
+    params = replace(params, max_tokens=max_tokens)
+    return GenerationRequest([prompt], params, entry.adapter, client_of(request), owner_of(request))
 
 
 def read_messages(

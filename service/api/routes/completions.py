@@ -30,7 +30,15 @@ from service.api.schema.completions import (
     CompletionResponse,
 )
 from service.api.state import state_of
-from service.api.validation import check_logprobs, client_of, find_model, log_user, sampling_params, warnings_for
+from service.api.validation import (
+    check_logprobs,
+    client_of,
+    find_model,
+    log_user,
+    owner_of,
+    sampling_params,
+    warnings_for,
+)
 from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import Example, FewShot, few_shot_prompt, insertion_prompt
@@ -79,7 +87,7 @@ def generation_of(body: CompletionRequest, entry: ModelEntry, request: Request) 
         check_logprobs(params.num_candidates * num_shown, body.logprobs, "logprobs")
     if body.prompt_logprobs is not None:
         check_logprobs(params.num_candidates * num_prompt, body.prompt_logprobs, "prompt_logprobs")
-    return GenerationRequest(prompts, params, entry.adapter, client_of(request))
+    return GenerationRequest(prompts, params, entry.adapter, client_of(request), owner_of(request))
 
 
 def prompt_of(text: str | list[int], body: CompletionRequest, entry: ModelEntry) -> Prompt:

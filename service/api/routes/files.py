@@ -17,6 +17,7 @@ from service.api.limits import KeyLimits
 from service.api.schema.base import DeletedObject, ErrorResponse
 from service.api.schema.fine_tuning import CheckpointObject, FileList, FileObject
 from service.api.state import state_of
+from service.api.validation import owner_of
 from service.engine.models import ModelEntry
 from service.engine.request import shown
 from service.engine.workers import off_the_loop
@@ -56,17 +57,18 @@ def store_of(request: Request) -> Store:
     return jobs_of(request).store
 
 
-def find_file(store: Store, file_id: str, param: str | None = None) -> StoredFile:
-    file = store.file(file_id)
+def find_file(request: Request, file_id: str, param: str | None = None) -> StoredFile:
+    """A file of the request's owner. Raises APIError: 404, or 400 if a field, `param`, names it."""
+    file = store_of(request).file(owner_of(request), file_id)
     if file is None:
         message = f"there is no file '{shown(file_id)}'"
         raise invalid(message, param, "file_not_found") if param else APIError(404, message, code="file_not_found")
     return file
 
 
-def find_content(store: Store, file_id: str, param: str | None = None) -> Path:
+def find_content(request: Request, file_id: str, param: str | None = None) -> Path:
     """The path of a file's content. Raises APIError like find_file, and if the content is not what was stored."""
-    file = find_file(store, file_id, param)
+    store, file = store_of(request), find_file(request, file_id, param)
     if fault := store.missing_content(file):
         message = f"the content of file '{file.id}' {fault}: delete the file and send it again"
         raise (
@@ -109,7 +111,7 @@ async def upload_file(request: Request) -> FileObject:
     except ValueError as error:
         raise invalid(f"'file': {error}", "file") from error
     limits.settle_text(charged, num_tokens)
-    return file_object(await asyncio.to_thread(store.add_file, name, PURPOSE, content))
+    return file_object(await asyncio.to_thread(store.add_file, owner_of(request), name, PURPOSE, content))
 
 
 def check_examples(content: bytes, name: str, base: ModelEntry) -> int:
@@ -127,26 +129,26 @@ async def list_files(
     order: Literal["asc", "desc"] = "desc",
 ) -> FileList:
     """The stored files, the newest first unless `order` is asc."""
-    files = [file for file in store_of(request).files() if purpose in (None, file.purpose)]
+    files = [file for file in store_of(request).files(owner_of(request)) if purpose in (None, file.purpose)]
     some, has_more = page(files if order == "desc" else files[::-1], limit, after)
     return FileList(data=[file_object(file) for file in some], has_more=has_more)
 
 
 @router.get("/v1/files/{file_id}")
 async def get_file(file_id: str, request: Request) -> FileObject:
-    return file_object(find_file(store_of(request), file_id))
+    return file_object(find_file(request, file_id))
 
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
 async def get_content(file_id: str, request: Request) -> FileResponse:
-    return FileResponse(find_content(store_of(request), file_id), media_type="application/jsonl")
+    return FileResponse(find_content(request, file_id), media_type="application/jsonl")
 
 
 @router.delete("/v1/files/{file_id}", responses={409: {"model": ErrorResponse, "description": "A job needs the file"}})
 async def delete_file(file_id: str, request: Request) -> DeletedObject:
     """Delete a file that no unfinished job needs."""
     store = store_of(request)
-    file = find_file(store, file_id)
+    file = find_file(request, file_id)
     using = [job.id for job in store.unfinished_jobs() if file.id in (job.training_file, job.validation_file)]
     if using:
         raise APIError(409, f"job {using[0]} needs the file: cancel it first", code="file_in_use")

@@ -7,7 +7,7 @@ from service.api.bodies import BodyRoute
 from service.api.encoding import in_pieces
 from service.api.errors import invalid
 from service.api.schema.score import ScoreRequest, ScoreResponse, ScoreResult
-from service.api.validation import check_logprobs, client_of, find_model, log_user, warnings_for
+from service.api.validation import check_logprobs, client_of, find_model, log_user, owner_of, warnings_for
 from service.engine.choice import Choice, Score
 from service.engine.models import ModelEntry
 from service.engine.request import SCORING, GenerationRequest, Prompt, check_length, read_prompt
@@ -26,8 +26,8 @@ async def create_score(body: ScoreRequest, request: Request) -> Response:
     prompt, continuations = await off_the_loop(size, lambda: read_texts(body, entry))
     log_user(body.user, request)
     prompts = [Prompt(prompt + continuation, logprobs_from=len(prompt)) for continuation in continuations]
-    generation = entry.engine.generate(GenerationRequest(prompts, SCORING, entry.adapter, client_of(request)))
-    run = ChargedRun(generation, request, prompt_tokens=len(prompt) + sum(map(len, continuations)))
+    asked = GenerationRequest(prompts, SCORING, entry.adapter, client_of(request), owner_of(request))
+    run = ChargedRun(entry.engine.generate(asked), request, prompt_tokens=len(prompt) + sum(map(len, continuations)))
 
     def result(tokens: list[int], choice: Choice) -> ScoreResult:
         names = [entry.tokenizer.token_name(token) for token in tokens]

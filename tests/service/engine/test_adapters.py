@@ -227,10 +227,10 @@ def test_deleting_a_model_harms_no_request(directory: Path, adapters: dict[str, 
     """Requests that run with the model finish. Requests that come too late get a 404. All others go on."""
     store = Store(tmp_path)
     for _ in range(2):
-        job = store.add_job(directory.name, "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
+        job = store.add_job("", directory.name, "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
         shutil.copytree(adapters["all"], store.run_directory(job.id))
         store.end_job(job.id, "succeeded", fine_tuned_model=f"ft:{job.id}")
-    broken, name = (str(job.fine_tuned_model) for job in store.jobs())
+    broken, name = (str(job.fine_tuned_model) for job in store.jobs(""))
     weights = store.run_directory(broken.removeprefix("ft:")) / "adapter.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     store.close()
@@ -268,6 +268,29 @@ def test_deleting_a_model_harms_no_request(directory: Path, adapters: dict[str, 
             assert [path for path in (tmp_path / "jobs").iterdir() if path.is_dir()] == []
 
     run(test, seconds=60)
+
+
+def test_results_are_served_to_their_owners(
+    directory: Path, adapters: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = Store(tmp_path)
+    for owner in ("alice", "bob", "alice", "carol", ""):
+        job = store.add_job(owner, directory.name, "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
+        shutil.copytree(adapters["all"], store.run_directory(job.id))
+        store.end_job(job.id, "succeeded", fine_tuned_model=f"ft:{owner}{len(store.jobs(owner))}")
+    store.add_file("carol", "a", "fine-tune", b"x")
+    store.close()
+    settings: dict[str, Any] = {"model": str(directory), "dtype": "float32", "data_dir": tmp_path, "kv_bytes": 64 << 20}
+    settings |= {"api_keys": "alice:sk-a,alice:sk-a2,bob:sk-b", "adapters": {"given": adapters["some"]}, "max_adapters": 2}
+    with caplog.at_level("INFO", "banded"):
+        models = load_app(Settings(**settings)).state.shared.models
+    seen = {owner: [entry.name for entry in models.seen_by(owner)] for owner in ("alice", "bob", "carol", "")}
+    others = [directory.name, "given"]
+    assert seen == {"alice": [*others, "ft:alice1"], "bob": [*others, "ft:bob1"], "carol": others, "": others}
+    assert "keys: 2 of alice, 1 of bob" in caplog.messages
+    assert "2 files and jobs of carol are kept, but no key sees them" in caplog.messages
+    assert "1 files and jobs of nobody are kept, but no key sees them" in caplog.messages
+    assert "ft:alice2 is not served: max_adapters is 2" in caplog.messages
 
 
 NOT_THERE = "the model '%s' does not exist; this server has '%s'"

@@ -290,13 +290,13 @@ def test_a_model_is_served_under_given_names(tmp_path: Path) -> None:
     directory = tiny("banded", tmp_path, vocab_size=50257)
     options = settings_of(model=str(directory), dtype="float32", names="first,org/second").engine
     models = load_served(options, Metrics("first"))
-    assert [(entry.name, entry.root, entry.parent) for entry in models] == [
+    assert [(entry.name, entry.root, entry.parent) for entry in models.seen_by("")] == [
         ("first", "first", None),
         ("org/second", "first", None),
     ]
-    assert models.find(None) is models.base
-    assert models.find("org/second") == models.base._replace(name="org/second", alias_of="first")
-    assert models.find("banded") is None
+    assert models.find(None, "") is models.base
+    assert models.find("org/second", "") == models.base._replace(name="org/second", alias_of="first")
+    assert models.find("banded", "") is None
 
 
 @pytest.mark.parametrize("name", ["first", "second"])

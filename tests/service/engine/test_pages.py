@@ -2,6 +2,7 @@
 
 import pytest
 
+from kernels.band import PAGE_SIZE
 from model.config import GPT3_SIZES, GPTConfig
 from service.engine.pages import PageAllocator, page_hashes, pool_sizes, resting_pages, sequence_bytes
 
@@ -88,6 +89,13 @@ def test_a_band_finds_a_prefix_whose_first_pages_are_gone() -> None:
     assert cache.check_integrity() == []
     assert cache.prefix(hashes) == 10
     assert cache.prefix(hashes[:9]) == 0, "page 5, which the query after page 8 sees, is gone"
+
+
+def test_hashes_differ_by_adapter_and_scope_wherever_one_ends_and_the_other_begins() -> None:
+    prompt = list(range(PAGE_SIZE))
+    pairs = [(b"", ""), (b"ab", "c"), (b"a", "bc"), (b"abc", ""), (b"", "abc"), (b"1 a", ""), (b"", "1 a")]
+    assert len({page_hashes(prompt, *pair)[0] for pair in pairs}) == len(pairs)
+    assert page_hashes(prompt, b"a", "b") == page_hashes(prompt, b"a", "b")
 
 
 def test_a_fork_shares_the_full_pages_that_its_parent_still_holds() -> None:

@@ -23,8 +23,8 @@ class Kept(NamedTuple):
 
     @staticmethod
     def of(store: Store) -> "Kept":
-        adapters = [(name, directory.name) for name, directory in store.results("demo")]
-        return Kept(store.files(), store.jobs(), [store.events(job.id, 1000) for job in store.jobs()], adapters)
+        adapters = [(name, directory.name) for _, name, directory in store.results("demo", [""])]
+        return Kept(store.files(""), store.jobs(""), [store.events(job.id, 1000) for job in store.jobs("")], adapters)
 
 
 def content(directory: Path) -> Counter[bytes]:
@@ -37,8 +37,8 @@ def fill(directory: Path, monkeypatch: pytest.MonkeyPatch) -> Kept:
     """Files, a job of each kind, and an adapter. Returns what the store told at its end."""
     monkeypatch.setattr("time.time", partial(next, count(1700000000)))
     store = Store(directory)
-    files = [store.add_file(f"{number}.jsonl", "fine-tune", b"x" * (100 + number)) for number in range(3)]
-    jobs = [store.add_job("demo", "a", number, PARAMETERS, files[0].id, files[1].id) for number in range(3)]
+    files = [store.add_file("", f"{number}.jsonl", "fine-tune", b"x" * (100 + number)) for number in range(3)]
+    jobs = [store.add_job("", "demo", "a", number, PARAMETERS, files[0].id, files[1].id) for number in range(3)]
     for job in jobs:
         store.update_job(job.id, status="running", trained_tokens=20)
         store.add_metrics(job.id, [(f"Step {step}", {"step": step, "train_loss": 1.5}) for step in range(1, 4)])

@@ -73,8 +73,9 @@ def be_older(directory: Path) -> None:
 
 
 def be_of_schema_0(directory: Path) -> None:
-    """As a version without records, copies and a schema's number left it."""
-    execute(directory, "PRAGMA user_version = 0")
+    """As a version without records, copies, owners and a schema's number left it."""
+    columns = [f"ALTER TABLE {table} DROP COLUMN owner" for table in ("files", "jobs")]
+    execute(directory, *columns, "PRAGMA user_version = 0")
     be_gone(directory, "copies", "files/*.json", "jobs/*.json", "ballast")
 
 
@@ -195,7 +196,7 @@ def check_jobs(directory: Path, kept: Kept, store: Store) -> None:
 
 def check_adapters(directory: Path, kept: Kept, store: Store) -> None:
     assert Kept.of(store).adapters == kept.adapters
-    [(_, run)] = store.results("demo")
+    [(_, _, run)] = store.results("demo", [""])
     assert (run / "adapter.safetensors").read_bytes() == run.name.encode() * 50
 
 
@@ -331,13 +332,13 @@ def test_the_last_two_copies_are_kept(tmp_path: Path) -> None:
             return [name for (name,) in db.execute("SELECT filename FROM files ORDER BY rowid")]
 
     store = Store(tmp_path)
-    store.add_file("a", "fine-tune", b"x")
+    store.add_file("", "a", "fine-tune", b"x")
     store.close()
     assert names(1) == ["a"]
     store = Store(tmp_path)
     assert not store.has_changed
     for name in ("b", "c"):
-        store.add_file(name, "fine-tune", b"x")
+        store.add_file("", name, "fine-tune", b"x")
         assert store.has_changed
         store.copy()
         assert not store.has_changed
@@ -372,44 +373,45 @@ def test_a_database_that_vanishes_while_it_is_used_is_not_copied_as_an_empty_one
     directory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     store = Store(directory)
-    store.add_file("late", "fine-tune", b"x")
+    store.add_file("", "late", "fine-tune", b"x")
     before = (directory / "copies" / "banded-1.sqlite").read_bytes()
     be_gone(directory, f"{DATABASE}*")
     store.close()
     assert "the database was not copied: unable to open database file" in caplog.text
     assert (directory / "copies" / "banded-1.sqlite").read_bytes() == before
     store = Store(directory)
-    assert {file.filename for file in store.files()} == {"0.jsonl", "1.jsonl", "2.jsonl", "late"}
+    assert {file.filename for file in store.files("")} == {"0.jsonl", "1.jsonl", "2.jsonl", "late"}
     store.close()
 
 
 def test_a_column_is_added_by_a_script_and_a_default(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the next schema would: rows and records of before get the default, and what is newer is refused."""
 
-    class Owned(NamedTuple):
+    class Coloured(NamedTuple):
         id: str
         filename: str
         purpose: str
         bytes: int
         created: int
-        owner: str = "nobody"
+        owner: str = ""
+        colour: str = "green"
 
-    script = "ALTER TABLE files ADD COLUMN owner TEXT NOT NULL DEFAULT 'nobody';"
+    script, known = "ALTER TABLE files ADD COLUMN colour TEXT NOT NULL DEFAULT 'green';", database.VERSION
     with monkeypatch.context() as patch:
         patch.setattr(database, "MIGRATIONS", (*database.MIGRATIONS, script))
         for module in ("database", "records"):
-            patch.setattr(f"service.jobs.{module}.VERSION", 2)
-        patch.setattr("service.jobs.store.StoredFile", Owned)
-        patch.setattr("service.jobs.store.TABLES", {Owned: "files", Job: "jobs"})
-        patch.setattr("service.jobs.store.PREFIXES", {Owned: "file-", Job: "ftjob-"})
+            patch.setattr(f"service.jobs.{module}.VERSION", known + 1)
+        patch.setattr("service.jobs.store.StoredFile", Coloured)
+        patch.setattr("service.jobs.store.TABLES", {Coloured: "files", Job: "jobs"})
+        patch.setattr("service.jobs.store.PREFIXES", {Coloured: "file-", Job: "ftjob-"})
         for _ in range(2):
             store = Store(directory)
-            assert {getattr(file, "owner", None) for file in store.files()} == {"nobody"}
-            new = store.add_file("new", "fine-tune", b"x")
+            assert {getattr(file, "colour", None) for file in store.files("")} == {"green"}
+            new = store.add_file("", "new", "fine-tune", b"x")
             store.close()
             be_gone(directory, DATABASE, "copies")
-        assert json.loads((directory / "files" / f"{new.id}.json").read_text())["owner"] == "nobody"
-    with pytest.raises(DataError, match="json has schema 2, from a newer Banded; this one knows 1"):
+        assert json.loads((directory / "files" / f"{new.id}.json").read_text())["colour"] == "green"
+    with pytest.raises(DataError, match=f"json has schema {known + 1}, from a newer Banded; this one knows {known}"):
         Store(directory)
 
 
@@ -428,7 +430,7 @@ def test_a_record_is_read(record: dict[str, Any], tmp_path: Path) -> None:
     item = read_record(path, kind)
     write_record(path, item)
     assert read_record(path, kind) == item
-    assert json.loads(path.read_text()) == dict.fromkeys(kind._fields) | record
+    assert json.loads(path.read_text()) == dict.fromkeys(kind._fields) | record | {"version": database.VERSION, "owner": ""}
 
 
 @pytest.mark.parametrize(

@@ -102,36 +102,36 @@ class FullDisk:
 
 
 def upload(store: Store) -> None:
-    store.add_file("new", "fine-tune", b"new")
+    store.add_file("", "new", "fine-tune", b"new")
 
 
 def create_job(store: Store) -> None:
-    store.add_job("demo", "", 0, PARAMETERS, store.files()[0].id, None)
+    store.add_job("", "demo", "", 0, PARAMETERS, store.files("")[0].id, None)
 
 
 def note_progress(store: Store) -> None:
-    store.add_metrics(store.jobs()[0].id, [(f"Step {step}", {"step": step}) for step in (4, 5)])
+    store.add_metrics(store.jobs("")[0].id, [(f"Step {step}", {"step": step}) for step in (4, 5)])
 
 
 def begin_job(store: Store) -> None:
-    store.update_job(store.jobs()[0].id, trained_tokens=99)
+    store.update_job(store.jobs("")[0].id, trained_tokens=99)
 
 
 def end_job(store: Store) -> None:
-    assert store.end_job(store.jobs()[0].id, "cancelled")
+    assert store.end_job(store.jobs("")[0].id, "cancelled")
 
 
 def delete_file(store: Store) -> None:
-    store.delete_file(store.files()[0].id)
+    store.delete_file(store.files("")[0].id)
 
 
 def delete_model(store: Store) -> None:
-    store.forget_result(next(job for job in store.jobs() if job.fine_tuned_model))
+    store.forget_result(next(job for job in store.jobs("") if job.fine_tuned_model))
 
 
 def change_before(store: Store) -> None:
     """So that there is something to copy."""
-    store.add_event(store.jobs()[0].id, "Hello")
+    store.add_event(store.jobs("")[0].id, "Hello")
 
 
 def copy(store: Store) -> None:

@@ -202,7 +202,7 @@ def test_a_file_whose_content_is_not_what_was_sent(tmp_path: Path, harm: Callabl
         async with serving(tmp_path) as api:
             harmed, whole = await api.upload(LINE), await api.upload(LINE)
             message = f"the content of file '{harmed}' {reason}: delete the file and send it again"
-            waiting = api.store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), whole, harmed)
+            waiting = api.store.add_job("", "fake", "", 0, Hyperparameters(1, 1, 1.0, 1), whole, harmed)
             harm(api.store.path_of(harmed))
             answer = await api.client.get(f"/v1/files/{harmed}/content")
             assert (answer.status_code, answer.json()["error"]["code"]) == (404, "file_content_missing")
@@ -413,7 +413,7 @@ def test_a_wrong_file_is_found_by_the_process_itself(tmp_path: Path, monkeypatch
 
     async def test() -> None:
         async with serving(tmp_path) as api:
-            file_id = api.store.add_file("older.jsonl", "fine-tune", b"{}").id  # kept before uploads were checked
+            file_id = api.store.add_file("", "older.jsonl", "fine-tune", b"{}").id  # kept before uploads were checked
             job = await api.ended((await api.create(training_file=file_id))["id"])
             assert (job["status"], job["trained_tokens"]) == ("failed", None)
             reason = f'{file_id}.jsonl, line 1: expected an object of "prompt" and "completion", got \'{{}}\''
@@ -547,7 +547,9 @@ def test_later_updates_have_fewer_events(tmp_path: Path, process: Callable[..., 
                     break
                 after = f"&after={page['data'][-1]['id']}"
             assert steps[::-1] == [*range(1, 1001), *range(1010, 1240, 10), 1234]
-            for nobody in ("ftevent-0", "ftevent-x", "ftevent-" + "9" * 30, "x"):
+            first = page["data"][-1]["id"]
+            assert first == f"ftevent-{job['id'].removeprefix('ftjob-')}-1"
+            for nobody in (first[:-1] + "0", first[:-1] + "x", first[:-1] + "9" * 30, first[8:], "ftevent-1", "x"):
                 answer = await api.client.get(f"/v1/fine_tuning/jobs/{job['id']}/events?after={nobody}")
                 assert answer.json()["error"]["message"] == f"after: there is no '{nobody}'"
 
@@ -564,8 +566,8 @@ def test_a_store_belongs_to_one_server(tmp_path: Path) -> None:
 
 def test_what_a_killed_server_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    file = store.add_file("a", "fine-tune", b"x")
-    jobs = [store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None) for _ in range(4)]
+    file = store.add_file("", "a", "fine-tune", b"x")
+    jobs = [store.add_job("", "fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None) for _ in range(4)]
     for job, status in zip(jobs, ("succeeded", "failed", "running", "succeeded"), strict=True):
         store.update_job(job.id, status=status, fine_tuned_model="ft" if job == jobs[0] else None)
         store.run_directory(job.id).mkdir(parents=True)
@@ -593,14 +595,14 @@ def test_the_oldest_job_without_a_result_makes_room(tmp_path: Path, monkeypatch:
     store = Store(tmp_path)
 
     def add() -> str:
-        return store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None).id
+        return store.add_job("", "fake", "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None).id
 
     served, failed, running = add(), add(), add()
     store.end_job(served, "succeeded", fine_tuned_model="ft:fake")
     store.end_job(failed, "failed")
     store.add_event(failed, "gone with it")
     new = add()
-    assert {job.id for job in store.jobs()} == {served, running, new}
+    assert {job.id for job in store.jobs("")} == {served, running, new}
     assert store.events(failed, 10) == []
     with pytest.raises(StoreFullError, match="3 jobs are stored, as many as there may be"):
         add()
@@ -609,10 +611,10 @@ def test_the_oldest_job_without_a_result_makes_room(tmp_path: Path, monkeypatch:
 
 def test_a_job_ends_once(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    job = store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
+    job = store.add_job("", "fake", "", 0, Hyperparameters(1, 1, 1.0, 1), "file-x", None)
     assert store.end_job(job.id, "cancelled")
     assert not store.end_job(job.id, "failed", error="too late")
-    found = store.job(job.id)
+    found = store.job("", job.id)
     assert found is not None
     assert (found.status, found.error) == ("cancelled", None)
     store.close()

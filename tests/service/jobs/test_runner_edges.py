@@ -36,10 +36,10 @@ class FakeModels:
     def __init__(self) -> None:
         self.added: list[str] = []
 
-    def find(self, name: str) -> str | None:
+    def find(self, name: str, _owner: str) -> str | None:
         return name if name in self.added else None
 
-    async def add(self, name: str, _directory: Path) -> None:
+    async def add(self, name: str, _directory: Path, _owner: str) -> None:
         self.added.append(name)
 
 
@@ -49,11 +49,11 @@ class Served(NamedTuple):
     published: list[str]
 
     def add_job(self) -> Job:
-        file = self.store.add_file("a.jsonl", "fine-tune", b"{}")
-        return self.store.add_job("fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None)
+        file = self.store.add_file("", "a.jsonl", "fine-tune", b"{}")
+        return self.store.add_job("", "fake", "", 0, Hyperparameters(1, 1, 1.0, 1), file.id, None)
 
     def status(self, job: Job) -> str:
-        found = self.store.job(job.id)
+        found = self.store.job("", job.id)
         assert found
         return found.status
 

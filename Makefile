@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Bytecode is kept, whatever the environment says: without it, each server that a test starts compiles the whole product.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install tools serve quick test lint check mutants conformance clients aot bench gpu-check demo-model lock
+.PHONY: install tools serve quick test lint check mutants conformance clients attack aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -83,6 +83,13 @@ conformance: install tools
 # against a real server: minutes, and many more the first time. `make clients ONLY='nginx curl'`: some of them.
 clients: install
 	$(BIN)/python -m tests.programs.run $(if $(ONLY),--only $(ONLY))
+
+# Attacks on a server of its own over loopback, at full size: what each did to others, beside the bound. Takes about 15 minutes.
+attack: install
+	$(BIN)/python -m tests.attacks.before_the_key
+	$(BIN)/python -m tests.attacks.event_loop
+	$(BIN)/python -m tests.attacks.fairness
+	$(BIN)/python -m tests.attacks.model_directories
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.
 aot: install

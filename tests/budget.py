@@ -14,19 +14,21 @@ SUFFIXES = {".py", ".cpp", ".h", ".toml"}
 # All of the product. It had 16,030 lines before the Python API and the kernels for CPUs other than x86, 15,888 with both.
 # The packages' budgets add up to more, so that lines can move. What people use already had to connect, for 1,750 lines more:
 # converting other programs' checkpoints took 430, other tokenizers and chat templates 340, fields of other servers 470,
-# connections and paths 240, PEFT's adapters 150, logits that are not finite 80.
-TOTAL = 17_700
+# connections and paths 240, PEFT's adapters 150, logits that are not finite 80. That no client harms another and nothing
+# stored is lost took 2,850: stored data and full disks 620, bounds ahead of the key 660, large requests 480, fair shares and
+# resuming 340, requests that kill 150, names of keys 200, model directories and templates 400.
+TOTAL = 20_600
 
 BUDGET = {
-    "service": 510,
-    "service/api": 3230,
-    "service/commands": 560,
-    "service/engine": 3140,
-    "service/jobs": 510,
+    "service": 610,
+    "service/api": 4300,
+    "service/commands": 570,
+    "service/engine": 3780,
+    "service/jobs": 1140,
     "service/tools": 770,
-    "model": 1510,
-    "model/checkpoint": 2140,
-    "model/training": 1390,
+    "model": 1550,
+    "model/checkpoint": 2530,
+    "model/training": 1400,
     "kernels": 1040,
     "kernels/cpu": 1600,
     "kernels/gpu": 1400,

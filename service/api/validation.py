@@ -45,8 +45,9 @@ def find_model(request: Request, name: str | None) -> ModelEntry:
 
 
 def client_of(request: Request) -> bytes | None:
-    """Whose share of the engine the request takes: its key's, or one of its own on a server without keys."""
-    return getattr(request.state, "key", None)
+    """Whose share of the engine the request takes: its name's or its key's, or one of its own on a server without keys."""
+    owner = owner_of(request)
+    return owner.encode() if owner != NOBODY else getattr(request.state, "key", None)
 
 
 def warnings_for(body: Body, request: Request) -> list[str] | None:

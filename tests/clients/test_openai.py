@@ -16,6 +16,7 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion
 from openai.types.chat.completion_create_params import CompletionCreateParamsNonStreaming as ChatParams
 
+from model.step import StepInput
 from tests.clients.sdk import sdk
 from tests.conformance import contract
 from tests.service.api.helpers import serving
@@ -342,8 +343,8 @@ def test_faults_of_the_server() -> None:
     async def test() -> None:
         fake = FakeEngine()
 
-        def fault(step: object) -> None:
-            if len(fake.runner.steps) > 3:
+        def fault(step: StepInput) -> None:
+            if len(fake.runner.steps) > 3 and step.token_rows[0] < fake.scheduler.max_rows:  # the canary's row is right
                 raise RuntimeError("device on fire")
 
         fake.runner.fault = fault

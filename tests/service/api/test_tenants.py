@@ -79,8 +79,8 @@ class Server(NamedTuple):
 
 
 @asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[Server]:
-    fake = FakeEngine(kv_sequences=100)  # nothing cached is ever in the way
+async def serving(*, max_slots: int = 4, **options: Any) -> AsyncIterator[Server]:
+    fake = FakeEngine(max_slots=max_slots, kv_sequences=100)  # nothing cached is ever in the way
     base = served(fake).base
     everybodys = base._replace(name="given", parent="fake", adapter=AdapterRef(99, b"given"))
     models, config = Models([base, everybodys], OneAdapter(base)), settings_of(max_adapters=3, **options)
@@ -283,7 +283,8 @@ def test_what_runs_at_once_shares_nothing_between_names() -> None:
     """Prompts of a request that begin alike still wait for each other, and so do choices for their prompt."""
 
     async def test() -> None:
-        async with serving(api_keys=KEYS) as server, serving() as alone:
+        # With so many slots nobody has to yield: prompts would be computed again.
+        async with serving(max_slots=12, api_keys=KEYS) as server, serving() as alone:
             for n in (1, 2):
                 body = {"model": "fake", "prompt": [*PROMPTS[:2]], "n": n, "max_tokens": 3, "seed": 1}
 

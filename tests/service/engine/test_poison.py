@@ -97,7 +97,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_all(directory: Path, requests: list[GenerationRequest], when: str | None, *, overlap: bool) -> tuple[list[Any], int]:
     """What becomes of `requests`, which all come at once, and how many steps raised."""
-    settings: dict[str, Any] = {"dtype": "float32", "compile": False, "max_slots": 7, "step_tokens": 90, "kv_bytes": 3 << 20}
+    settings: dict[str, Any] = {"dtype": "float32", "compile": False, "max_slots": 7, "step_tokens": 90, "kv_bytes": 6 << 20}
     entry = load_served(Settings(model=str(directory), **settings).engine, metrics := Metrics("tiny")).base
     steps, scheduler = entry.engine._steps, entry.engine._scheduler
     steps._num_ahead = int(overlap)

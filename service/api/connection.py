@@ -141,6 +141,9 @@ class Connection(HttpToolsProtocol):
         self.parser = self.headers = self.scope = None  # type: ignore[assignment]
 
     def has_left(self) -> None:
+        self._data, self._at = b"", 0  # nobody waits for the answers to what was sent ahead
+        self._gate.hold(self, 0)
+        self._gate.listen(self)
         self.eof_received()
         self.transport.close()
 

@@ -125,7 +125,8 @@ class RefuseSites(HTTPMiddleware):
     def _is_own(self, host: str, here: str) -> bool:
         """Whether a Host header names this server. `here` is the address that it was reached at, which probes may name."""
         name, _ = split_host(host)
-        return "*" in self._hosts or name in self._hosts or is_this_machine(name) or (name == here != "")
+        is_known = "*" in self._hosts or name in self._hosts or (name == here != "")
+        return is_known or is_this_machine(name) or is_local(name)
 
     def _allows(self, origin: str, hosts: list[str]) -> bool:
         if "*" in self._origins or origin in self._origins:
@@ -154,6 +155,11 @@ def is_this_machine(name: str) -> bool:
     """Whether a name leads to this machine wherever it is looked up, so that no site can have it."""
     found = address(name)
     return is_loopback(name) or name in CONTAINER_HOSTS or (found is not None and found.is_unspecified)
+
+
+def is_local(name: str) -> bool:
+    """Whether a name has no dot. Proxies and containers have such names, and no site of the internet has."""
+    return name != "" and "." not in name and address(name) is None
 
 
 def route_path(scope: Scope) -> str:

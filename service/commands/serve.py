@@ -48,10 +48,12 @@ def run_serve(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args)
     from service.api.server import Server, serve
+    from service.engine.workers import drop_waiting
 
     server = Server(lambda: load_app(settings), settings)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, if it is installed
         status = runner.run(serve(server))
+    drop_waiting()
     if server.is_loading or (server.engine and server.engine.hangs):
         # Leaving the interpreter while one of its threads is inside a kernel would abort the process.
         logging.shutdown()

@@ -210,7 +210,8 @@ class StepLoop:
             else:
                 failed += part
                 self._run_canary()
-        log.error("a step raised: %d of its %d requests end with an error", len(failed), len(requests))
+        if raised or failed:
+            log.error("a step raised: %d of its %d requests end with an error", len(failed), len(requests))
         deltas = scheduler.commit(retry.sampled, None, chain.from_iterable(failed))
         self._check_integrity()
         self._report(deltas)

@@ -71,7 +71,7 @@ def few_shot_prompt(
 
     @cache
     def prompt(dropped: int) -> Prompt:
-        return start_prompt(tokenizer.encode_parts(parts(few_shot.examples[dropped:])), tokenizer)
+        return start_prompt(encoded(parts(few_shot.examples[dropped:]), tokenizer), tokenizer)
 
     # Lengths are added, since the same long text may stand between all examples.
     without = sum(tokenizer.num_known_bytes(part.text) for part in parts(()))
@@ -228,4 +228,9 @@ def insertion_prompt(
         parts.append(PromptPart(literal, True))
         if name is not None:
             parts.append(PromptPart(texts[name], allow_special))
-    return start_prompt(tokenizer.encode_parts(parts), tokenizer)
+    return start_prompt(encoded(parts, tokenizer), tokenizer)
+
+
+def encoded(parts: Iterable[PromptPart], tokenizer: Tokenizer) -> list[int]:
+    """Token ids of a layout. Raises RequestError for a word that is too long."""
+    return list(chain.from_iterable(encode_slowly(parts, tokenizer, "prompt")))

@@ -16,6 +16,14 @@ LARGE_AT_ONCE = 4
 SLICE_SECONDS = 0.01
 
 workers = ThreadPoolExecutor(LARGE_AT_ONCE, "large-request")
+# Waits for the process that renders checkpoints' templates, one at a time. Nothing else may have to wait for them.
+template_thread = ThreadPoolExecutor(1, "chat-template")
+
+
+def drop_waiting() -> None:
+    """Give up what waits for a thread: the interpreter would do all of it before it ends. For the end of the process."""
+    for pool in (workers, template_thread):
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def off_the_loop(size: int, work: Callable[[], T]) -> T:

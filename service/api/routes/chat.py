@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any, TypeVar, cast
@@ -55,14 +54,12 @@ from service.engine.choice import Choice, Output, ShownToken
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
-from service.engine.workers import off_the_loop
+from service.engine.workers import off_the_loop, template_thread
 
 router = APIRouter(route_class=BodyRoute)
 
 T = TypeVar("T")
 
-# Waits for the process that renders checkpoints' templates, one at a time. Nothing else may have to wait for them.
-TEMPLATE_THREAD = ThreadPoolExecutor(1, "chat-template")
 # A chat's text may have so many characters for each byte that its tokens can have: bytes of a character that NFC composes,
 # and the marks next to what looks like a special token.
 TEXT_PER_BYTE = 8
@@ -86,7 +83,7 @@ async def lay_out(size: int, entry: ModelEntry, work: Callable[[], T]) -> T:
     """off_the_loop, for work that lays out a chat: a checkpoint's template is waited for in the thread for that."""
     if entry.prompt_format.is_own:
         return await off_the_loop(size, work)
-    return await asyncio.get_running_loop().run_in_executor(TEMPLATE_THREAD, work)
+    return await asyncio.get_running_loop().run_in_executor(template_thread, work)
 
 
 def generation_of(body: ChatRequest, entry: ModelEntry, request: Request) -> GenerationRequest:

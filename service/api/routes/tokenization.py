@@ -36,11 +36,14 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     tokenizer, limits = entry.tokenizer, cast(KeyLimits, request.state.limits)
     texts = [body.prompt or ""] if body.messages is None else [message.text for message in body.messages]
     charged = limits.charge_text(sum(tokenizer.least_tokens(tokenizer.num_known_bytes(text)) for text in texts))
-    if body.messages is not None:
-        count, pieces = await lay_out(size, entry, lambda: tokenized(body, entry, request))
-    else:
-        count, pieces = await off_the_loop(size, lambda: tokenized(body, entry, request))
-    limits.settle_text(charged, count)
+    count = 0  # what is refused costs nothing
+    try:
+        if body.messages is not None:
+            count, pieces = await lay_out(size, entry, lambda: tokenized(body, entry, request))
+        else:
+            count, pieces = await off_the_loop(size, lambda: tokenized(body, entry, request))
+    finally:
+        limits.settle_text(charged, count)
     return PiecesResponse(pieces)
 
 

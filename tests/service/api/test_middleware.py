@@ -676,7 +676,11 @@ KEYED = {"api_keys": KEYS}
     [
         *((OPEN, host, True) for host in ("localhost", "localhost:8000", "LocalHost.:8000", "127.0.0.1:8000", "127.9.9.9")),
         *((OPEN, host, True) for host in ("[::1]:8000", "[::1]", "0.0.0.0:8000", "host.docker.internal:8000", None, "")),
-        *((OPEN, host, False) for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "x")),
+        *(
+            (OPEN, host, False)
+            for host in ("evil.example", "evil.example:8000", "localhost.evil.example", "10.0.0.1", "x.y")
+        ),
+        *((OPEN, host, True) for host in ("banded", "banded:8000", "x")),  # what nginx calls the server by default
         *(
             (OPEN, host, False)
             for host in ("evil@localhost", "localhost:8000:1", "localhost evil", "[::2]", "127.0.0.1.nip.io")
@@ -688,7 +692,8 @@ KEYED = {"api_keys": KEYS}
         (NAMED, "other.llm.example", False),
         ({"allowed_hosts": ("*",)}, "evil.example", True),
         (OUTSIDE, "banded:8000", True),
-        (OUTSIDE | NAMED, "banded:8000", False),
+        (OUTSIDE | NAMED, "banded:8000", True),
+        (OUTSIDE | NAMED, "banded.example:8000", False),
         (OUTSIDE | NAMED, "llm.example", True),
         (OUTSIDE | NAMED, "127.0.0.1:8000", True),
         (KEYED, "evil.example", True),

@@ -57,16 +57,19 @@ class TemplateProcess:
     def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process and self._process.poll() is not None:
             self.close()
+        patience = START_SECONDS
         try:
             if self._process is None:
                 self._process = start()
-                self._receive(START_SECONDS)
+                self._receive(patience)
+            patience = PATIENCE
             with suppress(BrokenPipeError):  # it ended while it read, and why is seen below
                 write_message(self._process.stdin, request)  # type: ignore[arg-type]
-            return self._receive(PATIENCE)
+            return self._receive(patience)
         except TimeoutError:
             self.close()
-            return {"error": f"it takes more than {PATIENCE} s"}
+            what = "it takes" if patience == PATIENCE else "its process takes, to start,"
+            return {"error": f"{what} more than {patience} s"}
         except EOFError:
             status = self._process.wait() if self._process else None
             self.close()

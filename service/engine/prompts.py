@@ -184,7 +184,7 @@ def chat_prompt(
         text = re.sub(f"{end} ?", "", text if rest.startswith(" ") else text.rstrip())  # a template may strip contents
     pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
     parts = (PromptPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
-    tokens = list(chain.from_iterable(encode_slowly(parts, tokenizer, "messages")))
+    tokens = encoded(parts, tokenizer, "messages")
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
     stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)
@@ -231,6 +231,6 @@ def insertion_prompt(
     return start_prompt(encoded(parts, tokenizer), tokenizer)
 
 
-def encoded(parts: Iterable[PromptPart], tokenizer: Tokenizer) -> list[int]:
-    """Token ids of a layout. Raises RequestError for a word that is too long."""
-    return list(chain.from_iterable(encode_slowly(parts, tokenizer, "prompt")))
+def encoded(parts: Iterable[PromptPart], tokenizer: Tokenizer, param: str = "prompt") -> list[int]:
+    """Token ids of a layout. Raises RequestError about `param` for a word that is too long."""
+    return list(chain.from_iterable(encode_slowly(parts, tokenizer, param)))

@@ -113,6 +113,11 @@ class Sequence:
         return len(self.generated)
 
     @property
+    def num_prompt_left(self) -> int:
+        """Tokens of the prompt that no step has computed or is about to."""
+        return max(0, len(self.prompt) - self.num_computed)
+
+    @property
     def in_prompt(self) -> bool:
         return self.num_computed < len(self.prompt)
 
@@ -192,6 +197,7 @@ class Scheduled:
     num_tokens: int = 0  # so far
     unsampled: list[Sequence] = field(default_factory=list)  # with max_tokens 0: they end with their prompt, in this step
     filled: list[tuple[Sequence, list[FilledPage]]] = field(default_factory=list)
+    parents: dict[Sequence, Sequence] = field(default_factory=dict)  # of those that begin at the end of another's prompt
 
 
 class Scheduler:
@@ -373,7 +379,7 @@ class Scheduler:
         return self.cache.try_reserve(NO_ROW, sequence.num_written)
 
     def _take_row(self, sequence: Sequence, now: float) -> None:
-        sequence.due = self.waiting.take(sequence, len(sequence.prompt) + sequence.num_generated - sequence.num_computed)
+        sequence.due = self.waiting.take(sequence, sequence.num_prompt_left)
         row = self._free_rows.pop()
         self.cache.move(sequence.row, row)
         self._parked.pop(sequence, None)
@@ -390,6 +396,7 @@ class Scheduler:
 
         No step in flight may hold it: what it samples would be lost, and pages that it has passed would be needed again.
         """
+        self.waiting.refund(sequence.client, sequence.num_prompt_left)
         del self.running[sequence.row]
         self._free_rows.append(sequence.row)
         self.waiting.put_back(sequence)
@@ -506,6 +513,7 @@ class Scheduler:
         if cached:
             step.pages.extend(self.cache.start_after(sequence.row, cached))
             sequence.num_computed = start
+            self.waiting.refund(sequence.client, start)
         step.chunks.append(PromptChunk(sequence.row, start, prompt[start:end]))
         self._compute(scheduled, sequence, end - start)
         scheduled.filled.append((sequence, self.cache.fill(sequence.row, start, end, sequence.page_hashes)))
@@ -548,6 +556,8 @@ class Scheduler:
         scheduled.step.copies.extend(copies)
         sequence.num_computed = len(sequence.prompt)
         scheduled.sequences[sequence] = sequence.num_computed
+        scheduled.parents[sequence] = parent
+        self.waiting.refund(sequence.client, len(sequence.prompt))
         self._end_prompt(scheduled, sequence)
 
     def _end_prompt(self, scheduled: Scheduled, sequence: Sequence) -> None:
@@ -577,9 +587,7 @@ class Scheduler:
         Pages may be gone if memory was short, and the sequence that one forks from if it was aborted.
         """
         scheduled = self._in_flight[0]
-        rows, samples = scheduled.step.token_rows, scheduled.step.samples
-        source = next((rows[sample.token] for sample in samples if sample.row == sequence.row), sequence.row)
-        has_source = any(each.row == source and self.is_running(each) for each in scheduled.sequences)
+        has_source = self.is_running(scheduled.parents.get(sequence, sequence))
         return has_source and self.cache.holds(sequence.row, scheduled.sequences[sequence])
 
     def commit(self, sampled: Sampled, seconds: float | None, failed: abc.Iterable[Sequence] = ()) -> list[Delta]:
@@ -678,6 +686,7 @@ class Scheduler:
         return Delta(sequence, [], fault)
 
     def _retire(self, sequence: Sequence) -> None:
+        self.waiting.refund(sequence.client, sequence.num_prompt_left)
         del self.running[sequence.row]
         self.cache.free(sequence.row)
         self._free_rows.append(sequence.row)

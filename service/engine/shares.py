@@ -1,6 +1,7 @@
 """Who goes next, where clients compete: for slots, and for the prompt tokens of a step.
 
-Plain numbers: no clock, no pages, no rows. What shares the engine is a client: a key, or a request where there are no keys.
+Plain numbers: no clock, no pages, no rows. What shares the engine is a client: all keys of a name, a key without one, or a
+request where there are no keys.
 Within a client the order of arrival rules.
 
 A free slot goes to the client that holds the fewest. Of several it goes to the one that got a slot longest ago, so that
@@ -85,6 +86,11 @@ class Shares(Generic[T]):
         self._due = {other: due for other, due in self._due.items() if due > self._clock}
         self._due[client] = max(self._clock, self._due.get(client, 0.0)) + num_tokens
         return self._due[client]
+
+    def refund(self, client: Hashable, num_tokens: int) -> None:
+        """So many tokens of a prompt that was taken are not computed after all: the client's next prompt is due earlier."""
+        if client in self._due:
+            self._due[client] -= num_tokens
 
     def leave(self, item: T) -> None:
         """It gives its slot up."""

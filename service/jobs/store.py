@@ -192,7 +192,8 @@ class Store:
                 # The older copy is the last one of an earlier process, so it outlives whatever goes wrong in this one.
                 copy_database(self._database, self._copies, keep_last=not self._has_copied)
                 self._copied, self._has_copied = changes, True
-                self._ballast.fill()
+                with self._changing:  # never while a change needs the room
+                    self._ballast.fill()
 
     def _open(self) -> sqlite3.Connection:
         if not self._database.exists() or (self._database.is_file() and not self._database.stat().st_size):
@@ -276,11 +277,16 @@ class Store:
     def _items(self, kind: type[T], made: Callable[[dict[str, Any], type[T]], T], where: str = "", *values: Any) -> list[T]:
         """The rows of files or jobs, the newest first, as `made` makes them from their fields."""
         query = f"SELECT {', '.join(kind._fields)} FROM {TABLES[kind]} {where} ORDER BY created DESC, rowid DESC"
-        rows = [dict(zip(kind._fields, row, strict=True)) for row in self._db.execute(query, values)]
+        rows = [dict(zip(kind._fields, row, strict=True)) for row in self._select(query, *values)]
         for row in rows if kind is Job else ():
             numbers = json.loads(row["hyperparameters"])
             row["hyperparameters"] = dict(zip(Hyperparameters._fields, numbers, strict=True))
         return [made(row, kind) for row in rows]
+
+    def _select(self, query: str, *values: Any) -> list[Any]:
+        """Rows as they are on disk: never in the middle of an upload's change, which its thread may yet take back."""
+        with self._changing:
+            return self._db.execute(query, values).fetchall()
 
     def _put_row(self, item: StoredFile | Job) -> None:
         fields = item._asdict()
@@ -313,15 +319,16 @@ class Store:
 
     def _at_any_rate(self, change: Callable[[], None]) -> None:
         """Make a change that must be possible on a full disk: the ballast is given up for it."""
-        try:
-            with self.room():
-                change()
-        except DiskFullError:
-            self._ballast.give_up()
-            with self.room():
-                self._db.execute("PRAGMA wal_checkpoint(RESTART)")  # SQLite's log begins again in the room that it has
-                change()
-        self._ballast.fill()
+        with self._changing:
+            try:
+                with self.room():
+                    change()
+            except DiskFullError:
+                self._ballast.give_up()
+                with self.room():
+                    self._db.execute("PRAGMA wal_checkpoint(RESTART)")  # SQLite's log begins again in the room that it has
+                    change()
+            self._ballast.fill()
 
     def add_file(self, owner: str, filename: str, purpose: str, content: bytes) -> StoredFile:
         """Any thread may call this. Raises StoreFullError, with the numbers, if there are too many files or bytes."""
@@ -343,7 +350,7 @@ class Store:
 
     def _check_limits(self, owner: str, size: int) -> None:
         query = "SELECT count(*), coalesce(sum(bytes), 0) FROM files WHERE owner = ?"
-        count, total = self._db.execute(query, (owner,)).fetchone()
+        [(count, total)] = self._select(query, owner)
         if count >= MAX_FILES:
             raise StoreFullError(f"{count} files are stored, as many as there may be: delete one", "file")
         if total + size > MAX_TOTAL_BYTES:
@@ -493,23 +500,22 @@ class Store:
         """The newest first; with `before`, only those that are older than the event of that number, which must exist."""
         stop = self._num_events(job_id) if before is None else before - 1
         start = max(stop - limit, 0)
-        rows = self._db.execute(
-            f"SELECT {', '.join(EVENT[1:])} FROM events WHERE job = ? ORDER BY number LIMIT ? OFFSET ?",
-            (job_id, stop - start, start),
-        )
+        query = f"SELECT {', '.join(EVENT[1:])} FROM events WHERE job = ? ORDER BY number LIMIT ? OFFSET ?"
+        rows = self._select(query, job_id, stop - start, start)
         return [Event._make((number, *row[:5], json.loads(row[5]))) for number, row in enumerate(rows, start + 1)][::-1]
 
     def has_event(self, job_id: str, number: int) -> bool:
         return 0 < number <= self._num_events(job_id)
 
     def _num_events(self, job_id: str) -> int:
-        return int(self._db.execute("SELECT count(*) FROM events WHERE job = ?", (job_id,)).fetchone()[0])
+        [(count,)] = self._select("SELECT count(*) FROM events WHERE job = ?", job_id)
+        return int(count)
 
     def last_metrics(self, job_id: str) -> dict[str, float]:
         """The numbers of the newest metrics event, empty if there is none."""
         query = "SELECT data FROM events WHERE job = ? AND type = 'metrics' ORDER BY number DESC LIMIT 1"
-        row = self._db.execute(query, (job_id,)).fetchone()
-        return json.loads(row[0]) if row else {}
+        found = self._select(query, job_id)
+        return json.loads(found[0][0]) if found else {}
 
 
 def made_of(fields: dict[str, Any], kind: type[T]) -> T:

@@ -106,18 +106,22 @@ async def upload_file(request: Request) -> FileObject:
         raise invalid("'file': it is empty", "file")
     base, limits = state_of(request).models.base, cast(KeyLimits, request.state.limits)
     charged = limits.charge_text(1)  # a key that owes tokens must wait; how many these are is not known yet
-    try:
-        num_tokens = await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
-    except ValueError as error:
-        raise invalid(f"'file': {error}", "file") from error
-    limits.settle_text(charged, num_tokens)
+    num_tokens, fault = await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
+    limits.settle_text(charged, num_tokens)  # of a file that is refused, what was tokenized ahead of the fault
+    if fault:
+        raise invalid(f"'file': {fault}", "file") from fault
     return file_object(await asyncio.to_thread(store.add_file, owner_of(request), name, PURPOSE, content))
 
 
-def check_examples(content: bytes, name: str, base: ModelEntry) -> int:
-    """How many tokens a file has; they are never all in memory. Raises ValueError if a job could not learn from it."""
-    examples = encode(read_examples(content, name), base.tokenizer, base.config.n_positions)
-    return sum(len(example.inputs) + 1 for example in examples)
+def check_examples(content: bytes, name: str, base: ModelEntry) -> tuple[int, ValueError | None]:
+    """How many tokens of a file were found, and why no job could learn from it, if so. They are never all in memory."""
+    num_tokens = 0
+    try:
+        for example in encode(read_examples(content, name), base.tokenizer, base.config.n_positions):
+            num_tokens += len(example.inputs) + 1
+    except ValueError as error:
+        return num_tokens, error
+    return num_tokens, None
 
 
 @router.get("/v1/files")

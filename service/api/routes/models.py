@@ -41,7 +41,8 @@ async def delete_model(name: str, request: Request) -> DeletedObject:
     if not state.jobs or not made:
         name = find_model(request, name).name  # a 404 if there is no such model
         raise invalid(f"'{name}' is not the result of a job: it can't be deleted", "model")
-    if entry := state.models.find(name, owner):  # it is not served if the weights it was made for have been replaced
+    # It is not served if the weights it was made for have been replaced. `--adapter` may serve another one of that name.
+    if entry := next((each for each in models_of(request) if (each.owner, each.name) == (owner, name)), None):
         await state.models.remove(entry)
     state.jobs.store.forget_result(made[0])
     return DeletedObject(id=name, object="model")

@@ -1,5 +1,6 @@
 """Layouts equal their definition, written out as text and tokenized whole. No user's text becomes a special token."""
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -54,6 +55,21 @@ class TestText:
         assert text_prompt("a", PLAIN) == Prompt([64], num_implicit=0)
         assert text_prompt("", WITH_BOS) == Prompt([50257], num_implicit=1)
         assert text_prompt("<s>", WITH_BOS, allow_special=True) == Prompt([50257, 50257], num_implicit=1)
+
+
+def test_a_word_that_is_too_long_is_the_requests_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.checkpoint.tokenizer.PIECE", 50)  # shorter texts are not searched for such words
+    monkeypatch.setattr("model.checkpoint.tokenizer.MAX_WORD", 100)
+    word, card = "x" * 200, PromptFormat(insertion="{prompt}|{suffix}")
+    for lay_out in (
+        lambda: insertion_prompt("a", f" {word}", card, PLAIN),
+        lambda: few_shot_prompt(word, FewShot([], None), PromptFormat(), PLAIN, context=2048, max_tokens=1),
+    ):
+        with pytest.raises(RequestError) as refused:
+            lay_out()
+        assert re.fullmatch(r"'prompt': holds a word of \d+ bytes, at most 100 can be tokenized", str(refused.value))
+    with pytest.raises(RequestError, match=r"^'messages': holds a word of \d+ bytes, at most 100 can be tokenized$"):
+        chat_prompt([Turn("user", word)], PromptFormat(), PLAIN)
 
 
 OTTER = FewShot([Example("sea otter", "loutre de mer")], "Translate English to French.")

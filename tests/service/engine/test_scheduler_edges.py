@@ -174,9 +174,11 @@ def test_pages_that_a_step_in_flight_sees_are_kept_as_far_as_there_is_room(num_p
     assert len(held.page_ids) == 1, "once the step has run, the page is passed"
 
 
-def test_a_fork_without_its_parent_can_not_run_again() -> None:
+@pytest.mark.parametrize("generated", [[], [7, 8]])  # tokens of a fork that was put back and resumes: none is sampled then
+def test_a_fork_without_its_parent_can_not_run_again(generated: list[int]) -> None:
     scheduler = make(step_tokens=256)
     parent, fork = (sequence(range(70), **together) for together in [group(70, one_prompt=True)] for _ in range(2))
+    fork.generated += generated
     scheduler.submit([parent, fork])
     launch(scheduler)
     assert [scheduler.can_repeat(each) for each in (parent, fork)] == [True, True]

@@ -82,6 +82,14 @@ def test_a_prompt_is_due_when_its_clients_share_would_have_computed_it() -> None
     assert shares.take(Item("a", 2), 10) == 5210, "a client keeps nothing of what it left unused"
 
 
+def test_what_is_not_computed_is_not_owed() -> None:
+    shares = shares_of(Item("a"), Item("a", 1), Item("a", 2))
+    assert [shares.take(Item("a", i), 1000) for i in range(2)] == [1000, 2000]
+    shares.refund("a", 1000)
+    assert shares.take(Item("a", 2), 10) == 1010
+    shares.refund("unknown", 5)  # it has paid all: the clock has passed it
+
+
 # The scheduler
 
 
@@ -214,6 +222,26 @@ def test_a_short_prompt_passes_the_long_ones_of_another_client_but_is_not_passed
     scheduler.submit([sequence("b", 30, 1), sequence("c", 480, 1)])
     step = launch(scheduler)
     assert [chunk.row for chunk in step.chunks] == [2, 0], "then the one that came first"
+
+
+@pytest.mark.parametrize("history", ["forks", "aborted", "cached"])
+def test_a_client_owes_no_prompt_tokens_that_nobody_computed(history: str) -> None:
+    scheduler = make(None, max_rows=4, step_tokens=2000, dense_sequences=8)
+    same = PrefixGroup(480, True) if history == "forks" else None
+    before = [sequence("a", 480, 1, group=same) for _ in range(3)]
+    for each in before:
+        each.is_cached = history == "cached"
+    for some in [before] if history != "cached" else [[each] for each in before]:
+        scheduler.submit(some)
+        if history == "aborted":
+            scheduler._admit(0.0)  # they get rows, and no step
+            for each in some:
+                scheduler.abort(each)
+        while not scheduler.idle:
+            launch(scheduler)
+    scheduler.step_tokens = 80
+    scheduler.submit([sequence("b", 400, 1), sequence("a", 30, 1)])
+    assert len(launch(scheduler).chunks[0].tokens) == 30, "the short one first, as if it were new"
 
 
 def test_many_prompts_of_a_client_leave_the_streams_of_another_their_pace() -> None:

@@ -161,6 +161,25 @@ def test_an_upload_is_charged_for_its_tokens_at_most_for_a_minutes(tmp_path: Pat
     run(test)
 
 
+def test_an_upload_that_is_refused_is_charged_for_what_was_tokenized(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("service.api.limits.MINUTE", 1e9)  # nothing is refilled
+
+    async def test() -> None:
+        async with serving(tmp_path, api_keys=("a",), limit_requests=9, limit_tokens=100) as api:
+            content = "\n".join([*map(json.dumps, GOOD), "no JSON"])
+            answer = await api.client.post(
+                "/v1/files",
+                files={"file": ("data.jsonl", content)},
+                data={"purpose": "fine-tune"},
+                headers={"authorization": "Bearer a"},
+            )
+            assert (answer.status_code, answer.headers["x-ratelimit-remaining-tokens"]) == (400, "88")
+
+    run(test)
+
+
 def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
     async def test() -> None:
         async with serving(tmp_path) as api:

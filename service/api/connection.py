@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.errors import APIError
 from service.api.gate import Gate, Wait
+from service.api.middleware import LIVENESS
 
 MAX_LINE = 16 << 10  # bytes of the request line
 MAX_FIELD = 16 << 10  # bytes of a header's name and value
@@ -57,6 +58,7 @@ class Connection(HttpToolsProtocol):
         self._data, self._at = b"", 0  # what came, and how much of it is parsed
         self._is_whole = True  # the request has come completely; before the first one too
         self._is_over = False  # nothing is parsed or answered any more
+        self._is_ahead = False  # the request came ahead of the last answer
         self._unsent = 0  # bytes of the last answer, when the client was last waited for in vain
         self._begin()
 
@@ -102,8 +104,9 @@ class Connection(HttpToolsProtocol):
             if self._discarded > MAX_LINGER:
                 self._close()
             return
-        self._data, self._at = (self._data[self._at :] + data, 0) if self._data else (data, 0)
-        self._advance()
+        has_waited = bool(self._data)
+        self._data, self._at = (self._data[self._at :] + data, 0) if has_waited else (data, 0)
+        self._advance(has_waited=has_waited)
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -153,15 +156,18 @@ class Connection(HttpToolsProtocol):
 
     # Parsing
 
-    def _advance(self) -> None:
-        """Parse what has come up to the end of the request, for one turn. The rest waits for the answer, or for its turn."""
+    def _advance(self, *, has_waited: bool = True) -> None:
+        """Parse what has come up to the end of the request, for one turn. The rest waits for the answer, or for its turn.
+
+        `has_waited` tells that the first of it has waited for that, and has not come just now.
+        """
         work = 0
         while self._at < len(self._data) and not self._is_over:
             if self._is_whole:
                 if self.flow.write_paused or (self.cycle and not self.cycle.response_complete):
                     break  # the answer to the last request is unwritten
                 self._begin()
-                self._is_whole = False
+                self._is_whole, self._is_ahead = False, has_waited
             if work >= TURN:
                 self.loop.call_soon(self._advance)
                 break
@@ -375,7 +381,19 @@ class Connection(HttpToolsProtocol):
         self._feed(b"\r\n".join([*lines, b"", b""]))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        super()._start_asgi_task(cycle, until_closed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+        """Have the request answered in its turn. An orchestrator that asks whether the server lives passes a crowd."""
+        start = super()._start_asgi_task
+
+        def begin() -> None:
+            if not cycle.disconnected:
+                start(cycle, until_closed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
+
+        if self._is_ahead:
+            self._gate.starts_ahead.call(begin)
+        elif cycle.scope["path"].endswith(LIVENESS):
+            begin()
+        else:
+            self._gate.starts.call(begin)
 
 
 def too_long_a_line() -> APIError:

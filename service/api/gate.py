@@ -1,12 +1,13 @@
 """How many connections may be open, which of them wait for their client, and which end when time or room runs out."""
 
+import asyncio
 import logging
 import math
 import resource
 import select
 import time
-from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
 from typing import Protocol
 
 log = logging.getLogger("banded.api")
@@ -21,7 +22,11 @@ MAX_HELD = 16 << 20
 OTHER_FILES = 1024
 SECONDS_BETWEEN_POLLS = 0.5
 SECONDS_BETWEEN_REPORTS = 10.0
-MOST_AT_ONCE = 256  # ended in one sweep, so that none holds the event loop up
+MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
+# Requests that begin in one turn of the event loop: each takes it for up to half a millisecond.
+STARTS_PER_TURN = 16
+# Of those that were sent ahead of the last answer so many begin in so many seconds, so that nobody else feels them.
+AHEAD_PER_TURN, AHEAD_SECONDS = 4, 0.02
 
 
 class Wait:
@@ -53,12 +58,40 @@ class Guest(Protocol):
     def descriptor(self) -> int: ...
 
 
+class Turns:
+    """Calls functions in the order they came, at most `most` in `seconds`; 0 is one turn of the event loop."""
+
+    def __init__(self, most: int, seconds: float):
+        self._most, self._seconds = most, seconds
+        self._left = most
+        self._is_counting = False
+        self._waiting: deque[Callable[[], None]] = deque()
+
+    def call(self, function: Callable[[], None]) -> None:
+        """Call it now, if there is room and nobody waits, or later."""
+        self._waiting.append(function)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        while self._waiting and self._left:
+            self._left -= 1
+            self._waiting.popleft()()
+        if not self._is_counting and self._left < self._most:
+            self._is_counting = True
+            asyncio.get_running_loop().call_later(self._seconds, self._begin)
+
+    def _begin(self) -> None:
+        self._is_counting, self._left = False, self._most
+        self._go_on()
+
+
 class Gate:
-    """The open connections of a server. Belongs to the event loop."""
+    """The open connections of a server, and whose request begins next. Belongs to the event loop."""
 
     def __init__(self, limit: int, keep_alive: float):
         """At most `limit` are open. One that had its answer may be idle for `keep_alive` seconds."""
         self.limit = limit
+        self.starts, self.starts_ahead = Turns(STARTS_PER_TURN, 0), Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
         self._open: set[Guest] = set()
         self._seconds = {
             Wait.LINGER: LINGER_SECONDS,
@@ -77,7 +110,7 @@ class Gate:
 
     def enter(self, guest: Guest) -> bool:
         """Let a new connection in. At the limit the one that has waited longest for its client gives way; if none, False."""
-        if len(self._open) >= self.limit and not self._end_one(self._waiting):
+        if len(self._open) >= self.limit and not self._end_one():
             return False
         self._open.add(guest)
         self.wait(guest, Wait.HEAD)
@@ -87,7 +120,8 @@ class Gate:
         """The connection is closed."""
         self._open.discard(guest)
         self.wait(guest, None)
-        self.hold(guest, 0)
+        self._held -= guest.held
+        guest.held = 0
         self.listen(guest)
 
     def wait(self, guest: Guest, wait: str | None) -> None:
@@ -99,12 +133,11 @@ class Gate:
             self._waiting[wait][guest] = time.monotonic()
 
     def hold(self, guest: Guest, num_bytes: int) -> None:
-        """What `guest` keeps that is not a request yet. If all together keep too much, some give way, or `guest` does."""
+        """What `guest` keeps that is not a request yet. If all together keep too much, those that keep most give way."""
         self._held += num_bytes - guest.held
         guest.held = num_bytes
         while self._held > MAX_HELD:
-            if not self._end_one((Wait.HEAD, Wait.UNREAD)):
-                self._end(guest, "sent far ahead")
+            self._end(max(self._open, key=lambda other: other.held), "sent far ahead")
 
     def ignore(self, guest: Guest) -> None:
         """Nothing of `guest` is read for now. The gate looks whether its client leaves."""
@@ -136,10 +169,10 @@ class Gate:
             log.warning("connections that the server refused or ended: %s; %d are open", ended, len(self._open))
             self._ended.clear()
 
-    def _end_one(self, waits: Iterable[str]) -> bool:
-        """End the connection that has waited longest for the first of `waits` that any waits for."""
-        for wait in waits:
-            if waiting := self._waiting[wait]:
+    def _end_one(self) -> bool:
+        """End the connection that has waited longest for the first thing in Wait that any waits for."""
+        for wait, waiting in self._waiting.items():
+            if waiting:
                 self._end(next(iter(waiting)), f"gave way, waiting for {wait}")
                 return True
         return False
@@ -154,6 +187,7 @@ class Gate:
             return  # not Linux: the end is seen when the server reads on
         poll = select.poll()
         guests = {guest.descriptor(): guest for guest in self._deaf}
+        guests.pop(-1, None)  # of those that are being closed
         for descriptor in guests:
             poll.register(descriptor, select.POLLRDHUP)
         for descriptor, _ in poll.poll(0):

@@ -12,6 +12,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import JSONResponse
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import APIError, api_error
@@ -20,7 +22,8 @@ from service.engine.metrics import Metrics
 from service.engine.request import shown
 from service.settings import Settings, address, is_loopback, read_key
 
-HEALTH = ("/health", "/health/live", "/health/ready", "/ping")
+LIVENESS = "/health/live"
+HEALTH = ("/health", LIVENESS, "/health/ready", "/ping")
 # Headers that a script of another origin may read.
 EXPOSED_HEADERS = (
     "x-request-id",
@@ -180,6 +183,19 @@ class AnswerHead(HTTPMiddleware):
 
         # The server looks into its own scope to see that no body will come, so the application gets a copy.
         await self._app({**scope, "method": "GET"}, receive, without_body)
+
+
+class AnswerLiveness(HTTPMiddleware):
+    """Answers GET /health/live. FastAPI would take four times as long to find and call its route, and anybody may ask."""
+
+    route = Route(LIVENESS, JSONResponse({"status": "live"}))
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if route_path(scope) == LIVENESS and scope["method"] == "GET":
+            scope["route"] = self.route
+            await self.route.app(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
 
 
 class CountResponses(HTTPMiddleware):

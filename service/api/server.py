@@ -19,14 +19,13 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.responses import JSONResponse
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.api.connection import Connection
 from service.api.errors import APIError
 from service.api.gate import Gate, affordable
-from service.api.middleware import AnswerHead, FindPath, IdentifyRequests, allow_origins, refuse_sites, route_path
+from service.api.middleware import AnswerHead, AnswerLiveness, FindPath, IdentifyRequests, allow_origins, refuse_sites
 from service.engine.engine import Engine, settle
 from service.settings import Settings
 
@@ -138,14 +137,12 @@ def loading_app(settings: Settings) -> ASGIApp:
             Middleware(FindPath, root_path=settings.root_path),
             *refuse_sites(settings),
             *allow_origins(settings),
+            Middleware(AnswerLiveness),
         ],
     )
 
 
 async def answer_while_loading(scope: Scope, receive: Receive, send: Send) -> None:
-    if route_path(scope) == "/health/live":
-        await JSONResponse({"status": "live"})(scope, receive, send)
-        return
     error = APIError(503, "the model is still loading", code="unavailable", headers={"retry-after": "1"})
     await error.response(scope, receive, send)
 

@@ -6,6 +6,7 @@ import logging
 import random
 import socket
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -472,11 +473,12 @@ class Wire(asyncio.Transport):
         self.is_reading_ = True
 
 
-def connected(app: Any) -> tuple[Connection, Wire]:
+def connected(app: Any, hall: gate.Gate | None = None) -> tuple[Connection, Wire]:
     """A connection to an application, without a socket."""
     config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None)
     config.load()
-    connection, wire = Connection(gate.Gate(10, 60), config=config, server_state=ServerState(), app_state={}), Wire()
+    hall = hall or gate.Gate(10, 60)
+    connection, wire = Connection(hall, config=config, server_state=ServerState(), app_state={}), Wire()
     connection.connection_made(wire)
     return connection, wire
 
@@ -527,6 +529,7 @@ def test_requests_are_taken_apart_however_they_are_cut_and_run_one_at_a_time(see
 
 def test_what_is_sent_ahead_waits_unparsed_and_reading_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_AHEAD", 65_536)
+    monkeypatch.setattr(gate, "AHEAD_PER_TURN", 1000)
     go = asyncio.Event()
     paths: list[str] = []
 
@@ -562,7 +565,7 @@ def test_what_is_sent_ahead_waits_unparsed_and_reading_stops(monkeypatch: pytest
     run(test)
 
 
-def test_those_who_hold_much_give_way() -> None:
+def test_those_who_hold_most_give_way() -> None:
     async def test() -> None:
         hall = gate.Gate(10, 60)
         config = uvicorn.Config(lambda: None, lifespan="off", ws="none", log_config=None)
@@ -574,16 +577,89 @@ def test_those_who_hold_much_give_way() -> None:
             guest.data_received(GET + b"x: " + b"a" * 10_000)
         each = len(GET) + 10_003
         assert hall._held == 3 * each
-        hall.hold(guests[2], gate.MAX_HELD - each)
-        assert [wire.abort.called for wire in wires] == [True, False, False]
-        assert hall._held == gate.MAX_HELD
-        hall.wait(guests[1], None)
-        hall.wait(guests[2], None)
-        hall.hold(guests[2], gate.MAX_HELD)
-        assert [wire.abort.called for wire in wires] == [True, False, True], "nobody else waits"
-        assert hall._held == guests[1].held
+        hall.hold(guests[2], gate.MAX_HELD - 2 * each)
+        assert not any(wire.abort.called for wire in wires)
+        hall.hold(guests[1], each + 1)
+        assert [wire.abort.called for wire in wires] == [False, False, True]
+        assert hall._held == 2 * each + 1
 
     run(test)
+
+
+def test_a_thousand_give_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    hall = gate.Gate(2000, 60)
+    guests = [Mock(wait=None, held=0) for _ in range(1500)]
+    for guest in guests:
+        hall.enter(guest)
+        hall.hold(guest, 1000)
+    silent = Mock(wait=None, held=0)
+    hall.enter(silent)
+    monkeypatch.setattr(gate, "MAX_HELD", 100_000)
+    hall.hold(guests[0], 999)
+    assert sum(guest.give_way.called for guest in guests) == 1400
+    assert hall._held == 99_999
+    assert not silent.give_way.called
+
+
+def test_a_client_that_leaves_while_its_connection_is_closed_is_no_fault() -> None:
+    hall = gate.Gate(10, 60)
+    guests = [Mock(wait=None, held=0) for _ in range(2)]
+    here, there = socket.socketpair()
+    for guest, descriptor in zip(guests, (-1, here.fileno()), strict=True):  # a closed socket has -1
+        guest.descriptor.return_value = descriptor
+        hall.enter(guest)
+        hall.ignore(guest)
+    there.close()
+    hall.sweep()
+    assert [guest.has_left.called for guest in guests] == [False, True]
+    here.close()
+
+
+def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liveness_passes_them() -> None:
+    begun: list[list[str]] = []  # in each turn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun[-1].append(scope["path"])
+
+    async def test() -> None:
+        hall = gate.Gate(200, 60)
+        clients = [connected(app, hall)[0] for _ in range(101)]
+        for place, client in enumerate(clients[:-1]):
+            client.data_received(b"GET /%d HTTP/1.1\r\n\r\n" % place)
+        clients[3].connection_lost(None)  # of those that wait
+        clients[20].connection_lost(None)
+        clients[-1].data_received(b"GET /health/live HTTP/1.1\r\n\r\n")
+        while sum(map(len, begun)) < 100:
+            begun.append([])
+            await asyncio.sleep(0)
+
+    run(test)
+    assert max(map(len, begun)) == gate.STARTS_PER_TURN + 1
+    first, *others = [path for paths in begun for path in paths if path != "/health/live"]
+    assert "/health/live" in next(paths for paths in begun if paths)
+    assert [first, *others] == [f"/{place}" for place in range(100) if place != 20]
+
+
+def test_requests_that_are_sent_ahead_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "AHEAD_SECONDS", 0.1)
+    begun: Counter[float] = Counter()
+    start = 0.0
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun[round(asyncio.get_running_loop().time() - start, 1)] += scope["path"] == "/ahead"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test() -> None:
+        nonlocal start
+        start = asyncio.get_running_loop().time()
+        hall = gate.Gate(200, 60)
+        for _ in range(10):
+            connected(app, hall)[0].data_received(b"GET / HTTP/1.1\r\n\r\nGET /ahead HTTP/1.1\r\n\r\n")
+        await asyncio.sleep(0.35)
+
+    run(test)
+    assert begun == {0.0: 4, 0.1: 4, 0.2: 2}
 
 
 @contract("connections", "leaving", "a client that leaves is noticed, whatever it sent ahead of its answers")

@@ -108,6 +108,9 @@ class Gate:
         self._ended: Counter[str] = Counter()
         self._polled = self._reported = 0.0
 
+    def __len__(self) -> int:
+        return len(self._open)
+
     def enter(self, guest: Guest) -> bool:
         """Let a new connection in. At the limit the one that has waited longest for its client gives way; if none, False."""
         if len(self._open) >= self.limit and not self._end_one():

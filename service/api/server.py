@@ -8,6 +8,7 @@ import logging
 import signal
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
@@ -30,6 +31,27 @@ from service.engine.engine import Engine, settle
 from service.settings import Settings
 
 UNSENT_BYTES = 64 << 10  # of an answer that the kernel takes before the client has room for them
+TICK_SECONDS = 0.1  # between two calls of on_tick, where nothing holds the event loop up
+LAG_SECONDS = 30.0  # for which a delay of the event loop is told, at least
+
+
+class Lag:
+    """How long the event loop was held up. Delays shorter than a tick may go unseen."""
+
+    def __init__(self) -> None:
+        self._ticked = self._since = time.monotonic()
+        self._recent = self._before = 0.0  # longest delay since `_since`, and in as long a time before
+
+    def tick(self) -> None:
+        """To be called every TICK_SECONDS."""
+        now = time.monotonic()
+        self._recent, self._ticked = max(self._recent, now - self._ticked - TICK_SECONDS), now
+        if now - self._since > LAG_SECONDS:
+            self._since, self._before, self._recent = now, self._recent, 0.0
+
+    def longest(self) -> float:
+        """Seconds of the longest delay in the last LAG_SECONDS, or in up to twice as long."""
+        return max(self._before, self._recent, time.monotonic() - self._ticked - TICK_SECONDS)
 
 
 class Server(uvicorn.Server):
@@ -41,6 +63,7 @@ class Server(uvicorn.Server):
     def __init__(self, load: Callable[[], FastAPI], settings: Settings):
         """`load` makes the application. It runs in a thread of its own."""
         self._gate = Gate(settings.max_connections, settings.keep_alive)
+        self._lag = Lag()
         # uvicorn calls what it takes for a class.
         protocol: Any = partial(Connection, self._gate)
         super().__init__(
@@ -80,6 +103,7 @@ class Server(uvicorn.Server):
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
 
     async def on_tick(self, counter: int) -> bool:
+        self._lag.tick()
         self._gate.sweep()
         return await super().on_tick(counter)
 
@@ -114,6 +138,8 @@ class Server(uvicorn.Server):
             self.is_loading = False
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
             self.engine = app.state.shared.models.base.engine
+            app.state.shared.metrics.connections.set_function(lambda: len(self._gate))
+            app.state.shared.metrics.event_loop_lag.set_function(self._lag.longest)
             self._app = app
             await self.engine.failed()
         except Exception as error:

@@ -62,6 +62,8 @@ class Metrics:
         self.step_tokens = self._histogram("step_tokens", "Tokens computed in one engine step", TOKEN_COUNTS)
         self.outcome = self._family(Counter, "requests", "Choices by how they ended", "outcome")  # one of OUTCOMES
         self.http_responses = self._family(Counter, "http_requests", "HTTP responses", "route", "status")
+        self.connections = self._gauge("connections", "Open HTTP connections")
+        self.event_loop_lag = self._gauge("event_loop_lag_seconds", "Longest delay of the event loop in half a minute")
         self.stream_errors = self._counter("stream_errors", "Streams that failed after their first byte, under status 200")
         self.non_finite_logits = self._counter("non_finite_logits", "Requests ended by logits that were NaN or infinite")
         self.load_time = self._gauge("load_seconds", "Time it took to load the weights")

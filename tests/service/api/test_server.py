@@ -117,6 +117,28 @@ def test_a_signal_lets_requests_finish_and_refuses_new_ones() -> None:
     run(test)
 
 
+def test_a_delay_of_the_event_loop_and_open_connections_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.server.LAG_SECONDS", 1.0)
+
+    async def test() -> None:
+        async with listening() as running:
+
+            def lag() -> float:
+                return running.fake.metric("event_loop_lag_seconds")
+
+            await asyncio.sleep(2.5)  # delays while it started are forgotten
+            before = lag()
+            time.sleep(0.7)  # noqa: ASYNC251
+            assert lag() > 0.5, "while nothing else has run"
+            await asyncio.sleep(1.0)
+            assert 0.5 < lag() < 0.7 + before + 0.1
+            assert (await running.client.get("/health/live")).status_code == 200
+            assert running.fake.metric("connections") == 1
+            await until(lambda: lag() < 0.5)
+
+    run(test)
+
+
 def test_an_idle_server_ends_at_once() -> None:
     async def test() -> None:
         async with listening() as running:

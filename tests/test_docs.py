@@ -26,6 +26,7 @@ RUNNABLE = ["README.md", "docs/api.md", "docs/python.md", "docs/training.md", "d
 DOCUMENTS = [
     *RUNNABLE,
     "CONTRIBUTING.md",
+    "SECURITY.md",
     "CHANGELOG.md",
     "ARCHITECTURE.md",
     "deploy/README.md",
@@ -215,6 +216,16 @@ def test_links_files_and_make_targets_exist(page: str) -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     named = set(re.findall(r"(?:`|^)make ([a-z-]+)", text, re.MULTILINE))
     assert named <= targets, f"{page} names {named - targets}"
+
+
+def test_every_promise_names_a_test() -> None:
+    promises = (ROOT / "SECURITY.md").read_text(encoding="utf-8").split("## What is promised")[1].split("\n## ")[0]
+    rows = [line for line in promises.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 15
+    for row in rows:
+        found = re.search(r"\| `([\w/]+\.py)::(\w+)` \|$", row)
+        assert found, row
+        assert f"\ndef {found[2]}(" in (ROOT / found[1]).read_text(encoding="utf-8"), row
 
 
 def test_every_setting_and_only_settings_are_described() -> None:

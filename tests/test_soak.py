@@ -7,7 +7,7 @@ import pytest
 
 from tests.soak.__main__ import KEYS, MODEL, run
 from tests.soak.cases import Case, Cases, error_of, fault, other_way, seeded, substance
-from tests.soak.judge import MEMORY, Sample, bad_lines, missed, table
+from tests.soak.judge import MEMORY, Sample, bad_lines, missed, pooled, table
 from tests.soak.wire import Answer, post
 
 CALM = Sample(0, 0, 0, 0, 0, 0, 20, 12, 4, 500 << 20, 300 << 20, 10_000, {"tasks": ["serve"], "types": {"a.Leak": 3}})
@@ -30,8 +30,8 @@ def test_a_short_soak_holds(capsys: pytest.CaptureFixture[str]) -> None:
 )
 def test_one_thing_that_is_left_is_a_miss(leak: str) -> None:
     left = CALM._replace(**{leak: getattr(CALM, leak) + 1})
-    assert missed(CALM, [CALM, CALM, CALM]) == []
-    [found] = missed(CALM, [CALM, left, CALM])
+    assert missed([CALM] * 4) == []
+    [found] = missed([CALM, CALM, left, CALM])
     assert "round 2" in found
     assert leak in found
 
@@ -39,16 +39,26 @@ def test_one_thing_that_is_left_is_a_miss(leak: str) -> None:
 def test_memory_that_grows_after_the_first_round_is_a_miss_and_says_of_what_there_is_more() -> None:
     first = CALM._replace(memory=CALM.memory + (300 << 20))  # what the first round adds is no leak
     most = first._replace(memory=first.memory + MEMORY)
-    assert missed(CALM, [first, first, most]) == []
+    assert missed([CALM, first, first, most]) == []
     leaky = most._replace(memory=most.memory + 1, detail={"types": {"a.Leak": 5000}})
-    [found] = missed(CALM, [first, first, leaky])
+    [found] = missed([CALM, first, first, leaky])
     assert "memory has grown by 20 MB since the first round: {'a.Leak': 4997}" in found
-    assert f"{most.memory / 2**20:.1f}" in "\n".join(table(CALM, [first, first, leaky]))
+    assert f"{most.memory / 2**20:.1f}" in "\n".join(table([CALM, first, first, leaky]))
+
+
+def test_threads_of_a_pool_count_beyond_its_size() -> None:
+    pool = [f"large-request_{number}" for number in range(6)]
+    assert [pooled(["MainThread", *pool[:count]]) for count in (0, 3, 4, 6)] == [0, 3, 4, 4]
+
+
+def test_a_soak_without_a_round_is_a_miss() -> None:
+    assert missed([]) == missed([CALM]) == ["no round has ended"]
+    assert table([])[0].split() == ["left", "over", "at", "most"]
 
 
 def test_a_miss_names_the_tasks_that_are_left() -> None:
     left = CALM._replace(tasks=5, detail={"tasks": ["serve", "EventStream._comment"]})
-    assert missed(CALM, [left])[0].endswith("{'EventStream._comment': 1}")
+    assert missed([CALM, left])[0].endswith("{'EventStream._comment': 1}")
 
 
 def test_a_traceback_and_a_warning_of_asyncio_are_bad_lines() -> None:
@@ -96,7 +106,7 @@ def test_a_stream_has_the_substance_of_the_whole_answer() -> None:
         (Answer(400, "application/json", b'{"error": {}}'), "400"),
         (Answer(200, "text/event-stream", STREAM[:-20]), "a stream without an end"),
         (Answer(200, "text/event-stream", STREAM.replace(b'"stop"', b"null")), "a choice without an end"),
-        (Answer(200, "text/event-stream", STREAM[:100] + b"\n\n" + ERROR), "200"),
+        (Answer(200, "text/event-stream", STREAM[:100] + b"\n\n" + ERROR), "500"),
         (Answer(200, "application/json", b"{"), "JSONDecodeError"),
         (Answer(429, "application/json", b'{"error": {"message": "a"}}'), "an error of another form"),
     ],

@@ -77,9 +77,7 @@ class Soak:
         """Expect the answers of the quiet server, and measure what it can do."""
         clients = self.clients
         await clients.expect(self._seeded)
-        print(time.monotonic(), "expected", flush=True)
         await self._train("first")
-        print(time.monotonic(), "trained", flush=True)
         self.rate = OVERLOAD * await clients.saturate("saturated", 2 * MAX_SLOTS, seconds)
         await clients.tidy()
         self.samples.append(await self._probe.settled())
@@ -97,9 +95,7 @@ class Soak:
             self._train(name),
             clients.compare(name, self._seeded, 2, until=end),
         )
-        print(time.monotonic(), "flooded", flush=True)
         await clients.compare(f"after {name}", self._seeded, 4)
-        print(time.monotonic(), "compared", flush=True)
         await clients.tidy()
         self.samples.append(await self._probe.settled(self.samples[0]))
         told = ", ".join(f"{kind}: {count}" for kind, count in sorted(clients.outcomes.items()))
@@ -134,13 +130,10 @@ def run(seconds: float, seed: int, *, num_seeded: int = NUM_SEEDED, trains: bool
                 served.process.send_signal(signal.SIGTERM)
             if status := served.process.wait(timeout=PATIENCE):
                 found.append(f"the server ended with status {status}")
-        before, *rounds = running.samples
-        found += missed(before, rounds)
+        found += missed(running.samples)
         found += [f"log: {line}" for line in bad_lines(log.read_text())]
         found += [f"left behind: {path}" for path in data.rglob("*.tmp*")]
-        if keep := os.environ.get("SOAK_LOG"):
-            shutil.copy(log, keep)
-    print("\n".join(table(before, rounds)))
+    print("\n".join(table(running.samples)))
     print(f"{running.clients.num_compared} answers to {num_seeded} requests compared with those of the quiet server")
     return found
 

@@ -13,10 +13,14 @@ from typing import Any, NamedTuple
 
 from tests.soak.wire import Connection, Request
 
-SETTLE_SECONDS = 60.0  # in which a server has to become idle
+SETTLE_SECONDS = 45.0  # in which a server has to become idle
 # Bytes by which the resident memory may grow from the end of the first round to that of the last.
 MEMORY = 20 << 20
 OF_MEMORY = 0.02  # the same as a share; the larger one counts
+# Threads that wait for work in pools, which grow to these sizes as they are needed and never shrink.
+POOLS = {"large-request": 4, "uvloop": (os.cpu_count() or 1) + 4}
+# anyio's threads end when another has work and they have had none for ten seconds. Reading a static file is such work.
+STATIC = "/static-offline-docs/swagger-ui.css"
 # What a log may not have.
 BAD_LINES = re.compile(
     r"Traceback|Exception ignored|never retrieved|never awaited|was destroyed|ResourceWarning|RuntimeWarning"
@@ -34,7 +38,7 @@ class Sample(NamedTuple):
     non_finite: int
     responses_500: int
     descriptors: int
-    threads: int
+    threads: int  # beyond those of POOLS
     tasks: int
     memory: int  # bytes, resident
     allocated: int  # bytes that malloc has given out
@@ -56,16 +60,18 @@ def most_memory(first: Sample) -> int:
     return first.memory + max(MEMORY, int(OF_MEMORY * first.memory))
 
 
-def missed(before: Sample, rounds: list[Sample]) -> list[str]:
-    """What is left that should not be; empty if all is well."""
-    found = []
+def missed(samples: list[Sample]) -> list[str]:
+    """What is left that should not be, empty if all is well. The first sample is from before the first round."""
+    if len(samples) < 2:
+        return ["no round has ended"]
+    (before, *rounds), found = samples, list[str]()
     for number, sample in enumerate(rounds, 1):
         found += [f"round {number}: {name} is {value}" for name in ZERO if (value := getattr(sample, name))]
         for name in AS_BEFORE:
             now, then = getattr(sample, name), getattr(before, name)
             if now > then:
                 found.append(f"round {number}: {name} are {now}, {then} before: {more(before, sample, name)}")
-    if rounds and rounds[-1].memory > most_memory(rounds[0]):
+    if rounds[-1].memory > most_memory(rounds[0]):
         grown = rounds[-1].memory - rounds[0].memory
         found.append(f"memory has grown by {grown >> 20} MB since the first round: {more(rounds[0], rounds[-1], 'types')}")
     return found
@@ -81,16 +87,16 @@ def bad_lines(log: str) -> list[str]:
     return [line for line in log.splitlines() if BAD_LINES.search(line)]
 
 
-def table(before: Sample, rounds: list[Sample]) -> list[str]:
-    """What was left after each round, beside the bounds."""
-    names = ["before", *(f"round {number}" for number in range(1, len(rounds) + 1)), "at most"]
+def table(samples: list[Sample]) -> list[str]:
+    """What was left before the first round and after each, beside the bounds."""
+    names = [f"round {number}" if number else "before" for number in range(len(samples))] + ["at most"]
     lines = [f"{'left over':<28}" + "".join(f"{name:>10}" for name in names)]
     for name in Sample._fields[:-1]:
         is_bytes = name in ("memory", "allocated")
-        values = [getattr(sample, name) for sample in (before, *rounds)]
-        bound: Any = 0 if name in ZERO else values[0] if name in AS_BEFORE else ""
-        if name == "memory" and rounds:
-            bound = most_memory(rounds[0])
+        values = [getattr(sample, name) for sample in samples]
+        bound: Any = 0 if name in ZERO else values[0] if name in AS_BEFORE and samples else ""
+        if name == "memory" and len(samples) > 1:
+            bound = most_memory(samples[1])
         shown = [f"{value / 2**20:.1f}" if is_bytes and value != "" else str(value) for value in (*values, bound)]
         lines.append(
             f"{name.replace('_', ' ') + (', MB' if is_bytes else ''):<28}" + "".join(f"{text:>10}" for text in shown)
@@ -116,6 +122,7 @@ class Probe:
 
     async def sample(self) -> Sample:
         connection = await Connection.open(self._port)
+        await connection.ask(Request("GET", STATIC, key=self._key))
         text = (await connection.ask(Request("GET", "/metrics", key=self._key))).body.decode()
         connection.leave()
         await asyncio.sleep(0.3)
@@ -135,13 +142,18 @@ class Probe:
             non_finite=metric(text, "banded_non_finite_logits_total"),
             responses_500=metric(text, "banded_http_requests_total", 'status="500"'),
             descriptors=len(descriptors),
-            threads=len([*(process / "task").iterdir()]),
+            threads=len([*(process / "task").iterdir()]) - pooled(told["threads"]),
             tasks=len(told["tasks"]),
             memory=int((process / "statm").read_text().split()[1]) * resource.getpagesize(),
             allocated=told["allocated"],
             objects=told["objects"],
             detail=told | {"descriptors": descriptors},
         )
+
+
+def pooled(names: list[str]) -> int:
+    """How many of these threads may be there whether they have work or not."""
+    return sum(min(most, sum(name.startswith(pool) for name in names)) for pool, most in POOLS.items())
 
 
 def link_of(descriptor: Path) -> str:

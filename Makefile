@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # Bytecode is kept, whatever the environment says: without it, each server that a test starts compiles the whole product.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install tools serve quick test lint check mutants conformance clients attack aot bench gpu-check demo-model lock
+.PHONY: install tools serve quick test lint check mutants conformance clients attack soak aot bench gpu-check demo-model lock
 .DEFAULT_GOAL := check
 
 install: $(STAMP)
@@ -90,6 +90,13 @@ attack: install
 	$(BIN)/python -m tests.attacks.event_loop
 	$(BIN)/python -m tests.attacks.fairness
 	$(BIN)/python -m tests.attacks.model_directories
+
+# Three rounds at three times what a server can do, with clients that misbehave: nothing of them may be left, and seeded requests
+# get the same texts as from a quiet server. `make soak SECONDS=120`: shorter rounds.
+SECONDS ?= 600
+
+soak: install
+	$(BIN)/python -m tests.soak --seconds $(SECONDS)
 
 # Every kernel, compiled for GPUs that this machine need not have; takes minutes.
 aot: install

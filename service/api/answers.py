@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from model.checkpoint.tokenizer import Tokenizer
 from service.api.encoding import PiecesResponse, on_one_line
-from service.api.errors import api_error
+from service.api.errors import CLIENT_CLOSED_REQUEST, api_error
 from service.api.limits import KeyLimits
 from service.api.schema.base import (
     FewShotUsage,
@@ -41,8 +41,6 @@ log = logging.getLogger("banded.api")
 
 T = TypeVar("T")
 
-# nginx's status for a client that has left. Nobody receives it, but the response counter shows it.
-CLIENT_CLOSED_REQUEST = 499
 # For the OpenAPI document: with `stream` the answer is a stream of events.
 STREAMED: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 DONE = b"data: [DONE]\n\n"

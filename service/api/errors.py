@@ -8,6 +8,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from service.api.encoding import LineResponse
@@ -20,6 +21,8 @@ from service.jobs.store import StoreFullError
 
 log = logging.getLogger("banded.api")
 
+# nginx's status for a client that has left. Nobody receives it, but the response counter shows it.
+CLIENT_CLOSED_REQUEST = 499
 # For the OpenAPI document: the errors that every route may answer with.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description}
@@ -95,6 +98,8 @@ def api_error(error: Exception) -> APIError:
             return APIError(507, text, code="disk_full")
         case RequestValidationError():
             return validation_error(error.errors()[0])
+        case ClientDisconnect():
+            return APIError(CLIENT_CLOSED_REQUEST, "the client has left in the middle of the body")
         case HTTPException(status_code=413):
             return APIError(413, error.detail, code="body_too_large")
         case HTTPException() if type(error.__cause__) in UNREADABLE:

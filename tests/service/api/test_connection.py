@@ -733,3 +733,19 @@ def test_the_access_log_names_no_query(caplog: pytest.LogCaptureFixture) -> None
         '"GET /nope%3Fx HTTP/1.1" 404',
     ]
     assert "secret" not in caplog.text
+
+
+def test_a_client_that_leaves_in_the_middle_of_a_body_is_no_fault_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+
+    async def test() -> None:
+        async with listening() as running:
+            _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+            writer.write(head + b'{"prompt": ')
+            await writer.drain()
+            await asyncio.sleep(0.1)
+            writer.close()
+            await until(lambda: running.fake.metric("http_requests_total", route="/v1/completions", status="499") == 1)
+
+    run(test)
+    assert "unexpected error" not in caplog.text

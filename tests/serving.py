@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -40,9 +40,11 @@ class Served(NamedTuple):
 
 
 @contextmanager
-def banded_serve(checkpoint: Path, log: Path, *options: str, **environment: str) -> Iterator[Served]:
+def banded_serve(
+    checkpoint: Path, log: Path, *options: str, command: Sequence[str] = COMMAND, **environment: str
+) -> Iterator[Served]:
     """Serves a checkpoint in float32 on a free port; killed at the end. `environment` are further variables."""
-    command = [*COMMAND, "--model", str(checkpoint), "--port", "0", "--dtype", "float32", *options]
+    command = [*command, "--model", str(checkpoint), "--port", "0", "--dtype", "float32", *options]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("BANDED_")}
     deadline = time.monotonic() + PATIENCE
     with (
@@ -58,8 +60,16 @@ def banded_serve(checkpoint: Path, log: Path, *options: str, **environment: str)
         try:
             while not (found := re.search(r"running on (http://\S+)", log.read_text())):
                 wait()
-            while httpx.get(f"{found[1]}/health/ready").status_code != 200:
+            while not is_ready(found[1]):
                 wait()
             yield Served(process, found[1], checkpoint)
         finally:
             process.kill()
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server is. One that ends while it is asked is not."""
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=PATIENCE).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -23,6 +23,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tests.attacks.bodies import ATTACKS, COMPLETIONS, JSON_HEADERS, Attack, completion
+from tests.attacks.table import last_line
 
 # What a request may cost at most: seconds of /health/live and of another one's one-token completion, and bytes of memory.
 MOST_LIVE, MOST_COMPLETION, MOST_MEMORY = 0.100, 0.300, 150 * 2**20
@@ -162,7 +163,7 @@ def main() -> int:
     if args.probe:
         run_probe(args.probe)
         return 0
-    missed = 0
+    cases = missed = 0
     with tempfile.TemporaryDirectory() as directory:
         context = served(Path(directory))
         url, pid = (args.url, args.pid) if args.url else context.__enter__()
@@ -182,7 +183,7 @@ def main() -> int:
                 found = cost(attack, url, pid, probe)
                 is_missed = found.live > MOST_LIVE or found.memory > MOST_MEMORY
                 is_missed |= found.status == 500 or (not attack.runs and found.completion > MOST_COMPLETION)
-                missed += is_missed
+                cases, missed = cases + 1, missed + is_missed
                 print(
                     f"{attack.name:<44}{found.status or 'left':>7}{found.seconds:>8.2f}{found.live * 1000:>9.0f}"
                     f"{found.completion * 1000:>14.0f}{found.memory / 2**20:>11.0f}{'  missed' if is_missed else ''}",
@@ -192,7 +193,7 @@ def main() -> int:
             probe.close()
             if not args.url:
                 context.__exit__(None, None, None)
-    print(f"{missed} missed")
+    print(last_line(cases, missed))
     return bool(missed)
 
 

@@ -36,7 +36,7 @@ from tests.serving import PATIENCE
 MUST = "0 bytes lost, no traceback, served or refused in a line"
 NUM_KILLS = 10
 WORDS = ["apple", "bird", "cloud", "door", "egg", "fox", "gate", "hill"]
-JOB: dict[str, Any] = {"seed": 1, "hyperparameters": {"n_epochs": 1, "batch_size": 1, "rank": 1}}
+JOB: dict[str, Any] = {"seed": 1, "hyperparameters": {"n_epochs": 1, "batch_size": 256, "rank": 1}}
 LONG_JOB: dict[str, Any] = {"seed": 1, "hyperparameters": {"n_epochs": 50, "batch_size": 1, "rank": 1}}
 
 
@@ -233,11 +233,12 @@ class Ledger:
         self.jobs: dict[str, str | None] = {}  # ids; "cancelled", or None where it may have any status
 
     def check(self, client: httpx.Client) -> list[str]:
-        """In what the server differs from what it, or the one before it, has told."""
+        """In what the server differs from what it, or the one before it, has told. What was half deleted can be deleted."""
         found = []
         for file_id, data in (self.files | self.unsure).items():
             answer = client.get(f"/v1/files/{file_id}/content")
             if answer.status_code == 404 and file_id in self.unsure:
+                client.delete(f"/v1/files/{file_id}")
                 self.deleted.add(file_id)
                 del self.unsure[file_id]
             elif answer.content != data:
@@ -288,12 +289,13 @@ def kill_in_the_middle(checkpoint: Path, directory: Path, ledger: Ledger, seed: 
                 ledger.act(client, checkpoint.name, chance)
                 num_done += 1
 
+    temporary = {(path, path.stat().st_mtime_ns) for path in directory.rglob("*.tmp*")}
     with started(checkpoint, directory, directory.with_suffix(".log")) as start:
         if start.status is not None:
             return "refused", [f"status {start.status}", *start.said()[-1:]]
         with client_of(start.url) as client:
             faults = ledger.check(client)
-        faults += [f"{path.name} is left" for path in directory.rglob("*.tmp*")]
+        faults += [f"{path.name} is left" for path, time in temporary if path.exists() and path.stat().st_mtime_ns == time]
         going_on = threading.Thread(target=go_on)
         going_on.start()
         seconds = chance.uniform(0.2, 4)

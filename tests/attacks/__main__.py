@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-from tests.attacks.table import LAST_LINE
+from tests.attacks.table import LAST_LINE, run
 
 # By the harm that they would do: what is lost for good, who reads what, who stops the server, who makes others wait.
 PROGRAMS = (
@@ -38,13 +38,17 @@ class Outcome(NamedTuple):
         return self.counts is not None and self.status == self.counts[1] == 0
 
 
-def run(command: Iterable[str]) -> Outcome:
+def outcome_of(command: Iterable[str]) -> Outcome:
     """Run a program and show what it prints as it comes."""
     started, last = time.monotonic(), ""
     with subprocess.Popen([*command], stdout=subprocess.PIPE, text=True, bufsize=1) as process:
         assert process.stdout
-        for last in process.stdout:
-            print(last, end="", flush=True)
+        try:
+            for last in process.stdout:
+                print(last, end="", flush=True)
+        except BaseException:  # this one is told to end
+            process.terminate()
+            raise
     found = LAST_LINE.fullmatch(last.strip())
     counts = (int(found["cases"]), int(found["missed"]), int(found["skipped"])) if found else None
     return Outcome(counts, process.returncode, (time.monotonic() - started) / 60)
@@ -55,7 +59,7 @@ def report(names: Iterable[str], command_of: Callable[[str], Iterable[str]]) -> 
     found = {}
     for name in names:
         print(f"\n== {name}", flush=True)
-        found[name] = run(command_of(name))
+        found[name] = outcome_of(command_of(name))
     print(f"\n{'program':<20}{'cases':>8}{'missed':>8}{'skipped':>9}{'minutes':>9}")
     for name, (counts, status, minutes) in found.items():
         cells = f"{counts[0]:>8}{counts[1]:>8}{counts[2]:>9}" if counts else f"{f'ended with {status}':>25}"
@@ -70,4 +74,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tests.attacks.table import last_line
+from tests.attacks.table import last_line, run
 from tests.serving import banded_serve
 
 # What an attack may cost: seconds of the worst /health/live, bytes of memory, seconds of CPU.
@@ -394,4 +394,4 @@ def target_of(url: str) -> Target:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

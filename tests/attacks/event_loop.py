@@ -23,7 +23,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from tests.attacks.bodies import ATTACKS, COMPLETIONS, JSON_HEADERS, Attack, completion
-from tests.attacks.table import last_line
+from tests.attacks.table import last_line, run
 
 # What a request may cost at most: seconds of /health/live and of another one's one-token completion, and bytes of memory.
 MOST_LIVE, MOST_COMPLETION, MOST_MEMORY = 0.100, 0.300, 150 * 2**20
@@ -198,4 +198,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

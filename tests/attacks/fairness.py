@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from tests.attacks.table import last_line
+from tests.attacks.table import last_line, run
 from tests.serving import banded_serve
 
 KEYS = [f"key-{i}" for i in range(32)]
@@ -177,4 +177,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

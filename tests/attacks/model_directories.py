@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from tests.attacks.table import last_line
+from tests.attacks.table import last_line, run
 
 SECONDS, MEMORY = 10.0, 300 << 20
 HUGE = 50 << 30
@@ -358,4 +358,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

@@ -167,19 +167,15 @@ class Outcome(NamedTuple):
 
     def faults(self, damage: Damage, stored: Stored) -> list[str]:
         """What is wrong with it."""
-        found = [f"{self.lost} bytes lost"] * bool(self.lost) + [f"{self.num_tracebacks} tracebacks"] * bool(
-            self.num_tracebacks
-        )
+        found = [f"{self.lost} bytes lost"] * (self.lost > 0)
+        found += [f"{self.num_tracebacks} tracebacks"] * (self.num_tracebacks > 0)
         if damage.refused is not None and damage.refused != (self.refusal is not None):
             found.append("not refused" if damage.refused else f"refused: {' '.join(self.refusal or ())}")
         if self.refusal is not None and len(self.refusal) != 1:
             found.append(f"{len(self.refusal)} lines: {' '.join(self.refusal)[-100:]}")
         if self.status is not None:
-            return (
-                found
-                if self.status == 2 and not self.seen and is_final(self.refusal, damage)
-                else [*found, f"status {self.status}"]
-            )
+            is_right = self.status == 2 and is_final(self.refusal, damage)
+            return found if is_right else [*found, f"status {self.status}"]
         expected = {**dict.fromkeys(stored.names, "served"), **damage.hides}
         found += [
             f"{name}: {answer}" for name, answer in self.seen.items() if answer not in expected.get(name, "").split(" or ")
@@ -284,10 +280,13 @@ def kill_in_the_middle(checkpoint: Path, directory: Path, ledger: Ledger, seed: 
 
     def go_on() -> None:
         nonlocal num_done
-        with suppress(httpx.TransportError), client_of(start.url) as client:
-            while True:
-                ledger.act(client, checkpoint.name, chance)
-                num_done += 1
+        try:
+            with suppress(httpx.TransportError), client_of(start.url) as client:
+                while True:
+                    ledger.act(client, checkpoint.name, chance)
+                    num_done += 1
+        except httpx.HTTPStatusError as error:
+            faults.append(str(error).splitlines()[0])
 
     temporary = {(path, path.stat().st_mtime_ns) for path in directory.rglob("*.tmp*")}
     with started(checkpoint, directory, directory.with_suffix(".log")) as start:
@@ -315,10 +314,13 @@ def end_of_kills(checkpoint: Path, directory: Path, ledger: Ledger) -> tuple[str
         ]
         for job_id in unfinished[1:]:
             client.post(f"/v1/fine_tuning/jobs/{job_id}/cancel").raise_for_status()
-        for job_id in unfinished[:1]:
-            wait_for(client, job_id, "succeeded")
+        try:
+            for job_id in unfinished[:1]:
+                wait_for(client, job_id, "succeeded")
+        except RuntimeError as error:
+            faults.append(str(error))
     kept = f"{len(ledger.files)} files, {len(ledger.deleted)} deleted, {len(ledger.jobs)} jobs"
-    return f"{kept}; {len(unfinished[:1])} job goes on and succeeds", faults
+    return f"{kept}; {len(unfinished[:1])} unfinished job goes on", faults
 
 
 def main() -> int:

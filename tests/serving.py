@@ -60,8 +60,16 @@ def banded_serve(
         try:
             while not (found := re.search(r"running on (http://\S+)", log.read_text())):
                 wait()
-            while httpx.get(f"{found[1]}/health/ready").status_code != 200:
+            while not is_ready(found[1]):
                 wait()
             yield Served(process, found[1], checkpoint)
         finally:
             process.kill()
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server is. One that ends while it is asked is not."""
+    try:
+        return httpx.get(f"{url}/health/ready", timeout=PATIENCE).status_code == 200
+    except httpx.TransportError:
+        return False

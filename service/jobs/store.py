@@ -172,6 +172,8 @@ class Store:
 
     def check_disk(self, size: int = 0) -> None:
         """Raises DiskFullError if the disk has no room for `size` bytes and for what is written with them."""
+        with self._changing:
+            self._ballast.fill()  # if there is room again: what is stored now may have to be deleted on a full disk
         if free_bytes(self.directory) < size + SPARE:
             raise DiskFullError(self.directory, size + SPARE, "the data directory")
 

@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from tests.attacks.table import last_line, run
+
 SECONDS, MEMORY = 10.0, 300 << 20
 HUGE = 50 << 30
 LIMIT = 6 << 30  # of an attempt, so that none takes the machine with it
@@ -351,9 +353,9 @@ def main() -> int:
             )
             wrong += [name] if fault else []
             shutil.rmtree(directory)
-    print(f"{len(wrong)} of {len(found)} lies have no clean end")
+    print(last_line(len(found), len(wrong)))
     return bool(wrong)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main)

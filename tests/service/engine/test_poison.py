@@ -8,50 +8,14 @@ from typing import Any, NamedTuple
 import pytest
 from safetensors.torch import load_file, save_file
 
-from model.step import Sampled, StepInput
 from service.engine.engine import Engine, StepFailedError
 from service.engine.loading import load_served
-from service.engine.loop import Pending, StepRunner
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
 from service.settings import Settings
 from tests.model.checkpoint.checkpoints import tiny
+from tests.service.engine.poison import POISON, PoisonedRunner
 from tests.service.helpers import run, until
-
-POISON = 13
-
-
-class Spoilt(NamedTuple):
-    """A step of which the result can't be read, though it has run."""
-
-    pending: Pending
-
-    def result(self) -> Sampled:
-        self.pending.result()
-        raise RuntimeError("poisoned result")
-
-
-class PoisonedRunner:
-    """Raises where a step computes position prompt[1] of a prompt that begins with POISON, or a later one."""
-
-    def __init__(self, runner: StepRunner, when: str):
-        """`when`: "before" the step runs, "after" all of it was launched, or as its "result" is read."""
-        self.runner, self.when = runner, when
-        self.prompts: dict[int, list[int]] = {}
-        self.num_raised = 0
-
-    def launch(self, step: StepInput) -> Pending:
-        self.prompts |= {start.row: start.prompt for start in step.starts}
-        computed = zip(step.token_rows, step.token_positions, strict=True)
-        if not any(self.prompts[row][0] == POISON and position >= self.prompts[row][1] for row, position in computed):
-            return self.runner.launch(step)
-        self.num_raised += 1
-        if self.when == "before":
-            raise RuntimeError("poisoned step")
-        pending = self.runner.launch(step)
-        if self.when == "after":
-            raise RuntimeError("poisoned launch")
-        return Spoilt(pending)
 
 
 def request(rng: random.Random, *, poisoned: bool) -> GenerationRequest:

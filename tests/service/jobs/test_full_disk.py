@@ -380,3 +380,16 @@ def test_a_record_on_a_full_disk_is_overwritten_in_the_room_that_it_has(
     with pytest.raises(OSError, match="full"):
         write_record(tmp_path / "file-2.json", file)
     assert [found.name for found in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_ballast_is_back_when_something_is_stored(tmp_path: Path) -> None:
+    """It was given up, and there was room again before the next copy: a job that is created then can be cancelled."""
+    with closing(Store(tmp_path)) as store:
+        ballast = tmp_path / "ballast"
+        file = store.add_file("", "a", "fine-tune", b"x")
+        ballast.unlink()
+        store.add_job("", "demo", "", 0, PARAMETERS, file.id, None)
+        assert ballast.exists()
+        ballast.unlink()
+        store.add_file("", "b", "fine-tune", b"x")
+        assert ballast.exists()

@@ -35,7 +35,7 @@ from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
 from service.engine.engine import Generation
 from service.engine.models import ModelEntry
-from service.engine.workers import Slices
+from service.engine.workers import Slices, rest
 
 log = logging.getLogger("banded.api")
 
@@ -224,6 +224,7 @@ def json_array(items: Iterable[BaseModel]) -> Iterator[bytes]:
     """What stands between the brackets of a JSON array, an item at a time: all of them may take much memory."""
     for i, item in enumerate(items):
         yield b"," * (i > 0) + item.model_dump_json().encode()
+        rest()
 
 
 def answer_size(choices: Sequence[Choice], num_top: int) -> int:

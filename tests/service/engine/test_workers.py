@@ -1,8 +1,15 @@
-"""Work that waits for a thread must not keep the process from ending."""
+"""Worker threads leave half of the time to others, and what waits for one must not keep the process from ending."""
 
+import asyncio
 import subprocess
 import sys
 import time
+
+import pytest
+
+from model.checkpoint.files import json_lines
+from service.engine import workers
+from service.engine.workers import SHORT, WORK_SECONDS, RestingFile, off_the_loop, rest
 
 
 def test_what_waits_for_a_thread_is_given_up_at_the_end() -> None:
@@ -15,3 +22,41 @@ def test_what_waits_for_a_thread_is_given_up_at_the_end() -> None:
     started = time.monotonic()
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
     assert time.monotonic() - started < 15, "30 waits of 2 s in one thread would take a minute"
+
+
+def work_for(seconds: float) -> float:
+    """Take so much processor time, with rests, and return how long it took in all."""
+    begun, until = time.monotonic(), time.thread_time() + seconds
+    while time.thread_time() < until:
+        rest()
+    rest()
+    return time.monotonic() - begun
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_worker_threads_rest_half_of_the_time_all_together(count: int) -> None:
+    async def work() -> list[float]:
+        return await asyncio.gather(*(off_the_loop(SHORT + 1, lambda: work_for(10 * WORK_SECONDS)) for _ in range(count)))
+
+    begun = time.monotonic()
+    took = asyncio.run(work())
+    assert len(took) == count
+    assert time.monotonic() - begun >= 0.85 * 2 * count * 10 * WORK_SECONDS
+
+
+def test_other_threads_do_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr(time, "sleep", slept.append)
+    work_for(3 * WORK_SECONDS)
+    asyncio.run(off_the_loop(SHORT, lambda: work_for(3 * WORK_SECONDS)))  # on the event loop
+    assert not slept
+    asyncio.run(off_the_loop(SHORT + 1, lambda: work_for(3 * WORK_SECONDS)))
+    assert len(slept) in (2, 3)
+    assert all(seconds > WORK_SECONDS for seconds in slept)
+
+
+def test_a_file_is_read_with_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[None] = []
+    monkeypatch.setattr(workers, "rest", lambda: rests.append(None))
+    assert list(json_lines(RestingFile(b"\n" * 100_000 + b"1"), "x")) == [(100_001, "1")]
+    assert len(rests) >= 10

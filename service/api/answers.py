@@ -152,9 +152,9 @@ def prompt_logprobs_of(choice: Choice, num_top: int | None, tokenizer: Tokenizer
     if num_top is None:
         return None
     found: list[dict[int, PromptLogprob] | None] = [None]
-    for token, (logprob, top) in zip(choice.prompt.tokens[1:], choice.prompt_logprobs, strict=True):
-        known = {other: (value, rank) for rank, (other, value) in enumerate(top[:num_top], 1)}
-        ranked: dict[int, tuple[float, int | None]] = {token: (logprob, None), **known}
+    for token, given in zip(choice.prompt.tokens[1:], choice.prompt_logprobs, strict=True):
+        known = {other: (value, rank) for rank, (other, value) in enumerate(given.top[:num_top], 1)}
+        ranked: dict[int, tuple[float, int | None]] = {token: (given.logprob, None), **known}
         names = tokenizer.token_name
         found.append({i: PromptLogprob(logprob=x, rank=rank, decoded_token=names(i)) for i, (x, rank) in ranked.items()})
     return found

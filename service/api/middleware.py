@@ -285,7 +285,7 @@ class CheckBody(HTTPMiddleware):
             close = {"connection": "close"} if "expect" in headers else None
             await APIError(413, message, code="body_too_large", headers=close).response(scope, receive, send)
             return
-        received = taken = 0
+        length, received, taken = int(declared) if declared.isdecimal() else 0, 0, 0
         client = scope["state"].get("key") or (scope.get("client") or ("",))[0]
 
         async def counting() -> Message:
@@ -295,11 +295,12 @@ class CheckBody(HTTPMiddleware):
             if received > max_bytes:
                 # FastAPI's body parser re-raises HTTPException and swallows everything else; see errors.install.
                 raise HTTPException(413, f"the body is longer than this server's limit of {max_bytes} bytes")
-            if received > SHORT_BODY:
-                if not self._room.take(client, received - taken):
-                    detail = f"{received} bytes of the body have come, and other requests leave no room for more: try again"
+            size = max(received, length)
+            if size > max(taken, SHORT_BODY):
+                if not self._room.take(client, size - taken):
+                    detail = f"there is no room for a body of {size} bytes next to those that the server works on: try again"
                     raise HTTPException(503, detail, {"retry-after": RETRY_SECONDS})
-                taken = received
+                taken = size
             return message
 
         try:

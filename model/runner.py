@@ -8,6 +8,7 @@ Shapes: N tokens in a step, B sampled tokens, R rows of logits, K likeliest toke
 
 import gc
 import math
+from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -62,7 +63,7 @@ class PendingStep:
 
         def logprobs(num_top: int) -> TokenLogprobs:
             chosen, ids, values = next(rows)
-            return TokenLogprobs(chosen, list(zip(ids[:num_top], values[:num_top], strict=True)))
+            return TokenLogprobs(chosen, array("i", ids[:num_top]), array("f", values[:num_top]))
 
         step = self._step
         sampled = [None if sample.top_logprobs is None else logprobs(sample.top_logprobs) for sample in step.samples]

@@ -133,7 +133,13 @@ class TokenLogprobs(NamedTuple):
     """Of one token, under the model's own distribution: before temperature, penalties, bias and bans."""
 
     logprob: float
-    top: list[tuple[int, float]]  # (token, logprob) of the likeliest tokens, likeliest first
+    # The likeliest tokens, likeliest first, and their logprobs. In arrays they take a sixth of the memory of pairs.
+    ids: Sequence[int] = ()
+    values: Sequence[float] = ()
+
+    @property
+    def top(self) -> list[tuple[int, float]]:
+        return list(zip(self.ids, self.values, strict=True))
 
 
 class Sampled(NamedTuple):

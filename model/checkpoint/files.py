@@ -7,7 +7,7 @@ import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 CONFIG_FILE = "config.json"
 # Endings of weights in formats that only `banded convert` opens.
@@ -68,13 +68,13 @@ def read_json(path: Path, max_bytes: int = JSON_BYTES) -> Json:
     return value
 
 
-def json_lines(data: bytes, name: str) -> Iterator[tuple[int, str]]:
+def json_lines(file: BinaryIO, name: str) -> Iterator[tuple[int, str]]:
     """The lines of JSONL that are not blank, numbered from 1. A byte-order mark is no part of them.
 
-    Raises ValueError naming `name` if `data` is not UTF-8.
+    Raises ValueError naming `name` if `file` is not UTF-8.
     """
     # Unlike str.splitlines, it does not end a line at U+2028. The text of a whole file may take four times its bytes.
-    text = io.TextIOWrapper(io.BytesIO(data), encoding="utf-8-sig")
+    text = io.TextIOWrapper(file, encoding="utf-8-sig")
     try:
         for number, line in enumerate(text, 1):
             if line.strip():

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import takewhile
 from statistics import mode
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from model.checkpoint.files import few, json_lines
 from model.checkpoint.tokenizer import Tokenizer, TokenizerError
@@ -23,10 +23,10 @@ class TrainingExample(NamedTuple):
     line: int  # of its file, from 1
 
 
-def read_examples(data: bytes, name: str) -> Iterator[TrainingExample]:
+def read_examples(file: BinaryIO, name: str) -> Iterator[TrainingExample]:
     """From JSONL of {"prompt", "completion"}. Raises ValueError with `name`, the file's, and the line."""
     number = 0
-    for number, line in json_lines(data, name):
+    for number, line in json_lines(file, name):
         where = f"{name}, line {number}"
         if len(line) > MAX_LINE:
             raise ValueError(f"{where}: has {len(line)} characters, at most {MAX_LINE} are read")

@@ -35,7 +35,7 @@ from service.api.schema.completions import CompletionResponse
 from service.engine.choice import Choice, Output
 from service.engine.engine import Generation
 from service.engine.models import ModelEntry
-from service.engine.workers import Slices
+from service.engine.workers import Slices, rest
 
 log = logging.getLogger("banded.api")
 
@@ -150,9 +150,9 @@ def prompt_logprobs_of(choice: Choice, num_top: int | None, tokenizer: Tokenizer
     if num_top is None:
         return None
     found: list[dict[int, PromptLogprob] | None] = [None]
-    for token, (logprob, top) in zip(choice.prompt.tokens[1:], choice.prompt_logprobs, strict=True):
-        known = {other: (value, rank) for rank, (other, value) in enumerate(top[:num_top], 1)}
-        ranked: dict[int, tuple[float, int | None]] = {token: (logprob, None), **known}
+    for token, given in zip(choice.prompt.tokens[1:], choice.prompt_logprobs, strict=True):
+        known = {other: (value, rank) for rank, (other, value) in enumerate(given.top[:num_top], 1)}
+        ranked: dict[int, tuple[float, int | None]] = {token: (given.logprob, None), **known}
         names = tokenizer.token_name
         found.append({i: PromptLogprob(logprob=x, rank=rank, decoded_token=names(i)) for i, (x, rank) in ranked.items()})
     return found
@@ -222,6 +222,7 @@ def json_array(items: Iterable[BaseModel]) -> Iterator[bytes]:
     """What stands between the brackets of a JSON array, an item at a time: all of them may take much memory."""
     for i, item in enumerate(items):
         yield b"," * (i > 0) + item.model_dump_json().encode()
+        rest()
 
 
 def answer_size(choices: Sequence[Choice], num_top: int) -> int:

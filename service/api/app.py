@@ -10,7 +10,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from service.api import errors, openapi
-from service.api.bodies import max_bytes_of
+from service.api.bodies import Room, max_bytes_of
 from service.api.encoding import LineResponse
 from service.api.middleware import (
     HEALTH,
@@ -69,7 +69,7 @@ def create_app(models: Models, metrics: Metrics, settings: Settings, jobs: Jobs 
             *([Middleware(RequireKey, keys=settings.api_keys, open_paths=open_paths)] if settings.api_keys else []),
             Middleware(AnswerLiveness),
             Middleware(LimitRates, settings.api_keys, settings.limit_requests, settings.limit_tokens),
-            Middleware(CheckBody, max_bytes_of=lambda path: max_bytes_of(path, settings)),
+            Middleware(CheckBody, lambda path: max_bytes_of(path, settings), Room(settings.max_body_bytes)),
             Middleware(AnswerFaults),
         ],
     )

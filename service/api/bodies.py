@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine, Hashable
 from email.message import Message
 from typing import Any
 
@@ -12,7 +13,7 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from service.engine.workers import off_the_loop
+from service.engine.workers import LARGE_AT_ONCE, off_the_loop
 from service.settings import Settings
 
 # Bytes of a body that is read on the event loop, in a few milliseconds at most.
@@ -35,6 +36,29 @@ def max_bytes_of(path: str, settings: Settings) -> int:
     if path == FILES_ROUTE:
         return settings.max_body_bytes
     return min(settings.max_body_bytes, settings.max_text_bytes if TEXT_ROUTES.fullmatch(path) else CONTEXT_BYTES)
+
+
+class Room:
+    """Bytes of large bodies, which are held until they are answered. Belongs to the event loop."""
+
+    def __init__(self, max_body_bytes: int):
+        """A client alone may have as many of the largest bodies as are worked on at a time. All have twice that."""
+        self._free = 2 * LARGE_AT_ONCE * max_body_bytes
+        self._held: Counter[Hashable] = Counter()
+
+    def take(self, client: Hashable, size: int) -> bool:
+        """Hold `size` more bytes, unless the client would then have more than it leaves free to others."""
+        if self._held[client] + size > self._free - size:
+            return False
+        self._free -= size
+        self._held[client] += size
+        return True
+
+    def give_back(self, client: Hashable, size: int) -> None:
+        self._free += size
+        self._held[client] -= size
+        if not self._held[client]:
+            del self._held[client]
 
 
 class BodyRoute(APIRoute):

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.api.bodies import SHORT_BODY, Room
 from service.api.errors import APIError, api_error
 from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
@@ -37,6 +38,7 @@ HOST = re.compile(r"(?:\[(?P<ipv6>[\da-f:.]+)\]|(?P<name>[^\s:/?#@\[\]]+))(?::(?
 # By which containers reach what listens on their host's loopback. No site can have them: .internal is nobody's.
 CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 SANE_ID = re.compile(r"[!-~]{1,128}")
+RETRY_SECONDS = "5"  # after which there may be room for a large body: one is worked on for about as long
 # OpenAI's version of its API that the routes follow.
 API_VERSION = "2020-10-01"
 
@@ -273,16 +275,17 @@ class LimitRates(HTTPMiddleware):
 
 
 class CheckBody(HTTPMiddleware):
-    """Answers a compressed body with a 415 and one that is longer than its route takes with a 413.
+    """Answers a compressed body with a 415, one that is longer than its route takes with a 413.
 
     A declared length is checked before anything is read, any other once that many bytes have come. The server then
     discards the rest, so that a client that reads only after sending everything still gets the answer.
     """
 
-    def __init__(self, app: ASGIApp, max_bytes_of: Callable[[str], int]):
-        """`max_bytes_of(path)` is how long the body of a request for a path may be."""
+    def __init__(self, app: ASGIApp, max_bytes_of: Callable[[str], int], room: Room):
+        """`max_bytes_of(path)` is how long the body of a request for a path may be. A large one without `room` is a 503."""
         super().__init__(app)
         self._max_bytes_of = max_bytes_of
+        self._room = room
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers, max_bytes = Headers(scope=scope), self._max_bytes_of(route_path(scope))
@@ -298,18 +301,28 @@ class CheckBody(HTTPMiddleware):
             close = {"connection": "close"} if "expect" in headers else None
             await APIError(413, message, code="body_too_large", headers=close).response(scope, receive, send)
             return
-        received = 0
+        length, received, taken = int(declared) if declared.isdecimal() else 0, 0, 0
+        client = scope["state"].get("key") or (scope.get("client") or ("",))[0]
 
         async def counting() -> Message:
-            nonlocal received
+            nonlocal received, taken
             message = await receive()
             received += len(message.get("body", b""))
             if received > max_bytes:
                 # FastAPI's body parser re-raises HTTPException and swallows everything else; see errors.install.
                 raise HTTPException(413, f"the body is longer than this server's limit of {max_bytes} bytes")
+            size = max(received, length)
+            if size > max(taken, SHORT_BODY):
+                if not self._room.take(client, size - taken):
+                    detail = f"there is no room for a body of {size} bytes next to those that the server works on: try again"
+                    raise HTTPException(503, detail, {"retry-after": RETRY_SECONDS})
+                taken = size
             return message
 
-        await self._app(scope, counting, send)
+        try:
+            await self._app(scope, counting, send)
+        finally:
+            self._room.give_back(client, taken)
 
 
 class AnswerFaults(HTTPMiddleware):

@@ -20,7 +20,7 @@ from service.settings import Settings
 log = logging.getLogger("banded.api")
 
 MAX_WARNINGS = 32  # ignored fields that are named
-# Tokens with logprobs in one answer: 64 full contexts. Each takes about 2 kB until it is sent, with so many likeliest ones.
+# Tokens with logprobs in one answer: 64 full contexts. Each takes about 0.5 kB until it is written, with so many others.
 MAX_LOGPROBS = 2**17
 TOP_COUNTED = 20
 

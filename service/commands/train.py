@@ -1,6 +1,7 @@
 """`banded train` and `banded finetune`: weights and adapters from text files."""
 
 import argparse
+import io
 import logging
 import math
 import os
@@ -141,7 +142,7 @@ def run_finetune(args: argparse.Namespace) -> int:
     rank, targets = args.rank or DEFAULT_RANK, tuple(args.targets or TARGETS)
     adapter = None if args.full else AdapterConfig(rank, 2.0 * rank, targets)
     files = [args.examples, args.valid] if args.valid else [args.examples]
-    examples = [list(read_examples(path.read_bytes(), path.name)) for path in files]
+    examples = [list(read_examples(io.BytesIO(path.read_bytes()), path.name)) for path in files]
     advices = list(map(advice, examples))
     for path, lines in zip(files, advices, strict=True):
         for line in lines:

@@ -230,4 +230,4 @@ class Score:
         logprob = sum(each.logprob for each in found)
         num_bytes = sum(len(tokenizer.text_bytes(token)) for token in tokens)
         bits = -logprob / math.log(2) / num_bytes if num_bytes else None
-        return cls(logprob, logprob / len(tokens), all(each.logprob >= each.top[0][1] for each in found), bits, tokens)
+        return cls(logprob, logprob / len(tokens), all(each.logprob >= each.values[0] for each in found), bits, tokens)

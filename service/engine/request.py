@@ -15,6 +15,7 @@ from model.config import GPTConfig
 from model.step import Sampling
 from service.engine.options import NOBODY
 from service.engine.scheduler import NO_ADAPTER, AdapterRef, PrefixGroup, Sequence
+from service.engine.workers import rest
 
 # The largest number that a 64-bit integer holds.
 MAX_INT = 2**63 - 1
@@ -239,7 +240,9 @@ def text_prompt(
 def encode_slowly(parts: abc.Iterable[tuple[str, bool]], tokenizer: Tokenizer, param: str) -> abc.Iterator[list[int]]:
     """Tokenizer.encode_slowly. Raises RequestError about `param` for a word that is too long."""
     try:
-        yield from tokenizer.encode_slowly(parts)
+        for tokens in tokenizer.encode_slowly(parts):
+            yield tokens
+            rest()
     except LongWordError as error:
         raise RequestError(f"'{param}': {error}", param) from error
 

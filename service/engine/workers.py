@@ -1,6 +1,8 @@
 """Keeps the event loop running: long work goes to a worker thread, or is done in slices."""
 
 import asyncio
+import io
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +16,8 @@ SHORT = 4096
 LARGE_AT_ONCE = 4
 # Seconds of work after which the event loop gets its turn.
 SLICE_SECONDS = 0.01
+# The same for a worker thread, of processor time. A step that begins meanwhile ends in the rest.
+WORK_SECONDS = 0.005
 
 workers = ThreadPoolExecutor(LARGE_AT_ONCE, "large-request")
 # Waits for the process that renders checkpoints' templates, one at a time. Nothing else may have to wait for them.
@@ -30,7 +34,40 @@ async def off_the_loop(size: int, work: Callable[[], T]) -> T:
     """The result of `work`, which goes through about `size` characters, tokens or bytes: in a worker thread if many."""
     if size <= SHORT:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(workers, work)
+    return await asyncio.get_running_loop().run_in_executor(workers, with_rests, work)
+
+
+# The processor time that each worker thread at work had taken at its last rest.
+_rested: dict[int, float] = {}
+
+
+def with_rests(work: Callable[[], T]) -> T:
+    """The result of `work`, in which this thread rests."""
+    me = threading.get_ident()
+    _rested[me] = time.thread_time()
+    try:
+        return work()
+    finally:
+        del _rested[me]
+
+
+def rest() -> None:
+    """Sleep, in a worker thread, so long that all of them together work half of the time. Call it between pieces of work.
+
+    A step takes the interpreter back dozens of times, and each time it would wait for a worker. Other threads go on.
+    """
+    me = threading.get_ident()
+    if me in _rested and (worked := time.thread_time() - _rested[me]) > WORK_SECONDS:
+        time.sleep(worked * (2 * len(_rested) - 1))
+        _rested[me] = time.thread_time()
+
+
+class RestingFile(io.BytesIO):
+    """A file whose reader rests."""
+
+    def read1(self, size: int | None = -1, /) -> bytes:
+        rest()
+        return super().read1(size)
 
 
 class Slices:

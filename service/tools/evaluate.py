@@ -1,5 +1,6 @@
 """Evaluates a model over the Completions API: perplexity of a text, accuracy on few-shot tasks."""
 
+import io
 import json
 import math
 import random
@@ -92,7 +93,7 @@ def few_shot_text(examples: Sequence[TaskItem], query: str) -> str:
 def read_items(path: Path) -> list[TaskItem]:
     """The items of a JSONL file: "input", "output" and perhaps "task". Raises ValueError with the line."""
     items = []
-    for number, line in json_lines(path.read_bytes(), str(path)):
+    for number, line in json_lines(io.BytesIO(path.read_bytes()), str(path)):
         try:
             item = json.loads(line)
             texts = [item.pop("task", "all"), item.pop("input"), item.pop("output")]

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 SIZE = 15_000_000  # bytes of a large body
 TEXT = 4_190_000  # of the largest that a route of texts takes
+MOST_MEMORY = 150 << 20  # bytes by which a request may have the server's resident memory grow
 JSON_HEADERS = {"content-type": "application/json"}
 FORM_HEADERS = {"content-type": "multipart/form-data; boundary=b"}
 
@@ -23,7 +24,7 @@ Content = Callable[[], object]
 
 
 class Attack(NamedTuple):
-    """A request. `runs` the model for long: others then wait for steps too, so that their completions are not judged."""
+    """A request, or so many `times` at once. `runs` the model for long: others' completions wait too and are not judged."""
 
     name: str
     path: str
@@ -31,6 +32,8 @@ class Attack(NamedTuple):
     headers: dict[str, str] = JSON_HEADERS
     method: str = "POST"
     runs: bool = False
+    times: int = 1
+    most_memory: int = MOST_MEMORY
 
     def body(self) -> bytes:
         """Bytes as they are, anything else as JSON."""
@@ -325,6 +328,8 @@ FORMS = [
     upload("upload, 15 MB of line ends", lambda: b"\r" * SIZE),
     upload("upload, 15 MB of almost boundaries", lambda: b"\r\n--" * (SIZE // 4)),
     upload("upload, 15 MB of wrong lines", lambda: b"[]\n" * (SIZE // 3)),
+    # Four are taken, and copied once. Of each of the others what the kernel has is read, to see that it is too much.
+    upload("200 uploads of 15 MB at once", lambda: b"x" * SIZE)._replace(runs=True, times=200, most_memory=256 << 20),
 ]
 
 PATHS = ("/openapi.json", "/docs", "/metrics", "/v1/files", "/v1/models/" + "x" * 10_000)

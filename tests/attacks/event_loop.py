@@ -17,6 +17,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -25,8 +26,8 @@ from urllib.parse import urlsplit
 from tests.attacks.bodies import ATTACKS, COMPLETIONS, JSON_HEADERS, Attack, completion
 from tests.attacks.table import last_line, run
 
-# What a request may cost at most: seconds of /health/live and of another one's one-token completion, and bytes of memory.
-MOST_LIVE, MOST_COMPLETION, MOST_MEMORY = 0.100, 0.300, 150 * 2**20
+# What a request may cost at most: seconds of /health/live and of another one's one-token completion. See Attack for memory.
+MOST_LIVE, MOST_COMPLETION = 0.100, 0.300
 PATIENCE = 15.0  # seconds that a request gets
 KV_BYTES = 2**28
 SETTLE = 0.3  # seconds measured before and after each request
@@ -126,7 +127,8 @@ def cost(attack: Attack, url: str, pid: int, probe: Probe) -> Cost:
     before = peak_memory(pid)
     probe.worst()
     time.sleep(SETTLE)
-    status, seconds = send(urlsplit(url).netloc, attack, body)
+    with ThreadPoolExecutor(attack.times) as senders:
+        status, seconds = max(senders.map(lambda _: send(urlsplit(url).netloc, attack, body), range(attack.times)))
     time.sleep(SETTLE)
     live, one = probe.worst()
     return Cost(status, seconds, live, one, peak_memory(pid) - before)
@@ -169,9 +171,13 @@ def main() -> int:
         url, pid = (args.url, args.pid) if args.url else context.__enter__()
         probe = Probe(url)
         try:
-            # Memory of the KV cache is taken when it is first used.
-            warm = completion("", lambda: {"prompt": [[i * 7] * 1500 for i in range(16)]})
-            send(urlsplit(url).netloc, warm, warm.body())
+            # Memory of the KV cache and of a full batch's sampling is taken when it is first used, and kept.
+            wide = {"n": 128, "logprobs": 20, "top_p": 0.9, "presence_penalty": 1, "logit_bias": {"11": 1}}
+            for warm in (
+                completion("", lambda: {"prompt": [[i * 7] * 1500 for i in range(16)]}),
+                completion("", lambda: {"prompt": "x", **wide}),
+            ):
+                send(urlsplit(url).netloc, warm, warm.body())
             time.sleep(2)
             print(
                 f"{'request':<44}{'status':>7}{'took s':>8}{'live ms':>9}{'one token ms':>14}{'memory MB':>11}", flush=True
@@ -181,7 +187,7 @@ def main() -> int:
                 if args.only not in attack.name or (args.text and attack.runs):
                     continue
                 found = cost(attack, url, pid, probe)
-                is_missed = found.live > MOST_LIVE or found.memory > MOST_MEMORY
+                is_missed = found.live > MOST_LIVE or found.memory > attack.most_memory
                 is_missed |= found.status == 500 or (not attack.runs and found.completion > MOST_COMPLETION)
                 cases, missed = cases + 1, missed + is_missed
                 print(

@@ -2,6 +2,7 @@
 
 import math
 import random
+import sys
 from collections import abc
 from collections.abc import Iterator
 from itertools import accumulate, pairwise
@@ -413,11 +414,11 @@ def test_what_is_banned_is_not_sampled_and_keeps_its_logprob(tmp_path: Path) -> 
         free = sample((), decodes, chunks)
         run.runner.last_token[0] = 5
         assert free.logprobs[0] is not None
-        first, second, third = (token for token, _ in free.logprobs[0].top)
+        first, second, third = free.logprobs[0].ids
         assert free.tokens == [first]
         banned = sample((first, second), decodes, chunks)
         assert banned.tokens == [third]
-        assert banned.logprobs[0] == free.logprobs[0]._replace(logprob=free.logprobs[0].top[2][1])
+        assert banned.logprobs[0] == free.logprobs[0]._replace(logprob=free.logprobs[0].values[2])
 
 
 def test_a_step_of_prompts_alone_may_sample_nothing_and_score(tmp_path: Path) -> None:
@@ -548,3 +549,15 @@ def test_a_fork_goes_on_as_if_it_had_prefilled_alone(num_prompt: int, sampling: 
     step = step_of(starts, pages + shared, [], [chunk], samples=samples, copies=copies)
     first = run.runner.launch(step).result().tokens
     assert go_on(run, [0, 1], [[token] for token in first]) == alone
+
+
+def test_logprobs_are_small(tmp_path: Path) -> None:
+    """A whole answer may hold those of 64 contexts. Pairs of Python's numbers took 2.5 kB a token."""
+    run = PagedRun(tiny("banded", tmp_path, n_layer=1), [torch.zeros(60, dtype=torch.int64)])
+    start, pages = RowStart(0, Sampling(), [0] * 20), run.cache.extend(0, 60)
+    step = step_of(
+        [start], pages, [], [PromptChunk(0, 0, [0] * 20)], samples=[], prompt_logprobs=[PromptLogprobs(3, [4], 20)]
+    )
+    [[found]] = run.runner.launch(step).result().prompt_logprobs
+    assert len(found.top) == 20
+    assert sum(map(sys.getsizeof, (found, *found))) < 450

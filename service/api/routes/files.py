@@ -20,7 +20,7 @@ from service.api.state import state_of
 from service.api.validation import owner_of
 from service.engine.models import ModelEntry
 from service.engine.request import shown
-from service.engine.workers import off_the_loop
+from service.engine.workers import RestingFile, off_the_loop
 from service.jobs.runner import Jobs
 from service.jobs.store import Job, Store, StoredFile
 
@@ -117,7 +117,7 @@ def check_examples(content: bytes, name: str, base: ModelEntry) -> tuple[int, Va
     """How many tokens of a file were found, and why no job could learn from it, if so. They are never all in memory."""
     num_tokens = 0
     try:
-        for example in encode(read_examples(content, name), base.tokenizer, base.config.n_positions):
+        for example in encode(read_examples(RestingFile(content), name), base.tokenizer, base.config.n_positions):
             num_tokens += len(example.inputs) + 1
     except ValueError as error:
         return num_tokens, error

@@ -17,7 +17,7 @@ from service.api.state import state_of
 from service.api.validation import find_model, warnings_for
 from service.engine.models import ModelEntry
 from service.engine.request import check_token_ids, encode_slowly
-from service.engine.workers import off_the_loop
+from service.engine.workers import off_the_loop, rest
 
 router = APIRouter(route_class=BodyRoute)
 
@@ -95,6 +95,7 @@ def detokenized(body: DetokenizeRequest, entry: ModelEntry, request: Request) ->
         is_last = start + SOME_TOKENS > len(body.tokens)
         text = decoder.decode(b"".join(map(entry.tokenizer.token_bytes, known)), is_last)
         texts.append(to_json(text)[1:-1])
+        rest()
     return in_pieces(DetokenizeResponse(prompt="", warnings=warnings), prompt=texts)
 
 

@@ -17,11 +17,13 @@ from pydantic import (
 )
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, PydanticCustomError
+from starlette.exceptions import HTTPException
 
 from service.api.schema.fields import MAX_STOP_LENGTH, LogitBiasField, Number, StopField, whole
 from service.api.schema.peers import PEER_FIELDS, Ineffective, PeerField, by_name, ineffective
 from service.engine.request import BOUNDS
 
+MAX_FIELDS = 1024  # of one object. All that are known, here and elsewhere, are a quarter of them.
 MAX_STOP_TOKENS = 1024
 MAX_BAD_WORDS = 256
 BadWord = Annotated[StrictStr, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -61,6 +63,8 @@ class Body(BaseModel):
     def _set_unknown_aside(cls, body: Any, validate: ModelWrapValidatorHandler[Self]) -> Self:
         if not isinstance(body, dict):
             return validate(body)
+        if len(body) > MAX_FIELDS:
+            raise HTTPException(413, f"the body holds an object of {len(body)} fields, at most {MAX_FIELDS} are read")
         # Pydantic would make an error of every unknown field, and a hostile body can hold very many.
         known = {name: whole(value) for name, value in body.items() if name in cls.model_fields and value is not None}
         read = validate(known)

@@ -1,5 +1,6 @@
 """Files are replaced as a whole or not at all."""
 
+import io
 import os
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_five_names_are_shown_and_the_others_counted() -> None:
 def test_lines_of_json_have_the_numbers_of_the_file() -> None:
     """A mark that an editor put ahead of them, blank lines and either line end change nothing."""
     data = b'\xef\xbb\xbf1\r\n\r\n \t\n"\xe2\x80\xa8"\n\n4'
-    assert list(json_lines(data, "x.jsonl")) == [(1, "1"), (4, '"\u2028"'), (6, "4")]
+    assert list(json_lines(io.BytesIO(data), "x.jsonl")) == [(1, "1"), (4, '"\u2028"'), (6, "4")]
     assert decoded(data[:5], "x.jsonl") == "1\n"
     with pytest.raises(ValueError, match=r"^x\.jsonl is not UTF-8: .*0xff"):
-        list(json_lines(b"1\n\xff", "x.jsonl"))
+        list(json_lines(io.BytesIO(b"1\n\xff"), "x.jsonl"))

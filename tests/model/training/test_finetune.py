@@ -1,5 +1,6 @@
 """Fine-tuning: completions are learnt, prompts are not, and files that can't be used are refused by line."""
 
+import io
 import json
 import re
 from pathlib import Path
@@ -169,7 +170,7 @@ def write(path: Path, *lines: object) -> Path:
 
 
 def read(path: Path) -> list[TrainingExample]:
-    return list(read_examples(path.read_bytes(), path.name))
+    return list(read_examples(io.BytesIO(path.read_bytes()), path.name))
 
 
 GOOD: dict[str, Any] = {"prompt": "a =>", "completion": " b"}

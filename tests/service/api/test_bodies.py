@@ -14,6 +14,7 @@ from model.checkpoint import tokenizer as tokenizers
 from service.api import bodies, encoding
 from service.api.bodies import MAX_CONTAINERS, SHORT_BODY, load_json, num_containers
 from service.api.routes import tokenization
+from service.api.schema.base import MAX_FIELDS
 from service.api.schema.fields import MAX_BIASES
 from service.engine import workers
 from service.engine.workers import LARGE_AT_ONCE, Slices, off_the_loop
@@ -64,6 +65,16 @@ def test_too_many_arrays_and_objects(item: str) -> None:
     error = error_of(post('{"metadata":{"a":[' + ",".join([item] * count) + "]}}"), 413)
     assert error["message"] == "the body holds more than 131072 arrays and objects, as no request needs"
     assert error["code"] == "body_too_large"
+
+
+@pytest.mark.parametrize("around", ["%s", '{"few_shot": %s, "prompt": "a"}'])
+def test_too_many_fields(around: str) -> None:
+    fields = {f"f{i}": 0 for i in range(MAX_FIELDS + 1)}
+    error = error_of(post(around % json.dumps(fields)), 413)
+    assert error["message"] == "the body holds an object of 1025 fields, at most 1024 are read"
+    assert error["code"] == "body_too_large"
+    del fields["f0"]
+    assert "unknown field" in error_of(post(around % json.dumps(fields)), 400)["message"]
 
 
 def test_brackets_inside_strings_are_no_arrays() -> None:

@@ -16,6 +16,7 @@ from starlette.routing import Route
 from starlette.types import Message, Receive, Scope, Send
 
 from service.api.app import ROUTERS, create_app
+from service.api.bodies import SHORT_BODY, Room
 from service.api.limits import KeyLimits
 from service.api.middleware import EXPOSED_HEADERS, HEALTH, AnswerFaults
 from tests.conformance import contract
@@ -412,6 +413,52 @@ def test_a_body_of_unknown_length_is_refused_when_it_is_too_long() -> None:
             assert counted(api.fake) == {("/v1/completions", "413"): 2, ("/v1/completions", "400"): 1}
 
     run(test)
+
+
+async def stalling(size: int, go: asyncio.Event) -> AsyncIterator[bytes]:
+    yield b" " * size
+    await go.wait()
+
+
+def test_large_bodies_share_room_that_no_client_takes_from_the_others() -> None:
+    async def test() -> None:
+        async with serving(max_body_bytes=20_000, api_keys=KEYS) as api:
+            go = asyncio.Event()
+
+            async def ask(key: str, content: bytes | AsyncIterator[bytes], **more: str) -> httpx.Response:
+                headers = {"authorization": f"Bearer {key}", "content-type": "application/json"} | more
+                return await api.client.post("/v1/completions", content=content, headers=headers)
+
+            held = [asyncio.create_task(ask("first-key", stalling(18_000, go))) for _ in range(2)]
+            declared = {"content-length": "18000"}
+            held += [asyncio.create_task(ask("first-key", stalling(100, go), **declared)) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            large = b'{"max_tokens": 1}' + b" " * 19_000
+            answer = await ask("first-key", large)
+            error = error_of(answer, 503, "server_error")
+            message = "there is no room for a body of 19017 bytes next to those that the server works on: try again"
+            assert error["message"] == message
+            assert answer.headers["retry-after"] == "5"
+            assert (await ask("first-key", large[:SHORT_BODY])).status_code == 200, "a small body takes no room"
+            assert (await ask("second-key", large)).status_code == 200
+            go.set()
+            assert [(await each).status_code for each in held] == [400] * 4
+            assert (await ask("first-key", large)).status_code == 200
+
+    run(test)
+
+
+def test_room_is_for_each_client_and_for_all() -> None:
+    room = Room(1000)  # 8000 for all
+    assert [room.take("a", 1000) for _ in range(5)] == [True] * 4 + [False]
+    assert [room.take("b", 1000) for _ in range(3)] == [True] * 2 + [False]
+    assert [room.take("c", 1000) for _ in range(2)] == [True, False]
+    room.give_back("a", 2000)
+    assert [room.take("c", 1000) for _ in range(2)] == [True, False]
+    for client, size in (("a", 2000), ("b", 2000), ("c", 2000)):
+        room.give_back(client, size)
+    assert room.take("d", 4000)
+    assert not room.take("d", 1)
 
 
 def test_a_false_length_is_not_believed() -> None:

@@ -75,7 +75,7 @@ class FakeRunner:
 def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:
     """A function of the token alone. The likeliest ids count up from the token, or from the next id if the token is odd."""
     first = token + token % 2
-    return TokenLogprobs(-1.0 - token % 2, [(first + i, -1.0 - i) for i in range(num_top)])
+    return TokenLogprobs(-1.0 - token % 2, [first + i for i in range(num_top)], [-1.0 - i for i in range(num_top)])
 
 
 class FakeEngine:

@@ -138,7 +138,9 @@ class StepLoop:
         """Schedule and launch a step, then read this one or, with overlap, the one before it."""
         now = time.monotonic()
         self._report(self._scheduler.expire(now))
+        num_put_back = self._scheduler.num_put_back
         step = self._scheduler.schedule(now)
+        self._metrics.put_back.inc(self._scheduler.num_put_back - num_put_back)
         if step is not None:
             self._report(self._scheduler.begun)
             self._launch(step)

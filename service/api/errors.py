@@ -10,6 +10,7 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
+from model.checkpoint.templates import TemplateProcessError
 from service.api.encoding import LineResponse
 from service.api.limits import LimitError
 from service.api.schema.base import ErrorResponse
@@ -46,6 +47,10 @@ UNREADABLE: dict[type, str] = {
 }
 
 
+class ClientGoneError(Exception):
+    """The client closed the connection, so nobody would read an answer."""
+
+
 class APIError(Exception):
     """An error as the client will see it."""
 
@@ -79,13 +84,15 @@ def api_error(error: Exception) -> APIError:
             return invalid(text, code="request_too_large")
         case LimitError():
             return APIError(429, text, code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
+        case ClientGoneError():  # nginx's status: nobody receives it, but the response counter shows it
+            return APIError(499, "the client has left", code="client_gone")
         case QueueFullError():
             return APIError(429, text, code="server_busy", headers={"retry-after": str(error.retry_after)})
         case RetiredError():
             return APIError(404, text, param="model", code="model_not_found")
         case StepFailedError():
             return APIError(500, text, code="internal_error")
-        case EngineError():
+        case EngineError() | TemplateProcessError():
             return APIError(503, text, code="unavailable", headers={"retry-after": "1"})
         case RequestError():
             return invalid(text, error.param, error.code)

@@ -102,6 +102,7 @@ class Sequence:
     generated: list[int] = field(default_factory=list)  # tokens known, booked when a step is committed
     num_before: int = 0  # of these, known when it got its row
     last_step: int = 0  # the number of the step that computed it last, or from which on it has its row
+    suspect_to: int = 0  # up to where it is watched after it had to start over: the step that raised may be its fault
     lookup: PromptLookup | None = None  # its text, once it decodes, if its tokens can be guessed
 
     @property
@@ -411,6 +412,20 @@ class Scheduler:
         self._parked[sequence] = None
         if sequence.in_prompt:
             self._drop_pages(sequence)
+
+    def start_over(self, sequence: Sequence) -> None:
+        """Compute a running sequence again from its beginning, since what it did in a step that raised can't be repeated.
+
+        What it does in steps in flight is lost. It is watched as far as any step may get that raises as this one did.
+        """
+        sequence.suspect_to = sequence.num_computed + self.step_tokens
+        self._put_back(sequence)
+        self._drop_pages(sequence)
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a step may raise that could not be repeated if another was scheduled on top of it."""
+        return any(sequence.num_computed < sequence.suspect_to for sequence in self.running.values())
 
     def _drop_pages(self, sequence: Sequence) -> None:
         """Take the pages of a sequence that waits, if it has any: it will be computed again."""

@@ -209,6 +209,8 @@ def why_not_compiled(template: str) -> str | None:
         templates.process.render(template, None)
     except jinja2.TemplateError as error:
         return f"chat_template does not compile: {error!s:.200}"
+    except templates.TemplateProcessError:  # the first chat tells
+        return None
     return None
 
 

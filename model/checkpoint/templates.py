@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import select
 import signal
@@ -17,10 +18,16 @@ import jinja2
 
 from model.checkpoint.render import LENGTH_BYTES, write_message
 
+log = logging.getLogger("banded.checkpoint")
+
 # What the process may use for a template: seconds of a core, seconds in all if others have the cores, and bytes of memory.
 SECONDS, PATIENCE = 2, 3
 BYTES = 256 << 20
 START_SECONDS = 30  # that it may take to start
+
+
+class TemplateProcessError(Exception):
+    """The process does not start, which is no template's fault."""
 
 
 class TemplateProcess:
@@ -34,7 +41,7 @@ class TemplateProcess:
         """The text of a template, or nothing if there are no `variables`: then it is compiled only.
 
         Raises jinja2.TemplateError with what the template raises, or the limit that it exceeds: more than `max_chars`
-        characters are an error too.
+        characters are an error too. Raises TemplateProcessError if the process does not start.
         """
         request = {"template": template, "variables": variables, "max_chars": max_chars}
         with self._lock:
@@ -57,27 +64,31 @@ class TemplateProcess:
     def _ask(self, request: bytes) -> dict[str, Any]:
         if self._process and self._process.poll() is not None:
             self.close()
-        patience = START_SECONDS
         try:
-            if self._process is None:
-                self._process = start()
-                self._receive(patience)
-            patience = PATIENCE
+            process = self._process or self._start()
             with suppress(BrokenPipeError):  # it ended while it read, and why is seen below
-                write_message(self._process.stdin, request)  # type: ignore[arg-type]
-            return self._receive(patience)
+                write_message(process.stdin, request)  # type: ignore[arg-type]
+            return self._receive(PATIENCE)
         except TimeoutError:
             self.close()
-            what = "it takes" if patience == PATIENCE else "its process takes, to start,"
-            return {"error": f"{what} more than {patience} s"}
+            return {"error": f"it takes more than {PATIENCE} s"}
         except EOFError:
-            status = self._process.wait() if self._process else None
+            status = process.wait()
             self.close()
             is_late = status == -signal.SIGPROF
             return {"error": f"it takes more than {SECONDS} s" if is_late else f"its process ended with status {status}"}
         except BaseException:
             self.close()  # or its answer would be taken for that to the next request
             raise
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        try:
+            self._process = start()
+            self._receive(START_SECONDS)
+            return self._process
+        except (OSError, EOFError) as error:
+            log.error("the process for chat templates does not start: %r", error)
+            raise TemplateProcessError("the process for chat templates does not start") from error
 
     def _receive(self, seconds: float) -> dict[str, Any]:
         """Its next message. Raises TimeoutError after `seconds`, EOFError if it has ended."""

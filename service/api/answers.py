@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from model.checkpoint.tokenizer import Tokenizer
 from service.api.encoding import PiecesResponse, on_one_line
-from service.api.errors import CLIENT_CLOSED_REQUEST, api_error
+from service.api.errors import ClientGoneError, api_error
 from service.api.limits import KeyLimits
 from service.api.schema.base import (
     FewShotUsage,
@@ -48,10 +48,6 @@ KEEP_ALIVE = b": keep-alive\n"  # a blank line would look like the end of an eve
 # Proxies close a connection that stays silent, some of them after 30 s.
 KEEP_ALIVE_SECONDS = 15.0
 PADDED_TO = 64  # bytes
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection, so nobody would read an answer."""
 
 
 def event(body: str) -> bytes:
@@ -107,8 +103,8 @@ class ChargedRun:
                 async for outputs in steps:
                     yield outputs
         finally:
-            used = self.prompt_tokens + generation.completion_tokens if generation.has_begun else 0
-            self._limits.refund(most - used)
+            begun = min(self.prompt_tokens, generation.begun_tokens)
+            self._limits.refund(most - begun - generation.completion_tokens)
 
     async def finish(self) -> list[Choice]:
         """The choices to return, when all have ended."""
@@ -212,10 +208,7 @@ class TextEvents:
 
 async def answer(request: Request, work: Coroutine[Any, Any, list[bytes]]) -> Response:
     """The response to a client that waits for all of it, whose pieces `work` gives. If the client leaves, the work ends."""
-    try:
-        return PiecesResponse(await unless_disconnected(request.receive, work))
-    except ClientGoneError:
-        return Response(status_code=CLIENT_CLOSED_REQUEST)
+    return PiecesResponse(await unless_disconnected(request.receive, work))
 
 
 def json_array(items: Iterable[BaseModel]) -> Iterator[bytes]:
@@ -248,12 +241,12 @@ class EventStream(Response):
         self._keep_alive = keep_alive
         self._sent: float | None = None  # when the last event or comment was, on the loop's clock
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002 - as starlette has it
         try:
             await unless_disconnected(receive, self._stream(send))
         except ClientGoneError:
             if self._sent is None:
-                await Response(status_code=CLIENT_CLOSED_REQUEST)(scope, receive, send)
+                raise
 
     async def _stream(self, send: Send) -> None:
         async with aclosing(self._events) as events:

@@ -11,6 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
+from model.checkpoint.templates import TemplateProcessError
 from service.api.encoding import LineResponse
 from service.api.limits import LimitError
 from service.api.schema.base import ErrorResponse
@@ -21,8 +22,6 @@ from service.jobs.store import StoreFullError
 
 log = logging.getLogger("banded.api")
 
-# nginx's status for a client that has left. Nobody receives it, but the response counter shows it.
-CLIENT_CLOSED_REQUEST = 499
 # For the OpenAPI document: the errors that every route may answer with.
 RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": description}
@@ -47,6 +46,10 @@ UNREADABLE: dict[type, str] = {
     RecursionError: "is nested too deeply",
     ValueError: "holds a number of too many digits",
 }
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection, so nobody would read an answer."""
 
 
 class APIError(Exception):
@@ -82,13 +85,15 @@ def api_error(error: Exception) -> APIError:
             return invalid(text, code="request_too_large")
         case LimitError():
             return APIError(429, text, code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
+        case ClientGoneError() | ClientDisconnect():  # nginx's status: nobody receives it, but the response counter shows it
+            return APIError(499, "the client has left", code="client_gone")
         case QueueFullError():
             return APIError(429, text, code="server_busy", headers={"retry-after": str(error.retry_after)})
         case RetiredError():
             return APIError(404, text, param="model", code="model_not_found")
         case StepFailedError():
             return APIError(500, text, code="internal_error")
-        case EngineError():
+        case EngineError() | TemplateProcessError():
             return APIError(503, text, code="unavailable", headers={"retry-after": "1"})
         case RequestError():
             return invalid(text, error.param, error.code)
@@ -98,8 +103,6 @@ def api_error(error: Exception) -> APIError:
             return APIError(507, text, code="disk_full")
         case RequestValidationError():
             return validation_error(error.errors()[0])
-        case ClientDisconnect():
-            return APIError(CLIENT_CLOSED_REQUEST, "the client has left in the middle of the body")
         case HTTPException(status_code=413):
             return APIError(413, error.detail, code="body_too_large")
         case HTTPException() if type(error.__cause__) in UNREADABLE:

@@ -2,7 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 MINUTE = 60.0
 ROUNDING = 1e-6  # seconds by which the difference of two clock readings may be off
@@ -65,18 +66,19 @@ class KeyLimits:
         if bucket := self._buckets.get("tokens"):
             bucket.add(num_tokens, self._clock())
 
-    def charge_text(self, num_tokens: int) -> int:
-        """Take the tokens of a text that no model runs on, as `charge` does; `settle_text` says how many it had.
+    @contextmanager
+    def charged_text(self, num_tokens: int) -> Iterator[list[int]]:
+        """Take the tokens of a text that no model runs on, as `charge` does, for as long as it is worked on.
 
-        A text of more than a minute's tokens takes a minute's, since a file may well be longer.
+        The work puts the tokens that it went through into the list: they are taken in the end, and nothing is if there
+        are none. A text of more than a minute's tokens takes a minute's, since a file may well be longer.
         """
-        charged = self._of_a_text(num_tokens)
+        charged, used = self._of_a_text(num_tokens), list[int]()
         self.charge(charged)
-        return charged
-
-    def settle_text(self, charged: int, num_tokens: int) -> None:
-        """The text that was charged turned out to have so many tokens. What it had more is owed."""
-        self.refund(charged - self._of_a_text(num_tokens))
+        try:
+            yield used
+        finally:
+            self.refund(charged - self._of_a_text(sum(used)))
 
     def _of_a_text(self, num_tokens: int) -> int:
         bucket = self._buckets.get("tokens")

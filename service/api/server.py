@@ -27,7 +27,8 @@ from service.api.connection import Connection
 from service.api.errors import APIError
 from service.api.gate import Gate, affordable
 from service.api.middleware import AnswerHead, AnswerLiveness, FindPath, IdentifyRequests, allow_origins, refuse_sites
-from service.engine.engine import Engine, settle
+from service.engine.engine import Engine
+from service.engine.workers import settle
 from service.settings import Settings
 
 UNSENT_BYTES = 64 << 10  # of an answer that the kernel takes before the client has room for them

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from contextlib import suppress
-from typing import TypeVar
 
 from model.checkpoint.tokenizer import Tokenizer
 from model.config import KVGroup
@@ -23,11 +22,9 @@ from service.engine.loop import StepLoop, StepRunner
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, RequestError
 from service.engine.scheduler import AdapterRef, Delta, Scheduler, Sequence
-from service.engine.workers import SHORT, Slices, off_the_loop
+from service.engine.workers import SHORT, Slices, off_the_loop, settle
 
 log = logging.getLogger("banded.engine")
-
-T = TypeVar("T")
 
 # A busy engine that has finished no step for this long is not ready: something hangs.
 STALL_SECONDS = 30.0
@@ -148,9 +145,9 @@ class Generation:
         return [choices[0].start.num_cached for choices in self.choices if choices[0].start]
 
     @property
-    def has_begun(self) -> bool:
-        """Whether any of the prompts has been computed, wholly or in part."""
-        return any(choices[0].start for choices in self.choices)
+    def begun_tokens(self) -> int:
+        """Tokens of the prompts that have begun to be computed."""
+        return sum(len(choices[0].prompt.tokens) for choices in self.choices if choices[0].start)
 
 
 class Engine:
@@ -399,11 +396,3 @@ class Engine:
         if self.hangs:
             log.error("a step has been running for over %g s", seconds)
             self._failed.set()
-
-
-def settle(done: Future[T], work: Callable[[], T]) -> None:
-    """End `done` with what `work` returns or raises."""
-    try:
-        done.set_result(work())
-    except Exception as error:
-        done.set_exception(error)

@@ -138,11 +138,13 @@ class StepLoop:
         """Schedule and launch a step, then read this one or, with overlap, the one before it."""
         now = time.monotonic()
         self._report(self._scheduler.expire(now))
+        num_put_back = self._scheduler.num_put_back
         step = self._scheduler.schedule(now)
+        self._metrics.put_back.inc(self._scheduler.num_put_back - num_put_back)
         if step is not None:
             self._report(self._scheduler.begun)
             self._launch(step)
-        self._read_steps(keep=0 if step is None else self._num_ahead)
+        self._read_steps(keep=0 if step is None or self._scheduler.has_suspects else self._num_ahead)
 
     def _launch(self, step: StepInput) -> None:
         launched = time.monotonic()
@@ -188,19 +190,24 @@ class StepLoop:
     def _repeat_step(self, *, raised: bool) -> None:
         """Run the oldest step again in halves, and halves of those that raise, until each request that raises is alone.
 
-        Those end with an error, the others go on as if nothing had happened. `raised`: the step as a whole has raised.
+        Those end with an error, the others go on as if nothing had happened. If memory was short, some can't be run again
+        and start over. `raised`: the step as a whole has raised.
         """
         scheduler, step = self._scheduler, self._scheduler.oldest_step
         assert step is not None
         retry, requests = Retry(step), scheduler.oldest_requests()
         is_alone = raised and len(requests) == 1
         running = [some for request in requests if (some := [each for each in request if scheduler.is_running(each)])]
-        failed = [request for request in running if is_alone or not all(map(scheduler.can_repeat, request))]
-        parts = [[request for request in running if request not in failed]]
+        lost = [request for request in running if not all(map(scheduler.can_repeat, request))]
+        failed: list[list[Sequence]] = []
+        parts = [[request for request in running if request not in lost]]
         if is_alone:
+            failed, parts = running, []
             self._run_canary()
         elif raised:
             parts = halves(*parts)
+        for sequence in chain.from_iterable(() if is_alone else lost):
+            scheduler.start_over(sequence)
         while parts:
             part = parts.pop()
             if not part or self._run_part(retry, part):

@@ -29,6 +29,7 @@ class Metrics:
         self.ready = self._gauge("ready", "1 while requests may be sent here")
         self.requests_running = self._gauge("requests_running", "Choices that hold a slot")
         self.requests_waiting = self._gauge("requests_waiting", "Choices that wait for a slot")
+        self.put_back = self._counter("put_back", "Times that a choice gave its slot to another client, to go on later")
         self.queue_limit = self._gauge("queue_limit", "Choices that may wait before a request is refused")
         self.kv_held = self._family(Gauge, "kv_pages_held", "KV pages in use", "group")
         self.kv_total = self._family(Gauge, "kv_pages", "KV pages of the pool", "group")

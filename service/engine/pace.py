@@ -1,5 +1,6 @@
-"""How many prompt tokens may run in a step with decoding streams. The cost of steps is learnt, and steps are kept short."""
+"""How many prompt tokens, and rows of a client with many, may run in a step. The cost of steps is learnt, and kept low."""
 
+import sys
 from typing import NamedTuple
 
 from kernels.band import PAGE_SIZE
@@ -10,6 +11,8 @@ NEWEST = 0.5
 NEWEST_MEAN = 0.05
 # A step with prompts may take this many decode-only steps. One step in a hundred takes 1.5 times as long as predicted.
 MAX_SLOWDOWN = 1.75
+# The rows that a client decodes beyond those of every other may make a step take this many times as long.
+MAX_CROWDING = 1.5
 
 
 class Load(NamedTuple):
@@ -55,6 +58,13 @@ class Pace:
         they save them delay.
         """
         return max(PAGE_SIZE, self._fitting(Load(0, 1, start), other=Load(num_rows, 0, 0)))
+
+    def crowd_limit(self, num_rows: int) -> int:
+        """Decode rows, drafts included, that keep a step within MAX_CROWDING times one of `num_rows`."""
+        fixed, seconds = (self._expected(Load(rows, 0, 0)) for rows in (0, num_rows))
+        if seconds <= fixed:
+            return sys.maxsize  # rows cost nothing, or it is not known yet
+        return int(num_rows * (MAX_CROWDING * seconds - fixed) / (seconds - fixed))
 
     def _fitting(self, unit: Load, other: Load) -> int:
         """How many times a step that also computes `other` has room for `unit`; 0 until this is known."""

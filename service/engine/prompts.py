@@ -13,6 +13,7 @@ from itertools import accumulate, chain, pairwise
 from typing import Literal, NamedTuple
 
 from model.checkpoint.prompt_format import PromptFormat, Turn
+from model.checkpoint.templates import TemplateProcessError
 from model.checkpoint.tokenizer import PromptPart, Tokenizer
 from service.engine.request import (
     ExampleCounts,
@@ -172,6 +173,8 @@ def chat_prompt(
             add_generation_prompt=add_generation_prompt,
             max_chars=max_chars,
         )
+    except TemplateProcessError:
+        raise
     except Exception as error:  # the template is someone else's program
         reason = re.sub(f"{mark}|{end} ?", "", str(error) or type(error).__name__)
         reason = reason.encode(errors="backslashreplace").decode()

@@ -4,7 +4,7 @@ Plain numbers: no torch, no clock, no thread.
 """
 
 import math
-from collections import abc, deque
+from collections import Counter, abc, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -101,6 +101,8 @@ class Sequence:
     num_computed: int = 0  # booked when a step is scheduled
     generated: list[int] = field(default_factory=list)  # tokens known, booked when a step is committed
     num_before: int = 0  # of these, known when it got its row
+    last_step: int = 0  # the number of the step that computed it last, or from which on it has its row
+    suspect_to: int = 0  # up to where it is watched after it had to start over: the step that raised may be its fault
     lookup: PromptLookup | None = None  # its text, once it decodes, if its tokens can be guessed
 
     @property
@@ -228,6 +230,7 @@ class Scheduler:
         self.waiting: Shares[Sequence] = Shares()
         self.running: dict[int, Sequence] = {}  # by row, in order of admission
         self.num_put_back = 0  # so far
+        self._num_steps = 0  # so far
         self.begun: list[Delta] = []  # of the sequences that begin in the step that was scheduled last
         self.drafts = Drafts(0, 0)  # of the step that was committed last
         self._lacks_pages = False
@@ -289,7 +292,9 @@ class Scheduler:
         decoding = [s for s in self.running.values() if s.is_decoding and not s.waits_for_tokens]
         prompts = self._prompts()
         is_paced = self._is_paced(prompts, decoding)
-        room = self.step_tokens - MIN_CHUNK - len(decoding)
+        decoding, crowd = self._in_turns(decoding)
+        self._num_steps += 1
+        room = min(self.step_tokens - MIN_CHUNK, crowd) - len(decoding)
         if is_paced:
             room = min(room, self._pace.row_limit(prompts[0].num_computed) - len(decoding))
         for sequence in decoding:
@@ -384,7 +389,7 @@ class Scheduler:
         self.cache.move(sequence.row, row)
         self._parked.pop(sequence, None)
         self.running[row] = sequence
-        sequence.row, sequence.num_before = row, sequence.num_generated
+        sequence.row, sequence.num_before, sequence.last_step = row, sequence.num_generated, self._num_steps
         if not sequence.has_begun:
             sequence.admitted = now
         if sequence.deadline < math.inf:
@@ -407,6 +412,20 @@ class Scheduler:
         self._parked[sequence] = None
         if sequence.in_prompt:
             self._drop_pages(sequence)
+
+    def start_over(self, sequence: Sequence) -> None:
+        """Compute a running sequence again from its beginning, since what it did in a step that raised can't be repeated.
+
+        What it does in steps in flight is lost. It is watched as far as any step may get that raises as this one did.
+        """
+        sequence.suspect_to = sequence.num_computed + self.step_tokens
+        self._put_back(sequence)
+        self._drop_pages(sequence)
+
+    @property
+    def has_suspects(self) -> bool:
+        """Whether a step may raise that could not be repeated if another was scheduled on top of it."""
+        return any(sequence.num_computed < sequence.suspect_to for sequence in self.running.values())
 
     def _drop_pages(self, sequence: Sequence) -> None:
         """Take the pages of a sequence that waits, if it has any: it will be computed again."""
@@ -439,6 +458,26 @@ class Scheduler:
         num_first = sum(self.waiting.held(sequence.client) == 1 for sequence in prompts)
         others = {sequence.client for sequence in decoding} - {sequence.client for sequence in prompts}
         return bool(prompts) and (len(prompts) < len(decoding) or num_first < len(others))
+
+    def _in_turns(self, decoding: list[Sequence]) -> tuple[list[Sequence], int]:
+        """Those of `decoding` that a step computes, and how many rows it may have with their drafts.
+
+        A client that decodes more sequences than any other may slow the others down by MAX_CROWDING only. The rest of its
+        sequences sit the step out: those that were computed last, so that they take turns.
+
+        How long one waits: let its client hold n rows, and the next largest decode m sequences. Each step computes at least
+        m of the client's sequences, of those that decode the ones that have waited longest. Whoever is computed or gets a
+        row comes last. So at most n - 1 are ahead of a sequence, nobody joins them, and m leave in each step that leaves
+        it out. That are at most (n - 1) / m steps in a row, and n < max_rows. No other client's sequence waits.
+        """
+        counts = Counter(sequence.client for sequence in decoding).most_common(2)
+        if len(counts) < 2 or counts[0][1] == counts[1][1]:
+            return decoding, self.step_tokens
+        (largest, _), (_, fair) = counts
+        others = [sequence for sequence in decoding if sequence.client != largest]
+        own = sorted((s for s in decoding if s.client == largest), key=lambda s: s.last_step)
+        crowd = self._pace.crowd_limit(len(others) + fair)
+        return others + own[: crowd - len(others)], crowd
 
     def _waits(self, sequence: Sequence, group: PrefixGroup, parent: Sequence) -> bool:
         """Whether the parent of its group is about to compute what the sequence would."""
@@ -487,6 +526,7 @@ class Scheduler:
     def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
         scheduled.sequences.setdefault(sequence, sequence.num_computed)
         scheduled.num_tokens += num_tokens
+        sequence.last_step = self._num_steps
         sequence.num_computed += num_tokens
         scheduled.step.pages.extend(self.cache.extend(sequence.row, sequence.num_computed))
 

@@ -4,9 +4,11 @@ import asyncio
 import io
 import threading
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from collections.abc import Callable, Hashable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple, TypeVar
+
+from service.engine.shares import Shares
 
 T = TypeVar("T")
 
@@ -20,13 +22,71 @@ SLICE_SECONDS = 0.01
 WORK_SECONDS = 0.005
 
 workers = ThreadPoolExecutor(LARGE_AT_ONCE, "large-request")
-# Waits for the process that renders checkpoints' templates, one at a time. Nothing else may have to wait for them.
-template_thread = ThreadPoolExecutor(1, "chat-template")
+
+
+class QueuedWork(NamedTuple):
+    """Work that waits for a thread, and what becomes of it."""
+
+    client: Hashable
+    work: Callable[[], Any]
+    done: Future[Any]
+
+
+class FairThread:
+    """A thread that works for one client after the other, and within one by arrival."""
+
+    def __init__(self, name: str):
+        self.pool = ThreadPoolExecutor(1, name)
+        self._lock = threading.Lock()
+        self._waiting: Shares[QueuedWork] = Shares()
+        self.seconds = 0.0  # that the last piece of work took
+
+    def num_waiting(self, client: Hashable) -> int:
+        with self._lock:
+            return sum(queued.client == client for queued in self._waiting)
+
+    async def run(self, client: Hashable, work: Callable[[], T]) -> T:
+        """The result of `work`. Cancelled ahead of its turn, it leaves the line."""
+        queued = QueuedWork(client, work, Future())
+        with self._lock:
+            self._waiting.add(queued)
+        self.pool.submit(self._run_next)
+        try:
+            result: T = await asyncio.wrap_future(queued.done)
+            return result
+        finally:
+            with self._lock:
+                if queued in self._waiting:
+                    self._waiting.remove(queued)
+
+    def _run_next(self) -> None:
+        with self._lock:
+            queued = self._waiting.first()
+            if queued is None:
+                return
+            self._waiting.take(queued, 0)  # its client goes to the end of the line
+            self._waiting.leave(queued)
+        if queued.done.set_running_or_notify_cancel():
+            began = time.monotonic()
+            settle(queued.done, queued.work)
+            self.seconds = time.monotonic() - began
+
+
+def settle(done: Future[T], work: Callable[[], T]) -> None:
+    """End `done` with what `work` returns or raises."""
+    try:
+        done.set_result(work())
+    except Exception as error:
+        done.set_exception(error)
+
+
+# Waits for the process that renders checkpoints' templates. Nothing else may have to wait for them.
+template_thread = FairThread("chat-template")
 
 
 def drop_waiting() -> None:
     """Give up what waits for a thread: the interpreter would do all of it before it ends. For the end of the process."""
-    for pool in (workers, template_thread):
+    for pool in (workers, template_thread.pool):
         pool.shutdown(wait=False, cancel_futures=True)
 
 

@@ -1,6 +1,6 @@
 """POST /v1/chat/completions: messages laid out by the model's template, answered as chat front ends expect."""
 
-import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import replace
@@ -22,6 +22,7 @@ from service.api.answers import (
     joined,
     json_array,
     prompt_logprobs_of,
+    unless_disconnected,
 )
 from service.api.bodies import CONTEXT_BYTES, BodyRoute
 from service.api.encoding import in_pieces
@@ -51,6 +52,7 @@ from service.api.validation import (
     warnings_for,
 )
 from service.engine.choice import Choice, Output, ShownToken
+from service.engine.engine import QueueFullError
 from service.engine.models import ModelEntry
 from service.engine.prompts import chat_prompt
 from service.engine.request import MAX_INT, GenerationRequest, Prompt, check_length, check_text_length, end_of
@@ -63,6 +65,8 @@ T = TypeVar("T")
 # A chat's text may have so many characters for each byte that its tokens can have: bytes of a character that NFC composes,
 # and the marks next to what looks like a special token.
 TEXT_PER_BYTE = 8
+# Chats of a client, or of all that send no key, that wait for a checkpoint's template. They hold their bodies meanwhile.
+MAX_WAITING = 256
 
 
 @router.post("/v1/chat/completions", response_model=ChatResponse, responses=STREAMED)
@@ -70,7 +74,9 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     """Answer a chat; with `stream`, as server-sent events."""
     entry = find_model(request, body.model)
     size = len(await request.body())
-    warnings, asked = await lay_out(size, entry, lambda: (warnings_for(body, request), generation_of(body, entry, request)))
+    warnings, asked = await lay_out(
+        size, entry, request, lambda: (warnings_for(body, request), generation_of(body, entry, request))
+    )
     log_user(body.user, request)
     generation = entry.engine.generate(asked)
     chat = ChatAnswer(body, entry, asked.prompts[0], ChargedRun(generation, request), warnings)
@@ -79,11 +85,20 @@ async def create_chat_completion(body: ChatRequest, request: Request) -> Respons
     return await answer(request, chat.collect())
 
 
-async def lay_out(size: int, entry: ModelEntry, work: Callable[[], T]) -> T:
-    """off_the_loop, for work that lays out a chat: a checkpoint's template is waited for in the thread for that."""
+async def lay_out(size: int, entry: ModelEntry, request: Request, work: Callable[[], T]) -> T:
+    """off_the_loop, for work that lays out a chat: a checkpoint's template is waited for in the thread for that.
+
+    Raises QueueFullError if too many chats of the client wait already, and ClientGoneError if the client leaves.
+    """
     if entry.prompt_format.is_own:
         return await off_the_loop(size, work)
-    return await asyncio.get_running_loop().run_in_executor(template_thread, work)
+    client = client_of(request)
+    waiting = template_thread.num_waiting(client)
+    if waiting >= MAX_WAITING:
+        seconds = max(1, math.ceil(waiting * template_thread.seconds))
+        message = f"{waiting} chats wait to be laid out, the limit is {MAX_WAITING}; try again in {seconds} s"
+        raise QueueFullError(message, seconds)
+    return await unless_disconnected(request.receive, template_thread.run(client, work))
 
 
 def generation_of(body: ChatRequest, entry: ModelEntry, request: Request) -> GenerationRequest:

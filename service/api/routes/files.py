@@ -105,9 +105,9 @@ async def upload_file(request: Request) -> FileObject:
     if not content:
         raise invalid("'file': it is empty", "file")
     base, limits = state_of(request).models.base, cast(KeyLimits, request.state.limits)
-    charged = limits.charge_text(1)  # a key that owes tokens must wait; how many these are is not known yet
-    num_tokens, fault = await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
-    limits.settle_text(charged, num_tokens)  # of a file that is refused, what was tokenized ahead of the fault
+    with limits.charged_text(1) as used:  # a key that owes tokens must wait; how many these are is not known yet
+        num_tokens, fault = await off_the_loop(len(content), lambda: check_examples(content, shown(name), base))
+        used.append(num_tokens)  # of a file that is refused, what was tokenized ahead of the fault
     if fault:
         raise invalid(f"'file': {fault}", "file") from fault
     return file_object(await asyncio.to_thread(store.add_file, owner_of(request), name, PURPOSE, content))

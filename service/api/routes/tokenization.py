@@ -35,15 +35,13 @@ async def tokenize(body: TokenizeRequest, request: Request) -> Response:
     entry, size = entry_of(body.model, request), len(await request.body())
     tokenizer, limits = entry.tokenizer, cast(KeyLimits, request.state.limits)
     texts = [body.prompt or ""] if body.messages is None else [message.text for message in body.messages]
-    charged = limits.charge_text(sum(tokenizer.least_tokens(tokenizer.num_known_bytes(text)) for text in texts))
-    count = 0  # what is refused costs nothing
-    try:
+    least = sum(tokenizer.least_tokens(tokenizer.num_known_bytes(text)) for text in texts)
+    with limits.charged_text(least) as used:
         if body.messages is not None:
-            count, pieces = await lay_out(size, entry, lambda: tokenized(body, entry, request))
+            count, pieces = await lay_out(size, entry, request, lambda: tokenized(body, entry, request))
         else:
             count, pieces = await off_the_loop(size, lambda: tokenized(body, entry, request))
-    finally:
-        limits.settle_text(charged, count)
+        used.append(count)
     return PiecesResponse(pieces)
 
 
@@ -80,8 +78,10 @@ def tokenized(body: TokenizeRequest, entry: ModelEntry, request: Request) -> tup
 async def detokenize(body: DetokenizeRequest, request: Request) -> Response:
     """Text of token ids, with special tokens spelt out. Bytes that are not UTF-8 become U+FFFD."""
     entry, size = entry_of(body.model, request), len(await request.body())
-    request.state.limits.charge_text(len(body.tokens))
-    return PiecesResponse(await off_the_loop(size, lambda: detokenized(body, entry, request)))
+    with request.state.limits.charged_text(len(body.tokens)) as used:
+        pieces = await off_the_loop(size, lambda: detokenized(body, entry, request))
+        used.append(len(body.tokens))
+    return PiecesResponse(pieces)
 
 
 def detokenized(body: DetokenizeRequest, entry: ModelEntry, request: Request) -> list[bytes]:

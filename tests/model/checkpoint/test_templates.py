@@ -108,3 +108,15 @@ def test_what_the_compiler_would_compute_prevents_chats_only(template: str, tmp_
     else:
         assert problem.startswith("chat_template does not compile: it takes more than ")
     assert PromptFormat(chat_template="ok").render_chat([], bos_token="", eos_token="") == "ok"
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_the_template(
+    tmp_path: Path, process: TemplateProcess, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(templates, "process", process)
+    write(tmp_path, "banded.json", {"chat_template": "ok"})
+    with monkeypatch.context() as broken:
+        broken.setattr("sys.executable", "/nowhere")
+        found = load_prompt_format(tmp_path)
+    assert found.chat_problem is None
+    assert found.render_chat([], bos_token="", eos_token="") == "ok"

@@ -13,8 +13,8 @@ import pytest
 from starlette.types import Message
 
 from model.step import StepInput
-from service.api.answers import DONE, KEEP_ALIVE, ClientGoneError, EventStream, event, unless_disconnected
-from service.api.errors import APIError
+from service.api.answers import DONE, KEEP_ALIVE, EventStream, event, unless_disconnected
+from service.api.errors import APIError, ClientGoneError
 from service.engine.metrics import Metrics
 from tests.conformance import contract
 from tests.service.api.helpers import Api, serving

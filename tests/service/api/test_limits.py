@@ -1,5 +1,6 @@
 """Limits of a key against a clock that the tests turn."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -73,16 +74,22 @@ def test_what_could_never_pass_is_no_matter_of_waiting() -> None:
 def test_a_text_is_charged_at_most_a_minutes_tokens_and_owes_what_it_had_more() -> None:
     clock = Clock()
     key = limits(clock, tokens=600)
-    charged = key.charge_text(10)
-    key.settle_text(charged, 100)
+    with key.charged_text(10) as used:
+        assert key.headers()["x-ratelimit-remaining-tokens"] == "590"
+        used.append(100)
     assert key.headers()["x-ratelimit-remaining-tokens"] == "500"
-    charged = key.charge_text(400)
-    key.settle_text(charged, 100_000)
-    assert refused(key.charge_text, 1).retry_after == 11, "it owes 100 tokens, and 1 is needed"
+    with key.charged_text(400) as used:
+        used.append(100_000)
+    with pytest.raises(LimitError) as caught, key.charged_text(1):
+        pytest.fail("it owes 100 tokens, and 1 is needed")
+    assert caught.value.retry_after == 11
     clock.now += 70
-    assert key.charge_text(100_000) == 600
-    unlimited = limits(clock)
-    unlimited.settle_text(unlimited.charge_text(10**9), 5)
+    with suppress(ValueError), key.charged_text(100_000):
+        assert key.headers()["x-ratelimit-remaining-tokens"] == "0"
+        raise ValueError
+    assert key.headers()["x-ratelimit-remaining-tokens"] == "600", "what is refused costs nothing"
+    with limits(clock).charged_text(10**9) as used:
+        used.append(5)
 
 
 def test_headers_are_those_of_the_limits_there_are() -> None:

@@ -109,6 +109,7 @@ def test_metrics_show_a_completed_request() -> None:
                 'banded_requests_running{model="fake"}': 0,
                 'banded_requests_waiting{model="fake"}': 0,
                 'banded_queue_limit{model="fake"}': 8,
+                'banded_put_back_total{model="fake"}': 0,
                 'banded_kv_pages_held{group="dense",model="fake"}': 0,
                 'banded_kv_usage_ratio{group="banded",model="fake"}': 0,
                 'banded_stream_errors_total{model="fake"}': 0,

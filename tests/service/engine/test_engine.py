@@ -206,7 +206,7 @@ def test_a_client_gets_a_slot_while_anothers_choices_fill_them_and_everything_is
             assert not large.done()
             texts = [text_of(await large, choice) for choice in range(9)]
             assert texts == [text_of(await collect(engine, request(60, num_prompt=100)))] * 9
-        assert fake.scheduler.num_put_back > 0
+        assert fake.metric("put_back_total") == fake.scheduler.num_put_back > 0
         assert fake.metric("generated_tokens_total") == 10 * 60 + 5
         assert fake.metric("prefix_cache_queries_total") == 10 * 100 + 5 * 3
         assert fake.metric("requests_total", outcome="length") == 10 + 5

@@ -1,11 +1,12 @@
 """The pace on simulated machines: each test defines what a step costs."""
 
 import random
+import sys
 
 import pytest
 
 from kernels.band import PAGE_SIZE
-from service.engine.pace import MAX_SLOWDOWN, Load, Pace
+from service.engine.pace import MAX_CROWDING, MAX_SLOWDOWN, Load, Pace
 
 
 def machine(load: Load) -> float:
@@ -97,3 +98,26 @@ def test_a_machine_that_becomes_slower_is_followed() -> None:
         pace.observe(Load(24, count, count * 100), 2 * machine(Load(24, 0, 0)) + 0.0005 * count)
         pace.observe(Load(24, 0, 0), 2 * machine(Load(24, 0, 0)))
     assert pace.chunk_limit(24, 100) < before
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.1])
+@pytest.mark.parametrize("num_rows", [2, 10, 30])
+def test_a_crowd_takes_as_much_longer_as_it_may(num_rows: int, noise: float) -> None:
+    ratios = []
+    for seed in range(20):
+        pace = learnt(noise, seed)
+        for _ in range(20):
+            for rows in (4, 30):
+                pace.observe(Load(rows, 0, 0), machine(Load(rows, 0, 0)))
+        count = pace.crowd_limit(num_rows)
+        assert count >= num_rows
+        ratios.append(machine(Load(count, 0, 0)) / machine(Load(num_rows, 0, 0)))
+    assert sorted(ratios)[10] == pytest.approx(MAX_CROWDING, rel=0.05)
+
+
+def test_rows_that_cost_nothing_are_no_crowd() -> None:
+    assert Pace().crowd_limit(3) == sys.maxsize
+    pace = Pace()
+    for rows in (1, 64) * 200:
+        pace.observe(Load(rows, 0, 0), 0.01)
+    assert pace.crowd_limit(1) > 64

@@ -59,9 +59,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def run_all(directory: Path, requests: list[GenerationRequest], when: str | None, *, overlap: bool) -> tuple[list[Any], int]:
+def run_all(
+    directory: Path, requests: list[GenerationRequest], when: str | None, *, overlap: bool, kv_bytes: int = 6 << 20
+) -> tuple[list[Any], int]:
     """What becomes of `requests`, which all come at once, and how many steps raised."""
-    settings: dict[str, Any] = {"dtype": "float32", "compile": False, "max_slots": 7, "step_tokens": 90, "kv_bytes": 6 << 20}
+    settings: dict[str, Any] = {"dtype": "float32", "compile": False, "max_slots": 7, "step_tokens": 90}
+    settings["kv_bytes"] = kv_bytes
     entry = load_served(Settings(model=str(directory), **settings).engine, metrics := Metrics("tiny")).base
     steps, scheduler = entry.engine._steps, entry.engine._scheduler
     steps._num_ahead = int(overlap)
@@ -101,13 +104,23 @@ def requests(directory: Path) -> Requests:
     return Requests(good, poisoned, run_all(directory, good, None, overlap=False)[0])
 
 
-@pytest.mark.parametrize(("when", "overlap"), [("before", 0), ("after", 1), ("result", 0), ("result", 1)])
+@pytest.mark.parametrize(
+    ("when", "overlap", "kv_kib"),
+    [
+        ("before", 0, 6144),
+        ("after", 1, 6144),
+        ("result", 0, 6144),
+        ("result", 1, 6144),
+        ("result", 1, 400),
+        ("result", 0, 400),
+    ],
+)
 def test_poisoned_requests_end_with_an_error_and_all_others_are_the_same(
-    when: str, overlap: bool, requests: Requests, directory: Path
+    when: str, overlap: bool, kv_kib: int, requests: Requests, directory: Path
 ) -> None:
     together = requests.good + requests.poisoned
     order = random.Random(when).sample(range(len(together)), len(together))
-    found, num_raised = run_all(directory, [together[i] for i in order], when, overlap=bool(overlap))
+    found, num_raised = run_all(directory, [together[i] for i in order], when, overlap=bool(overlap), kv_bytes=kv_kib << 10)
     assert num_raised >= len(requests.poisoned)
     by_number = dict(zip(order, found, strict=True))
     for i, expected in enumerate(requests.expected):

@@ -277,6 +277,7 @@ def sequences_of(request: Request) -> list[Sequence]:
     step_tokens=st.integers(21, 400),
     sequences=st.tuples(st.integers(1, 9), st.integers(1, 3)),
     chunk_limit=st.none() | st.integers(16, 400),
+    crowd=st.none() | st.integers(0, 3),
     steps_ahead=st.integers(0, 1),
     max_draft=st.integers(0, 9),
     seed=st.integers(0, 1000),
@@ -288,6 +289,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     step_tokens: int,
     sequences: tuple[int, int],
     chunk_limit: int | None,
+    crowd: int | None,
     steps_ahead: int,
     max_draft: int,
     seed: int,
@@ -304,6 +306,8 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     if chunk_limit is not None:
         # The page accounts must balance whatever the pace allows.
         scheduler._pace.chunk_limit = lambda *_: chunk_limit  # type: ignore[method-assign]
+    if crowd is not None:
+        scheduler._pace.crowd_limit = lambda num_rows: num_rows + crowd  # type: ignore[method-assign]
     device = Device(scheduler, rng)
     in_flight: deque[tuple[StepInput, list[Row], Sampled]] = deque()
     todo = [sequences_of(request) for request in requests]

@@ -1,25 +1,29 @@
-"""Worker threads leave half of the time to others, and what waits for one must not keep the process from ending."""
+"""Worker threads leave time to others and to each client its turn, and keep no process from ending."""
 
 import asyncio
 import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.checkpoint.files import json_lines
 from service.api.routes.files import check_examples
 from service.engine import request, workers
-from service.engine.workers import SHORT, WORK_SECONDS, RestingFile, off_the_loop, rest
+from service.engine.workers import SHORT, WORK_SECONDS, FairThread, RestingFile, off_the_loop, rest
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
+from tests.service.helpers import run, until
 
 
 def test_what_waits_for_a_thread_is_given_up_at_the_end() -> None:
     code = (
         "import time; from service.engine import workers\n"
-        "for pool in (workers.template_thread, workers.workers):\n"
+        "for pool in (workers.template_thread.pool, workers.workers):\n"
         "    [pool.submit(time.sleep, 2) for _ in range(30)]\n"
         "workers.drop_waiting()"
     )
@@ -30,8 +34,8 @@ def test_what_waits_for_a_thread_is_given_up_at_the_end() -> None:
 
 def work_for(seconds: float) -> None:
     """Take so much processor time, with rests."""
-    until = time.thread_time() + seconds
-    while time.thread_time() < until:
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
         rest()
     rest()
 
@@ -81,3 +85,81 @@ def test_a_long_text_is_tokenized_with_rests(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(request, "rest", lambda: rests.append(None))
     request.text_prompt("a b " * 200_000, FakeEngine.tokenizer)
     assert len(rests) > 10
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from(["done", "done", "fails", "leaves"])), max_size=20))
+def test_a_client_waits_for_one_piece_of_work_of_each_other(asked: list[tuple[str, str]]) -> None:
+    order: list[tuple[str, int]] = []
+
+    async def test() -> None:
+        thread, begun, gate = FairThread("test"), threading.Event(), threading.Event()
+
+        def work(client: str, number: int, how: str) -> int:
+            order.append((client, number))
+            if how == "fails":
+                raise ValueError(number)
+            return number
+
+        def wait() -> bool:
+            begun.set()
+            return gate.wait(20)
+
+        first = asyncio.create_task(thread.run("first", wait))
+        await until(begun.is_set)
+        tasks = []
+        for i, (client, how) in enumerate(asked):
+            tasks.append(asyncio.create_task(thread.run(client, partial(work, client, i, how))))
+            await asyncio.sleep(0)
+        for task, (_, how) in zip(tasks, asked, strict=True):
+            if how == "leaves":
+                task.cancel()
+        await asyncio.sleep(0)
+        staying = [i for i, (_, how) in enumerate(asked) if how != "leaves"]
+        assert sum(map(thread.num_waiting, "abcd")) == len(staying)
+        gate.set()
+        assert await first is True
+        for i, (task, (_, how)) in enumerate(zip(tasks, asked, strict=True)):
+            (found,) = await asyncio.gather(task, return_exceptions=True)
+            match how:
+                case "done":
+                    assert found == i
+                case "fails":
+                    assert isinstance(found, ValueError)
+                case _:
+                    assert task.cancelled()
+        # Round after round, each client that still has work gets one piece done, by arrival.
+        lines = {client: [i for i in staying if asked[i][0] == client] for client in "abcd"}
+        while order:
+            present = [client for client, line in lines.items() if line]
+            this_round, order[:] = order[: len(present)], order[len(present) :]
+            assert sorted(client for client, _ in this_round) == present
+            assert all(number == lines[client].pop(0) for client, number in this_round)
+        assert not any(lines.values())
+        thread.pool.shutdown()
+
+    run(test)
+
+
+def test_work_whose_client_leaves_meanwhile_is_ended_ahead_of_the_next() -> None:
+    async def test() -> None:
+        thread, begun, gate = FairThread("test"), threading.Event(), threading.Event()
+        ended: list[str] = []
+
+        def slow() -> None:
+            begun.set()
+            gate.wait(20)
+            ended.append("slow")
+
+        leaving = asyncio.create_task(thread.run("a", slow))
+        await until(begun.is_set)
+        leaving.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        last = asyncio.create_task(thread.run("a", lambda: ended.append("last")))
+        await asyncio.sleep(0.01)
+        gate.set()
+        await last
+        assert ended == ["slow", "last"]
+        thread.pool.shutdown()
+
+    run(test)

@@ -140,6 +140,7 @@ class Server(uvicorn.Server):
             await self._lifespan.enter_async_context(app.router.lifespan_context(app))
             self.engine = app.state.shared.models.base.engine
             app.state.shared.metrics.connections.set_function(lambda: len(self._gate))
+            self._lag = Lag()  # nobody waited for what held it up while the model was loaded
             app.state.shared.metrics.event_loop_lag.set_function(self._lag.longest)
             self._app = app
             await self.engine.failed()

@@ -173,9 +173,11 @@ def test_the_alerts_can_be_evaluated(scraped: Scraped) -> None:
         return [rule for group in found for rule in group["rules"]]
 
     until(lambda: all(rule["health"] != "unknown" for rule in rules()))
-    assert {rule["name"]: (rule["health"], rule["state"]) for rule in rules()} == {
-        rule["alert"]: ("ok", "inactive") for group in read_yaml("alerts.yml")["groups"] for rule in group["rules"]
-    }
+    expected = {rule["alert"] for group in read_yaml("alerts.yml")["groups"] for rule in group["rules"]}
+    assert {rule["name"]: rule["health"] for rule in rules()} == dict.fromkeys(expected, "ok")
+    # The machine of a test may be so busy that it holds the event loop up for a moment.
+    assert {rule["name"] for rule in rules() if rule["state"] != "inactive"} <= {"BandedEventLoopLags"}
+    assert not [rule for rule in rules() if rule["state"] == "firing"]
 
 
 def test_vllms_series_are_there_with_the_alias_only(scraped: Scraped) -> None:

@@ -477,7 +477,7 @@ def connected(app: Any, hall: gate.Gate | None = None) -> tuple[Connection, Wire
     """A connection to an application, without a socket."""
     config = uvicorn.Config(app, lifespan="off", ws="none", log_config=None)
     config.load()
-    hall = hall or gate.Gate(10, 60)
+    hall = gate.Gate(10, 60) if hall is None else hall
     connection, wire = Connection(hall, config=config, server_state=ServerState(), app_state={}), Wire()
     connection.connection_made(wire)
     return connection, wire

@@ -4,6 +4,7 @@ Requests on a connection are parsed one at a time: what follows a request waits 
 client that sends ahead costs one bounded buffer, and one that leaves is noticed.
 """
 
+from functools import partial
 from typing import Any
 
 import httptools
@@ -28,6 +29,8 @@ MAX_LINGER = 1 << 20  # bytes that are read, and thrown away, after a request th
 MAX_UNSENT = 16 << 10  # bytes of answers that wait for the client to read before the application waits too
 # A turn of the event loop parses this many bytes of a chunked body. Each piece that it is cut into counts as so many more.
 TURN, PIECE = 64 << 10, 256
+# Bytes of a head that are parsed at once. The others wait for each other, so that short ones pass them.
+SHORT_HEAD = 4096
 END = b"\r\n\r\n"  # of headers and of chunked bodies: the parser accepts no other
 # Headers that tell how and when the body comes.
 FRAMING = frozenset((b"content-length", b"transfer-encoding", b"expect"))
@@ -102,11 +105,16 @@ class Connection(HttpToolsProtocol):
         if self._is_over:
             self._discarded += len(data)
             if self._discarded > MAX_LINGER:
-                self._close()
+                self.transport.pause_reading()
             return
         has_waited = bool(self._data)
         self._data, self._at = (self._data[self._at :] + data, 0) if has_waited else (data, 0)
-        self._advance(has_waited=has_waited)
+        advance = partial(self._advance, has_waited=has_waited)
+        if self._in_body or len(self._data) <= SHORT_HEAD:
+            advance()
+        else:
+            self._gate.long_heads.call(advance)
+            self._settle()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -161,6 +169,8 @@ class Connection(HttpToolsProtocol):
 
         `has_waited` tells that the first of it has waited for that, and has not come just now.
         """
+        if self._is_over:
+            return
         work = 0
         while self._at < len(self._data) and not self._is_over:
             if self._is_whole:
@@ -222,7 +232,7 @@ class Connection(HttpToolsProtocol):
                 self._discarded += len(piece)
                 if self._discarded > MAX_DISCARDED:
                     self._gate.count("sent on after its answer")
-                    self._close()
+                    self._linger()
         else:
             self._tail = b""
 
@@ -327,10 +337,7 @@ class Connection(HttpToolsProtocol):
         self._settle()
 
     def _refuse(self, error: APIError, *, lingers: bool = True) -> None:
-        """Answer the request with `error`, unless its answer has begun, and close the connection.
-
-        A connection that closes while more comes is reset, and the answer may be lost. So it lingers, reading nothing.
-        """
+        """Answer the request with `error`, unless its answer has begun, and close the connection."""
         self._gate.count(str(error.status))
         if not (self._in_body and self.cycle.response_started):
             headers = [*self.server_state.default_headers, *error.response.raw_headers, (b"connection", b"close")]
@@ -338,12 +345,16 @@ class Connection(HttpToolsProtocol):
             self.transport.write(STATUS_LINE[error.status] + lines + b"\r\n" + bytes(error.response.body))
         self._abandon()
         if lingers:
-            self._is_over, self._discarded = True, 0
-            self.transport.write_eof()
-            self.flow.resume_reading()
-            self._gate.wait(self, Wait.LINGER)
+            self._linger()
         else:
             self._close()
+
+    def _linger(self) -> None:
+        """Parse no more, and close when the client has had time to read: to close while more comes resets the connection."""
+        self._is_over, self._discarded = True, 0
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._gate.wait(self, Wait.LINGER)
 
     def _abandon(self) -> None:
         """Tell the application that its client has gone."""

@@ -23,7 +23,7 @@ OTHER_FILES = 1024
 SECONDS_BETWEEN_POLLS = 0.5
 SECONDS_BETWEEN_REPORTS = 10.0
 MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
-# Requests that begin in one turn of the event loop: each takes it for up to half a millisecond.
+# Requests that begin in one turn of the event loop, and long heads that are parsed: each takes up to half a millisecond.
 STARTS_PER_TURN = 16
 # Of those that were sent ahead of the last answer so many begin in so many seconds, so that nobody else feels them.
 AHEAD_PER_TURN, AHEAD_SECONDS = 4, 0.02
@@ -91,7 +91,8 @@ class Gate:
     def __init__(self, limit: int, keep_alive: float):
         """At most `limit` are open. One that had its answer may be idle for `keep_alive` seconds."""
         self.limit = limit
-        self.starts, self.starts_ahead = Turns(STARTS_PER_TURN, 0), Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
+        self.starts, self.long_heads = Turns(STARTS_PER_TURN, 0), Turns(STARTS_PER_TURN, 0)
+        self.starts_ahead = Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
         self._open: set[Guest] = set()
         self._seconds = {
             Wait.LINGER: LINGER_SECONDS,

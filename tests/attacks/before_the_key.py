@@ -369,6 +369,7 @@ def main() -> int:
     args = options.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     if args.attack:
+        os.nice(10)  # an attacker takes no processor from the server and from those who ask it
         print(asyncio.run(ATTACKS[args.attack](target_of(args.url), args.scale)))
         return 0
     print(f"{'attack':<32}{'live, ms':>9}{'calm':>6}{'+MB':>7}{'CPU, s':>8}  outcome")

@@ -4,6 +4,7 @@ import asyncio
 import json
 import logging
 import random
+import re
 import socket
 import time
 from collections import Counter
@@ -640,6 +641,32 @@ def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liven
     assert [first, *others] == [f"/{place}" for place in range(100) if place != 20]
 
 
+def test_long_heads_are_parsed_in_turns_and_short_ones_pass_them() -> None:
+    begun: list[list[str]] = []  # in each turn
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun[-1].append(scope["path"])
+
+    async def test() -> None:
+        hall = gate.Gate(200, 60)
+        clients = [connected(app, hall)[0] for _ in range(101)]
+        for place, client in enumerate(clients[:-1]):
+            client.data_received(b"GET /%d HTTP/1.1\r\nx: %s\r\n\r\n" % (place, b"a" * 10_000))
+        assert hall._held > 80 * 10_000
+        clients[50].connection_lost(None)
+        clients[-1].data_received(b"GET /short HTTP/1.1\r\n\r\n")
+        while sum(map(len, begun)) < 100:
+            begun.append([])
+            await asyncio.sleep(0)
+        assert hall._held == 0
+
+    run(test)
+    assert max(map(len, begun)) == gate.STARTS_PER_TURN
+    paths = [path for paths in begun for path in paths]
+    assert paths.index("/short") <= 2 * gate.STARTS_PER_TURN
+    assert [path for path in paths if path != "/short"] == [f"/{place}" for place in range(100) if place != 50]
+
+
 def test_requests_that_are_sent_ahead_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gate, "AHEAD_SECONDS", 0.1)
     begun: Counter[float] = Counter()
@@ -702,6 +729,26 @@ def test_a_body_that_is_not_wanted_is_read_up_to_a_bound(monkeypatch: pytest.Mon
             writer.transport.abort()
 
     run(test)
+
+
+@pytest.mark.parametrize(
+    "start", [GET + b"x: ", b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000000\r\n\r\n"]
+)
+def test_who_sends_much_before_it_reads_gets_its_answer(start: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "MAX_DISCARDED", 1_000_000)
+
+    async def test() -> None:
+        async with listening(api_keys=("key",)) as running:
+            with socket.create_connection(("127.0.0.1", running.port)) as client:
+                client.setblocking(False)
+                loop = asyncio.get_running_loop()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(loop.sock_sendall(client, start + b"a" * 50_000_000), 0.5)
+                answer = await loop.sock_recv(client, 1000)
+                assert re.match(rb"HTTP/1.1 4(31|01) ", answer), answer[:50]
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # it reads on as long as something comes
+        runner.run(asyncio.wait_for(test(), 60))
 
 
 def test_a_client_that_does_not_take_its_last_answer_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Coroutine, Hashable
 from email.message import Message
-from typing import Any
+from itertools import count
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -13,8 +14,11 @@ from fastapi.routing import APIRoute
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from service.engine.workers import LARGE_AT_ONCE, off_the_loop
+from service.engine.workers import LARGE_AT_ONCE, off_the_loop, rest
 from service.settings import Settings
+
+T = TypeVar("T")
+V = TypeVar("V")
 
 # Bytes of a body that is read on the event loop, in a few milliseconds at most.
 SHORT_BODY = 2**14
@@ -25,6 +29,7 @@ TEXT_ROUTES = re.compile(r"/v1/completions|/v1/engines/.*/completions|/v1/score|
 FILES_ROUTE = "/v1/files"
 # Arrays and objects of a body: each takes up to forty times as much memory as its two characters.
 MAX_CONTAINERS = 2**17
+CALLS = 64  # of Python by the parser, between which a worker thread does not rest
 PIECE = 2**18  # characters that a single call of the interpreter's C code goes through
 # Ids up to here are the same objects in all prompts. Each would take 32 bytes more.
 SHARED_INTS = tuple(range(2**16))
@@ -112,13 +117,28 @@ def load_json(body: bytes) -> Any:
     if text.count("[") + text.count("{") > MAX_CONTAINERS and num_containers(text) > MAX_CONTAINERS:
         raise HTTPException(413, f"the body holds more than {MAX_CONTAINERS} arrays and objects, as no request needs")
     # The parser is written in C and lets nobody run, unless it calls Python.
-    return json.loads(text, parse_int=whole_number, parse_float=lambda digits: float(digits))
+    return json.loads(
+        text, parse_int=resting(whole_number), parse_float=resting(float), object_hook=resting(lambda value: value)
+    )
+
+
+def resting(function: Callable[[T], V]) -> Callable[[T], V]:
+    """`function`, which rests now and then if it is called very often."""
+    calls = count(1)
+
+    def call(value: T) -> V:
+        if next(calls) % CALLS == 0:
+            rest()
+        return function(value)
+
+    return call
 
 
 def num_containers(text: str) -> int:
     """How many arrays and objects a JSON text has; brackets inside strings don't count."""
     found = end = 0
-    while (start := text.find('"', end)) >= 0:
+    pause: Callable[[int], int] = resting(lambda place: place)
+    while (start := text.find('"', pause(end))) >= 0:
         found += text.count("[", end, start) + text.count("{", end, start)
         end = start + 1
         while (

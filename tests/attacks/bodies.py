@@ -24,7 +24,8 @@ Content = Callable[[], object]
 
 
 class Attack(NamedTuple):
-    """A request, or so many `times` at once. `runs` the model for long: others' completions wait too and are not judged."""
+    """A request, or so many `times` at once. `runs`: it computes a full context or more, and others' completions, which wait
+    for its steps, are not judged."""
 
     name: str
     path: str
@@ -175,10 +176,14 @@ TEXTS = [
     completion("prompt, 4 MB of words, truncated", lambda: {"prompt": words(TEXT), "truncate_prompt_tokens": 10}),
     completion("prompt, one word 4 MB, truncated", lambda: {"prompt": letters(TEXT), "truncate_prompt_tokens": 10}),
     completion("suffix of 4 MB", lambda: {"prompt": "x", "suffix": words(TEXT)}),
-    completion("1024 prompts of 4 kB", lambda: {"prompt": [words(4_000)] * 1024}),
+    completion("1024 prompts of 4 kB", lambda: {"prompt": [words(4_000)] * 1024}, runs=True),
     completion("1024 prompts of 100 words", lambda: {"prompt": [str(i) + words(400) for i in range(1024)]}, runs=True),
-    few_shot("few_shot, 2048 examples of 2 kB", lambda: {"examples": [{"input": words(2000), "output": "x"}] * 2048}),
-    few_shot("few_shot, 2048 examples of 120 B", lambda: {"examples": [{"input": "a " * 30, "output": " " * 60}] * 2048}),
+    few_shot(
+        "few_shot, 2048 examples of 2 kB", lambda: {"examples": [{"input": words(2000), "output": "x"}] * 2048}
+    )._replace(runs=True),
+    few_shot(
+        "few_shot, 2048 examples of 120 B", lambda: {"examples": [{"input": "a " * 30, "output": " " * 60}] * 2048}
+    )._replace(runs=True),
     few_shot("few_shot, separator 250 kB, n 128", lambda: {"separator": " " * 250_000}, n=128),
     few_shot("few_shot, separator 200 kB, 100 examples", lambda: {"examples": [EXAMPLE] * 100, "separator": " " * 200_000}),
     few_shot("few_shot, instruction 4 MB", lambda: {"instruction": words(TEXT)}),

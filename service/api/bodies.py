@@ -29,7 +29,7 @@ TEXT_ROUTES = re.compile(r"/v1/completions|/v1/engines/.*/completions|/v1/score|
 FILES_ROUTE = "/v1/files"
 # Arrays and objects of a body: each takes up to forty times as much memory as its two characters.
 MAX_CONTAINERS = 2**17
-CALLS = 64  # of Python by the parser, between which a worker thread does not rest
+CALLS = 64  # from the parser into Python between two rests
 PIECE = 2**18  # characters that a single call of the interpreter's C code goes through
 # Ids up to here are the same objects in all prompts. Each would take 32 bytes more.
 SHARED_INTS = tuple(range(2**16))

@@ -14,7 +14,6 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from service.api.errors import APIError
 from service.api.gate import Gate, Wait
-from service.api.middleware import LIVENESS
 
 MAX_LINE = 16 << 10  # bytes of the request line
 MAX_FIELD = 16 << 10  # bytes of a header's name and value
@@ -98,6 +97,9 @@ class Connection(HttpToolsProtocol):
     def eof_received(self) -> None:
         """The client has left: nobody shuts only one half of a connection to an HTTP server. The transport closes."""
         self._is_over = True
+        self._data, self._at = b"", 0  # nobody waits for the answers to what was sent ahead
+        self._gate.hold(self, 0)
+        self._gate.listen(self)
         self._abandon()
         self._gate.wait(self, Wait.CLOSING)
 
@@ -110,11 +112,13 @@ class Connection(HttpToolsProtocol):
         has_waited = bool(self._data)
         self._data, self._at = (self._data[self._at :] + data, 0) if has_waited else (data, 0)
         advance = partial(self._advance, has_waited=has_waited)
-        if self._in_body or len(self._data) <= SHORT_HEAD:
-            advance()
-        else:
-            self._gate.long_heads.call(advance)
+        ahead = len(self._data) - self._at
+        is_head = self._is_whole or not self._in_body
+        if is_head and ahead > SHORT_HEAD and self._data.find(END, self._at, self._at + SHORT_HEAD) < 0:
+            self._gate.parse(self, advance)
             self._settle()
+        else:
+            advance()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -152,9 +156,6 @@ class Connection(HttpToolsProtocol):
         self.parser = self.headers = self.scope = None  # type: ignore[assignment]
 
     def has_left(self) -> None:
-        self._data, self._at = b"", 0  # nobody waits for the answers to what was sent ahead
-        self._gate.hold(self, 0)
-        self._gate.listen(self)
         self.eof_received()
         self.transport.close()
 
@@ -357,7 +358,8 @@ class Connection(HttpToolsProtocol):
         self._gate.wait(self, Wait.LINGER)
 
     def _abandon(self) -> None:
-        """Tell the application that its client has gone."""
+        """Tell the application that its client has gone, if it knows of the request."""
+        self._gate.forget(self)
         if self.cycle and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -392,19 +394,14 @@ class Connection(HttpToolsProtocol):
         self._feed(b"\r\n".join([*lines, b"", b""]))
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
-        """Have the request answered in its turn. An orchestrator that asks whether the server lives passes a crowd."""
+        """Have the request answered in its turn."""
         start = super()._start_asgi_task
 
         def begin() -> None:
             if not cycle.disconnected:
                 start(cycle, until_closed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
-        if self._is_ahead:
-            self._gate.starts_ahead.call(begin)
-        elif cycle.scope["path"].endswith(LIVENESS):
-            begin()
-        else:
-            self._gate.starts.call(begin)
+        self._gate.start(self, cycle.scope["path"], begin, is_ahead=self._is_ahead)
 
 
 def too_long_a_line() -> APIError:

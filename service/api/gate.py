@@ -6,7 +6,7 @@ import math
 import resource
 import select
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, abc
 from collections.abc import Callable
 from typing import Protocol
 
@@ -25,7 +25,9 @@ SECONDS_BETWEEN_REPORTS = 10.0
 MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
 # Requests that begin in one turn of the event loop, and long heads that are parsed: each takes up to half a millisecond.
 STARTS_PER_TURN = 16
-# Of those that were sent ahead of the last answer so many begin in so many seconds, so that nobody else feels them.
+# The same of requests that ask whether the server lives, which cost a fifth.
+PROBES_PER_TURN = 64
+# Of all requests that were sent ahead of an answer, so many begin in so many seconds: nobody else feels them.
 AHEAD_PER_TURN, AHEAD_SECONDS = 4, 0.02
 
 
@@ -59,26 +61,29 @@ class Guest(Protocol):
 
 
 class Turns:
-    """Calls functions in the order they came, at most `most` in `seconds`; 0 is one turn of the event loop."""
+    """Calls a function for one guest after the other, at most `most` in `seconds`; 0 is one turn of the event loop."""
 
     def __init__(self, most: int, seconds: float):
         self._most, self._seconds = most, seconds
         self._left = most
         self._is_counting = False
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._waiting: dict[Guest, Callable[[], None]] = {}
 
-    def call(self, function: Callable[[], None]) -> None:
-        """Call it now, if there is room and nobody waits, or later."""
-        self._waiting.append(function)
+    def call(self, guest: Guest, function: Callable[[], None]) -> None:
+        """Call it now, if there is room and nobody waits, or later, unless `guest` waits already."""
+        self._waiting.setdefault(guest, function)
         self._go_on()
 
+    def forget(self, guest: Guest) -> None:
+        self._waiting.pop(guest, None)
+
     def _go_on(self) -> None:
-        while self._waiting and self._left:
-            self._left -= 1
-            self._waiting.popleft()()
-        if not self._is_counting and self._left < self._most:
+        if self._waiting and not self._is_counting:
             self._is_counting = True
             asyncio.get_running_loop().call_later(self._seconds, self._begin)
+        while self._waiting and self._left:
+            self._left -= 1
+            self._waiting.pop(next(iter(self._waiting)))()
 
     def _begin(self) -> None:
         self._is_counting, self._left = False, self._most
@@ -88,11 +93,16 @@ class Turns:
 class Gate:
     """The open connections of a server, and whose request begins next. Belongs to the event loop."""
 
-    def __init__(self, limit: int, keep_alive: float):
-        """At most `limit` are open. One that had its answer may be idle for `keep_alive` seconds."""
+    def __init__(self, limit: int, keep_alive: float, probes: abc.Set[str] = frozenset()):
+        """At most `limit` are open. One that had its answer may be idle for `keep_alive` seconds.
+
+        Requests for the paths `probes` pass all others.
+        """
         self.limit = limit
-        self.starts, self.long_heads = Turns(STARTS_PER_TURN, 0), Turns(STARTS_PER_TURN, 0)
-        self.starts_ahead = Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
+        self._probes = probes
+        self._first, self._starts = Turns(PROBES_PER_TURN, 0), Turns(STARTS_PER_TURN, 0)
+        self._starts_ahead = Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
+        self._long_heads = Turns(STARTS_PER_TURN, 0)
         self._open: set[Guest] = set()
         self._seconds = {
             Wait.LINGER: LINGER_SECONDS,
@@ -123,10 +133,25 @@ class Gate:
     def leave(self, guest: Guest) -> None:
         """The connection is closed."""
         self._open.discard(guest)
+        self.forget(guest)
         self.wait(guest, None)
         self._held -= guest.held
         guest.held = 0
         self.listen(guest)
+
+    def start(self, guest: Guest, path: str, begin: Callable[[], None], *, is_ahead: bool) -> None:
+        """Call `begin`, which starts to answer a request of `guest`, in its turn. `is_ahead`: it came ahead of an answer."""
+        is_probe = path.rstrip("/") in self._probes
+        (self._starts_ahead if is_ahead else self._first if is_probe else self._starts).call(guest, begin)
+
+    def parse(self, guest: Guest, advance: Callable[[], None]) -> None:
+        """Call `advance`, which parses a long head, in its turn."""
+        self._long_heads.call(guest, advance)
+
+    def forget(self, guest: Guest) -> None:
+        """Nothing of `guest` is to be started or parsed any more."""
+        for turns in (self._first, self._starts, self._starts_ahead, self._long_heads):
+            turns.forget(guest)
 
     def wait(self, guest: Guest, wait: str | None) -> None:
         """What `guest` waits for from now on, one of Wait. The wait begins anew."""

@@ -1,5 +1,6 @@
 """Pure ASGI middleware: who is asking, how much they may ask for, and what every response carries."""
 
+import asyncio
 import hashlib
 import hmac
 import re
@@ -18,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.bodies import SHORT_BODY, Room
 from service.api.errors import APIError, api_error
+from service.api.gate import BODY_SECONDS
 from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
 from service.engine.request import shown
@@ -38,6 +40,7 @@ HOST = re.compile(r"(?:\[(?P<ipv6>[\da-f:.]+)\]|(?P<name>[^\s:/?#@\[\]]+))(?::(?
 # By which containers reach what listens on their host's loopback. No site can have them: .internal is nobody's.
 CONTAINER_HOSTS = ("host.docker.internal", "gateway.docker.internal", "host.containers.internal")
 SANE_ID = re.compile(r"[!-~]{1,128}")
+SLOWEST = 2**15  # bytes a second at which a large body may come, after the first BODY_SECONDS
 RETRY_SECONDS = "5"  # after which there may be room for a large body: one is worked on for about as long
 # OpenAI's version of its API that the routes follow.
 API_VERSION = "2020-10-01"
@@ -301,22 +304,34 @@ class CheckBody(HTTPMiddleware):
             close = {"connection": "close"} if "expect" in headers else None
             await APIError(413, message, code="body_too_large", headers=close).response(scope, receive, send)
             return
-        length, received, taken = int(declared) if declared.isdecimal() else 0, 0, 0
+        length, received, taken, has_more = int(declared) if declared.isdecimal() else 0, 0, 0, True
         client = scope["state"].get("key") or (scope.get("client") or ("",))[0]
+        started = asyncio.get_running_loop().time()
 
-        async def counting() -> Message:
-            nonlocal received, taken
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > max_bytes:
-                # FastAPI's body parser re-raises HTTPException and swallows everything else; see errors.install.
-                raise HTTPException(413, f"the body is longer than this server's limit of {max_bytes} bytes")
-            size = max(received, length)
+        def take(size: int) -> None:
+            nonlocal taken
             if size > max(taken, SHORT_BODY):
                 if not self._room.take(client, size - taken):
                     detail = f"there is no room for a body of {size} bytes next to those that the server works on: try again"
-                    raise HTTPException(503, detail, {"retry-after": RETRY_SECONDS})
+                    close = {"connection": "close"} if "expect" in headers else {}
+                    raise HTTPException(503, detail, {"retry-after": RETRY_SECONDS} | close)
                 taken = size
+
+        async def counting() -> Message:
+            nonlocal received, has_more
+            take(length)
+            # What holds room must come. Afterwards the application waits for the client to leave, as long as it likes.
+            deadline = started + BODY_SECONDS + taken / SLOWEST if taken and has_more else None
+            try:
+                async with asyncio.timeout_at(deadline):
+                    message = await receive()
+            except TimeoutError as error:
+                raise HTTPException(408, f"the body came more slowly than {SLOWEST} bytes a second") from error
+            received, has_more = received + len(message.get("body", b"")), message.get("more_body", False)
+            if received > max_bytes:
+                # FastAPI's body parser re-raises HTTPException and swallows everything else; see errors.install.
+                raise HTTPException(413, f"the body is longer than this server's limit of {max_bytes} bytes")
+            take(received)
             return message
 
         try:

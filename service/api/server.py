@@ -26,7 +26,15 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from service.api.connection import Connection
 from service.api.errors import APIError
 from service.api.gate import Gate, affordable
-from service.api.middleware import AnswerHead, AnswerLiveness, FindPath, IdentifyRequests, allow_origins, refuse_sites
+from service.api.middleware import (
+    LIVENESS,
+    AnswerHead,
+    AnswerLiveness,
+    FindPath,
+    IdentifyRequests,
+    allow_origins,
+    refuse_sites,
+)
 from service.engine.engine import Engine
 from service.engine.workers import settle
 from service.settings import Settings
@@ -63,7 +71,8 @@ class Server(uvicorn.Server):
 
     def __init__(self, load: Callable[[], FastAPI], settings: Settings):
         """`load` makes the application. It runs in a thread of its own."""
-        self._gate = Gate(settings.max_connections, settings.keep_alive)
+        probes = {LIVENESS, settings.root_path + LIVENESS}
+        self._gate = Gate(settings.max_connections, settings.keep_alive, probes)
         self._lag = Lag()
         # uvicorn calls what it takes for a class.
         protocol: Any = partial(Connection, self._gate)

@@ -468,7 +468,8 @@ class Scheduler:
         How long one waits: let its client hold n rows, and the next largest decode m sequences. Each step computes at least
         m of the client's sequences, of those that decode the ones that have waited longest. Whoever is computed or gets a
         row comes last. So at most n - 1 are ahead of a sequence, nobody joins them, and m leave in each step that leaves
-        it out. That are at most (n - 1) / m steps in a row, and n < max_rows. No other client's sequence waits.
+        it out. That is at most (n - 1) / m steps in a row, and n < max_rows. No other client's sequence waits.
+        Where two clients decode equally many there is no limit, and a third feels both.
         """
         counts = Counter(sequence.client for sequence in decoding).most_common(2)
         if len(counts) < 2 or counts[0][1] == counts[1][1]:

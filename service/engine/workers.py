@@ -18,7 +18,7 @@ SHORT = 4096
 LARGE_AT_ONCE = 4
 # Seconds of work after which the event loop gets its turn.
 SLICE_SECONDS = 0.01
-# The same for a worker thread, of processor time. A step that begins meanwhile ends in the rest.
+# The same for a worker thread, of processor time. So a step that began meanwhile can finish during the rest.
 WORK_SECONDS = 0.005
 
 workers = ThreadPoolExecutor(LARGE_AT_ONCE, "large-request")
@@ -76,7 +76,7 @@ def settle(done: Future[T], work: Callable[[], T]) -> None:
     """End `done` with what `work` returns or raises."""
     try:
         done.set_result(work())
-    except Exception as error:
+    except BaseException as error:  # a panic of a library in Rust too: somebody waits
         done.set_exception(error)
 
 

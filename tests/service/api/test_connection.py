@@ -347,6 +347,34 @@ def test_who_sends_too_slowly_is_told_so(monkeypatch: pytest.MonkeyPatch) -> Non
     run(test)
 
 
+def test_what_holds_room_must_come_soon_and_is_asked_for_if_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.api.middleware.BODY_SECONDS", 0.3)
+    monkeypatch.setattr("service.api.middleware.SLOWEST", 200_000)
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n"
+
+    async def test() -> None:
+        async with listening(max_body_bytes=100_000) as running:
+            reader, writer = await opened(running, head + b"\r\n")
+            started = time.monotonic()
+            answering = asyncio.create_task(read_answer(reader))
+            while not answering.done() and time.monotonic() < started + 5:
+                writer.write(b" ")
+                await asyncio.sleep(0.05)
+            error = json.loads((await answering).body)["error"]
+            assert error["message"] == "the body came more slowly than 200000 bytes a second"
+            assert 0.7 < time.monotonic() - started < 3, "100000 bytes have half a second and the 0.3 that all have"
+            writer.close()
+            monkeypatch.setattr("service.api.middleware.BODY_SECONDS", 30)
+            holders = [await opened(running, head + b"\r\n") for _ in range(4)]
+            await asyncio.sleep(0.3)
+            (answer,) = await exchange(running, [head + b"Expect: 100-continue\r\n\r\n"], 1)
+            assert (answer.status_line, answer.headers["connection"]) == ("HTTP/1.1 503 Service Unavailable", "close")
+            for _, writer in holders:
+                writer.close()
+
+    run(test)
+
+
 Opened = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
@@ -623,7 +651,7 @@ def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liven
         begun[-1].append(scope["path"])
 
     async def test() -> None:
-        hall = gate.Gate(200, 60)
+        hall = gate.Gate(200, 60, {"/health/live"})
         clients = [connected(app, hall)[0] for _ in range(101)]
         for place, client in enumerate(clients[:-1]):
             client.data_received(b"GET /%d HTTP/1.1\r\n\r\n" % place)
@@ -665,6 +693,66 @@ def test_long_heads_are_parsed_in_turns_and_short_ones_pass_them() -> None:
     paths = [path for paths in begun for path in paths]
     assert paths.index("/short") <= 2 * gate.STARTS_PER_TURN
     assert [path for path in paths if path != "/short"] == [f"/{place}" for place in range(100) if place != 50]
+
+
+def parsed_at_once(clients: list[Connection], text: bytes) -> int:
+    """How many of the clients' requests have been parsed when all have come."""
+    before = [client.cycle for client in clients]
+    for client in clients:
+        client.data_received(text)
+    return sum(client.cycle is not cycle for client, cycle in zip(clients, before, strict=True))
+
+
+def test_what_is_a_long_head() -> None:
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test() -> None:
+        long_head = b"GET / HTTP/1.1\r\nx: %s\r\n\r\n" % (b"a" * 10_000)
+        hall = gate.Gate(200, 60)
+        clients = [connected(app, hall)[0] for _ in range(50)]
+        for _ in range(2):  # on a new connection, and after an answer
+            assert parsed_at_once(clients, long_head) == gate.STARTS_PER_TURN
+            await until(lambda: hall._held == 0 and all(client.wait == gate.Wait.IDLE for client in clients))
+        with_body = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000
+        assert parsed_at_once(clients, with_body) == 50, "the body is none"
+        assert hall._held == 0
+        await until(lambda: all(client.wait == gate.Wait.IDLE for client in clients))
+        # Each has one place in the line, however often it sends on.
+        for client in clients:
+            client.data_received(long_head[:5000])
+        for _ in range(5):
+            for client in clients:
+                client.data_received(b"a")
+        assert len(hall._long_heads._waiting) == 50 - gate.STARTS_PER_TURN
+
+    run(test)
+
+
+def test_who_has_left_keeps_no_place_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "AHEAD_SECONDS", 60)
+    begun = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def test() -> None:
+        hall = gate.Gate(200, 60)
+        clients = [connected(app, hall)[0] for _ in range(20)]
+        for client in clients:
+            client.data_received(b"GET / HTTP/1.1\r\n\r\nGET /ahead HTTP/1.1\r\n\r\n")
+        await until(lambda: begun.count("/ahead") == gate.AHEAD_PER_TURN)
+        assert len(hall._starts_ahead._waiting) == 20 - gate.AHEAD_PER_TURN
+        for client in clients[::2]:
+            client.connection_lost(None)
+        for client in clients[1::2]:
+            client.eof_received()
+        assert not hall._starts_ahead._waiting
+
+    run(test)
 
 
 def test_requests_that_are_sent_ahead_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -85,7 +85,7 @@ clients: install
 	$(BIN)/python -m tests.programs.run $(if $(ONLY),--only $(ONLY))
 
 # The project's own adversary: attacks on servers of its own over loopback, at full size. Prints what each did beside the bound,
-# and fails if one is missed. Takes about 25 minutes; the full disk takes root. `make attack ONLY='poison tenants'`: some of it.
+# and fails if one is missed. Takes about 25 minutes by estimate; the full disk takes root. `make attack ONLY='poison tenants'`: some of it.
 attack: install
 	$(BIN)/python -m tests.attacks $(if $(ONLY),--only $(ONLY))
 

@@ -1,4 +1,4 @@
-"""How many connections may be open, which of them wait for their client, and which end when time or room runs out."""
+"""How many connections may be open, whose request begins next, and which end when time or room runs out."""
 
 import asyncio
 import logging

@@ -191,7 +191,7 @@ class AnswerHead(HTTPMiddleware):
 
 
 class AnswerLiveness(HTTPMiddleware):
-    """Answers GET /health/live. FastAPI would take four times as long to find and call its route, and anybody may ask."""
+    """Answers GET /health/live. FastAPI would take ten times as long to find and call its route, and anybody may ask."""
 
     route = Route(LIVENESS, JSONResponse({"status": "live"}))
 
@@ -278,7 +278,9 @@ class LimitRates(HTTPMiddleware):
 
 
 class CheckBody(HTTPMiddleware):
-    """Answers a compressed body with a 415, one that is longer than its route takes with a 413.
+    """Answers a compressed body with a 415, and one that is longer than its route takes with a 413.
+
+    A large body that finds no room is a 503, and one that takes room and comes too slowly a 408.
 
     A declared length is checked before anything is read, any other once that many bytes have come. The server then
     discards the rest, so that a client that reads only after sending everything still gets the answer.
@@ -305,7 +307,8 @@ class CheckBody(HTTPMiddleware):
             await APIError(413, message, code="body_too_large", headers=close).response(scope, receive, send)
             return
         length, received, taken, has_more = int(declared) if declared.isdecimal() else 0, 0, 0, True
-        client = scope["state"].get("key") or (scope.get("client") or ("",))[0]
+        owner, key = (scope["state"].get(name) for name in ("owner", "key"))
+        client = owner or key or (scope.get("client") or ("",))[0]  # the keys of a name share, as they do slots
         started = asyncio.get_running_loop().time()
 
         def take(size: int) -> None:

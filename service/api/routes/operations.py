@@ -7,13 +7,14 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.api.errors import APIError
 from service.api.metrics_alias import VllmNames
+from service.api.middleware import LIVENESS
 from service.api.state import state_of
 
 router = APIRouter()
 
 
-@router.get("/health/live")
-async def live() -> dict[str, str]:
+@router.get(LIVENESS)
+async def live() -> dict[str, str]:  # for the OpenAPI document and other methods: AnswerLiveness answers GET
     """The process answers."""
     return {"status": "live"}
 

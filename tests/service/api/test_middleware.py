@@ -422,7 +422,7 @@ async def stalling(size: int, go: asyncio.Event) -> AsyncIterator[bytes]:
 
 def test_large_bodies_share_room_that_no_client_takes_from_the_others() -> None:
     async def test() -> None:
-        async with serving(max_body_bytes=20_000, api_keys=KEYS) as api:
+        async with serving(max_body_bytes=20_000, api_keys=("a:first-key", "a:other-key", "second-key")) as api:
             go = asyncio.Event()
 
             async def ask(key: str, content: bytes | AsyncIterator[bytes], **more: str) -> httpx.Response:
@@ -431,7 +431,7 @@ def test_large_bodies_share_room_that_no_client_takes_from_the_others() -> None:
 
             held = [asyncio.create_task(ask("first-key", stalling(18_000, go))) for _ in range(2)]
             declared = {"content-length": "18000"}
-            held += [asyncio.create_task(ask("first-key", stalling(100, go), **declared)) for _ in range(2)]
+            held += [asyncio.create_task(ask("other-key", stalling(100, go), **declared)) for _ in range(2)]  # one name's
             await asyncio.sleep(0.05)
             large = b'{"max_tokens": 1}' + b" " * 19_000
             answer = await ask("first-key", large)

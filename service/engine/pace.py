@@ -11,6 +11,8 @@ NEWEST = 0.5
 NEWEST_MEAN = 0.05
 # A step with prompts may take this many decode-only steps. One step in a hundred takes 1.5 times as long as predicted.
 MAX_SLOWDOWN = 1.75
+# Prompt tokens with logprobs that a step may always have.
+MIN_EXPLAINED = 8
 # The rows that a client decodes beyond those of every other may make a step take this many times as long.
 MAX_CROWDING = 1.5
 
@@ -21,10 +23,11 @@ class Load(NamedTuple):
     rows: int  # decoded tokens, drafts included
     tokens: int  # prompt tokens
     keys: int  # keys that the prompt tokens see, added up
+    explained: int = 0  # prompt tokens with logprobs: each takes a row of logits
 
     def scaled(self) -> tuple[float, ...]:
         """One number for each part of a step's time, of the order of 1 for a step that this part dominates."""
-        return 1.0, self.rows / 32, self.tokens / 64, self.keys / 65536
+        return 1.0, self.rows / 32, self.tokens / 64, self.keys / 65536, self.explained / 64
 
 
 class Pace:
@@ -51,13 +54,14 @@ class Pace:
         """Decode rows, drafts included, that leave room for a page of a prompt that continues at position `start`."""
         return self._fitting(Load(1, 0, 0), other=Load(0, PAGE_SIZE, PAGE_SIZE * start))
 
-    def chunk_limit(self, num_rows: int, start: int) -> int:
+    def chunk_limit(self, num_rows: int, start: int, *, explained: bool = False) -> int:
         """Prompt tokens, from position `start` on, that keep a step with `num_rows` decode rows within MAX_SLOWDOWN.
 
         At least a page, whose queries are cheapest together. Smaller chunks would cost the streams more throughput than
-        they save them delay.
+        they save them delay. Tokens that are to be `explained` take as long as decode rows: at least MIN_EXPLAINED.
         """
-        return max(PAGE_SIZE, self._fitting(Load(0, 1, start), other=Load(num_rows, 0, 0)))
+        least = MIN_EXPLAINED if explained else PAGE_SIZE
+        return max(least, self._fitting(Load(0, 1, start, int(explained)), other=Load(num_rows, 0, 0)))
 
     def crowd_limit(self, num_rows: int) -> int:
         """Decode rows, drafts included, that keep a step within MAX_CROWDING times one of `num_rows`."""

@@ -124,6 +124,11 @@ class Sequence:
         return self.num_computed < len(self.prompt)
 
     @property
+    def is_explained(self) -> bool:
+        """Whether the next tokens of its prompt get logprobs."""
+        return self.prompt_logprobs_from is not None and self.prompt_logprobs_from <= self.num_computed + 1
+
+    @property
     def is_decoding(self) -> bool:
         """Whether the next step computes its last token: it is past its prompt and short of max_tokens.
 
@@ -302,7 +307,9 @@ class Scheduler:
         num_decodes = len(scheduled.step.decodes)
         budget = self.step_tokens - num_decodes
         if is_paced:
-            budget = min(budget, self._pace.chunk_limit(num_decodes, prompts[0].num_computed))
+            first = prompts[0]
+            limit = self._pace.chunk_limit(num_decodes, first.num_computed, explained=first.is_explained)
+            budget = min(budget, limit)
         self._add_chunks(scheduled, prompts, budget)
         self.waiting.advance(scheduled.num_tokens - num_decodes, (sequence.client for sequence in prompts))
         if not scheduled.sequences:
@@ -643,7 +650,8 @@ class Scheduler:
         tokens = sum(len(chunk.tokens) for chunk in step.chunks)
         keys = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) // 2) for chunk in step.chunks)
         if seconds is not None:
-            self._pace.observe(Load(len(step.decodes), tokens, keys), seconds)
+            explained = sum(len(wanted.targets) for wanted in step.prompt_logprobs)
+            self._pace.observe(Load(len(step.decodes), tokens, keys, explained), seconds)
         for sequence, filled in scheduled.filled:
             if self.is_running(sequence):
                 self.cache.publish(filled)

@@ -305,7 +305,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     )
     if chunk_limit is not None:
         # The page accounts must balance whatever the pace allows.
-        scheduler._pace.chunk_limit = lambda *_: chunk_limit  # type: ignore[method-assign]
+        scheduler._pace.chunk_limit = lambda *_, **__: chunk_limit  # type: ignore[method-assign]
     if crowd is not None:
         scheduler._pace.crowd_limit = lambda num_rows: num_rows + crowd  # type: ignore[method-assign]
     device = Device(scheduler, rng)
@@ -406,7 +406,7 @@ def test_a_2000_token_prompt_holds_the_band_at_rest_and_one_chunk_more_while_it_
 
 def test_chunks_take_pages_from_the_slack() -> None:
     scheduler = make(64, step_tokens=128, dense_sequences=9)  # banded: 3 sequences of 2 pages, and 2 pages of slack
-    scheduler._pace.chunk_limit = lambda *_: 128  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: 128  # type: ignore[method-assign]
     scheduler.submit([sequence(100, 300), sequence(100, 300)])
     for _ in range(10):
         drive(scheduler)
@@ -428,7 +428,8 @@ def test_decodes_go_first_and_a_prompt_beside_more_of_them_gets_what_the_pace_al
     scheduler.submit([sequence(400, 5)])
     asked: list[tuple[int, int]] = []
 
-    def limit(num_rows: int, start: int) -> int:
+    def limit(num_rows: int, start: int, *, explained: bool) -> int:
+        assert not explained
         asked.append((num_rows, start))
         return 40
 
@@ -656,7 +657,7 @@ def test_a_failed_step_leaves_those_that_joined_the_next_one_alone() -> None:
     failing, joined = sequence(256, 9), sequence(200, 1)
     scheduler.submit([failing, joined])
     launch(scheduler)
-    scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: 256  # type: ignore[method-assign]
     assert [row.row for row in launch(scheduler).decodes] == [0]
     assert fail_step(scheduler) == [Delta(failing, [], "error")]
     assert scheduler.check_integrity() == [], "a chunk in flight may hold more pages than its sequence reserved"
@@ -751,7 +752,7 @@ def test_choices_beyond_the_slots_find_the_prompt_in_the_cache() -> None:
 
 def test_a_choice_that_comes_while_its_prompt_is_in_flight_waits_for_it() -> None:
     scheduler = make(100, max_rows=2, step_tokens=512)
-    scheduler._pace.chunk_limit = lambda *_: 512  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: 512  # type: ignore[method-assign]
     other, group, prompt = sequence(5, 2), PrefixGroup(200, True), list(range(200))
     choices = [Sequence(prompt, 9, Sampling(choice=i), STOP, group=group) for i in range(2)]
     scheduler.submit([other])
@@ -833,7 +834,7 @@ def test_a_prompt_that_is_the_beginning_of_another_is_no_fork() -> None:
 
 def test_nothing_is_found_of_a_step_that_failed_or_has_not_ended() -> None:
     scheduler = make(None, step_tokens=256)
-    scheduler._pace.chunk_limit = lambda *_: 256  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: 256  # type: ignore[method-assign]
     prompt = list(range(128))
     scheduler.submit([alike(prompt)])
     launch(scheduler)
@@ -866,3 +867,25 @@ def test_cached_pages_make_room_the_longest_unused_first() -> None:
 def test_step_tokens_must_let_every_stream_advance() -> None:
     with pytest.raises(ValueError, match=r"step_tokens is 19, at least max_slots \+ 16 = 20 is needed"):
         make(max_rows=4, step_tokens=19)
+
+
+def test_the_pace_knows_of_logprobs_from_where_they_are_wanted() -> None:
+    """It counts those that a step has had."""
+    scheduler = make(None, step_tokens=256)
+    scheduler.submit([sequence(10, 50), sequence(10, 50)])
+    drive(scheduler)
+    explained = sequence(100, 5)
+    explained.prompt_logprobs_from = 50
+    scheduler.submit([explained])
+    asked, seen = [], []
+
+    def limit(num_rows: int, start: int, *, explained: bool) -> int:
+        asked.append((num_rows, start, explained))
+        return 49
+
+    scheduler._pace.chunk_limit = limit  # type: ignore[method-assign]
+    scheduler._pace.observe = lambda load, _: seen.append(load)  # type: ignore[method-assign]
+    for _ in range(3):
+        drive(scheduler)
+    assert asked == [(2, 0, False), (2, 49, True), (2, 64, True)]
+    assert [(load.tokens, load.explained) for load in seen] == [(49, 0), (15, 15), (36, 35)]

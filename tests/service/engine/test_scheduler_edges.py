@@ -213,7 +213,7 @@ def test_a_draft_leaves_a_prompt_its_least_chunk(monkeypatch: pytest.MonkeyPatch
     for others in ([], [alone(200)], [alone(200), alone(200)]):
         scheduler.submit(others)
         scheduler._pace.row_limit = lambda *_: 1000  # type: ignore[method-assign]
-        scheduler._pace.chunk_limit = lambda *_: 1000  # type: ignore[method-assign]
+        scheduler._pace.chunk_limit = lambda *_, **__: 1000  # type: ignore[method-assign]
         step = launch(scheduler)
         assert len(step.decodes) == 100 - MIN_CHUNK
         assert sum(len(chunk.tokens) for chunk in step.chunks) == MIN_CHUNK * bool(others)
@@ -247,7 +247,7 @@ def test_a_fork_that_comes_after_its_parents_prompt_reserves_pages_of_its_own() 
     scheduler = make(num_pages=8, max_rows=2, step_tokens=512)
     other, together = alone(5, 2), group(320, one_prompt=True)
     parent, fork = (sequence(range(320), 30, **together) for _ in range(2))  # 6 pages each, 5 for the prompt
-    scheduler._pace.chunk_limit = lambda *_: 512  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: 512  # type: ignore[method-assign]
     scheduler.submit([other])
     first = launch(scheduler)
     scheduler.submit([parent, fork])
@@ -297,7 +297,7 @@ def test_the_pace_learns_what_a_step_computed(monkeypatch: pytest.MonkeyPatch) -
     scheduler = make()
     learnt: list[tuple[Load, float]] = []
     monkeypatch.setattr(scheduler._pace, "observe", lambda load, seconds: learnt.append((load, seconds)))
-    scheduler._pace.chunk_limit = lambda *_: 64  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: 64  # type: ignore[method-assign]
     scheduler.submit([alone(10), alone(10)])
     commit(scheduler, launch(scheduler))
     scheduler.submit([alone(100)])

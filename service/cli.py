@@ -2,16 +2,21 @@
 
 import argparse
 import logging
+import os
 import sys
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from service.commands import complete, convert, inspect, measure, serve, train
+from service.jobs.disk import FULL
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command and return its exit status. An error that the user can fix is one line on stderr and status 2."""
+    """Run a command and return its exit status. An error that the user can fix is one line on stderr and status 2.
+
+    A full disk has the status 75 (EX_TEMPFAIL in sysexits.h): the same command may succeed later.
+    """
     args = parser().parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     try:
@@ -24,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except (ValueError, OSError) as error:
         print(f"banded: {error}", file=sys.stderr)
-        return 2
+        return os.EX_TEMPFAIL if isinstance(error, OSError) and error.errno in FULL else 2
     except KeyboardInterrupt:
         return 130
 

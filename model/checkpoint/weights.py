@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -39,6 +40,7 @@ TEXT_FILES = (*VOCABULARY_FILES, PROMPT_FORMAT_FILE, TEMPLATE_FILE)
 VOCAB_ROWS = ("wte.weight", "lm_head.weight")
 # Bytes of the header of a file of weights, many times what thousands of tensors take.
 HEADER_BYTES = 8 << 20
+FORMAT = {"format": "pt"}  # the metadata by which other programs know how to read a file
 # What a stored weight may be. Any other type is quantised, and its numbers are not weights.
 FLOATS = ("F64", "F32", "F16", "BF16")
 CPU = torch.device("cpu")
@@ -267,9 +269,18 @@ def save_model(directory: Path, model: GPT, dtype: torch.dtype, *, origin: Path 
     write_tensors(directory / WEIGHTS_FILE, tensors)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    with write_atomically(path) as file:
-        save_file(dict(tensors), file, metadata={"format": "pt"})
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] = FORMAT, *, durable: bool = False
+) -> None:
+    """Replace `path`, see write_atomically. Raises OSError, also where safetensors raises an error of its own."""
+    with write_atomically(path, durable=durable) as file:
+        try:
+            save_file(dict(tensors), file, metadata=dict(metadata))
+        except SafetensorError as error:
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            if not found:
+                raise
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
 
 
 def weights_digest(directory: Path) -> str:

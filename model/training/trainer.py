@@ -12,13 +12,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from kernels import torch_ops
 from model.attention import TrainingAttention
-from model.checkpoint.files import Json, write_atomically
+from model.checkpoint.files import Json
+from model.checkpoint.weights import write_tensors
 from model.gpt import GPT, Adapt
 from model.training.examples import IGNORED
 from model.training.loss import LinearCrossEntropy
@@ -98,8 +98,7 @@ class Trainer:
         for name, parameter in self.parameters.items():
             tensors |= {f"{moment}/{name}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
         facts = {"seen": self.seen, "updates": self.num_updates, "plan": asdict(self.plan), "about": about}
-        with write_atomically(path, durable=True) as file:
-            save_file(tensors, file, metadata={"training": json.dumps(facts)})
+        write_tensors(path, tensors, {"training": json.dumps(facts)}, durable=True)
 
     def load(self, path: Path, about: Json) -> None:
         """Come to where the run was that saved `path`. Raises ValueError naming what has changed since.

@@ -20,12 +20,14 @@ from pathlib import Path
 from model.training.records import CURVE_FILE, REPORT_FILE, DataReport, LossRow, read_curve
 from service.engine.models import Models
 from service.engine.options import NOBODY
-from service.jobs.disk import DiskFullError
+from service.jobs.disk import SPARE, DiskFullError
 from service.jobs.store import UNFINISHED, Job, Store, message_event
 
 log = logging.getLogger("banded.jobs")
 
 POLL_SECONDS = 1.0
+# A job whose process found the disk full is begun again after this time at most: there may seem to be room by then.
+MOST_POLL_SECONDS = 16.0
 # The time that a process gets to save its state when it is told to end.
 END_SECONDS = 30.0
 # A job with more updates is refused: the whole curve is written again and again.
@@ -75,24 +77,28 @@ class Jobs:
         self.store.end_job(job.id, "cancelled", events=[message_event("The job was cancelled")])
         if self._process and self._process[0] == job.id:
             await end_process(self._process[1])
+        else:
+            self.store.remove_run(job.id)  # of a job that waits for room
 
     async def _run(self) -> None:
-        has_room = True
+        waits, pause = "", POLL_SECONDS  # the job that was told to wait for room
         while True:
             self._changed.clear()
             job = None
             try:
                 if job := self._next():
                     self.store.check_disk()
-                    has_room = True
                     await self._advance(job)
+                    waits, pause = "", POLL_SECONDS
                 else:
                     await self._changed.wait()
             except DiskFullError as error:
-                if has_room:
-                    log.warning("job %s waits: %s", job and job.id, error)
-                has_room = False
-                await asyncio.sleep(POLL_SECONDS)
+                if job and job.id != waits:
+                    log.warning("job %s waits: %s", job.id, error)
+                    waits = job.id
+                self._process = None
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MOST_POLL_SECONDS)
             except Exception:
                 log.exception("job %s", job and job.id)
                 with contextlib.suppress(Exception):  # the disk may be full or the database locked; that may pass
@@ -147,8 +153,10 @@ class Jobs:
                 # Nobody can have cancelled the job meanwhile: see has_learnt.
                 events = [message_event(f"New model: {name}"), message_event("The job has succeeded")]
                 self.store.end_job(job.id, "succeeded", events=events, fine_tuned_model=name)
+        elif status == os.EX_TEMPFAIL:  # it goes on when there is room for what it could not save
+            raise DiskFullError(self.store.directory, SPARE, "the data directory")
         elif status and status not in INTERRUPTED:
-            self.store.check_disk()  # it goes on when there is room for what it could not save
+            self.store.check_disk()  # what it died of may be a full disk all the same
             self._fail(job, why(status, self.store.run_directory(job.id) / "log"))
         if self._status(job) in ("failed", "cancelled"):
             self.store.remove_run(job.id)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import kernels.torch_ops
 from model.checkpoint.weights import load_model, save_model
@@ -401,3 +402,19 @@ def test_the_doctor_has_nothing_to_compare_with_where_weights_overflow(
     save_model(directory, model, torch.float32)
     line = refused(capsys, "doctor", "--model", directory, "--dtype", "float16")
     assert line == "the reference's logits are not finite: the weights are not, or too large for float16"
+
+
+def test_a_full_disk_has_a_status_of_its_own(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """safetensors raises an error of its own, which tells the system's only in words."""
+    examples = tmp_path / "examples.jsonl"
+    examples.write_text('{"prompt": "a", "completion": " b"}\n' * 3)
+
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("model.checkpoint.weights.save_file", full)
+    command = ["finetune", examples, "--model", checkpoint, "--out", tmp_path / "out", "--epochs", 1]
+    assert main([str(argument) for argument in command]) == os.EX_TEMPFAIL
+    assert "banded: [Errno 28] No space left on device: " in capsys.readouterr().err

@@ -520,6 +520,44 @@ def test_a_disk_that_fails_for_a_while_stops_no_later_job(
     run(test)
 
 
+def test_a_process_that_found_the_disk_full_goes_on_although_there_seems_to_be_room(
+    tmp_path: Path, process: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it could not write is gone, and with it the proof that the disk was full."""
+    process(status=os.EX_TEMPFAIL)
+
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            job = await api.create(training_file=await api.upload())
+            while not caplog.messages:
+                await asyncio.sleep(0.02)
+            await asyncio.sleep(0.3)  # it is begun again
+            [told] = caplog.messages
+            assert told.startswith(f"job {job['id']} waits: the disk for the data directory takes no more")
+            process()
+            assert (await api.ended(job["id"]))["status"] == "succeeded"
+
+    run(test)
+
+
+def test_a_job_that_waits_for_room_can_be_cancelled(
+    tmp_path: Path, process: Callable[..., None], caplog: pytest.LogCaptureFixture
+) -> None:
+    process(status=os.EX_TEMPFAIL)
+
+    async def test() -> None:
+        async with serving(tmp_path) as api:
+            job = await api.create(training_file=await api.upload())
+            while not caplog.messages:
+                await asyncio.sleep(0.02)
+            await api.client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
+            process()
+            assert (await api.ended((await api.create(training_file=await api.upload()))["id"]))["status"] == "succeeded"
+            assert not (tmp_path / "jobs" / job["id"]).exists()
+
+    run(test)
+
+
 def test_a_job_that_is_cancelled_while_it_ends_is_not_served(tmp_path: Path, process: Callable[..., None]) -> None:
     process(updates=3, seconds=0.2, deaf=True)
 

@@ -176,7 +176,7 @@ def chat_prompt(
     except TemplateProcessError:
         raise
     except Exception as error:  # the template is someone else's program
-        reason = re.sub(f"{mark}|{end} ?", "", str(error) or type(error).__name__)
+        reason = without(end, str(error) or type(error).__name__).replace(mark, "")
         reason = reason.encode(errors="backslashreplace").decode()
         message = f"the model's chat template does not take these messages: {reason:.{MAX_REASON}}"
         raise RequestError(message, "messages") from error
@@ -184,14 +184,21 @@ def chat_prompt(
         text, found, rest = text.rpartition(end)
         if not found:
             raise RequestError("the model's chat template leaves out the final message, so nothing continues it", "messages")
-        text = re.sub(f"{end} ?", "", text if rest.startswith(" ") else text.rstrip())  # a template may strip contents
-    pieces = re.split(f"{mark}(.?)", text, flags=re.DOTALL)
-    parts = (PromptPart(piece, place % 2 == 0) for place, piece in enumerate(pieces))
+        text = without(end, text if rest.startswith(" ") else text.rstrip())  # a template may strip contents
+    first, *marked_pieces = text.split(mark)
+    parts = [PromptPart(first, True)]
+    for piece in marked_pieces:
+        parts += [PromptPart(piece[:1], False), PromptPart(piece[1:], True)]
     tokens = encoded(parts, tokenizer, "messages")
     if tokens[:1] == [tokenizer.bos_id]:
         del tokens[0]
     stops, stop_token_ids = ends_at(prompt_format.stop, tokenizer)
     return start_prompt(tokens, tokenizer, "messages")._replace(stops=stops, stop_token_ids=stop_token_ids)
+
+
+def without(end: str, text: str) -> str:
+    """`text` without the mark that stands, with a space after it, at the end of the message to continue."""
+    return text.replace(f"{end} ", "").replace(end, "")
 
 
 def new_mark() -> str:

@@ -124,6 +124,16 @@ async def body_without_end(target: Target, scale: float) -> str:
     return await flood(target, POST + b"Content-Length: 1000000000000\r\n\r\n", b"a" * BLOCK, 1e9 * scale)
 
 
+async def bodies_at_once(target: Target, scale: float) -> str:
+    """1000 connections that send a body of a quarter of a megabyte all at once, half of them in chunks."""
+    body = b"a" * 250_000
+    whole = POST + b"Content-Length: 250000\r\n\r\n" + body
+    opened = await open_many(target, int(1000 * scale), b"")
+    for place, (_, writer) in enumerate(opened):
+        writer.write(whole if place % 2 else CHUNKED + b"3D090\r\n" + body + b"\r\n0\r\n\r\n")
+    return await ended_by_the_server(opened, 5)
+
+
 async def upgrade_without_end(target: Target, scale: float) -> str:
     return await flood(target, GET[:-2] + b"Connection: upgrade\r\nUpgrade: ", b"a" * BLOCK, 105e6 * scale)
 
@@ -250,6 +260,7 @@ ATTACKS: dict[str, Attack] = {
         tiny_chunks,
         slow_chunks,
         body_without_end,
+        bodies_at_once,
         upgrade_without_end,
         tunnel,
         pipelined_by_many,

@@ -625,8 +625,8 @@ def test_a_thousand_give_way_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     hall.enter(silent)
     monkeypatch.setattr(gate, "MAX_HELD", 100_000)
     hall.hold(guests[0], 999)
-    assert sum(guest.give_way.called for guest in guests) == 1400
-    assert hall._held == 99_999
+    assert sum(guest.give_way.called for guest in guests) == 1425, "a quarter of the room is free again"
+    assert hall._held == 74_999
     assert not silent.give_way.called
 
 

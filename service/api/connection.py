@@ -4,6 +4,7 @@ Requests on a connection are parsed one at a time: what follows a request waits 
 client that sends ahead costs one bounded buffer, and one that leaves is noticed.
 """
 
+from asyncio import BufferedProtocol
 from functools import partial
 from typing import Any
 
@@ -26,6 +27,9 @@ MAX_AHEAD = 128 << 10
 MAX_DISCARDED = 32 << 20  # bytes of a body that are read, and thrown away, after its answer
 MAX_LINGER = 1 << 20  # bytes that are read, and thrown away, after a request that was refused
 MAX_UNSENT = 16 << 10  # bytes of answers that wait for the client to read before the application waits too
+# Bytes that are read at a time, unless they are the body of a request whose turn has come: a crowd that sends large bodies
+# at once costs little before that.
+READ = 16 << 10
 # A turn of the event loop parses this many bytes of a chunked body. Each piece that it is cut into counts as so many more.
 TURN, PIECE = 64 << 10, 256
 # Bytes of a head that are parsed at once. The others wait for each other, so that short ones pass them.
@@ -47,7 +51,7 @@ class Flow(FlowControl):
             super().resume_reading()
 
 
-class Connection(HttpToolsProtocol):
+class Connection(HttpToolsProtocol, BufferedProtocol):
     """Answers an offer to upgrade in HTTP/1.1 (RFC 9110, 7.8), sends an HTTP/1.0 client no chunks, and keeps the bounds."""
 
     flow: Flow
@@ -68,6 +72,7 @@ class Connection(HttpToolsProtocol):
         """Expect a request."""
         self._has_begun = False  # its first byte has come
         self._in_body = False
+        self._has_started = False  # the application knows of it
         self._num_fields = 0
         self._length: int | None = 0  # that the body will have; None: it is chunked
         self._head = 0  # bytes of the unfinished head
@@ -102,6 +107,13 @@ class Connection(HttpToolsProtocol):
         self._gate.listen(self)
         self._abandon()
         self._gate.wait(self, Wait.CLOSING)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        reads_body = self._has_started and not self._is_whole
+        return self._gate.buffer if reads_body else self._gate.buffer[:READ]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self._gate.buffer[:nbytes]))
 
     def data_received(self, data: bytes) -> None:
         if self._is_over:
@@ -239,7 +251,7 @@ class Connection(HttpToolsProtocol):
 
     def _settle(self) -> None:
         """Read on if there is room, and tell the gate what the connection waits for."""
-        if self._data or self.held or not self._is_whole:
+        if self._data or self.held or not self._is_whole or self._waits_for_turn:
             self._make_room()
         if self._is_over or self.transport.is_closing():
             return
@@ -258,10 +270,15 @@ class Connection(HttpToolsProtocol):
         if wait is not self.wait or has_more:
             self._gate.wait(self, wait)
 
+    @property
+    def _waits_for_turn(self) -> bool:
+        """Whether the body of a request has begun that the application does not know of yet."""
+        return self._in_body and not self._has_started and not self._is_over
+
     def _make_room(self) -> None:
-        """Keep what waits unparsed within bounds."""
+        """Keep within bounds what waits unparsed, or for its request's turn."""
         ahead = len(self._data) - self._at
-        if (ahead > MAX_AHEAD) != self.flow.is_held:
+        if (ahead > MAX_AHEAD or (self._waits_for_turn and not self._is_whole)) != self.flow.is_held:
             self.flow.is_held = not self.flow.is_held
             if self.flow.is_held:
                 self.flow.pause_reading()
@@ -270,6 +287,8 @@ class Connection(HttpToolsProtocol):
                 self.flow.resume_reading()
                 self._gate.listen(self)
         held = ahead + (0 if self._is_whole or self._in_body else self._head)
+        if self._waits_for_turn:
+            held += len(self.cycle.body)
         if held != self.held:
             self._gate.hold(self, held)
 
@@ -330,6 +349,7 @@ class Connection(HttpToolsProtocol):
             self._is_over = True
             self._gate.wait(self, Wait.CLOSING)
             return
+        self.cycle.body.clear()  # nobody asked for it
         self.flow.resume_reading()
         if self._data:
             self.loop.call_soon(self._advance)
@@ -398,6 +418,9 @@ class Connection(HttpToolsProtocol):
         start = super()._start_asgi_task
 
         def begin() -> None:
+            self._has_started = True
+            if self.held or self.flow.is_held:
+                self._make_room()
             if not cycle.disconnected:
                 start(cycle, until_closed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 

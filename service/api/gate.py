@@ -18,6 +18,7 @@ CLOSE_SECONDS = 30.0  # in which a client takes nothing of its last answer
 LINGER_SECONDS = 2.0  # that a refused client has to read why and close
 # Bytes of unfinished headers and of waiting requests that all connections may have together.
 MAX_HELD = 16 << 20
+MOST_READ = 256 << 10  # bytes at a time
 # What else needs descriptors: files, jobs, and connections that come at once and are about to be refused.
 OTHER_FILES = 1024
 SECONDS_BETWEEN_POLLS = 0.5
@@ -103,6 +104,8 @@ class Gate:
         self._first, self._starts = Turns(PROBES_PER_TURN, 0), Turns(STARTS_PER_TURN, 0)
         self._starts_ahead = Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
         self._long_heads = Turns(STARTS_PER_TURN, 0)
+        # What connections read into, one after the other, and take out at once.
+        self.buffer = memoryview(bytearray(MOST_READ))
         self._open: set[Guest] = set()
         self._seconds = {
             Wait.LINGER: LINGER_SECONDS,

@@ -150,23 +150,38 @@ def pack(weight: Tensor, *, quantize: bool) -> Weight:
 def linear(x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:
     """With a packed weight, bias and activation are applied ahead of rounding, and a row has the same bits in any batch.
     With a plain one it is differentiable."""
-    if isinstance(weight, OneDNNWeight):
-        product = multiply(*quantize_rows(x), weight, bias)
-        return bias_activation(product, None, activation) if activation else product
-    assert isinstance(weight, Tensor), "packed by other ops"
-    if weight.is_mkldnn:
-        rows = x.flatten(0, -2)
-        if len(rows) == 1:  # oneDNN splits a single row's sum across threads, which changes its bits
-            rows = torch.cat((rows, rows))
-        # With AMX it also splits the long sums of many rows.
-        parts = rows.split(ROWS_OF_TILES) if HAS_TILES and x.dtype == torch.bfloat16 else [rows]
-        products = [torch.ops.mkldnn._linear_pointwise(part, weight, bias, *EPILOGUES[activation]) for part in parts]
-        product = products[0] if len(products) == 1 else torch.cat(products)
-        return product[: x.numel() // x.shape[-1]].unflatten(0, x.shape[:-1])
+    assert isinstance(weight, Tensor | OneDNNWeight), "packed by other ops"
+    if isinstance(weight, OneDNNWeight) or weight.is_mkldnn:
+        count = x.numel() // x.shape[-1]
+        rows = F.pad(x.flatten(0, -2), (0, 0, 0, rounded_up(count) - count))
+        return multiply_packed(rows, weight, bias, activation)[:count].unflatten(0, x.shape[:-1])
     product = F.linear(x, weight)
     if activation:
         return bias_activation(product, bias, activation)
     return product if bias is None else product + bias.to(product.dtype)
+
+
+def multiply_packed(
+    rows: Tensor, weight: Tensor | OneDNNWeight, bias: Tensor | None, activation: Activation | None
+) -> Tensor:
+    """activation(rows times the weight's transpose + bias) by oneDNN, (N, O) for rows (N, C)."""
+    if isinstance(weight, OneDNNWeight):
+        product = multiply(*quantize_rows(rows), weight, bias)
+        return bias_activation(product, None, activation) if activation else product
+    # With AMX oneDNN splits the long sums of many rows across threads.
+    parts = rows.split(ROWS_OF_TILES) if HAS_TILES and rows.dtype == torch.bfloat16 else [rows]
+    products = [torch.ops.mkldnn._linear_pointwise(part, weight, bias, *EPILOGUES[activation]) for part in parts]
+    return products[0] if len(products) == 1 else torch.cat(products)
+
+
+def rounded_up(num_rows: int) -> int:
+    """How many rows oneDNN multiplies instead of `num_rows`: at most an eighth more, but two for a single one.
+
+    It compiles a product for each number of rows, which takes milliseconds and half a megabyte that stays. It splits a
+    single row's sum across threads, which changes the row's bits.
+    """
+    step = max(1, 1 << num_rows.bit_length() >> 4)
+    return max(2, -(-num_rows // step) * step)
 
 
 def project(x: Tensor, weight: Weight) -> Tensor:

@@ -63,6 +63,15 @@ def test_a_row_has_the_same_bits_beside_any_others(
             assert torch.equal(ops.linear(x[rows], packed, bias, "gelu_new"), together[rows]), (start, count)
 
 
+def test_few_numbers_of_rows_are_multiplied() -> None:
+    """Each is compiled once, and kept."""
+    counts = range(2, 2049)
+    assert all(count <= torch_ops.rounded_up(count) <= 1.125 * count for count in counts)
+    assert len({torch_ops.rounded_up(count) for count in counts}) < 75
+    assert torch_ops.rounded_up(1) == 2
+    assert torch_ops.rounded_up(0) == 2
+
+
 @variants
 @pytest.mark.parametrize("rows", [1, 16, 17, 70])
 def test_logits_are_not_rounded_where_the_products_are_our_own(variant: str, rows: int) -> None:

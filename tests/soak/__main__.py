@@ -40,10 +40,6 @@ ENVIRONMENT = {
     "BANDED_QUEUE_TIMEOUT": "10",
     "BANDED_KV_BYTES": str(40 << 20),
     "OMP_WAIT_POLICY": "PASSIVE",  # clients share the cores
-    # oneDNN and PyTorch's layer over it keep a compiled product for each number of rows, up to 1024 of them: by default that
-    # takes hours to fill, and 480 MB with this model. Small ones are full when the first round ends, so that a leak shows.
-    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "16",
-    "LRU_CACHE_CAPACITY": "16",
     "PYTHONWARNINGS": "default::ResourceWarning",
 }
 TEMPLATE = (

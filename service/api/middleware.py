@@ -23,6 +23,7 @@ from service.api.gate import BODY_SECONDS
 from service.api.limits import KeyLimits, LimitError
 from service.engine.metrics import Metrics
 from service.engine.request import shown
+from service.engine.workers import current_client
 from service.settings import Settings, address, is_loopback, read_key
 
 LIVENESS = "/health/live"
@@ -309,6 +310,7 @@ class CheckBody(HTTPMiddleware):
         length, received, taken, has_more = int(declared) if declared.isdecimal() else 0, 0, 0, True
         owner, key = (scope["state"].get(name) for name in ("owner", "key"))
         client = owner or key or (scope.get("client") or ("",))[0]  # the keys of a name share, as they do slots
+        current_client.set(client)
         started = asyncio.get_running_loop().time()
 
         def take(size: int) -> None:

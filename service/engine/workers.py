@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeVar
 
 from service.engine.shares import Shares
@@ -21,7 +22,8 @@ SLICE_SECONDS = 0.01
 # The same for a worker thread, of processor time. So a step that began meanwhile can finish during the rest.
 WORK_SECONDS = 0.005
 
-workers = ThreadPoolExecutor(LARGE_AT_ONCE, "large-request")
+# Whose share of the threads a task's work takes: whoever knows the client sets it.
+current_client: ContextVar[Hashable] = ContextVar("client", default="")
 
 
 class QueuedWork(NamedTuple):
@@ -32,11 +34,12 @@ class QueuedWork(NamedTuple):
     done: Future[Any]
 
 
-class FairThread:
-    """A thread that works for one client after the other, and within one by arrival."""
+class FairThreads:
+    """Threads that work for one client after the other, and within one by arrival. Of several, a client gets half."""
 
-    def __init__(self, name: str):
-        self.pool = ThreadPoolExecutor(1, name)
+    def __init__(self, name: str, count: int = 1):
+        self.pool = ThreadPoolExecutor(count, name)
+        self._most = max(1, count // 2)
         self._lock = threading.Lock()
         self._waiting: Shares[QueuedWork] = Shares()
         self.seconds = 0.0  # that the last piece of work took
@@ -50,7 +53,7 @@ class FairThread:
         queued = QueuedWork(client, work, Future())
         with self._lock:
             self._waiting.add(queued)
-        self.pool.submit(self._run_next)
+        self.pool.submit(self._work)
         try:
             result: T = await asyncio.wrap_future(queued.done)
             return result
@@ -59,17 +62,23 @@ class FairThread:
                 if queued in self._waiting:
                     self._waiting.remove(queued)
 
-    def _run_next(self) -> None:
+    def _work(self) -> None:
+        """Do what waits. A client with its share of the threads is served by those that it has."""
+        while queued := self._take():
+            if queued.done.set_running_or_notify_cancel():
+                began = time.monotonic()
+                settle(queued.done, queued.work)
+                self.seconds = time.monotonic() - began
+            with self._lock:
+                self._waiting.leave(queued)
+
+    def _take(self) -> QueuedWork | None:
         with self._lock:
             queued = self._waiting.first()
-            if queued is None:
-                return
-            self._waiting.take(queued, 0)  # its client goes to the end of the line
-            self._waiting.leave(queued)
-        if queued.done.set_running_or_notify_cancel():
-            began = time.monotonic()
-            settle(queued.done, queued.work)
-            self.seconds = time.monotonic() - began
+            if queued is None or self._waiting.held(queued.client) >= self._most:
+                return None
+            self._waiting.take(queued, 0)
+            return queued
 
 
 def settle(done: Future[T], work: Callable[[], T]) -> None:
@@ -81,20 +90,21 @@ def settle(done: Future[T], work: Callable[[], T]) -> None:
 
 
 # Waits for the process that renders checkpoints' templates. Nothing else may have to wait for them.
-template_thread = FairThread("chat-template")
+template_thread = FairThreads("chat-template")
+workers = FairThreads("large-request", LARGE_AT_ONCE)
 
 
 def drop_waiting() -> None:
     """Give up what waits for a thread: the interpreter would do all of it before it ends. For the end of the process."""
-    for pool in (workers, template_thread.pool):
-        pool.shutdown(wait=False, cancel_futures=True)
+    for threads in (workers, template_thread):
+        threads.pool.shutdown(wait=False, cancel_futures=True)
 
 
 async def off_the_loop(size: int, work: Callable[[], T]) -> T:
     """The result of `work`, which goes through about `size` characters, tokens or bytes: in a worker thread if many."""
     if size <= SHORT:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(workers, with_rests, work)
+    return await workers.run(current_client.get(), lambda: with_rests(work))
 
 
 # The processor time that each worker thread at work had taken at its last rest.

@@ -17,7 +17,7 @@ from service.api.routes import tokenization
 from service.api.schema.base import MAX_FIELDS
 from service.api.schema.fields import MAX_BIASES
 from service.engine import workers
-from service.engine.workers import LARGE_AT_ONCE, Slices, off_the_loop
+from service.engine.workers import LARGE_AT_ONCE, Slices, current_client, off_the_loop
 from tests.conformance import contract
 from tests.service.api.helpers import error_of, post, request, serving
 from tests.service.engine.fakes import FakeEngine
@@ -147,8 +147,12 @@ def test_four_large_requests_are_worked_on_at_a_time() -> None:
         running.append(number)
         assert go.wait(20)
 
+    async def large(number: int) -> None:
+        current_client.set(number % 2)
+        await off_the_loop(2**20, lambda: work(number))
+
     async def test() -> None:
-        waiting = [asyncio.ensure_future(off_the_loop(2**20, lambda i=i: work(i))) for i in range(6)]  # type: ignore[misc]
+        waiting = [asyncio.create_task(large(number)) for number in range(6)]
         await until(lambda: len(running) == LARGE_AT_ONCE)
         await asyncio.sleep(0.02)
         assert running == list(range(LARGE_AT_ONCE)) == [0, 1, 2, 3]

@@ -18,7 +18,8 @@ from starlette.types import Message, Receive, Scope, Send
 from service.api.app import ROUTERS, create_app
 from service.api.bodies import SHORT_BODY, Room
 from service.api.limits import KeyLimits
-from service.api.middleware import EXPOSED_HEADERS, HEALTH, AnswerFaults
+from service.api.middleware import EXPOSED_HEADERS, HEALTH, AnswerFaults, CheckBody
+from service.engine.workers import current_client
 from tests.conformance import contract
 from tests.service.api.helpers import Api, error_of, request, served, serving
 from tests.service.engine.fakes import FakeEngine
@@ -446,6 +447,31 @@ def test_large_bodies_share_room_that_no_client_takes_from_the_others() -> None:
             assert (await ask("first-key", large)).status_code == 200
 
     run(test)
+
+
+def test_a_request_s_work_is_done_for_its_client() -> None:
+    """For the name of its key, or its key, or its address: see FairThreads."""
+    found = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        found.append(current_client.get())
+
+    async def test() -> None:
+        check = CheckBody(app, lambda _: 100, Room(100))
+        states: list[dict[str, Any]] = [{"owner": "alice", "key": b"1"}, {"key": b"1"}, {}]
+        for state in states:
+            scope: Scope = {
+                "type": "http",
+                "path": "/",
+                "root_path": "",
+                "headers": [],
+                "state": state,
+                "client": ("1.2.3.4", 5),
+            }
+            await asyncio.create_task(check(scope, None, None))  # type: ignore[arg-type]
+
+    run(test)
+    assert found == ["alice", b"1", "1.2.3.4"]
 
 
 def test_room_is_for_each_client_and_for_all() -> None:

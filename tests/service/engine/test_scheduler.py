@@ -428,7 +428,7 @@ def test_decodes_go_first_and_a_prompt_beside_more_of_them_gets_what_the_pace_al
     scheduler.submit([sequence(400, 5)])
     asked: list[tuple[int, int]] = []
 
-    def limit(num_rows: int, start: int, *, explained: bool) -> int:
+    def limit(num_rows: int, start: int, *, explained: bool = False) -> int:
         assert not explained
         asked.append((num_rows, start))
         return 40
@@ -879,12 +879,12 @@ def test_the_pace_knows_of_logprobs_from_where_they_are_wanted() -> None:
     scheduler.submit([explained])
     asked, seen = [], []
 
-    def limit(num_rows: int, start: int, *, explained: bool) -> int:
+    def limit(num_rows: int, start: int, *, explained: bool = False) -> int:
         asked.append((num_rows, start, explained))
         return 49
 
     scheduler._pace.chunk_limit = limit  # type: ignore[method-assign]
-    scheduler._pace.observe = lambda load, _: seen.append(load)  # type: ignore[method-assign]
+    scheduler._pace.observe = lambda load, seconds: seen.append(load)  # type: ignore[method-assign]
     for _ in range(3):
         drive(scheduler)
     assert asked == [(2, 0, False), (2, 49, True), (2, 64, True)]

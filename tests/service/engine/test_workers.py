@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from model.checkpoint.files import json_lines
 from service.api.routes.files import check_examples
 from service.engine import request, workers
-from service.engine.workers import SHORT, WORK_SECONDS, FairThread, RestingFile, off_the_loop, rest
+from service.engine.workers import SHORT, WORK_SECONDS, FairThreads, RestingFile, off_the_loop, rest
 from tests.service.api.helpers import served
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, until
@@ -23,7 +23,7 @@ from tests.service.helpers import run, until
 def test_what_waits_for_a_thread_is_given_up_at_the_end() -> None:
     code = (
         "import time; from service.engine import workers\n"
-        "for pool in (workers.template_thread.pool, workers.workers):\n"
+        "for pool in (workers.template_thread.pool, workers.workers.pool):\n"
         "    [pool.submit(time.sleep, 2) for _ in range(30)]\n"
         "workers.drop_waiting()"
     )
@@ -92,7 +92,7 @@ def test_a_client_waits_for_one_piece_of_work_of_each_other(asked: list[tuple[st
     order: list[tuple[str, int]] = []
 
     async def test() -> None:
-        thread, begun, gate = FairThread("test"), threading.Event(), threading.Event()
+        thread, begun, gate = FairThreads("test"), threading.Event(), threading.Event()
 
         def work(client: str, number: int, how: str) -> int:
             order.append((client, number))
@@ -142,7 +142,7 @@ def test_a_client_waits_for_one_piece_of_work_of_each_other(asked: list[tuple[st
 
 def test_work_whose_client_leaves_meanwhile_is_ended_ahead_of_the_next() -> None:
     async def test() -> None:
-        thread, begun, gate = FairThread("test"), threading.Event(), threading.Event()
+        thread, begun, gate = FairThreads("test"), threading.Event(), threading.Event()
         ended: list[str] = []
 
         def slow() -> None:
@@ -163,3 +163,51 @@ def test_work_whose_client_leaves_meanwhile_is_ended_ahead_of_the_next() -> None
         thread.pool.shutdown()
 
     run(test)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_a_client_with_much_work_leaves_threads_to_others(count: int) -> None:
+    async def test() -> None:
+        threads, gate = FairThreads("test", count), threading.Event()
+        running: list[str] = []
+
+        def work(client: str) -> None:
+            running.append(client)
+            gate.wait(20)
+
+        much = [asyncio.create_task(threads.run("a", lambda: work("a"))) for _ in range(10)]
+        await until(lambda: len(running) == max(1, count // 2))
+        other = asyncio.create_task(threads.run("b", lambda: work("b")))
+        await until(lambda: "b" in running)
+        assert running.count("a") == max(1, count // 2)
+        gate.set()
+        await asyncio.gather(*much, other)
+        assert running.count("a") == 10
+        threads.pool.shutdown()
+
+    run(test)
+
+
+def test_large_work_is_done_for_the_client_of_the_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for the many large requests of another client."""
+    threads = FairThreads("test", 2)
+    monkeypatch.setattr(workers, "workers", threads)
+    order: list[str] = []
+
+    def work(client: str, seconds: float) -> None:
+        time.sleep(seconds)
+        order.append(client)
+
+    async def ask(client: str, seconds: float) -> None:
+        workers.current_client.set(client)
+        await off_the_loop(SHORT + 1, lambda: work(client, seconds))
+
+    async def test() -> None:
+        many = [asyncio.create_task(ask("many", 0.05)) for _ in range(10)]
+        await asyncio.sleep(0.02)
+        await asyncio.create_task(ask("one", 0))
+        assert order.count("many") <= 1
+        await asyncio.gather(*many)
+
+    run(test)
+    threads.pool.shutdown()

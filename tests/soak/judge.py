@@ -41,7 +41,7 @@ class Sample(NamedTuple):
     descriptors: int
     threads: int  # beyond those of POOLS
     tasks: int
-    memory: int  # bytes, resident
+    memory: int  # bytes, resident when what is free has been returned to the system
     allocated: int  # bytes that malloc has given out
     objects: int
     detail: dict[str, Any]  # what of these there is, by name

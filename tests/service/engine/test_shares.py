@@ -249,7 +249,7 @@ def test_a_client_owes_no_prompt_tokens_that_nobody_computed(history: str) -> No
 
 def test_many_prompts_of_a_client_leave_the_streams_of_another_their_pace() -> None:
     scheduler = make(None, max_rows=4, step_tokens=256, dense_sequences=4)
-    scheduler._pace.chunk_limit = lambda *_: PAGE_SIZE  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_, **__: PAGE_SIZE  # type: ignore[method-assign]
     scheduler.submit([sequence("a", 10, 99)])
     launch(scheduler)
     for prompts, tokens in ((["b"], 192), (["b", "b"], PAGE_SIZE), (["a", "a"], 192)):

@@ -26,6 +26,7 @@ class CompiledOps:
 
     bias_activation = staticmethod(torch_ops.bias_activation)
     sample = staticmethod(torch_ops.sample)
+    top_logprobs = staticmethod(torch_ops.top_logprobs)
 
     def __init__(self, library: ctypes.CDLL):
         for name, arguments in ARGUMENTS.items():

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from kernels import torch_ops
+from kernels import reference, torch_ops
 from kernels.logprobs import likeliest
 from kernels.ops import Ops
 from tests.kernels.compiled import compiled_ops
@@ -29,6 +31,29 @@ def test_the_likeliest_is_argmax_however_many_are_equal(num_equal: int, count: i
     assert torch.equal(values, logits.topk(count).values)
     assert torch.equal(values, logits.gather(1, ids))
     assert all(len(set(row)) == count for row in ids.tolist()), "no token twice"
+
+
+@pytest.mark.parametrize("name", COMPILED)
+@given(
+    vocab_size=st.integers(1, 1500),
+    count=st.integers(0, 40),
+    num_values=st.sampled_from([1, 3, 50, 1 << 20]),
+    banned=st.sampled_from([0.0, 0.5, 0.99]),
+    seed=st.integers(0, 1 << 32),
+)
+def test_compiled_they_are_in_the_reference_s_order(
+    name: str, vocab_size: int, count: int, num_values: int, banned: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    whole = torch.full((3, vocab_size + 5), NAN)  # as logits are a part of the padded vocabulary's
+    logits = whole[:, :vocab_size]
+    logits[:] = torch.randint(num_values, logits.shape, generator=generator) / num_values * 20 - 15
+    logits[:, 1:].masked_fill_(torch.rand(3, vocab_size - 1, generator=generator) < banned, -INF)
+    ours, expected = compiled_ops(16, torch.float32, name).top_logprobs(logits, count), reference.top_logprobs(logits, count)
+    assert torch.equal(ours.ids, expected.ids)
+    torch.testing.assert_close(ours.totals, expected.totals, atol=2e-6, rtol=1e-6)
+    torch.testing.assert_close(ours.logprobs, expected.logprobs, atol=4e-6, rtol=1e-6)
+    assert torch.equal(ours.logprobs, logits.gather(1, ours.ids) - ours.totals)
 
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3, 8])

@@ -10,6 +10,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor, nn
 
+from kernels.logprobs import TopLogprobs
 from kernels.names import Activation, PatternKind
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import SamplingState
@@ -89,6 +90,12 @@ class Ops(Protocol):
         """Token ids (B,) int64 for logits (B, V) fp32 of batch_rows (B,); positions (B,) are those of the new tokens.
 
         A row that no token can be sampled from gets NOT_FINITE or NONE_LEFT of kernels.names. No row depends on another.
+        """
+
+    def top_logprobs(self, logits: Tensor, count: int) -> TopLogprobs:
+        """The `count` likeliest tokens of logits (R, V) fp32, equal ones by id, and what all logprobs are relative to.
+
+        On a CPU a row has the same bits in any batch. A row with NaN or infinity may have any tokens, and no finite logprob.
         """
 
     def native_forward(

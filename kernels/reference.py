@@ -9,6 +9,7 @@ from torch import Tensor
 
 from kernels.band import PAGE_SIZE
 from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
+from kernels.logprobs import TopLogprobs
 from kernels.names import NONE_LEFT, NOT_FINITE, Activation
 from kernels.noise import gumbel, row_keys
 from kernels.ops import BlockParts, PackedWeight, Weight
@@ -143,6 +144,12 @@ def truncate(x: Tensor, top_k: int, top_p: float, min_p: float) -> Tensor:
         weight = torch.where(stays, weight, 0.0)
         stays &= (likelier.double() @ weight < top_p * weight.sum()) | (x == x.max())
     return stays
+
+
+def top_logprobs(logits: Tensor, count: int) -> TopLogprobs:
+    values, ids = logits.sort(descending=True, stable=True)
+    totals = logits.double().logsumexp(-1, keepdim=True)
+    return TopLogprobs(totals.float(), ids[:, :count], (values[:, :count] - totals).float())
 
 
 def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kernels.band import PAGE_SIZE
 from kernels.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
+from kernels.logprobs import top_logprobs as top_logprobs
 from kernels.names import Activation
 from kernels.ops import BlockParts, Weight
 from kernels.plan import NO_PAGE, DecodePlan, PageList, PrefillPlan, Tile

@@ -23,7 +23,7 @@ from kernels.ops import Ops
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
-from model.gpt import GPT, RESCORED, Adapt, KVPool, PagedGPT
+from model.gpt import GPT, Adapt, KVPool, PagedGPT
 from model.lora import Adapters
 from model.step import NewPages, PageCopy, PromptChunk, RowStart, Sample, Sampled, StepInput, TokenLogprobs
 
@@ -80,27 +80,6 @@ def start_copy(tensor: Tensor) -> Tensor:
     """A copy on the host, complete once the device has reached this point of its queue."""
     copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     return copy.copy_(tensor, non_blocking=True)
-
-
-def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Ids and logits (R, count) of the highest of logits (R, V). Equal logits are ordered by id, as in argmax.
-
-    The first id is argmax's, whatever the ties. topk leaves open which of several equal logits it returns, so ties that
-    reach past the end of the list are resolved to the lowest ids only among RESCORED more.
-    """
-    values, ids = logits.topk(min(count + RESCORED, logits.shape[1]))
-    # If argmax's id is missing, all these logits equal its logit, so that it may replace any of them.
-    best = logits.argmax(-1)
-    ids[:, -1] = torch.where((ids == best[:, None]).any(1), ids[:, -1], best)
-    ids, order = ids.sort()
-    values, order = values.gather(1, order).sort(descending=True, stable=True)
-    return ids.gather(1, order)[:, :count], values[:, :count]
-
-
-def log_totals(logits: Tensor) -> Tensor:
-    """Logarithms (R, 1) of the sums of exp(logits) (R, V); on a CPU with the same bits in any batch."""
-    rows = logits if len(logits) != 1 else logits.expand(2, -1)  # torch shares a single row out among its threads
-    return rows.logsumexp(-1, keepdim=True)[: len(logits)]
 
 
 def decode_buckets(num_rows: int) -> list[int]:
@@ -330,7 +309,7 @@ class Runner:
             logits = self.model.logits(hidden[part], self.ops)  # (R, V)
             wanted = [i for i, sample in enumerate(samples[part]) if sample.top_logprobs is not None]
             if wanted:
-                totals, (top_ids, top_logits) = log_totals(logits), likeliest(logits, num_top)
+                top = self.ops.top_logprobs(logits, num_top)
             banned = [(i, token) for i, sample in enumerate(samples[part]) for token in sample.banned]
             if banned:
                 places, tokens = self._to_device(*zip(*banned, strict=True))
@@ -338,9 +317,9 @@ class Runner:
             tokens = self.ops.sample(logits, self.sampling, rows[part], positions[part])
             parts.append(tokens)
             if wanted:
-                chosen = logits.gather(1, tokens[:, None].clamp_min(0)) - totals
+                chosen = logits.gather(1, tokens[:, None].clamp_min(0)) - top.totals
                 (kept,) = self._to_device(wanted)
-                found.append(FoundLogprobs(chosen[kept, 0], top_ids[kept], (top_logits - totals)[kept]))
+                found.append(FoundLogprobs(chosen[kept, 0], top.ids[kept], top.logprobs[kept]))
             del logits  # or it would stay allocated while the next ones are computed
         tokens = torch.cat(parts) if parts else rows
         known = tokens.clamp_min(0)  # the next step may be launched before anyone sees that there is no token
@@ -359,8 +338,8 @@ class Runner:
             if not len(some_rows):
                 break  # splitting an empty tensor gives one empty piece
             logits = self.model.logits(hidden[some_rows], self.ops)  # (R, V)
-            totals, (top_ids, top_logits) = log_totals(logits), likeliest(logits, num_top)
-            chosen = logits.gather(1, some_targets[:, None]) - totals
-            found.append(FoundLogprobs(chosen[:, 0], top_ids, top_logits - totals))
+            top = self.ops.top_logprobs(logits, num_top)
+            chosen = logits.gather(1, some_targets[:, None]) - top.totals
+            found.append(FoundLogprobs(chosen[:, 0], top.ids, top.logprobs))
             del logits
         return found

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from kernels.band import PAGE_SIZE
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, GROUP, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels
-from kernels.names import Activation
+from kernels.names import NONE_LEFT, NOT_FINITE, Activation
 from kernels.ops import BlockParts
 from kernels.plan import StepPlan
+from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 
 
 class Pointer:
@@ -106,12 +107,27 @@ class ScratchArgs(TensorStructure):
     _fields_ = (*pointers("normed", "qkv", "attended", "inner"), ("quantized", QuantizedRows))
 
 
-STRUCTURES: tuple[type[ctypes.Structure], ...] = (NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs)
+class SamplingArgs(TensorStructure):
+    _fields_ = (*pointers(*SamplingState._fields), *((f"{name}_stride", c_int64) for name in TABLES))
+
+    @classmethod
+    def of(cls, state: SamplingState) -> "SamplingArgs":
+        for name, column in state._asdict().items():
+            dtype = (COLUMNS | TABLES)[name]
+            assert (column.dtype, column.stride(-1)) == (dtype, 1), f"{name}: {column.dtype}, strides {column.stride()}"
+        return cls(*state, *(getattr(state, name).stride(0) for name in TABLES))
+
+
+STRUCTURES: tuple[type[ctypes.Structure], ...] = (
+    *(NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs, SamplingArgs),
+)
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "kv_write": (Pointer, Pointer, c_int64, *[Pointer] * 3, c_int64, c_int64, c_int),
     "decode_attention": (Pointer, c_int64, *[Pointer] * 6, c_int64, c_int64, c_float, c_int),
     "prefill_attention": (Pointer, c_int64, *[Pointer] * 7, c_int64, Pointer, c_int64, c_float, c_int),
     "add_layernorm": (*[Pointer] * 4, c_int64, c_int64, c_float, Pointer, Pointer, c_int),
+    "sample": (Pointer, *[c_int64] * 3, POINTER(SamplingArgs), *[Pointer] * 3, c_int),
+    "top_logprobs": (Pointer, *[c_int64] * 4, *[Pointer] * 3, c_int),
     # Only in libraries for processors that have the instructions.
     "linear_panels": (POINTER(ProductArgs), Pointer, c_int64, c_int, Pointer, POINTER(QuantizedRows), c_int),
     "project_panels": (POINTER(ProductArgs), Pointer, c_int64, Pointer, c_int),
@@ -125,6 +141,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
 def layout() -> str:
     """C++ that compiles after csrc/abi.h only if that has the constants, the structures and the fields of this file."""
     constants = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
+    constants |= {"NOT_FINITE": NOT_FINITE, "NONE_LEFT": NONE_LEFT}
     constants |= {str(name).upper(): ACTIVATIONS[name] for name in (None, *get_args(Activation))}
     facts = [f"{name} == {value}" for name, value in constants.items()]
     for structure in STRUCTURES:

@@ -12,20 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import torch_ops
-from kernels.cpu.abi import ARGUMENTS, BlockArgs, PlanArgs, ProductArgs, QuantizedRows, ScratchArgs
+from kernels.cpu.abi import ARGUMENTS, BlockArgs, PlanArgs, ProductArgs, QuantizedRows, SamplingArgs, ScratchArgs
 from kernels.cpu.build import Shape, compiled_library
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
 from kernels.int8 import quantize_channels
+from kernels.logprobs import TopLogprobs
 from kernels.names import Activation, PatternKind
 from kernels.ops import BlockParts, NativeForward, Weight
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
+from kernels.sampling_state import SamplingState
 
 
 class CompiledOps:
     """kernels.torch_ops with some of its functions compiled. A row has the same bits in any batch."""
 
     bias_activation = staticmethod(torch_ops.bias_activation)
-    sample = staticmethod(torch_ops.sample)
 
     def __init__(self, library: ctypes.CDLL):
         for name, arguments in ARGUMENTS.items():
@@ -34,6 +35,7 @@ class CompiledOps:
         self._library = library
         self.has_int8 = hasattr(library, "linear_panels")  # else the processor lacks the instructions for our products
         self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())
+        self._sampled: tuple[SamplingState, SamplingArgs] | None = None  # the last call's, for the next one with this state
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
         channels, columns = weight.shape
@@ -101,6 +103,24 @@ class CompiledOps:
         self._library.add_layernorm(rows, more, weight, bias, count, columns, eps, normed, total, threads)
         return normed, total
 
+    def sample(self, logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
+        """The tokens of kernels.torch_sampling, but for rounding: README.md says where and how often."""
+        logits = rows_of_floats(logits)
+        batch_rows, positions, tokens = batch_rows.contiguous(), positions.contiguous(), torch.empty_like(batch_rows)
+        if self._sampled is None or self._sampled[0] is not state:
+            self._sampled = state, SamplingArgs.of(state)
+        args, threads = self._sampled[1], torch.get_num_threads()
+        self._library.sample(logits, logits.stride(0), *logits.shape, args, batch_rows, positions, tokens, threads)
+        return tokens
+
+    def top_logprobs(self, logits: Tensor, count: int) -> TopLogprobs:
+        logits = rows_of_floats(logits)
+        rows, count = len(logits), min(count, logits.shape[1])
+        ids = torch.empty(rows, count, dtype=torch.int64)
+        found = TopLogprobs(torch.empty(rows, 1), ids, torch.empty(rows, count))
+        self._library.top_logprobs(logits, logits.stride(0), *logits.shape, count, *found, torch.get_num_threads())
+        return found
+
     def native_forward(
         self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool
     ) -> NativeForward | None:
@@ -135,6 +155,12 @@ class NativeBlocks:
             *(step, tokens, num_decodes, x, update, scratch, torch.get_num_threads()),
         )
         return x, update if self._pre_norm else None
+
+
+def rows_of_floats(logits: Tensor) -> Tensor:
+    """Logits (R, V) fp32 with contiguous rows, which may lie apart: as they are, or copied."""
+    assert logits.dtype == torch.float32, f"logits are {logits.dtype}"
+    return logits if logits.stride(1) == 1 else logits.contiguous()
 
 
 def same_strides(*tensors: Tensor) -> tuple[Tensor, ...]:

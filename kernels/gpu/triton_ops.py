@@ -11,6 +11,7 @@ from kernels.gpu.decode_attention import decode_attention as decode_attention
 from kernels.gpu.kv_write import kv_write as kv_write
 from kernels.gpu.prefill_attention import prefill_attention as prefill_attention
 from kernels.gpu.sampling import sample as sample
+from kernels.logprobs import top_logprobs as top_logprobs
 from kernels.names import Activation
 from kernels.ops import BlockParts, Weight
 

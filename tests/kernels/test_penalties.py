@@ -1,17 +1,11 @@
 """Penalties of a token by how often it was generated, in each implementation of sampling, as greedy choices show them."""
 
-from collections.abc import Callable
-
 import pytest
 import torch
-from torch import Tensor
 
-from kernels import reference, torch_sampling
-from kernels.gpu import sampling as gpu_sampling
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
+from tests.kernels.paths import SAMPLERS, Sample
 
-Sample = Callable[[Tensor, SamplingState, Tensor, Tensor], Tensor]
-IMPLEMENTATIONS = {"reference": reference.sample, "cpu": torch_sampling.sample, "triton": gpu_sampling.sample}
 VOCABULARY = 8
 
 
@@ -29,9 +23,9 @@ def penalized(generated: list[int], *, presence: float = 0.0, frequency: float =
     return SamplingState(**fields)
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=SAMPLERS)
 def sample(request: pytest.FixtureRequest) -> Sample:
-    return IMPLEMENTATIONS[request.param]
+    return SAMPLERS[request.param]
 
 
 def chosen(sample: Sample, state: SamplingState, lead: float) -> list[int]:

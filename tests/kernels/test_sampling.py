@@ -1,4 +1,4 @@
-"""Sampling: three implementations against values worked out by hand, each other, and the distribution."""
+"""Sampling: all implementations against values worked out by hand, each other, and the distribution."""
 
 import math
 from collections.abc import Callable
@@ -15,15 +15,14 @@ from kernels.gpu import sampling
 from kernels.names import NONE_LEFT, NOT_FINITE
 from kernels.sampling_state import TABLES, SamplingState
 from tests.kernels.interpreter import Work
+from tests.kernels.paths import SAMPLERS, Sample
 
-Sample = Callable[[Tensor, SamplingState, Tensor, Tensor], Tensor]
-IMPLEMENTATIONS = {"reference": reference.sample, "cpu": torch_sampling.sample, "triton": sampling.sample}
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=IMPLEMENTATIONS)
+@pytest.fixture(params=SAMPLERS)
 def sample(request: pytest.FixtureRequest) -> Sample:
-    return IMPLEMENTATIONS[request.param]
+    return SAMPLERS[request.param]
 
 
 @pytest.fixture
@@ -139,12 +138,15 @@ def oracle(logits: Tensor, temperature: float, top_k: int, top_p: float, min_p: 
         (1.5, 20, 0.9, 0.2),
     ],
 )
-def test_draws_follow_the_truncated_distribution(temperature: float, top_k: int, top_p: float, min_p: float) -> None:
+@pytest.mark.parametrize("name", ["cpu", "compiled"])
+def test_draws_follow_the_truncated_distribution(
+    name: str, temperature: float, top_k: int, top_p: float, min_p: float
+) -> None:
     logits = torch.randn(40, generator=torch.Generator().manual_seed(1)) * 2
     expected = oracle(logits, temperature, top_k, top_p, min_p)
     n = 20_000
     state = make_state(1, 40, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, seed=3)
-    tokens = torch_sampling.sample(logits.expand(n, -1), state, torch.zeros(n, dtype=torch.int64), torch.arange(n))
+    tokens = SAMPLERS[name](logits.expand(n, -1), state, torch.zeros(n, dtype=torch.int64), torch.arange(n))
     counts = torch.bincount(tokens, minlength=40).tolist()
     assert {i for i, c in enumerate(counts) if c} <= set(expected)
     for token, probability in expected.items():
@@ -155,7 +157,7 @@ def test_draws_follow_the_truncated_distribution(temperature: float, top_k: int,
 # Equal tokens
 
 
-@pytest.mark.parametrize(("name", "count", "vocab_size"), [("cpu", 150, 600), ("triton", 20, 400)])
+@pytest.mark.parametrize(("name", "count", "vocab_size"), [("cpu", 150, 600), ("compiled", 150, 600), ("triton", 20, 400)])
 @pytest.mark.usefixtures("small_tiles")
 def test_random_rows_get_the_reference_s_tokens(
     name: str, count: int, vocab_size: int, monkeypatch: pytest.MonkeyPatch
@@ -168,7 +170,7 @@ def test_random_rows_get_the_reference_s_tokens(
     batch_rows = torch.randperm(count, generator=generator)
     positions = torch.randint(0, 2048, (count,), generator=generator)
     expected = reference.sample(logits, state, batch_rows, positions)
-    tokens = IMPLEMENTATIONS[name](logits, state, batch_rows, positions)
+    tokens = SAMPLERS[name](logits, state, batch_rows, positions)
     different = torch.nonzero(tokens != expected).squeeze(1).tolist()
     for i in different:
         assert is_close_call(logits[i], state, int(batch_rows[i]), int(positions[i])), f"row {i}"
@@ -385,7 +387,7 @@ def test_batch_rows_without_adjustment_read_no_tables() -> None:
     assert not work.out_of_bounds, "the storage ends with the last row, at 301 tokens, no multiple of 4"
     # The poison in the tables would show in any token.
     neutral = adjusted_state(3, 301, temperature=[0, 1, 1], top_k=[0, 0, 9])
-    for sample in IMPLEMENTATIONS.values():
+    for sample in SAMPLERS.values():
         assert torch.equal(sample(logits, state, torch.arange(3), torch.arange(3)), tokens)
         assert torch.equal(sample(logits, neutral, torch.arange(3), torch.arange(3)), tokens)
 

@@ -14,7 +14,7 @@ import torch
 
 from kernels.band import PAGE_SIZE
 from kernels.names import NONE_LEFT, NOT_FINITE
-from model.runner import decode_buckets, likeliest, log_totals
+from model.runner import decode_buckets
 from model.step import (
     DecodeToken,
     NewPages,
@@ -368,36 +368,6 @@ def test_equal_logits_are_listed_lowest_id_first(dtype: torch.dtype, tmp_path: P
     assert found.tokens == twins[:1]
     assert found.logprobs[0] is not None
     assert [token for token, _ in found.logprobs[0].top[: len(twins)]] == twins
-
-
-@pytest.mark.parametrize("num_equal", [2, 9, 40, 331])
-@pytest.mark.parametrize("count", [1, 5, 20])
-def test_the_likeliest_is_argmax_however_many_are_equal(num_equal: int, count: int) -> None:
-    generator = torch.Generator().manual_seed(num_equal)
-    logits = torch.rand(50, 331, generator=generator)
-    for row in logits:
-        row[torch.randperm(331, generator=generator)[:num_equal]] = 2.0
-    ids, values = likeliest(logits, count)
-    assert torch.equal(ids[:, 0], logits.argmax(-1))
-    assert torch.equal(values, logits.topk(count).values)
-    assert torch.equal(values, logits.gather(1, ids))
-    assert all(len(set(row)) == count for row in ids.tolist()), "no token twice"
-
-
-@pytest.mark.parametrize("num_threads", [1, 2, 3, 8])
-def test_the_sum_of_a_row_has_the_same_bits_in_any_batch(num_threads: int) -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(num_threads)
-    try:
-        logits = 3 * torch.randn(64, 50257, generator=torch.Generator().manual_seed(0))
-        together = log_totals(logits)
-        assert together.shape == (64, 1)
-        assert torch.allclose(together, logits.double().logsumexp(-1, keepdim=True).float(), atol=1e-5)
-        for size in (1, 2, 3, 7):
-            assert torch.equal(torch.cat([log_totals(part) for part in logits.split(size)]), together), size
-        assert log_totals(logits[:0]).shape == (0, 1)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_what_is_banned_is_not_sampled_and_keeps_its_logprob(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ constexpr int GROUP = 4, BLOCK = 64;
 constexpr int PANELS = 2;    // that are multiplied together; a weight has an even number of them
 constexpr int OFFSET = 128;  // added to int8 weights, which makes them unsigned
 
+constexpr int NOT_FINITE = -1, NONE_LEFT = -2;  // kernels.names, in place of a token
+
 enum Activation { NONE, RELU, GELU, GELU_NEW };  // numbers of kernels.cpu.panels.ACTIVATIONS
 
 }  // namespace
@@ -61,4 +63,17 @@ struct QuantizedRows {
 struct ScratchArgs {
   ELEMENT *normed, *qkv, *attended, *inner;
   QuantizedRows quantized;
+};
+
+// kernels.sampling_state.SamplingState; rows of a table lie a stride apart.
+struct SamplingArgs {
+  const float* temperature;
+  const int64_t* top_k;
+  const float *top_p, *min_p, *repetition_penalty, *presence_penalty, *frequency_penalty;
+  const uint8_t* adjusted;
+  const int64_t *seed, *choice;
+  const float* bias;
+  const int32_t* generated;
+  const uint8_t* in_prompt;
+  int64_t bias_stride, generated_stride, in_prompt_stride;
 };

@@ -3,4 +3,5 @@
 // kernels/cpu/build.py compiles this where it runs, for one ELEMENT (the type of activations, keys and values) and
 // one HEAD_DIM. A row's arithmetic depends on its own numbers and pages only, so its bits are the same in any batch.
 
-#include "blocks.h"  // which includes all others
+#include "blocks.h"  // which includes all others but the last
+#include "sampling.h"

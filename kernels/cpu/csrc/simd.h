@@ -33,7 +33,19 @@ To bits_of(From x) {
 
 #ifdef __AVX512F__
 constexpr __mmask16 ALL = 0xffff;
+constexpr int WIDE = 16;
+#elif defined(__AVX2__)
+constexpr int WIDE = 8;
+#else
+constexpr int WIDE = 4;
 #endif
+
+// As many numbers as one register holds, for code that mostly compares and selects: g++ does that lane by lane in vectors
+// of more.
+typedef float floats __attribute__((vector_size(4 * WIDE)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDE)));
+typedef uint64_t words __attribute__((vector_size(4 * WIDE)));
+typedef uint8_t bytes __attribute__((vector_size(WIDE)));
 
 #ifdef __F16C__
 struct TwoHalves {
@@ -205,6 +217,67 @@ float highest(f32x16 x) {
   return best;
 }
 
+// ---- vectors of WIDE
+
+floats wide(const float* source) {
+  floats x;
+  std::memcpy(&x, source, sizeof x);
+  return x;
+}
+
+void put(float* target, floats x) { std::memcpy(target, &x, sizeof x); }
+
+// Whether a mask for `?:` has a lane.
+bool any(ints mask) {
+#ifdef __AVX512F__
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  const words pairs = bits_of<words>(mask);
+  return pairs[0] | pairs[1];
+#endif
+}
+
+// Stores the lanes that a mask for `?:` has one after another, and returns their number. Any of the WIDE numbers at
+// `target` may be overwritten.
+int compress(float* target, floats x, ints mask) {
+#ifdef __AVX512F__
+  const __mmask16 lanes = _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+  put(target, (floats)_mm512_maskz_compress_ps(lanes, (__m512)x));
+  return __builtin_popcount(lanes);
+#else
+  int count = 0;
+  for (int i = 0; i < WIDE; i++) {
+    target[count] = x[i];
+    count -= mask[i];
+  }
+  return count;
+#endif
+}
+
+// x with its last bits: no compiler makes one instruction of the product that gave x and a sum with x.
+floats rounded(floats x) {
+  asm("" : "+m"(x));
+  return x;
+}
+
+// The highest number; no lane may be NaN.
+float highest_of(floats x) {
+#ifdef __AVX512F__
+  const auto fold = [&](floats others) { x = others > x ? others : x; };
+  fold(odd<8>(x, x));
+  fold(odd<4>(x, x));
+  fold(odd<2>(x, x));
+  fold(odd<1>(x, x));
+  return x[0];
+#else
+  float best = x[0];
+  for (int i = 1; i < WIDE; i++) best = std::max(best, x[i]);
+  return best;
+#endif
+}
+
 // ---- functions
 
 // 1.5 * 2^23. Adding it rounds a number to the nearest integer, ties to even, and leaves that integer in the last
@@ -212,23 +285,27 @@ float highest(f32x16 x) {
 constexpr float ROUNDER = 12582912;
 
 // The integers in numbers that ROUNDER has been added to.
-i32x16 integers(f32x16 shifted) { return bits_of<i32x16>(shifted) - bits_of<int32_t>(ROUNDER); }
+template <class Floats>
+auto integers(Floats shifted) {
+  return bits_of<decltype(shifted < shifted)>(shifted) - bits_of<int32_t>(ROUNDER);
+}
 
 // e^x with a relative error below 1e-7; 0 below -87, where e^x is not a normal number. Cephes' reduction and
 // polynomial.
-f32x16 exp(f32x16 x) {
-  f32x16 y = x < -87.3f ? f32x16{} - 87.3f : x > 88.3f ? f32x16{} + 88.3f : x;
-  f32x16 shifted = y * 1.44269504f + ROUNDER;
-  f32x16 whole = shifted - ROUNDER;
-  f32x16 r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
-  f32x16 p = 1.9875691500e-4f * r + 1.3981999507e-3f;
+template <class Floats>
+Floats exp(Floats x) {
+  Floats y = x < -87.3f ? Floats{} - 87.3f : x > 88.3f ? Floats{} + 88.3f : x;
+  Floats shifted = y * 1.44269504f + ROUNDER;
+  Floats whole = shifted - ROUNDER;
+  Floats r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats p = 1.9875691500e-4f * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  p = bits_of<f32x16>(bits_of<i32x16>(p) + (integers(shifted) << 23));
-  return x < -87.3f ? f32x16{} : x == x ? p : x;
+  p = bits_of<Floats>(bits_of<decltype(x < x)>(p) + (integers(shifted) << 23));
+  return x < -87.3f ? Floats{} : x == x ? p : x;
 }
 
 }  // namespace

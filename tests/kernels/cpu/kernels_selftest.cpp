@@ -1,5 +1,5 @@
-// Compares attention, norms and products with plain loops in double, needs no Python. Prints what differs, and exits
-// with 1 if anything does.
+// Compares attention, norms, products and sampling with plain loops in double, needs no Python. Prints what differs, and
+// exits with 1 if anything does.
 
 #include "kernels.cpp"
 
@@ -252,9 +252,121 @@ void check_bf16(int64_t rows, int64_t columns, int64_t channels, int activation)
     }
 }
 
+// ---- sampling
+
+struct Settings {
+  float temperature;
+  int64_t top_k;
+  float top_p, min_p;
+  int adjusted;
+};
+
+// The token of adjusted logits: everything sorted, and noise for every token.
+int64_t plain_sample(const std::vector<float>& logits, const Settings& settings, uint64_t key) {
+  const int64_t first = std::max_element(logits.begin(), logits.end()) - logits.begin();
+  if (settings.temperature == 0) return first;
+  std::vector<float> x, sorted;
+  for (float logit : logits) x.push_back((logit - logits[first]) / settings.temperature);
+  sorted = x;
+  std::sort(sorted.rbegin(), sorted.rend());
+  const float kth = settings.top_k > 0 ? sorted[std::min<int64_t>(settings.top_k, x.size()) - 1] : -INF;
+  double total = 0, preceding = 0;
+  const auto weight = [&](float value) {
+    const double all = std::exp((double)value);
+    return value >= kth && all >= settings.min_p ? all : 0;
+  };
+  for (float value : sorted) total += weight(value);
+  float cut = 0;
+  for (float value : sorted) {
+    if (!(preceding < settings.top_p * total) && settings.top_p < 1) break;
+    if (weight(value) > 0) cut = value;
+    preceding += weight(value);
+  }
+  int64_t token = first;
+  float best = -INF;
+  for (size_t i = 0; i < x.size(); i++) {
+    const float noised = x[i] + gumbel(mixed(key ^ (i + 1)));
+    if (x[i] < cut || noised <= best) continue;
+    best = noised;
+    token = i;
+  }
+  return token;
+}
+
+// Rows of few different logits, so that ties stand at the cuts.
+void check_sampling(const Settings& settings, int64_t vocab, int values) {
+  const int64_t rows = 20, stride = vocab + 3;
+  std::vector<float> logits(rows * stride, NAN), bias(rows * stride, NAN);
+  std::vector<int32_t> generated(rows * stride, 1000);
+  std::vector<uint8_t> in_prompt(rows * stride, 1), adjusted(rows, settings.adjusted);
+  const std::vector<float> temperature(rows, settings.temperature), top_p(rows, settings.top_p), min_p(rows, settings.min_p);
+  const std::vector<float> repetition(rows, 1.3f), presence(rows, 0.4f), frequency(rows, 0.3f);
+  const std::vector<int64_t> top_k(rows, settings.top_k);
+  std::vector<int64_t> seed(rows), choice(rows), batch_rows(rows), positions(rows), tokens(rows), ids(rows * 3);
+  std::vector<float> totals(rows), logprobs(rows * 3);
+  for (int64_t r = 0; r < rows; r++) {
+    seed[r] = (int64_t)generator() << 20;
+    choice[r] = below(9);
+    positions[r] = below(2000);
+    batch_rows[r] = rows - 1 - r;
+    for (int64_t i = r * stride; i < r * stride + vocab; i++) {
+      logits[i] = below(values) * 8.0f / values - 5;
+      if (i % 5 == 0 && vocab > 1) logits[i] = -INF;
+      generated[i] = below(4) ? 0 : below(4);
+      in_prompt[i] = below(5) == 0;
+      bias[i] = below(3) ? 0 : below(8) * 0.5f - 2;
+    }
+    logits[r * stride + vocab - 1] = 1;
+  }
+  const SamplingArgs state{temperature.data(), top_k.data(), top_p.data(), min_p.data(), repetition.data(), presence.data(),
+                           frequency.data(), adjusted.data(), seed.data(), choice.data(), bias.data(), generated.data(),
+                           in_prompt.data(), stride, stride, stride};
+  sample(logits.data(), stride, rows, vocab, state, batch_rows.data(), positions.data(), tokens.data(), THREADS);
+  const int64_t count = std::min<int64_t>(3, vocab);
+  top_logprobs(logits.data(), stride, rows, vocab, count, totals.data(), ids.data(), logprobs.data(), THREADS);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t own = batch_rows[r];
+    const std::vector<float> given(&logits[r * stride], &logits[r * stride + vocab]);
+    std::vector<float> x = given;
+    double total = 0;
+    for (int64_t i = 0; i < vocab; i++) {
+      total += std::exp((double)x[i]);
+      if (!settings.adjusted) continue;
+      const int64_t place = own * stride + i;
+      // Products are rounded by themselves.
+      const volatile float damped = x[i] > 0 ? x[i] / 1.3f : x[i] * 1.3f, product = 0.3f * generated[place];
+      if (generated[place] || in_prompt[place]) x[i] = damped;
+      x[i] = x[i] - product - (generated[place] ? 0.4f : 0.0f) + bias[place];
+    }
+    const uint64_t key = mixed(mixed(mixed(seed[own]) ^ choice[own]) ^ positions[r]);
+    expect("a sampled token", r, tokens[r], plain_sample(x, settings, key), 0);
+    expect("a sum of e^x", r, totals[r], std::log(total), 1e-6);
+    const int64_t first = std::max_element(given.begin(), given.end()) - given.begin();
+    expect("the likeliest token", r, ids[r * count], first, 0);
+    expect("its logprob", r, logprobs[r * count], given[first] - std::log(total), 1e-6);
+  }
+}
+
+void check_noise() {
+  const uint64_t key = mixed(mixed(mixed(-5) ^ 3) ^ 77);  // kernels.noise has these numbers
+  expect("row_keys", 0, key == 4349820492936620738, 1, 0);
+  expect("gumbel", 0, gumbel(mixed(key ^ 1)), 1.1992, 1e-4);
+  expect("gumbel", 50256, gumbel(mixed(key ^ 50257)), 0.2417, 1e-4);
+}
+
 }  // namespace
 
 int main() {
+  check_noise();
+  for (int64_t vocab : {1, 15, 64, 65, 1100})
+    for (int values : {3, 40, 1 << 20})
+      for (int adjusted : {0, 1}) {
+        check_sampling({0, 7, 0.5f, 0.1f, adjusted}, vocab, values);
+        check_sampling({1.5f, 0, 1, 0, adjusted}, vocab, values);
+        check_sampling({1.5f, 0, 0.8f, 0, adjusted}, vocab, values);
+        check_sampling({1.5f, 9, 1, 0, adjusted}, vocab, values);
+        check_sampling({2, 200, 0.7f, 0.05f, adjusted}, vocab, values);
+      }
   for (int64_t batch : {1, 3, 8, 19}) check_decode(batch);
   check_prefill();
   for (int64_t rows : {1, 5})

@@ -198,6 +198,30 @@ void check_bytes_and_integers() {
   }
 }
 
+// Vectors of WIDE. Of the buffer only WIDE numbers may be written.
+void check_wide() {
+  float numbers[WIDE], kept[WIDE], wanted[WIDE];
+  ints mask;
+  int count = 0;
+  for (int i = 0; i < WIDE; i++) {
+    numbers[i] = any_vector()[0];
+    mask[i] = generator() % 3 ? 0 : -1;
+    if (mask[i]) wanted[count++] = numbers[i];
+  }
+  const floats x = wide(numbers);
+  const int ours = compress(kept, x, mask);
+  expect(ours == count, "compress", count, ours, count);
+  for (int i = 0; i < count; i++) expect(kept[i] == wanted[i], "a kept number", i, kept[i], wanted[i]);
+  expect(any(mask) == (count > 0), "any", count, any(mask), count > 0);
+  const float best = *std::max_element(numbers, numbers + WIDE);
+  expect(highest_of(x) == best, "highest_of", best, highest_of(x), best);
+  put(kept, x);
+  for (int i = 0; i < WIDE; i++) expect(kept[i] == numbers[i], "put", i, kept[i], numbers[i]);
+  const float e = numbers[0], square = e * e;
+  const volatile float rounded_square = square;
+  expect((rounded(x * x) - wide(numbers))[0] == rounded_square - e, "rounded", e, (rounded(x * x) - x)[0], square - e);
+}
+
 void check_exp() {
   std::vector<float> numbers(std::begin(EDGES), std::end(EDGES));
   for (float border : {-87.3f, 88.3f})
@@ -205,6 +229,8 @@ void check_exp() {
   for (int i = 0; i < 1 << 18; i++) numbers.push_back(std::ldexp((float)generator(), -32) * 180 - 90);
   for (float number : numbers) {
     const float ours = exp(f32x16{} + number)[0];
+    const float narrow = exp(floats{} + number)[0];
+    expect(same(ours, narrow), "exp of another width", number, narrow, ours);
     const double wanted = number < -87.3f ? 0 : number > 88.3f ? std::exp((double)88.3f) : std::exp((double)number);
     const bool ok = std::isnan(number) ? std::isnan(ours) : std::fabs(ours - wanted) <= 1e-7 * wanted;
     expect(ok, "exp", number, ours, wanted);
@@ -227,6 +253,7 @@ int main() {
     check_pieces<1>();
     check_sums();
     check_bytes_and_integers();
+    check_wide();
   }
   if (failures) std::printf("%d differences\n", failures);
   return failures != 0;

@@ -126,7 +126,7 @@ def test_simd(target: Target, tmp_path: Path) -> None:
         pytest.param(ARM._replace(flags="-O2"), "bfloat16", id="aarch64 bfloat16"),
     ],
 )
-def test_attention_norms_and_products(target: Target, element: str, tmp_path: Path) -> None:
+def test_attention_norms_products_and_sampling(target: Target, element: str, tmp_path: Path) -> None:
     defines = f"-DELEMENT={element}", "-DHEAD_DIM=40", "-DPORTABLE_PRODUCTS"
     passes(target, "kernels_selftest.cpp", tmp_path, *defines)
 

@@ -29,7 +29,7 @@ MAX_LINGER = 1 << 20  # bytes that are read, and thrown away, after a request th
 MAX_UNSENT = 16 << 10  # bytes of answers that wait for the client to read before the application waits too
 # Bytes that are read at a time, unless they are the body of a request whose turn has come: a crowd that sends large bodies
 # at once costs little before that.
-READ = 16 << 10
+READ = 8 << 10
 # A turn of the event loop parses this many bytes of a chunked body. Each piece that it is cut into counts as so many more.
 TURN, PIECE = 64 << 10, 256
 # Bytes of a head that are parsed at once. The others wait for each other, so that short ones pass them.
@@ -109,8 +109,9 @@ class Connection(HttpToolsProtocol, BufferedProtocol):
         self._gate.wait(self, Wait.CLOSING)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
-        reads_body = self._has_started and not self._is_whole
-        return self._gate.buffer if reads_body else self._gate.buffer[:READ]
+        if self._is_whole or not self._has_started:
+            return self._gate.buffer[:READ]
+        return self._gate.buffer[:TURN] if self._length is None else self._gate.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self._gate.buffer[:nbytes]))
@@ -424,7 +425,10 @@ class Connection(HttpToolsProtocol, BufferedProtocol):
             if not cycle.disconnected:
                 start(cycle, until_closed(app, cycle) if cycle.scope["http_version"] == "1.0" else app)
 
-        self._gate.start(self, cycle.scope["path"], begin, is_ahead=self._is_ahead)
+        path = cycle.scope["path"]
+        if self._gate.is_probe(path):
+            cycle.access_log = False  # a line takes a third of the time, and anybody may ask
+        self._gate.start(self, path, begin, is_ahead=self._is_ahead)
 
 
 def too_long_a_line() -> APIError:

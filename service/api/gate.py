@@ -142,10 +142,14 @@ class Gate:
         guest.held = 0
         self.listen(guest)
 
+    def is_probe(self, path: str) -> bool:
+        """Whether a request for `path` asks whether the server lives."""
+        return path.rstrip("/") in self._probes
+
     def start(self, guest: Guest, path: str, begin: Callable[[], None], *, is_ahead: bool) -> None:
         """Call `begin`, which starts to answer a request of `guest`, in its turn. `is_ahead`: it came ahead of an answer."""
-        is_probe = path.rstrip("/") in self._probes
-        (self._starts_ahead if is_ahead else self._first if is_probe else self._starts).call(guest, begin)
+        first = self._first if self.is_probe(path) else self._starts
+        (self._starts_ahead if is_ahead else first).call(guest, begin)
 
     def parse(self, guest: Guest, advance: Callable[[], None]) -> None:
         """Call `advance`, which parses a long head, in its turn."""

@@ -4,3 +4,9 @@
 // one HEAD_DIM. A row's arithmetic depends on its own numbers and pages only, so its bits are the same in any batch.
 
 #include "blocks.h"  // which includes all others
+
+// The functions that Python calls return what Team::run does.
+extern "C" int64_t oldest_job() { return team().oldest(); }
+
+// From now on helpers of our own share the work: see Team::uses_helpers.
+extern "C" void use_helpers() { team().uses_helpers = true; }

@@ -12,13 +12,11 @@
 #if defined(PRODUCT_INSTRUCTIONS) || defined(PORTABLE_PRODUCTS)
 #define PRODUCTS
 
-#include <omp.h>
-
-#include <atomic>
+#include <optional>
 #include <utility>
-#include <vector>
 
 #include "amx.h"
+#include "team.h"
 
 namespace {
 
@@ -117,77 +115,6 @@ void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* 
 }
 #endif
 
-// Divides `count` units of work among threads. Each thread goes through its own part from front to back, the order in
-// which memory is read fastest. Then it helps the others: the server's event loop may take a thread's core away.
-class Division {
- public:
-  Division(int64_t count, int threads) : parts(threads) {
-    for (int t = 0; t < threads; t++) parts[t].next = count * t / threads, parts[t].end = count * (t + 1) / threads;
-  }
-
-  // A unit that no thread has taken yet, or -1.
-  int64_t take() {
-    const size_t own = omp_get_thread_num();
-    for (size_t i = 0; i < parts.size(); i++) {
-      Part& part = parts[(own + i) % parts.size()];
-      const int64_t unit = part.next.fetch_add(1, std::memory_order_relaxed);
-      if (unit < part.end) return unit;
-    }
-    return -1;
-  }
-
- private:
-  struct alignas(64) Part {  // a cache line each
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  std::vector<Part> parts;
-};
-
-// Multiplies `count` rows with the panels of a weight, which `division` hands out PANELS at a time.
-// finish(panel)(row, sums) is called, on any thread, with LANES sums at a time; with tiles it may see a row twice.
-// Every thread of a parallel region calls this.
-template <Kind KIND, class Finish>
-void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, Division& division,
-                     Finish finish) {
-#ifdef AMX
-  if (has_tiles) {
-    const int64_t height = std::min<int64_t>(count, TILE_ROWS);
-    const AmxTiles tiles(height);
-    for (int64_t panel; (panel = division.take() * PANELS) >= 0;)
-      for (int64_t r = 0; r < count; r += 2 * TILE_ROWS) {
-        // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
-        const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
-        const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
-        i32x16 sums[2 * PANELS * TILE_ROWS];
-        multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr,
-                             panels + panel * bytes * LANES, bytes, sums);
-        for (int p = 0; p < PANELS; p++) {
-          const auto put = finish(panel + p);
-          for (int64_t i = 0; i < height; i++) put(first + i, sums[p * TILE_ROWS + i]);
-          for (int64_t i = 0; count > TILE_ROWS && i < height; i++) put(second + i, sums[(PANELS + p) * TILE_ROWS + i]);
-        }
-      }
-    return;
-  }
-#endif
-  const int64_t height = count <= MANY ? count : FEW;
-  const int width = count > FEW && count <= MANY ? 1 : PANELS;
-  for (int64_t pair; (pair = division.take() * PANELS) >= 0;)
-    for (int64_t panel = pair; panel < pair + PANELS; panel += width)
-      for (int64_t r = 0; r < count; r += height) {
-        const int64_t some = std::min(height, count - r);
-        i32x16 sums[MANY];
-        const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
-                                             : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
-        multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
-        for (int p = 0; p < width; p++) {
-          const auto put = finish(panel + p);
-          for (int64_t i = 0; i < some; i++) put(r + i, sums[i * width + p]);
-        }
-      }
-}
-
 f32x16 activate(f32x16 x, int activation) {
   switch (activation) {
     case RELU:
@@ -205,33 +132,85 @@ f32x16 activate(f32x16 x, int activation) {
   }
 }
 
-// A panel's columns of out = activation(product + bias), (rows, channels).
-template <class Out>
-struct Output {
-  Out* out;
-  int64_t channels, first;
+// What is added to a panel's products, and done to the sums.
+struct Epilogue {
   int activation;
   f32x16 shift{};
 
-  Output(Out* out, const ProductArgs& by, int64_t panel, int activation)
-      : out(out), channels(by.channels), first(panel * LANES), activation(activation) {
-    if (!by.bias) return;
+  Epilogue(const ProductArgs& by, int64_t panel, int activation) : activation(activation) {
+    const int64_t first = panel * LANES, count = std::min<int64_t>(LANES, by.channels - first);
+    if (!by.bias || count <= 0) return;
     ELEMENT some[LANES] = {};
-    std::memcpy(some, by.bias + std::min(first, channels), size() * sizeof *some);
+    std::memcpy(some, by.bias + first, count * sizeof *some);
     shift = load(some);
   }
 
-  int64_t size() const { return std::max<int64_t>(0, std::min<int64_t>(LANES, channels - first)); }
-
-  void put(int64_t row, f32x16 product) const {
-    Out* target = out + row * channels + first;
-    const f32x16 y = activate(product + shift, activation);
-    if (first + LANES <= channels) return store(target, y);
-    Out some[LANES];
-    store(some, y);
-    std::memcpy(target, some, size() * sizeof *out);
-  }
+  f32x16 operator()(f32x16 product) const { return activate(product + shift, activation); }
 };
+
+constexpr int64_t ROWS_AT_ONCE = 64;         // of a piece
+constexpr int64_t CHANNELS = PANELS * LANES;  // of a piece
+
+// out (rows, channels) of `count` rows of `bytes` bytes with the panels of a weight. finish(panel)(row, sums) gives
+// LANES numbers of `out`.
+template <Kind KIND, class Out, class Finish>
+void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t bytes, const ProductArgs& by, Out* out,
+                     const Finish& finish) {
+#ifdef AMX
+  std::optional<AmxTiles> tiles;
+  if (has_tiles) tiles.emplace(std::min<int64_t>(count, TILE_ROWS));
+#endif
+  const int64_t blocks = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  worker.share(by.num_panels / PANELS * blocks, [&](int64_t piece, Claim& claim) {
+    const int64_t panel = piece / blocks * PANELS;
+    const int64_t begin = piece % blocks * ROWS_AT_ONCE, end = std::min(count, begin + ROWS_AT_ONCE);
+    const uint8_t* const weights = by.panels + panel * bytes * LANES;
+    Out own[ROWS_AT_ONCE][CHANNELS];
+    // Of rows `from` on, and of a panel: it may be told of rows ahead of the piece's.
+    const auto keep = [&](int64_t from, int64_t some, int p, const i32x16* sums, int step) {
+      const auto finished = finish(panel + p);
+      for (int64_t i = std::max<int64_t>(0, begin - from); i < some; i++)
+        store(own[from + i - begin] + p * LANES, finished(from + i, sums[i * step]));
+    };
+    [&] {
+#ifdef AMX
+      if (has_tiles) {
+        for (int64_t r = begin; r < end; r += 2 * TILE_ROWS) {
+          // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
+          const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
+          const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
+          i32x16 sums[2 * PANELS * TILE_ROWS];
+          multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr, weights, bytes,
+                               sums);
+          for (int p = 0; p < PANELS; p++) {
+            keep(first, std::min<int64_t>(count, TILE_ROWS), p, sums + p * TILE_ROWS, 1);
+            if (count > TILE_ROWS) keep(second, TILE_ROWS, p, sums + (PANELS + p) * TILE_ROWS, 1);
+          }
+        }
+        return;
+      }
+#endif
+      const int64_t height = end - begin <= MANY ? end - begin : FEW;
+      const int width = height > FEW ? 1 : PANELS;
+      for (int p = 0; p < PANELS; p += width)
+        for (int64_t r = begin; r < end; r += height) {
+          const int64_t some = std::min(height, end - r);
+          i32x16 sums[MANY];
+          const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
+                                               : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
+          multiply(rows + r * bytes, weights + p * bytes * LANES, bytes, sums);
+          for (int i = 0; i < width; i++) keep(r, some, p + i, sums + i, width);
+        }
+    }();
+    if (!claim()) return;
+    const int64_t first = panel * LANES, size = std::min(CHANNELS, by.channels - first);
+    for (int64_t r = begin; r < end; r++)
+      if (size == CHANNELS)  // of a length that the compiler knows
+        std::memcpy(out + r * by.channels + first, own[r - begin], sizeof *own);
+      else
+        std::memcpy(out + r * by.channels + first, own[r - begin], size * sizeof **own);
+  });
+}
 
 constexpr float LARGEST = 127;               // of a row's integers
 constexpr float SMALLEST = 1.17549435e-38f;  // of a row's scale
@@ -266,33 +245,40 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
 }
 
 // Of x (rows, columns).
-void multiply_int8(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
-                   const QuantizedRows& to, int threads) {
-  Division division(by.num_panels / PANELS, threads);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for
-    for (int64_t r = 0; r < rows; r++)
-      quantize(x + r * by.columns, by.columns, by.padded, to.integers + r * by.padded, to.scales + r, to.sums + r);
-    multiply_panels<INT8>((const uint8_t*)to.integers, rows, by.padded, by.panels, division, [&](int64_t panel) {
-      return [=, output = Output<ELEMENT>(out, by, panel, activation), scale = load(by.scales + panel * LANES)](
-                 int64_t row, i32x16 sums) {
-        const f32x16 exact = __builtin_convertvector(sums - OFFSET * to.sums[row], f32x16);
-        output.put(row, exact * (scale * to.scales[row]));
-      };
-    });
-  }
+void multiply_int8(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                   const QuantizedRows& to) {
+  worker.share(rows, [&](int64_t r, Claim& claim) {
+    int8_t* const integers = room<int8_t>(by.padded);
+    float scale;
+    int32_t total;
+    quantize(x + r * by.columns, by.columns, by.padded, integers, &scale, &total);
+    if (!claim()) return;
+    std::memcpy(to.integers + r * by.padded, integers, by.padded);
+    to.scales[r] = scale, to.sums[r] = total;
+  });
+  multiply_panels<INT8>(worker, (const uint8_t*)to.integers, rows, by.padded, by, out, [&](int64_t panel) {
+    return [&to, finish = Epilogue(by, panel, activation), scale = load(by.scales + panel * LANES)](
+               int64_t row, i32x16 sums) {
+      const f32x16 exact = __builtin_convertvector(sums - OFFSET * to.sums[row], f32x16);
+      return finish(exact * (scale * to.scales[row]));
+    };
+  });
 }
 
 template <class Out>
-void multiply_bf16(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, Out* out, int threads) {
-  Division division(by.num_panels / PANELS, threads);
-#pragma omp parallel num_threads(threads)
-  multiply_panels<BF16>((const uint8_t*)x, rows, by.columns * sizeof(ELEMENT), by.panels, division, [&](int64_t panel) {
-    return [output = Output<Out>(out, by, panel, activation)](int64_t row, i32x16 sums) {
-      output.put(row, bits_of<f32x16>(sums));
-    };
+void multiply_bf16(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, Out* out) {
+  const int64_t bytes = by.columns * sizeof(ELEMENT);
+  multiply_panels<BF16>(worker, (const uint8_t*)x, rows, bytes, by, out, [&](int64_t panel) {
+    return [finish = Epilogue(by, panel, activation)](int64_t, i32x16 sums) { return finish(bits_of<f32x16>(sums)); };
   });
+}
+
+void share_linear(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                  const QuantizedRows& room) {
+  if (by.scales)
+    multiply_int8(worker, by, x, rows, activation, out, room);
+  else
+    multiply_bf16(worker, by, x, rows, activation, out);
 }
 
 }  // namespace
@@ -311,16 +297,15 @@ extern "C" int bf16_is_fast() {
 }
 
 // kernels.ops.Ops.linear: x (rows, columns), out (rows, channels). `room` may be null where the weight is bfloat16.
-extern "C" void linear_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
-                              const QuantizedRows* room, int threads) {
-  if (by.scales)
-    multiply_int8(by, x, rows, activation, out, *room, threads);
-  else
-    multiply_bf16(by, x, rows, activation, out, threads);
+extern "C" int64_t linear_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                                 const QuantizedRows* room, int threads) {
+  return team().run(threads, [=, to = room ? *room : QuantizedRows{}](Worker& worker) {
+    share_linear(worker, by, x, rows, activation, out, to);
+  });
 }
 
 // kernels.ops.Ops.project of a bfloat16 weight: sums are not rounded.
-extern "C" void project_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, float* out, int threads) {
-  multiply_bf16(by, x, rows, NONE, out, threads);
+extern "C" int64_t project_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, float* out, int threads) {
+  return team().run(threads, [=](Worker& worker) { multiply_bf16(worker, by, x, rows, NONE, out); });
 }
 #endif

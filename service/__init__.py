@@ -6,6 +6,7 @@
 A name is loaded when it is first used: `import service` takes no torch.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,11 @@ HOMES = {
     "RequestError": "service.engine.request",
     "EngineError": "service.engine.engine",
 }
+# For how long OpenMP's threads spin when they wait, in turns of a loop: tens of microseconds, from one product to the next.
+# Without it they keep cores from others for milliseconds after every operation. Read when torch is first imported.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 __all__ = ["LLM", "AsyncLLM", "Completion", "EngineError", "RequestError", "SamplingParams"]
 
 

@@ -9,7 +9,7 @@ log = logging.getLogger("banded")
 
 # CoreWatch looks at so many seconds of steps, in which threads may wait for cores for this share of the time, in sum.
 WATCH_SECONDS = 10.0
-MAX_WAITED = 0.3
+MAX_WAITED = 0.5
 
 
 def cpu_quota(groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:

@@ -72,15 +72,17 @@ void multiply(const uint8_t* rows, const uint8_t* panels, int64_t bytes, i32x16*
 
 typedef void (*Multiply)(const uint8_t*, const uint8_t*, int64_t, i32x16*);
 
-template <Kind KIND, int P, int... R>
-constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
-  constexpr Multiply functions[] = {multiply<KIND, R + 1, P>...};
-  return functions[count - 1];
-}
-
 // Up to MANY rows are multiplied with one panel at once, so that each weight is read once. Two panels need fewer
 // loads a product: they take up to FEW rows, and more than MANY in blocks of FEW.
 constexpr int MANY = 16, FEW = 8;
+
+// multiply of 1, 2, ... rows.
+template <Kind KIND, int P, class Rows = std::make_integer_sequence<int, P == 1 ? MANY : FEW>>
+struct ByRows;
+template <Kind KIND, int P, int... R>
+struct ByRows<KIND, P, std::integer_sequence<int, R...>> {
+  static constexpr Multiply functions[] = {multiply<KIND, R + 1, P>...};
+};
 
 #ifdef AMX
 #define MULTIPLY_TILES(SUMS, ROWS, WEIGHTS) \
@@ -132,29 +134,40 @@ f32x16 activate(f32x16 x, int activation) {
   }
 }
 
-// What is added to a panel's products, and done to the sums.
-struct Epilogue {
+// A panel's columns of out = activation(product + bias), (rows, channels).
+template <class Out>
+struct Output {
+  Out* out;
+  int64_t channels, first;
   int activation;
   f32x16 shift{};
 
-  Epilogue(const ProductArgs& by, int64_t panel, int activation) : activation(activation) {
-    const int64_t first = panel * LANES, count = std::min<int64_t>(LANES, by.channels - first);
-    if (!by.bias || count <= 0) return;
+  Output(Out* out, const ProductArgs& by, int64_t panel, int activation)
+      : out(out), channels(by.channels), first(panel * LANES), activation(activation) {
+    if (!by.bias) return;
     ELEMENT some[LANES] = {};
-    std::memcpy(some, by.bias + first, count * sizeof *some);
+    std::memcpy(some, by.bias + std::min(first, channels), size() * sizeof *some);
     shift = load(some);
   }
 
-  f32x16 operator()(f32x16 product) const { return activate(product + shift, activation); }
+  int64_t size() const { return std::max<int64_t>(0, std::min<int64_t>(LANES, channels - first)); }
+
+  void put(int64_t row, f32x16 product) const {
+    Out* target = out + row * channels + first;
+    const f32x16 y = activate(product + shift, activation);
+    if (first + LANES <= channels) return store(target, y);
+    Out some[LANES];
+    store(some, y);
+    std::memcpy(target, some, size() * sizeof *out);
+  }
 };
 
-constexpr int64_t ROWS_AT_ONCE = 64;         // of a piece
-constexpr int64_t CHANNELS = PANELS * LANES;  // of a piece
+constexpr int64_t ROWS_AT_ONCE = 32;  // of a piece
 
-// out (rows, channels) of `count` rows of `bytes` bytes with the panels of a weight. finish(panel)(row, sums) gives
-// LANES numbers of `out`.
-template <Kind KIND, class Out, class Finish>
-void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t bytes, const ProductArgs& by, Out* out,
+// Multiplies `count` rows of `bytes` bytes with the panels of a weight. finish(panel)(row, sums) is called, on any
+// thread, with LANES sums at a time.
+template <Kind KIND, class Finish>
+void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t bytes, const ProductArgs& by,
                      const Finish& finish) {
 #ifdef AMX
   std::optional<AmxTiles> tiles;
@@ -162,53 +175,40 @@ void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t
 #endif
   const int64_t blocks = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
   worker.share(by.num_panels / PANELS * blocks, [&](int64_t piece, Claim& claim) {
-    const int64_t panel = piece / blocks * PANELS;
-    const int64_t begin = piece % blocks * ROWS_AT_ONCE, end = std::min(count, begin + ROWS_AT_ONCE);
+    const int64_t pair = blocks == 1 ? piece : piece / blocks, panel = pair * PANELS;  // dividing takes its time
+    const int64_t begin = (piece - pair * blocks) * ROWS_AT_ONCE, some = std::min(ROWS_AT_ONCE, count - begin);
     const uint8_t* const weights = by.panels + panel * bytes * LANES;
-    Out own[ROWS_AT_ONCE][CHANNELS];
-    // Of rows `from` on, and of a panel: it may be told of rows ahead of the piece's.
-    const auto keep = [&](int64_t from, int64_t some, int p, const i32x16* sums, int step) {
-      const auto finished = finish(panel + p);
-      for (int64_t i = std::max<int64_t>(0, begin - from); i < some; i++)
-        store(own[from + i - begin] + p * LANES, finished(from + i, sums[i * step]));
+    i32x16 sums[ROWS_AT_ONCE * PANELS];
+    // Sums of rows `from` on; those of a panel are `step` apart. Rows ahead of the piece's are left out.
+    const auto put = [&](int64_t from, int64_t some, int p, const i32x16* sums, int step) {
+      const auto to = finish(panel + p);
+      for (int64_t i = std::max<int64_t>(0, begin - from); i < some; i++) to(from + i, sums[i * step]);
     };
-    [&] {
 #ifdef AMX
-      if (has_tiles) {
-        for (int64_t r = begin; r < end; r += 2 * TILE_ROWS) {
-          // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
-          const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
-          const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
-          i32x16 sums[2 * PANELS * TILE_ROWS];
-          multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr, weights, bytes,
-                               sums);
-          for (int p = 0; p < PANELS; p++) {
-            keep(first, std::min<int64_t>(count, TILE_ROWS), p, sums + p * TILE_ROWS, 1);
-            if (count > TILE_ROWS) keep(second, TILE_ROWS, p, sums + (PANELS + p) * TILE_ROWS, 1);
-          }
-        }
-        return;
+    if (has_tiles) {
+      // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
+      static_assert(ROWS_AT_ONCE == 2 * TILE_ROWS);
+      const int64_t first = std::max<int64_t>(0, std::min(begin, count - 2 * TILE_ROWS));
+      const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
+      multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr, weights, bytes, sums);
+      if (!claim()) return;
+      for (int p = 0; p < PANELS; p++) {
+        put(first, std::min<int64_t>(count, TILE_ROWS), p, sums + p * TILE_ROWS, 1);
+        if (count > TILE_ROWS) put(second, TILE_ROWS, p, sums + (PANELS + p) * TILE_ROWS, 1);
       }
+      return;
+    }
 #endif
-      const int64_t height = end - begin <= MANY ? end - begin : FEW;
-      const int width = height > FEW ? 1 : PANELS;
-      for (int p = 0; p < PANELS; p += width)
-        for (int64_t r = begin; r < end; r += height) {
-          const int64_t some = std::min(height, end - r);
-          i32x16 sums[MANY];
-          const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
-                                               : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
-          multiply(rows + r * bytes, weights + p * bytes * LANES, bytes, sums);
-          for (int i = 0; i < width; i++) keep(r, some, p + i, sums + i, width);
-        }
-    }();
+    const bool one = some > FEW && some <= MANY;  // panel at a time
+    const Multiply* const functions = one ? ByRows<KIND, 1>::functions : ByRows<KIND, PANELS>::functions;
+    if (one)
+      for (int p = 0; p < PANELS; p++)
+        functions[some - 1](rows + begin * bytes, weights + p * bytes * LANES, bytes, sums + p * some);
+    else
+      for (int64_t r = 0; r < some; r += FEW)
+        functions[std::min<int64_t>(FEW, some - r) - 1](rows + (begin + r) * bytes, weights, bytes, sums + r * PANELS);
     if (!claim()) return;
-    const int64_t first = panel * LANES, size = std::min(CHANNELS, by.channels - first);
-    for (int64_t r = begin; r < end; r++)
-      if (size == CHANNELS)  // of a length that the compiler knows
-        std::memcpy(out + r * by.channels + first, own[r - begin], sizeof *own);
-      else
-        std::memcpy(out + r * by.channels + first, own[r - begin], size * sizeof **own);
+    for (int p = 0; p < PANELS; p++) put(begin, some, p, sums + (one ? p * some : p), one ? 1 : PANELS);
   });
 }
 
@@ -256,20 +256,21 @@ void multiply_int8(Worker& worker, const ProductArgs& by, const ELEMENT* x, int6
     std::memcpy(to.integers + r * by.padded, integers, by.padded);
     to.scales[r] = scale, to.sums[r] = total;
   });
-  multiply_panels<INT8>(worker, (const uint8_t*)to.integers, rows, by.padded, by, out, [&](int64_t panel) {
-    return [&to, finish = Epilogue(by, panel, activation), scale = load(by.scales + panel * LANES)](
+  multiply_panels<INT8>(worker, (const uint8_t*)to.integers, rows, by.padded, by, [&](int64_t panel) {
+    return [&to, output = Output<ELEMENT>(out, by, panel, activation), scale = load(by.scales + panel * LANES)](
                int64_t row, i32x16 sums) {
       const f32x16 exact = __builtin_convertvector(sums - OFFSET * to.sums[row], f32x16);
-      return finish(exact * (scale * to.scales[row]));
+      output.put(row, exact * (scale * to.scales[row]));
     };
   });
 }
 
 template <class Out>
 void multiply_bf16(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, Out* out) {
-  const int64_t bytes = by.columns * sizeof(ELEMENT);
-  multiply_panels<BF16>(worker, (const uint8_t*)x, rows, bytes, by, out, [&](int64_t panel) {
-    return [finish = Epilogue(by, panel, activation)](int64_t, i32x16 sums) { return finish(bits_of<f32x16>(sums)); };
+  multiply_panels<BF16>(worker, (const uint8_t*)x, rows, by.columns * sizeof(ELEMENT), by, [&](int64_t panel) {
+    return [output = Output<Out>(out, by, panel, activation)](int64_t row, i32x16 sums) {
+      output.put(row, bits_of<f32x16>(sums));
+    };
   });
 }
 

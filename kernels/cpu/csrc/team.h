@@ -13,6 +13,8 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
+#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -26,7 +28,7 @@ typedef std::chrono::steady_clock Clock;
 typedef std::chrono::nanoseconds Nanoseconds;
 
 // How long a helper without work, and a thread whose phase is not done, keep their cores.
-constexpr Nanoseconds SPIN{50'000}, PATIENCE{20'000};
+constexpr Nanoseconds SPIN{50'000}, PATIENCE{20'000}, LEAVE{3'000};
 
 // Waits for `done` without giving the core up. Returns whether it came true in time.
 template <class Condition>
@@ -110,6 +112,9 @@ class Worker {
     };
     const auto work = [&](int64_t piece) {
       Claim claim(claimed + piece);
+#ifdef LATE_HELPERS  // for tests: as if they were put aside often
+      if (id && rand() % 4 == 0) std::this_thread::sleep_for(std::chrono::milliseconds(3));
+#endif
       body(piece, claim);
       std::atomic<int64_t>& done = parts[id].done;
       if (claim.is_mine()) done.store(done.load(std::memory_order_relaxed) + 1, std::memory_order_release);
@@ -148,45 +153,47 @@ class Team {
  public:
   // Runs a program. Helpers that were put aside may read its arguments for longer: until `oldest` exceeds the number
   // returned. It is 0 if there are none.
-  int64_t run(int threads, const Program& program) {
+  int64_t run(int threads, Program program) {
     std::unique_lock<std::mutex> only(busy, std::defer_lock);
     if (threads < 2 || (uses_helpers && !only.try_lock())) return Worker::alone(program), 0;
-    const auto job = std::make_shared<Job>(program, threads);
-    Worker::count(*job);
-    if (job->num_pieces <= job->num_phases) return Worker::alone(program), 0;
-    job->parts = std::vector<Job::Part>(job->num_phases * threads);
-    job->claimed = std::vector<std::atomic<bool>>(job->num_pieces);
+    auto owned = std::make_unique<Job>(std::move(program), threads);
+    Job& job = *owned;
+    Worker::count(job);
+    if (job.num_pieces <= job.num_phases) return Worker::alone(job.program), 0;
+    job.parts = std::vector<Job::Part>(job.num_phases * threads);
+    job.claimed = std::vector<std::atomic<bool>>(job.num_pieces);
     if (!uses_helpers) {
 #pragma omp parallel num_threads(threads)
       {
-        Worker worker(*job, omp_get_thread_num());
-        program(worker);
+        Worker worker(job, omp_get_thread_num());
+        job.program(worker);
       }
       return 0;
     }
-    {
-      const std::lock_guard<std::mutex> lock(mutex);
-      while ((int)inside.size() < threads) hire();
-      job->number = number.load(std::memory_order_relaxed) + 1;
-      open = job;
-      number.store(job->number, std::memory_order_release);
+    while ((int)helpers.size() < threads - 1) hire();
+    job.number = number + 1;
+    jobs.push_back(std::move(owned));
+    number = job.number;
+    open = &job;
+    if (num_asleep) {
+      { const std::lock_guard<std::mutex> lock(mutex); }  // who is about to sleep does so, or has seen it
+      posted.notify_all();
     }
-    posted.notify_all();
-    Worker worker(*job, 0);
-    program(worker);
-    const std::lock_guard<std::mutex> lock(mutex);
+    Worker worker(job, 0);
+    job.program(worker);
     open = nullptr;
-    for (const int64_t of : inside)
-      if (of == job->number) return of;
-    return 0;
+    const int64_t last = job.number;
+    spin(LEAVE, [&] { return oldest() > last; });  // one that has a core leaves at once
+    while (!jobs.empty() && jobs.front()->number < oldest()) jobs.pop_front();
+    return jobs.empty() ? 0 : last;
   }
 
   // The number of the oldest job that a helper is in.
   int64_t oldest() {
     const std::lock_guard<std::mutex> lock(mutex);
     int64_t least = INT64_MAX;
-    for (const int64_t of : inside)
-      if (of) least = std::min(least, of);
+    for (const Helper& helper : helpers)
+      if (const int64_t inside = helper.inside) least = std::min(least, inside);
     return least;
   }
 
@@ -195,40 +202,53 @@ class Team {
   bool uses_helpers = false;
 
  private:
+  struct alignas(64) Helper {
+    std::atomic<int64_t> inside{0};  // the number of its job, or 0
+  };
+
   void hire() {
-    const int id = inside.size();
-    inside.push_back(0);
+    const std::lock_guard<std::mutex> lock(mutex);
+    Helper& helper = helpers.emplace_back();
     try {
-      std::thread([this, id] { help(id); }).detach();
+      std::thread([this, &helper, id = (int)helpers.size()] { help(helper, id); }).detach();
     } catch (const std::system_error&) {  // there may be no more threads: the others do its part
     }
   }
 
-  void help(int id) {
+  void help(Helper& helper, int id) {
 #ifdef __linux__
     pthread_setname_np(pthread_self(), "banded-helper");
 #endif
-    std::shared_ptr<Job> job;
     for (int64_t seen = 0;;) {
-      spin(SPIN, [&] { return number.load(std::memory_order_acquire) != seen; });
-      {
+      const auto is_new = [&] { return number != seen && open; };
+      if (!spin(SPIN, is_new)) {
         std::unique_lock<std::mutex> lock(mutex);
-        posted.wait(lock, [&] { return open && open->number != seen && id < open->threads; });
-        job = open, seen = inside[id] = job->number;
+        num_asleep++;
+        posted.wait(lock, is_new);
+        num_asleep--;
       }
-      Worker worker(*job, id);
-      job->program(worker);
-      const std::lock_guard<std::mutex> lock(mutex);
-      inside[id] = 0;
-      job = nullptr;
+      // A job lasts as long as its number stands here, if it was still open then.
+      const int64_t latest = number;
+      helper.inside = latest;
+      Job* const job = open;
+      if (job && number == latest) {
+        seen = latest;
+        if (id < job->threads) {
+          Worker worker(*job, id);
+          job->program(worker);
+        }
+      }
+      helper.inside = 0;
     }
   }
 
-  std::mutex busy, mutex;
+  std::mutex busy, mutex;  // held by the caller; by who changes or reads `helpers`, and who falls asleep
   std::condition_variable posted;
-  std::shared_ptr<Job> open;       // that helpers may join
-  std::atomic<int64_t> number{0};  // of jobs posted so far
-  std::vector<int64_t> inside{0};  // the number of the job that each thread is in, or 0; the caller's is unused
+  std::deque<Helper> helpers;
+  std::deque<std::unique_ptr<Job>> jobs;  // the last one, and those that helpers may be in
+  std::atomic<int64_t> number{0};         // of the last job, set ahead of `open`
+  std::atomic<Job*> open{nullptr};        // that helpers may join
+  std::atomic<int> num_asleep{0};
 };
 
 Team& team() {

@@ -5,6 +5,7 @@ team_selftest.cpp has what needs no Python.
 
 import os
 import random
+import shlex
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.cpu import build as cpu_build
 from kernels.cpu.compiled import CompiledOps
 from tests.kernels.compiled import compiled_ops
 from tests.kernels.paths import ServedPath
@@ -69,6 +71,18 @@ torch.testing.assert_close(normed, reference.add_layernorm(x, None, None, None, 
     environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
     run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
+
+
+def test_what_a_late_helper_reads_is_kept() -> None:
+    """Memory that is freed can't be read any more here, and helpers are late in a quarter of their pieces."""
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "1024",
+        "CXX": f"{shlex.join(cpu_build.compiler())} -DLATE_HELPERS",
+    }
+    tests = "tests/model/test_native_forward.py::test_the_doctor_measures_the_native_forward"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests, __file__, "-k", "doctor or same_bits"]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
 
 
 @contextmanager

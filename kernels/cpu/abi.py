@@ -27,9 +27,10 @@ class Pointer:
 
 
 class TensorStructure(ctypes.Structure):
-    """Takes tensors for its pointers, and is valid as long as they are."""
+    """Takes tensors for its pointers, and keeps them. A copy of it in another structure or array does not."""
 
     def __init__(self, *values: object):
+        self.values = values
         super().__init__(*(x.data_ptr() if isinstance(x, Tensor) else x for x in values))
 
 
@@ -98,9 +99,9 @@ class QuantizedRows(TensorStructure):
     _fields_ = pointers("integers", "scales", "sums")
 
     def __init__(self, rows: int, padded: int):
-        """Room for `rows` rows of `padded` integers, as long as this object lives."""
-        self.room = torch.empty(rows, padded, dtype=torch.int8), torch.empty(rows), torch.empty(rows, dtype=torch.int32)
-        super().__init__(*self.room)
+        """Room for `rows` rows of `padded` integers."""
+        integers = torch.empty(rows, padded, dtype=torch.int8)
+        super().__init__(integers, torch.empty(rows), torch.empty(rows, dtype=torch.int32))
 
 
 class ScratchArgs(TensorStructure):
@@ -121,6 +122,7 @@ class SamplingArgs(TensorStructure):
 STRUCTURES: tuple[type[ctypes.Structure], ...] = (
     *(NormArgs, ProductArgs, BlockArgs, PlanArgs, QuantizedRows, ScratchArgs, SamplingArgs),
 )
+# Of the functions that share their work out among threads. They return what Team::run in csrc/team.h does.
 ARGUMENTS: dict[str, tuple[object, ...]] = {
     "kv_write": (Pointer, Pointer, c_int64, *[Pointer] * 3, c_int64, c_int64, c_int),
     "decode_attention": (Pointer, c_int64, *[Pointer] * 6, c_int64, c_int64, c_float, c_int),

@@ -31,13 +31,33 @@ class CompiledOps:
     def __init__(self, library: ctypes.CDLL):
         for name, arguments in ARGUMENTS.items():
             if hasattr(library, name):
-                getattr(library, name).argtypes = arguments
+                getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_int64
+        library.oldest_job.restype = ctypes.c_int64
         self._library = library
+        self._kept: dict[int, tuple[object, ...]] = {}  # by the number of the job that may still read it
         self.has_int8 = hasattr(library, "linear_panels")  # else the processor lacks the instructions for our products
         self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())
         self._sampled: tuple[SamplingState, SamplingArgs] | None = None  # the last call's, for the next one with this state
 
+    def call(self, function: str, *arguments: object, keep: object = None) -> None:
+        """Call a function that shares its work out among this thread's number of threads, its last argument.
+
+        A helper that was put aside may read the arguments later: they are kept until it no longer can, and `keep` with them.
+        """
+        if number := getattr(self._library, function)(*arguments, torch.get_num_threads()):
+            self._kept[number] = (arguments, keep)
+        if self._kept:
+            oldest = self._library.oldest_job()
+            for number in [number for number in self._kept if number < oldest]:
+                self._kept.pop(number, None)
+
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
+        packed = self._pack(weight, quantize=quantize)
+        if isinstance(packed, Bf16Panels | Int8Panels):
+            self._library.use_helpers()  # else oneDNN multiplies
+        return packed
+
+    def _pack(self, weight: Tensor, *, quantize: bool) -> Weight:
         channels, columns = weight.shape
         if self.has_int8 and quantize:
             integers, scales = quantize_channels(weight)
@@ -54,8 +74,7 @@ class CompiledOps:
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
         out = x.new_empty(*x.shape[:-1], weight.shape[0])
         room = QuantizedRows(rows, weight.padded) if isinstance(weight, Int8Panels) else None
-        args = ProductArgs.of(weight, bias)
-        self._library.linear_panels(args, x, rows, ACTIVATIONS[activation], out, room, torch.get_num_threads())
+        self.call("linear_panels", ProductArgs.of(weight, bias), x, rows, ACTIVATIONS[activation], out, room)
         return out
 
     def project(self, x: Tensor, weight: Weight) -> Tensor:
@@ -63,20 +82,20 @@ class CompiledOps:
             return self.linear(x, weight, None)
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
         out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
-        self._library.project_panels(ProductArgs.of(weight, None), x, rows, out, torch.get_num_threads())
+        self.call("project_panels", ProductArgs.of(weight, None), x, rows, out)
         return out
 
     def kv_write(self, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slot_mapping: Tensor) -> None:
         k, v = same_strides(k, v)
-        threads = torch.get_num_threads()
-        self._library.kv_write(k, v, k.stride(0), k_pages, v_pages, slot_mapping, len(k), k.shape[1], threads)
+        self.call("kv_write", k, v, k.stride(0), k_pages, v_pages, slot_mapping, len(k), k.shape[1])
 
     def decode_attention(self, q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: DecodePlan, scale: float) -> Tensor:
         (q,) = same_strides(q)
         pages, out = plan.page_list, q.new_empty(q.shape)
-        self._library.decode_attention(
+        self.call(
+            "decode_attention",
             *(q, q.stride(0), k_pages, v_pages, pages.page_ids, pages.offsets, pages.visible, out),
-            *(len(q), q.shape[1], scale, torch.get_num_threads()),
+            *(len(q), q.shape[1], scale),
         )
         return out
 
@@ -84,9 +103,10 @@ class CompiledOps:
         """A query has the same bits however its prompt is cut."""
         (q,) = same_strides(q)
         tiles, out = plan.tile_list, q.new_empty(q.shape)
-        self._library.prefill_attention(
+        self.call(
+            "prefill_attention",
             *(q, q.stride(0), k_pages, v_pages, tiles.rows, tiles.offsets, tiles.page_ids, tiles.masks, tiles.hidden),
-            *(len(tiles.rows), out, q.shape[1], scale, torch.get_num_threads()),
+            *(len(tiles.rows), out, q.shape[1], scale),
         )
         return out
 
@@ -99,8 +119,7 @@ class CompiledOps:
             return torch_ops.add_layernorm(x, residual, weight, bias, eps)
         rows, more = x.contiguous(), None if residual is None else residual.contiguous()
         normed, total = torch.empty_like(rows), x if residual is None else torch.empty_like(rows)
-        count, threads = x.numel() // columns, torch.get_num_threads()
-        self._library.add_layernorm(rows, more, weight, bias, count, columns, eps, normed, total, threads)
+        self.call("add_layernorm", rows, more, weight, bias, x.numel() // columns, columns, eps, normed, total)
         return normed, total
 
     def sample(self, logits: Tensor, state: SamplingState, batch_rows: Tensor, positions: Tensor) -> Tensor:
@@ -109,8 +128,8 @@ class CompiledOps:
         batch_rows, positions, tokens = batch_rows.contiguous(), positions.contiguous(), torch.empty_like(batch_rows)
         if self._sampled is None or self._sampled[0] is not state:
             self._sampled = state, SamplingArgs.of(state)
-        args, threads = self._sampled[1], torch.get_num_threads()
-        self._library.sample(logits, logits.stride(0), *logits.shape, args, batch_rows, positions, tokens, threads)
+        args = self._sampled[1]
+        self.call("sample", logits, logits.stride(0), *logits.shape, args, batch_rows, positions, tokens, keep=state)
         return tokens
 
     def top_logprobs(self, logits: Tensor, count: int) -> TopLogprobs:
@@ -118,7 +137,7 @@ class CompiledOps:
         rows, count = len(logits), min(count, logits.shape[1])
         ids = torch.empty(rows, count, dtype=torch.int64)
         found = TopLogprobs(torch.empty(rows, 1), ids, torch.empty(rows, count))
-        self._library.top_logprobs(logits, logits.stride(0), *logits.shape, count, *found, torch.get_num_threads())
+        self.call("top_logprobs", logits, logits.stride(0), *logits.shape, count, *found)
         return found
 
     def native_forward(
@@ -128,14 +147,14 @@ class CompiledOps:
         products = [each.weight for part in blocks for each in (part.c_attn, part.c_proj, part.c_fc, part.mlp_c_proj)]
         if blocks[0].ln_1.normalized_shape[0] % LANES or not all(isinstance(w, Bf16Panels | Int8Panels) for w in products):
             return None
-        return NativeBlocks(self._library, blocks, activation, pre_norm=pre_norm)
+        return NativeBlocks(self, blocks, activation, pre_norm=pre_norm)
 
 
 class NativeBlocks:
     """All blocks in one call: between ops Python would wait for the interpreter's lock. See kernels.ops.NativeForward."""
 
-    def __init__(self, library: ctypes.CDLL, parts: Sequence[BlockParts], activation: Activation, *, pre_norm: bool):
-        self._library, self._activation, self._pre_norm = library, ACTIVATIONS[activation], pre_norm
+    def __init__(self, ops: CompiledOps, parts: Sequence[BlockParts], activation: Activation, *, pre_norm: bool):
+        self._ops, self._activation, self._pre_norm = ops, ACTIVATIONS[activation], pre_norm
         self._parts = list(parts)  # self._blocks points to their tensors
         self._kinds = list(dict.fromkeys(part.kind for part in parts))
         self._blocks = (BlockArgs * len(parts))(*(BlockArgs.of(part, self._kinds.index(part.kind)) for part in parts))
@@ -150,9 +169,11 @@ class NativeBlocks:
         qkv, inner = x.new_empty(tokens, 3 * columns), x.new_empty(tokens, first.c_fc.channels)
         quantized = QuantizedRows(tokens, max(first.c_attn.padded, first.mlp_c_proj.padded))
         scratch = ScratchArgs(normed, qkv, attended, inner, quantized)
-        self._library.run_blocks(
+        self._ops.call(
+            "run_blocks",
             *(self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads),
-            *(step, tokens, num_decodes, x, update, scratch, torch.get_num_threads()),
+            *(step, tokens, num_decodes, x, update, scratch),
+            keep=(self._parts, plans),
         )
         return x, update if self._pre_norm else None
 

@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 
 from model.config import KVGroup
 from model.step import Sampled, StepInput
+from service.engine.cores import CoreWatch
 from service.engine.metrics import Metrics
 from service.engine.pages import PoolUsage
 from service.engine.retry import Retry, canary
@@ -60,6 +61,7 @@ class StepLoop:
         self._num_ahead = 1 if overlap else 0
         self._in_flight: deque[InFlight] = deque()  # oldest first
         self._busy_since = math.inf
+        self._cores = CoreWatch()
         # Shared with other threads, under the condition.
         self._inbox_changed = threading.Condition()
         self._inbox: list[Command] = []
@@ -181,6 +183,7 @@ class StepLoop:
         seconds = now - max(launched, self._busy_since)  # until then the device ran the step before
         self._busy_since = now
         self._metrics.step_time.observe(seconds)
+        self._cores.add_step(seconds)
         self._metrics.step_tokens.observe(num_tokens)
         deltas = self._scheduler.commit(sampled, seconds)
         self._metrics.draft_tokens.inc(self._scheduler.drafts.drafted)

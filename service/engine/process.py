@@ -2,12 +2,18 @@
 
 import ctypes
 import gc
+import logging
+import math
 import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+
+from service.engine.cores import cpu_quota
+
+log = logging.getLogger("banded")
 
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD = -1
@@ -41,6 +47,15 @@ def one_torch_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def keep_to_quota() -> None:
+    """Have torch use no more threads than the container's quota of CPUs: beyond it all are halted, for milliseconds."""
+    threads, quota = torch.get_num_threads(), cpu_quota()
+    if quota < threads:
+        allowed = max(1, math.floor(quota))
+        torch.set_num_threads(allowed)
+        log.info("threads: %d, because the container's quota is %.4g CPUs", allowed, quota)
 
 
 def switch_threads_often() -> None:

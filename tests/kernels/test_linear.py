@@ -1,8 +1,5 @@
 """Products of packed weights: values against the reference, and bits of a row that do not depend on the other rows."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import get_args
 
@@ -95,22 +92,3 @@ def test_rows_that_end_a_buffer_are_not_read_beyond(variant: str) -> None:
             buffer[:rows] = 1.0
             packed = compiled.pack(torch.ones(48, columns, dtype=torch.bfloat16), quantize=False)
             assert (compiled.linear(buffer[:rows], packed, None) == columns).all()
-
-
-def test_threads_that_never_come_leave_their_part_to_the_others() -> None:
-    script = """
-import torch
-from kernels import reference
-from tests.kernels.compiled import compiled_ops
-ops = compiled_ops(32, torch.bfloat16)
-x, weight = torch.randn(3, 96).bfloat16(), torch.randn(256, 96).bfloat16()
-for quantize in (False, True):
-    packed = ops.pack(weight, quantize=quantize)
-    torch.set_num_threads(1)  # oneDNN's threads do not help each other
-    expected = reference.linear(x, packed, None)
-    torch.set_num_threads(4)
-    torch.testing.assert_close(ops.linear(x, packed, None), expected, atol=0.3, rtol=2e-2)
-"""
-    environment = os.environ | {"OMP_THREAD_LIMIT": "1"}
-    run = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr

@@ -71,8 +71,8 @@ def test_the_doctor_measures_the_native_forward(pack: str, tmp_path: Path, monke
     assert kernel_errors(model, ops).faults() == []
     run = ops._library.run_blocks
 
-    def broken(blocks: Any, count: int, *rest: Any) -> None:
-        run(blocks, count - 1, *rest)
+    def broken(blocks: Any, count: int, *rest: Any) -> Any:
+        return run(blocks, count - 1, *rest)
 
     monkeypatch.setattr(ops._library, "run_blocks", broken)
     (fault,) = kernel_errors(model, ops).faults()

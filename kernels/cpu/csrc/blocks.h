@@ -9,32 +9,32 @@
 
 #ifdef PRODUCTS
 
-// model.gpt.Block.forward of each block in turn. x and update are (tokens, heads * HEAD_DIM): the next norm adds them
-// up, or takes x alone where norms follow (pre_norm is 0). The first `decodes` tokens are a row of a sequence each,
-// the others are chunks of prompts.
-extern "C" void run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation, int64_t heads,
-                           const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
-                           const ScratchArgs& scratch, int threads) {
+namespace {
+
+void share_blocks(Worker& worker, const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation,
+                int64_t heads, const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
+                const ScratchArgs& scratch) {
   const int64_t columns = heads * HEAD_DIM, row = 3 * columns;
 
   const auto add_norm = [&](const NormArgs& norm, const ELEMENT* more, ELEMENT* out) {
-    add_layernorm(x, more, norm.weight, norm.bias, tokens, columns, norm.eps, out, x, threads);
+    share_add_layernorm(worker, x, more, norm, tokens, columns, out, x);
   };
   const auto multiply = [&](const ProductArgs& by, const ELEMENT* input, ELEMENT* out, int function) {
-    linear_panels(by, input, tokens, function, out, &scratch.quantized, threads);
+    share_linear(worker, by, input, tokens, function, out, scratch.quantized);
   };
   const auto attention = [&](const BlockArgs& block, const ELEMENT* input) {
     multiply(block.c_attn, input, scratch.qkv, NONE);
     const PlanArgs& plan = plans[block.plan];
     const ELEMENT* q = scratch.qkv;
-    kv_write(q + columns, q + 2 * columns, row, block.k_pages, block.v_pages, plan.slot_mapping, tokens, heads, threads);
+    share_kv_write(worker, q + columns, q + 2 * columns, row, block.k_pages, block.v_pages, plan.slot_mapping, tokens,
+                   heads);
     if (decodes)
-      decode_attention(q, row, block.k_pages, block.v_pages, plan.page_ids, plan.offsets, plan.visible, scratch.attended,
-                       decodes, heads, block.scale, threads);
+      share_decode_attention(worker, q, row, block.k_pages, block.v_pages, plan.page_ids, plan.offsets, plan.visible,
+                             scratch.attended, decodes, heads, block.scale);
     if (decodes < tokens)
-      prefill_attention(q + decodes * row, row, block.k_pages, block.v_pages, plan.tile_rows, plan.tile_offsets,
-                        plan.tile_page_ids, plan.tile_masks, plan.tile_hidden, plan.num_tiles,
-                        scratch.attended + decodes * columns, heads, block.scale, threads);
+      share_prefill_attention(worker, q + decodes * row, row, block.k_pages, block.v_pages, plan.tile_rows,
+                              plan.tile_offsets, plan.tile_page_ids, plan.tile_masks, plan.tile_hidden, plan.num_tiles,
+                              scratch.attended + decodes * columns, heads, block.scale);
     multiply(block.c_proj, scratch.attended, update, NONE);
   };
   const auto mlp = [&](const BlockArgs& block, const ELEMENT* input) {
@@ -54,5 +54,18 @@ extern "C" void run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_
       mlp(*block, x);
       add_norm(block->ln_2, update, x);
     }
+}
+
+}  // namespace
+
+// model.gpt.Block.forward of each block in turn. x and update are (tokens, heads * HEAD_DIM): the next norm adds them
+// up, or takes x alone where norms follow (pre_norm is 0). The first `decodes` tokens are a row of a sequence each,
+// the others are chunks of prompts.
+extern "C" int64_t run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation, int64_t heads,
+                              const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
+                              const ScratchArgs& scratch, int threads) {
+  return team().run(threads, [=](Worker& worker) {
+    share_blocks(worker, blocks, num_blocks, pre_norm, activation, heads, plans, tokens, decodes, x, update, scratch);
+  });
 }
 #endif

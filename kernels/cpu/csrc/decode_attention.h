@@ -54,38 +54,45 @@ void attend(DecodeQuery& state, const ELEMENT* k, const ELEMENT* v, const uint8_
   state.total = state.total * fade + sum(total);
 }
 
+void share_decode_attention(Worker& worker, const ELEMENT* q, int64_t stride, const ELEMENT* k_pages,
+                            const ELEMENT* v_pages, const int64_t* page_ids, const int64_t* offsets,
+                            const uint8_t* visible, ELEMENT* out, int64_t batch, int64_t heads, float scale) {
+  worker.share((batch + SIDE_BY_SIDE - 1) / SIDE_BY_SIDE * heads, [&](int64_t piece, Claim& claim) {
+    const int64_t first = piece / heads * SIDE_BY_SIDE, h = piece % heads;
+    const int64_t count = std::min<int64_t>(SIDE_BY_SIDE, batch - first);
+    const int64_t* begin = offsets + first;
+    DecodeQuery queries[SIDE_BY_SIDE];
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; i++) {
+      queries[i] = DecodeQuery{load_head(q + (first + i) * stride + h * HEAD_DIM), Head{}, -INF, 0};
+      for (f32x16& part : queries[i].query.part) part *= scale;
+      most = std::max(most, begin[i + 1] - begin[i]);
+    }
+    for (int64_t p = 0; p < most; p++)
+      for (int64_t i = 0; i < count; i++) {
+        const int64_t entry = begin[i] + p;
+        if (entry >= begin[i + 1]) continue;
+        // The next sequence's page, or any page near the end of unequal contexts: a wrong guess costs little.
+        const int64_t guess = std::min(i + 1 < count ? begin[i + 1] + p : begin[0] + p + 1, offsets[batch] - 1);
+        const int64_t here = (page_ids[entry] * heads + h) * PAGE_NUMBERS;
+        const int64_t next = (page_ids[guess] * heads + h) * PAGE_NUMBERS;
+        attend(queries[i], k_pages + here, v_pages + here, visible + entry * PAGE_SIZE, k_pages + next);
+      }
+    for (int64_t i = 0; i < count; i++)
+      for (f32x16& part : queries[i].out.part) part /= queries[i].total;
+    if (!claim()) return;
+    for (int64_t i = 0; i < count; i++) store_head(out + ((first + i) * heads + h) * HEAD_DIM, queries[i].out);
+  });
+}
+
 }  // namespace
 
 // kernels.ops.Ops.decode_attention: q (batch, heads, HEAD_DIM), rows `stride` apart; `out` (batch, heads, HEAD_DIM),
 // contiguous. Entries offsets[b] to offsets[b + 1] of page_ids and visible are the pages of sequence b.
-extern "C" void decode_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
-                                 const int64_t* page_ids, const int64_t* offsets, const uint8_t* visible, ELEMENT* out,
-                                 int64_t batch, int64_t heads, float scale, int threads) {
-#pragma omp parallel for num_threads(threads) collapse(2) schedule(dynamic)
-  for (int64_t first = 0; first < batch; first += SIDE_BY_SIDE)
-    for (int64_t h = 0; h < heads; h++) {
-      const int64_t count = std::min<int64_t>(SIDE_BY_SIDE, batch - first);
-      const int64_t* begin = offsets + first;
-      DecodeQuery queries[SIDE_BY_SIDE];
-      int64_t most = 0;
-      for (int64_t i = 0; i < count; i++) {
-        queries[i] = DecodeQuery{load_head(q + (first + i) * stride + h * HEAD_DIM), Head{}, -INF, 0};
-        for (f32x16& part : queries[i].query.part) part *= scale;
-        most = std::max(most, begin[i + 1] - begin[i]);
-      }
-      for (int64_t p = 0; p < most; p++)
-        for (int64_t i = 0; i < count; i++) {
-          const int64_t entry = begin[i] + p;
-          if (entry >= begin[i + 1]) continue;
-          // The next sequence's page, or any page near the end of unequal contexts: a wrong guess costs little.
-          const int64_t guess = std::min(i + 1 < count ? begin[i + 1] + p : begin[0] + p + 1, offsets[batch] - 1);
-          const int64_t here = (page_ids[entry] * heads + h) * PAGE_NUMBERS;
-          const int64_t next = (page_ids[guess] * heads + h) * PAGE_NUMBERS;
-          attend(queries[i], k_pages + here, v_pages + here, visible + entry * PAGE_SIZE, k_pages + next);
-        }
-      for (int64_t i = 0; i < count; i++) {
-        for (f32x16& part : queries[i].out.part) part /= queries[i].total;
-        store_head(out + ((first + i) * heads + h) * HEAD_DIM, queries[i].out);
-      }
-    }
+extern "C" int64_t decode_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
+                                    const int64_t* page_ids, const int64_t* offsets, const uint8_t* visible,
+                                    ELEMENT* out, int64_t batch, int64_t heads, float scale, int threads) {
+  return team().run(threads, [=](Worker& worker) {
+    share_decode_attention(worker, q, stride, k_pages, v_pages, page_ids, offsets, visible, out, batch, heads, scale);
+  });
 }

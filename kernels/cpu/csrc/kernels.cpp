@@ -5,3 +5,9 @@
 
 #include "blocks.h"  // which includes all others but the last
 #include "sampling.h"
+
+// The functions that Python calls return what Team::run does.
+extern "C" int64_t oldest_job() { return team().oldest(); }
+
+// From now on helpers of our own share the work: see Team::uses_helpers.
+extern "C" void use_helpers() { team().uses_helpers = true; }

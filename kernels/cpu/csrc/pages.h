@@ -2,6 +2,7 @@
 #pragma once
 
 #include "abi.h"
+#include "team.h"
 
 namespace {
 
@@ -30,16 +31,24 @@ void prefetch_head(const ELEMENT* source) {
   for (int i = 0; i < HEAD_DIM; i += 64 / sizeof(ELEMENT)) __builtin_prefetch(source + i, 0, 2);
 }
 
-}  // namespace
-
-// kernels.ops.Ops.kv_write: k and v (count, heads, HEAD_DIM), tokens `stride` apart.
-extern "C" void kv_write(const ELEMENT* k, const ELEMENT* v, int64_t stride, ELEMENT* k_pages, ELEMENT* v_pages,
-                         const int64_t* slot_mapping, int64_t count, int64_t heads, int threads) {
-#pragma omp parallel for num_threads(threads)
-  for (int64_t i = 0; i < count; i++)
+void share_kv_write(Worker& worker, const ELEMENT* k, const ELEMENT* v, int64_t stride, ELEMENT* k_pages,
+                    ELEMENT* v_pages, const int64_t* slot_mapping, int64_t count, int64_t heads) {
+  worker.share(count, [&](int64_t i, Claim& claim) {
+    if (!claim()) return;
     for (int64_t h = 0; h < heads; h++) {
       const int64_t row = (slot_mapping[i] / PAGE_SIZE * heads + h) * PAGE_SIZE + slot_mapping[i] % PAGE_SIZE;
       std::memcpy(k_pages + row * HEAD_DIM, k + i * stride + h * HEAD_DIM, HEAD_DIM * sizeof(ELEMENT));
       std::memcpy(v_pages + row * HEAD_DIM, v + i * stride + h * HEAD_DIM, HEAD_DIM * sizeof(ELEMENT));
     }
+  });
+}
+
+}  // namespace
+
+// kernels.ops.Ops.kv_write: k and v (count, heads, HEAD_DIM), tokens `stride` apart.
+extern "C" int64_t kv_write(const ELEMENT* k, const ELEMENT* v, int64_t stride, ELEMENT* k_pages, ELEMENT* v_pages,
+                            const int64_t* slot_mapping, int64_t count, int64_t heads, int threads) {
+  return team().run(threads, [=](Worker& worker) {
+    share_kv_write(worker, k, v, stride, k_pages, v_pages, slot_mapping, count, heads);
+  });
 }

@@ -195,48 +195,54 @@ void attend_by_tiles(QueryTile& tile, const u32x16 (*query)[PAGE_VECTORS], const
 }
 #endif
 
+void share_prefill_attention(Worker& worker, const ELEMENT* q, int64_t stride, const ELEMENT* k_pages,
+                             const ELEMENT* v_pages, const int64_t* rows, const int64_t* offsets,
+                             const int64_t* page_ids, const int64_t* masks, const uint8_t* hidden, int64_t num_tiles,
+                             ELEMENT* out, int64_t heads, float scale) {
+#ifdef AMX
+  std::optional<AmxTiles> amx;
+  if (FITS_TILES && has_tiles) amx.emplace(TILE_ROWS);
+#endif
+  worker.share(num_tiles * heads, [&](int64_t piece, Claim& claim) {
+    const int64_t t = piece / heads, h = piece % heads;
+    const int64_t first = rows[3 * t], count = rows[3 * t + 1], last_keys = rows[3 * t + 2];
+    static thread_local QueryTile tile;
+    std::memset(&tile, 0, sizeof tile);
+    for (f32x16& peak : tile.peak) peak = f32x16{} - INF;
+    const ELEMENT* queries = q + first * stride + h * HEAD_DIM;
+#ifdef AMX
+    u32x16 pairs[WIDTH / 2][PAGE_VECTORS];
+    if (amx)
+      pair_queries(queries, stride, count, pairs);
+    else
+#endif
+      widen_queries(queries, stride, count, scale, tile.query);
+    for (int64_t entry = offsets[t]; entry < offsets[t + 1]; entry++) {
+      const int64_t place = (page_ids[entry] * heads + h) * PAGE_NUMBERS;
+      const int64_t written = entry + 1 < offsets[t + 1] ? PAGE_SIZE : last_keys;
+      const uint8_t* mask = masks[entry] < 0 ? nullptr : hidden + masks[entry] * PAGE_SIZE * PAGE_SIZE;
+#ifdef AMX
+      if (amx) {
+        attend_by_tiles(tile, pairs, k_pages + place, v_pages + place, written, mask, scale);
+        continue;
+      }
+#endif
+      attend(tile, k_pages + place, v_pages + place, written, mask);
+    }
+    if (claim()) store_queries(tile, count, out + (first * heads + h) * HEAD_DIM, heads * HEAD_DIM);
+  });
+}
+
 }  // namespace
 
 // kernels.ops.Ops.prefill_attention: q (tokens, heads, HEAD_DIM), tokens `stride` apart; `out`
 // (tokens, heads, HEAD_DIM), contiguous. rows to hidden are kernels.plan.TileList's.
-extern "C" void prefill_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
-                                  const int64_t* rows, const int64_t* offsets, const int64_t* page_ids,
-                                  const int64_t* masks, const uint8_t* hidden, int64_t num_tiles, ELEMENT* out,
-                                  int64_t heads, float scale, int threads) {
-#pragma omp parallel num_threads(threads)
-  {
-#ifdef AMX
-    std::optional<AmxTiles> amx;
-    if (FITS_TILES && has_tiles) amx.emplace(TILE_ROWS);
-#endif
-#pragma omp for collapse(2) schedule(dynamic)
-    for (int64_t t = 0; t < num_tiles; t++)
-      for (int64_t h = 0; h < heads; h++) {
-        const int64_t first = rows[3 * t], count = rows[3 * t + 1], last_keys = rows[3 * t + 2];
-        static thread_local QueryTile tile;
-        std::memset(&tile, 0, sizeof tile);
-        for (f32x16& peak : tile.peak) peak = f32x16{} - INF;
-        const ELEMENT* queries = q + first * stride + h * HEAD_DIM;
-#ifdef AMX
-        u32x16 pairs[WIDTH / 2][PAGE_VECTORS];
-        if (amx)
-          pair_queries(queries, stride, count, pairs);
-        else
-#endif
-          widen_queries(queries, stride, count, scale, tile.query);
-        for (int64_t entry = offsets[t]; entry < offsets[t + 1]; entry++) {
-          const int64_t place = (page_ids[entry] * heads + h) * PAGE_NUMBERS;
-          const int64_t written = entry + 1 < offsets[t + 1] ? PAGE_SIZE : last_keys;
-          const uint8_t* mask = masks[entry] < 0 ? nullptr : hidden + masks[entry] * PAGE_SIZE * PAGE_SIZE;
-#ifdef AMX
-          if (amx) {
-            attend_by_tiles(tile, pairs, k_pages + place, v_pages + place, written, mask, scale);
-            continue;
-          }
-#endif
-          attend(tile, k_pages + place, v_pages + place, written, mask);
-        }
-        store_queries(tile, count, out + (first * heads + h) * HEAD_DIM, heads * HEAD_DIM);
-      }
-  }
+extern "C" int64_t prefill_attention(const ELEMENT* q, int64_t stride, const ELEMENT* k_pages, const ELEMENT* v_pages,
+                                     const int64_t* rows, const int64_t* offsets, const int64_t* page_ids,
+                                     const int64_t* masks, const uint8_t* hidden, int64_t num_tiles, ELEMENT* out,
+                                     int64_t heads, float scale, int threads) {
+  return team().run(threads, [=](Worker& worker) {
+    share_prefill_attention(worker, q, stride, k_pages, v_pages, rows, offsets, page_ids, masks, hidden, num_tiles, out,
+                            heads, scale);
+  });
 }

@@ -12,13 +12,11 @@
 #if defined(PRODUCT_INSTRUCTIONS) || defined(PORTABLE_PRODUCTS)
 #define PRODUCTS
 
-#include <omp.h>
-
-#include <atomic>
+#include <optional>
 #include <utility>
-#include <vector>
 
 #include "amx.h"
+#include "team.h"
 
 namespace {
 
@@ -74,15 +72,17 @@ void multiply(const uint8_t* rows, const uint8_t* panels, int64_t bytes, i32x16*
 
 typedef void (*Multiply)(const uint8_t*, const uint8_t*, int64_t, i32x16*);
 
-template <Kind KIND, int P, int... R>
-constexpr Multiply for_rows(int64_t count, std::integer_sequence<int, R...>) {
-  constexpr Multiply functions[] = {multiply<KIND, R + 1, P>...};
-  return functions[count - 1];
-}
-
 // Up to MANY rows are multiplied with one panel at once, so that each weight is read once. Two panels need fewer
 // loads a product: they take up to FEW rows, and more than MANY in blocks of FEW.
 constexpr int MANY = 16, FEW = 8;
+
+// multiply of 1, 2, ... rows.
+template <Kind KIND, int P, class Rows = std::make_integer_sequence<int, P == 1 ? MANY : FEW>>
+struct ByRows;
+template <Kind KIND, int P, int... R>
+struct ByRows<KIND, P, std::integer_sequence<int, R...>> {
+  static constexpr Multiply functions[] = {multiply<KIND, R + 1, P>...};
+};
 
 #ifdef AMX
 #define MULTIPLY_TILES(SUMS, ROWS, WEIGHTS) \
@@ -116,77 +116,6 @@ void multiply_tiles(const uint8_t* first, const uint8_t* second, const uint8_t* 
   STORE_SUMS(sums, TILE_ROWS, BLOCK);
 }
 #endif
-
-// Divides `count` units of work among threads. Each thread goes through its own part from front to back, the order in
-// which memory is read fastest. Then it helps the others: the server's event loop may take a thread's core away.
-class Division {
- public:
-  Division(int64_t count, int threads) : parts(threads) {
-    for (int t = 0; t < threads; t++) parts[t].next = count * t / threads, parts[t].end = count * (t + 1) / threads;
-  }
-
-  // A unit that no thread has taken yet, or -1.
-  int64_t take() {
-    const size_t own = omp_get_thread_num();
-    for (size_t i = 0; i < parts.size(); i++) {
-      Part& part = parts[(own + i) % parts.size()];
-      const int64_t unit = part.next.fetch_add(1, std::memory_order_relaxed);
-      if (unit < part.end) return unit;
-    }
-    return -1;
-  }
-
- private:
-  struct alignas(64) Part {  // a cache line each
-    std::atomic<int64_t> next;
-    int64_t end;
-  };
-  std::vector<Part> parts;
-};
-
-// Multiplies `count` rows with the panels of a weight, which `division` hands out PANELS at a time.
-// finish(panel)(row, sums) is called, on any thread, with LANES sums at a time; with tiles it may see a row twice.
-// Every thread of a parallel region calls this.
-template <Kind KIND, class Finish>
-void multiply_panels(const uint8_t* rows, int64_t count, int64_t bytes, const uint8_t* panels, Division& division,
-                     Finish finish) {
-#ifdef AMX
-  if (has_tiles) {
-    const int64_t height = std::min<int64_t>(count, TILE_ROWS);
-    const AmxTiles tiles(height);
-    for (int64_t panel; (panel = division.take() * PANELS) >= 0;)
-      for (int64_t r = 0; r < count; r += 2 * TILE_ROWS) {
-        // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
-        const int64_t first = std::max<int64_t>(0, std::min(r, count - 2 * TILE_ROWS));
-        const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
-        i32x16 sums[2 * PANELS * TILE_ROWS];
-        multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr,
-                             panels + panel * bytes * LANES, bytes, sums);
-        for (int p = 0; p < PANELS; p++) {
-          const auto put = finish(panel + p);
-          for (int64_t i = 0; i < height; i++) put(first + i, sums[p * TILE_ROWS + i]);
-          for (int64_t i = 0; count > TILE_ROWS && i < height; i++) put(second + i, sums[(PANELS + p) * TILE_ROWS + i]);
-        }
-      }
-    return;
-  }
-#endif
-  const int64_t height = count <= MANY ? count : FEW;
-  const int width = count > FEW && count <= MANY ? 1 : PANELS;
-  for (int64_t pair; (pair = division.take() * PANELS) >= 0;)
-    for (int64_t panel = pair; panel < pair + PANELS; panel += width)
-      for (int64_t r = 0; r < count; r += height) {
-        const int64_t some = std::min(height, count - r);
-        i32x16 sums[MANY];
-        const Multiply multiply = width == 1 ? for_rows<KIND, 1>(some, std::make_integer_sequence<int, MANY>())
-                                             : for_rows<KIND, PANELS>(some, std::make_integer_sequence<int, FEW>());
-        multiply(rows + r * bytes, panels + panel * bytes * LANES, bytes, sums);
-        for (int p = 0; p < width; p++) {
-          const auto put = finish(panel + p);
-          for (int64_t i = 0; i < some; i++) put(r + i, sums[i * width + p]);
-        }
-      }
-}
 
 f32x16 activate(f32x16 x, int activation) {
   switch (activation) {
@@ -233,6 +162,56 @@ struct Output {
   }
 };
 
+constexpr int64_t ROWS_AT_ONCE = 32;  // of a piece
+
+// Multiplies `count` rows of `bytes` bytes with the panels of a weight. finish(panel)(row, sums) is called, on any
+// thread, with LANES sums at a time.
+template <Kind KIND, class Finish>
+void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t bytes, const ProductArgs& by,
+                     const Finish& finish) {
+#ifdef AMX
+  std::optional<AmxTiles> tiles;
+  if (has_tiles) tiles.emplace(std::min<int64_t>(count, TILE_ROWS));
+#endif
+  const int64_t blocks = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
+  worker.share(by.num_panels / PANELS * blocks, [&](int64_t piece, Claim& claim) {
+    const int64_t pair = blocks == 1 ? piece : piece / blocks, panel = pair * PANELS;  // dividing takes its time
+    const int64_t begin = (piece - pair * blocks) * ROWS_AT_ONCE, some = std::min(ROWS_AT_ONCE, count - begin);
+    const uint8_t* const weights = by.panels + panel * bytes * LANES;
+    i32x16 sums[ROWS_AT_ONCE * PANELS];
+    // Sums of rows `from` on; those of a panel are `step` apart. Rows ahead of the piece's are left out.
+    const auto put = [&](int64_t from, int64_t some, int p, const i32x16* sums, int step) {
+      const auto to = finish(panel + p);
+      for (int64_t i = std::max<int64_t>(0, begin - from); i < some; i++) to(from + i, sums[i * step]);
+    };
+#ifdef AMX
+    if (has_tiles) {
+      // The last tiles overlap those ahead of them: rows past the end are memory of someone else.
+      static_assert(ROWS_AT_ONCE == 2 * TILE_ROWS);
+      const int64_t first = std::max<int64_t>(0, std::min(begin, count - 2 * TILE_ROWS));
+      const int64_t second = std::min(first + TILE_ROWS, count - TILE_ROWS);
+      multiply_tiles<KIND>(rows + first * bytes, count > TILE_ROWS ? rows + second * bytes : nullptr, weights, bytes, sums);
+      if (!claim()) return;
+      for (int p = 0; p < PANELS; p++) {
+        put(first, std::min<int64_t>(count, TILE_ROWS), p, sums + p * TILE_ROWS, 1);
+        if (count > TILE_ROWS) put(second, TILE_ROWS, p, sums + (PANELS + p) * TILE_ROWS, 1);
+      }
+      return;
+    }
+#endif
+    const bool one = some > FEW && some <= MANY;  // panel at a time
+    const Multiply* const functions = one ? ByRows<KIND, 1>::functions : ByRows<KIND, PANELS>::functions;
+    if (one)
+      for (int p = 0; p < PANELS; p++)
+        functions[some - 1](rows + begin * bytes, weights + p * bytes * LANES, bytes, sums + p * some);
+    else
+      for (int64_t r = 0; r < some; r += FEW)
+        functions[std::min<int64_t>(FEW, some - r) - 1](rows + (begin + r) * bytes, weights, bytes, sums + r * PANELS);
+    if (!claim()) return;
+    for (int p = 0; p < PANELS; p++) put(begin, some, p, sums + (one ? p * some : p), one ? 1 : PANELS);
+  });
+}
+
 constexpr float LARGEST = 127;               // of a row's integers
 constexpr float SMALLEST = 1.17549435e-38f;  // of a row's scale
 
@@ -266,33 +245,41 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
 }
 
 // Of x (rows, columns).
-void multiply_int8(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
-                   const QuantizedRows& to, int threads) {
-  Division division(by.num_panels / PANELS, threads);
-#pragma omp parallel num_threads(threads)
-  {
-#pragma omp for
-    for (int64_t r = 0; r < rows; r++)
-      quantize(x + r * by.columns, by.columns, by.padded, to.integers + r * by.padded, to.scales + r, to.sums + r);
-    multiply_panels<INT8>((const uint8_t*)to.integers, rows, by.padded, by.panels, division, [&](int64_t panel) {
-      return [=, output = Output<ELEMENT>(out, by, panel, activation), scale = load(by.scales + panel * LANES)](
-                 int64_t row, i32x16 sums) {
-        const f32x16 exact = __builtin_convertvector(sums - OFFSET * to.sums[row], f32x16);
-        output.put(row, exact * (scale * to.scales[row]));
-      };
-    });
-  }
+void multiply_int8(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                   const QuantizedRows& to) {
+  worker.share(rows, [&](int64_t r, Claim& claim) {
+    int8_t* const integers = room<int8_t>(by.padded);
+    float scale;
+    int32_t total;
+    quantize(x + r * by.columns, by.columns, by.padded, integers, &scale, &total);
+    if (!claim()) return;
+    std::memcpy(to.integers + r * by.padded, integers, by.padded);
+    to.scales[r] = scale, to.sums[r] = total;
+  });
+  multiply_panels<INT8>(worker, (const uint8_t*)to.integers, rows, by.padded, by, [&](int64_t panel) {
+    return [&to, output = Output<ELEMENT>(out, by, panel, activation), scale = load(by.scales + panel * LANES)](
+               int64_t row, i32x16 sums) {
+      const f32x16 exact = __builtin_convertvector(sums - OFFSET * to.sums[row], f32x16);
+      output.put(row, exact * (scale * to.scales[row]));
+    };
+  });
 }
 
 template <class Out>
-void multiply_bf16(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, Out* out, int threads) {
-  Division division(by.num_panels / PANELS, threads);
-#pragma omp parallel num_threads(threads)
-  multiply_panels<BF16>((const uint8_t*)x, rows, by.columns * sizeof(ELEMENT), by.panels, division, [&](int64_t panel) {
+void multiply_bf16(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, Out* out) {
+  multiply_panels<BF16>(worker, (const uint8_t*)x, rows, by.columns * sizeof(ELEMENT), by, [&](int64_t panel) {
     return [output = Output<Out>(out, by, panel, activation)](int64_t row, i32x16 sums) {
       output.put(row, bits_of<f32x16>(sums));
     };
   });
+}
+
+void share_linear(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                  const QuantizedRows& room) {
+  if (by.scales)
+    multiply_int8(worker, by, x, rows, activation, out, room);
+  else
+    multiply_bf16(worker, by, x, rows, activation, out);
 }
 
 }  // namespace
@@ -311,16 +298,15 @@ extern "C" int bf16_is_fast() {
 }
 
 // kernels.ops.Ops.linear: x (rows, columns), out (rows, channels). `room` may be null where the weight is bfloat16.
-extern "C" void linear_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
-                              const QuantizedRows* room, int threads) {
-  if (by.scales)
-    multiply_int8(by, x, rows, activation, out, *room, threads);
-  else
-    multiply_bf16(by, x, rows, activation, out, threads);
+extern "C" int64_t linear_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, int activation, ELEMENT* out,
+                                 const QuantizedRows* room, int threads) {
+  return team().run(threads, [=, to = room ? *room : QuantizedRows{}](Worker& worker) {
+    share_linear(worker, by, x, rows, activation, out, to);
+  });
 }
 
 // kernels.ops.Ops.project of a bfloat16 weight: sums are not rounded.
-extern "C" void project_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, float* out, int threads) {
-  multiply_bf16(by, x, rows, NONE, out, threads);
+extern "C" int64_t project_panels(const ProductArgs& by, const ELEMENT* x, int64_t rows, float* out, int threads) {
+  return team().run(threads, [=](Worker& worker) { multiply_bf16(worker, by, x, rows, NONE, out); });
 }
 #endif

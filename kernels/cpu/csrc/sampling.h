@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "abi.h"
+#include "team.h"
 
 namespace {
 
@@ -382,26 +383,35 @@ __attribute__((noinline)) Row& own_row() {
 }  // namespace
 
 // kernels.ops.Ops.sample of logits (rows, vocab), rows `stride` apart.
-extern "C" void sample(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const SamplingArgs& state,
-                       const int64_t* batch_rows, const int64_t* positions, int64_t* tokens, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows > 1)
-  for (int64_t r = 0; r < rows; r++) {
-    Row& row = own_row();
-    const Adjustment adjustment(state, batch_rows[r]);
-    row.read(logits + r * stride, vocab, state.adjusted[batch_rows[r]] ? &adjustment : nullptr);
-    tokens[r] = sample_row(row, state, batch_rows[r], positions[r]);
-  }
+extern "C" int64_t sample(const float* logits, int64_t stride, int64_t rows, int64_t vocab, const SamplingArgs& state,
+                          const int64_t* batch_rows, const int64_t* positions, int64_t* tokens, int threads) {
+  return team().run(threads, [=](Worker& worker) {
+    worker.share(rows, [&](int64_t r, Claim& claim) {
+      Row& row = own_row();
+      const int64_t batch_row = batch_rows[r];
+      const Adjustment adjustment(state, batch_row);
+      row.read(logits + r * stride, vocab, state.adjusted[batch_row] ? &adjustment : nullptr);
+      const int64_t token = sample_row(row, state, batch_row, positions[r]);
+      if (claim()) tokens[r] = token;
+    });
+  });
 }
 
 // kernels.ops.Ops.top_logprobs of logits (rows, vocab), rows `stride` apart.
-extern "C" void top_logprobs(const float* logits, int64_t stride, int64_t rows, int64_t vocab, int64_t count, float* totals,
-                             int64_t* ids, float* logprobs, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic) if (rows > 1)
-  for (int64_t r = 0; r < rows; r++) {
-    Row& row = own_row();
-    row.read(logits + r * stride, vocab, nullptr);
-    totals[r] = row.log_total();
-    row.likeliest(count, ids + r * count, logprobs + r * count);
-    for (int64_t i = r * count; i < (r + 1) * count; i++) logprobs[i] -= totals[r];
-  }
+extern "C" int64_t top_logprobs(const float* logits, int64_t stride, int64_t rows, int64_t vocab, int64_t count,
+                                float* totals, int64_t* ids, float* logprobs, int threads) {
+  return team().run(threads, [=](Worker& worker) {
+    worker.share(rows, [&](int64_t r, Claim& claim) {
+      Row& row = own_row();
+      row.read(logits + r * stride, vocab, nullptr);
+      const float total = row.log_total();
+      int64_t* const own_ids = room<int64_t>(count);
+      float* const values = room<float>(count);
+      row.likeliest(count, own_ids, values);
+      if (!claim()) return;
+      totals[r] = total;
+      std::copy_n(own_ids, count, ids + r * count);
+      for (int64_t i = 0; i < count; i++) logprobs[r * count + i] = values[i] - total;
+    });
+  });
 }

@@ -34,6 +34,7 @@ GCC, GCC_AMX = Target("g++", "-O1 -march=native"), Target("g++", "-O1 -march=sap
 AVX2, PORTABLE = Target("g++", "-O1 -march=x86-64-v3"), Target("g++", "-O1")
 CLANG, CLANG_AMX = Target("clang++-14", "-O1 -march=native"), Target("clang++-14", "-O1 -march=sapphirerapids")
 SANITIZED = Target("g++", "-O0 -g -march=native -fsanitize=address,undefined -fno-sanitize-recover=all")
+RACES = Target("g++", "-O1 -g -march=native -fsanitize=thread")
 ARM = Target(AARCH64, "-O1", ("qemu-aarch64", "-L", "/usr/aarch64-linux-gnu"))
 
 
@@ -120,6 +121,7 @@ def test_simd(target: Target, tmp_path: Path) -> None:
         pytest.param(GCC, "bfloat16", id="native"),
         pytest.param(CLANG, "float16", id="clang"),
         pytest.param(SANITIZED, "bfloat16", id="sanitized"),
+        pytest.param(RACES, "bfloat16", id="races"),
         # As it is served, with the optimizer, in the dtype that it is served in: that takes the compiler twice as long.
         pytest.param(ARM, "float", id="aarch64 float"),
         pytest.param(ARM, "float16", id="aarch64 float16"),
@@ -129,6 +131,13 @@ def test_simd(target: Target, tmp_path: Path) -> None:
 def test_attention_norms_products_and_sampling(target: Target, element: str, tmp_path: Path) -> None:
     defines = f"-DELEMENT={element}", "-DHEAD_DIM=40", "-DPORTABLE_PRODUCTS"
     passes(target, "kernels_selftest.cpp", tmp_path, *defines)
+
+
+@pytest.mark.parametrize(
+    "target", [SERVED, CLANG, SANITIZED, RACES, ARM], ids=["native", "clang", "sanitized", "races", "aarch64"]
+)
+def test_threads_that_share(target: Target, tmp_path: Path) -> None:
+    passes(target, "team_selftest.cpp", tmp_path)
 
 
 def test_a_self_test_says_what_differs(tmp_path: Path) -> None:

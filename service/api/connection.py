@@ -29,7 +29,7 @@ MAX_LINGER = 1 << 20  # bytes that are read, and thrown away, after a request th
 MAX_UNSENT = 16 << 10  # bytes of answers that wait for the client to read before the application waits too
 # Bytes that are read at a time, unless they are the body of a request whose turn has come: a crowd that sends large bodies
 # at once costs little before that.
-READ = 8 << 10
+READ = 16 << 10
 # A turn of the event loop parses this many bytes of a chunked body. Each piece that it is cut into counts as so many more.
 TURN, PIECE = 64 << 10, 256
 # Bytes of a head that are parsed at once. The others wait for each other, so that short ones pass them.
@@ -51,7 +51,7 @@ class Flow(FlowControl):
             super().resume_reading()
 
 
-class Connection(HttpToolsProtocol, BufferedProtocol):
+class Connection(HttpToolsProtocol):
     """Answers an offer to upgrade in HTTP/1.1 (RFC 9110, 7.8), sends an HTTP/1.0 client no chunks, and keeps the bounds."""
 
     flow: Flow
@@ -109,6 +109,7 @@ class Connection(HttpToolsProtocol, BufferedProtocol):
         self._gate.wait(self, Wait.CLOSING)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        """Where the transport writes what it reads next, see Reader."""
         if self._is_whole or not self._has_started:
             return self._gate.buffer[:READ]
         return self._gate.buffer[:TURN] if self._length is None else self._gate.buffer
@@ -429,6 +430,15 @@ class Connection(HttpToolsProtocol, BufferedProtocol):
         if self._gate.is_probe(path):
             cycle.access_log = False  # a line takes a third of the time, and anybody may ask
         self._gate.start(self, path, begin, is_ahead=self._is_ahead)
+
+
+class Reader(BufferedProtocol):
+    """What the transport sees of a connection: uvloop asks no asyncio.Protocol, as uvicorn's is, for a buffer."""
+
+    def __init__(self, connection: Connection):
+        for name in dir(BufferedProtocol):
+            if not name.startswith("_"):
+                setattr(self, name, getattr(connection, name))
 
 
 def too_long_a_line() -> APIError:

@@ -25,7 +25,8 @@ SECONDS_BETWEEN_POLLS = 0.5
 SECONDS_BETWEEN_REPORTS = 10.0
 MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
 # Requests that begin in one turn of the event loop, and long heads that are parsed: each takes up to half a millisecond.
-STARTS_PER_TURN = 16
+# Between two turns others' connections are accepted and read.
+STARTS_PER_TURN = 8
 # The same of requests that ask whether the server lives, which cost a fifth.
 PROBES_PER_TURN = 64
 # Of all requests that were sent ahead of an answer, so many begin in so many seconds: nobody else feels them.

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
-from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -23,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.api.connection import Connection
+from service.api.connection import Connection, Reader
 from service.api.errors import APIError
 from service.api.gate import Gate, affordable
 from service.api.middleware import (
@@ -75,7 +74,7 @@ class Server(uvicorn.Server):
         self._gate = Gate(settings.max_connections, settings.keep_alive, probes)
         self._lag = Lag()
         # uvicorn calls what it takes for a class.
-        protocol: Any = partial(Connection, self._gate)
+        protocol: Any = lambda **options: Reader(Connection(self._gate, **options))  # noqa: E731
         super().__init__(
             uvicorn.Config(
                 self,

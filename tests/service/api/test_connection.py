@@ -918,3 +918,23 @@ def test_a_body_is_read_when_its_turn_has_come(reads: bool) -> None:
         assert len(client.get_buffer(-1)) == connection.READ
 
     run(test)
+
+
+def test_the_event_loop_reads_into_the_buffer_that_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    buffer_updated = Connection.buffer_updated
+
+    def noting(client: Connection, nbytes: int) -> None:
+        sizes.append(nbytes)
+        buffer_updated(client, nbytes)
+
+    monkeypatch.setattr(Connection, "buffer_updated", noting)
+
+    async def test() -> None:
+        async with listening() as running:
+            answer = await running.client.post("/v1/completions", json={"model": "fake", "prompt": "a " * 100_000})
+            assert answer.status_code == 400
+
+    run(test)
+    assert sum(sizes) > 200_000
+    assert sizes[0] <= connection.READ

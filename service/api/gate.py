@@ -24,11 +24,12 @@ OTHER_FILES = 1024
 SECONDS_BETWEEN_POLLS = 0.5
 SECONDS_BETWEEN_REPORTS = 10.0
 MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
-# Requests that begin in one turn of the event loop, and long heads that are parsed: each takes up to half a millisecond.
-# Between two turns others' connections are accepted and read.
-STARTS_PER_TURN = 8
-# The same of requests that ask whether the server lives, which cost a fifth.
-PROBES_PER_TURN = 64
+# Requests that begin at once, and in so many seconds: each takes a tenth to half of a millisecond. The event loop accepts a
+# connection in each of its turns, so that others would wait for theirs behind all that crowds do in between.
+STARTS_AT_ONCE, START_SECONDS = 8, 0.004
+# The same of requests that ask whether the server lives. The newest goes first: many of them delay no other.
+PROBES_AT_ONCE, PROBE_SECONDS = 16, 0.004
+HEADS_PER_TURN = 8  # long heads that are parsed in one turn of the event loop
 # Of all requests that were sent ahead of an answer, so many begin in so many seconds: nobody else feels them.
 AHEAD_PER_TURN, AHEAD_SECONDS = 4, 0.02
 
@@ -65,8 +66,8 @@ class Guest(Protocol):
 class Turns:
     """Calls a function for one guest after the other, at most `most` in `seconds`; 0 is one turn of the event loop."""
 
-    def __init__(self, most: int, seconds: float):
-        self._most, self._seconds = most, seconds
+    def __init__(self, most: int, seconds: float, *, newest_first: bool = False):
+        self._most, self._seconds, self._newest_first = most, seconds, newest_first
         self._left = most
         self._is_counting = False
         self._waiting: dict[Guest, Callable[[], None]] = {}
@@ -85,7 +86,8 @@ class Turns:
             asyncio.get_running_loop().call_later(self._seconds, self._begin)
         while self._waiting and self._left:
             self._left -= 1
-            self._waiting.pop(next(iter(self._waiting)))()
+            guest = next(reversed(self._waiting) if self._newest_first else iter(self._waiting))
+            self._waiting.pop(guest)()
 
     def _begin(self) -> None:
         self._is_counting, self._left = False, self._most
@@ -102,9 +104,10 @@ class Gate:
         """
         self.limit = limit
         self._probes = probes
-        self._first, self._starts = Turns(PROBES_PER_TURN, 0), Turns(STARTS_PER_TURN, 0)
+        self._first = Turns(PROBES_AT_ONCE, PROBE_SECONDS, newest_first=True)
+        self._starts = Turns(STARTS_AT_ONCE, START_SECONDS)
         self._starts_ahead = Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
-        self._long_heads = Turns(STARTS_PER_TURN, 0)
+        self._long_heads = Turns(HEADS_PER_TURN, 0)
         # What connections read into, one after the other, and take out at once.
         self.buffer = memoryview(bytearray(MOST_READ))
         self._open: set[Guest] = set()

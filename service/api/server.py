@@ -5,6 +5,7 @@ While the model loads, the answer to everything but liveness is a 503.
 
 import asyncio
 import logging
+import os
 import signal
 import socket
 import threading
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from types import FrameType
 from typing import Any
 
@@ -39,6 +41,9 @@ from service.engine.workers import settle
 from service.settings import Settings
 
 UNSENT_BYTES = 64 << 10  # of an answer that the kernel takes before the client has room for them
+# A turn of the event loop accepts one connection from each descriptor of a listening socket, so there are so many: with one,
+# a client waits for as many turns as others have connected ahead of it.
+ACCEPTS_PER_TURN = 16
 TICK_SECONDS = 0.1  # between two calls of on_tick, where nothing holds the event loop up
 LAG_SECONDS = 30.0  # for which a delay of the event loop is told, at least
 
@@ -107,9 +112,17 @@ class Server(uvicorn.Server):
         self._gate.limit = affordable(self._gate.limit)
         logging.getLogger("uvicorn.access").addFilter(without_query)
         await super().startup(sockets)
-        for listener in (listener for server in self.servers for listener in server.sockets):
+        loop = asyncio.get_running_loop()
+        protocol: Any = self.config.http_protocol_class
+        options = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        for listener in [listener for server in self.servers for listener in server.sockets]:
             # Connections inherit it. The kernel would take megabytes of answers that nobody reads, and ask for more.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
+            for _ in range(ACCEPTS_PER_TURN - 1):
+                same = socket.socket(fileno=os.dup(listener.fileno()))
+                self.servers.append(
+                    await loop.create_server(partial(protocol, **options), sock=same, backlog=self.config.backlog)
+                )
 
     async def on_tick(self, counter: int) -> bool:
         self._lag.tick()

@@ -20,6 +20,7 @@ from uvicorn.server import ServerState
 
 from service.api import connection, gate
 from service.api.connection import Connection
+from service.api.server import ACCEPTS_PER_TURN
 from tests.conformance import contract
 from tests.service.api.listening import Running, listening
 from tests.service.helpers import run, settings_of, until
@@ -663,7 +664,7 @@ def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liven
             await asyncio.sleep(0)
 
     run(test)
-    assert max(map(len, begun)) == gate.STARTS_PER_TURN + 1
+    assert max(map(len, begun)) == gate.STARTS_AT_ONCE + 1
     first, *others = [path for paths in begun for path in paths if path != "/health/live"]
     assert "/health/live" in next(paths for paths in begun if paths)
     assert [first, *others] == [f"/{place}" for place in range(100) if place != 20]
@@ -689,9 +690,9 @@ def test_long_heads_are_parsed_in_turns_and_short_ones_pass_them() -> None:
         assert hall._held == 0
 
     run(test)
-    assert max(map(len, begun)) == gate.STARTS_PER_TURN
+    assert max(map(len, begun)) == gate.STARTS_AT_ONCE
     paths = [path for paths in begun for path in paths]
-    assert paths.index("/short") <= 2 * gate.STARTS_PER_TURN
+    assert paths.index("/short") <= 2 * gate.STARTS_AT_ONCE
     assert [path for path in paths if path != "/short"] == [f"/{place}" for place in range(100) if place != 50]
 
 
@@ -713,11 +714,12 @@ def test_what_is_a_long_head() -> None:
         hall = gate.Gate(200, 60)
         clients = [connected(app, hall)[0] for _ in range(50)]
         for _ in range(2):  # on a new connection, and after an answer
-            assert parsed_at_once(clients, long_head) == gate.STARTS_PER_TURN
+            assert parsed_at_once(clients, long_head) == gate.HEADS_PER_TURN
             await until(lambda: hall._held == 0 and all(client.wait == gate.Wait.IDLE for client in clients))
+        await asyncio.sleep(2 * gate.START_SECONDS)  # as many may begin at once again
         with_body = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000
         assert parsed_at_once(clients, with_body) == 50, "the body is none"
-        assert hall._held == (50 - gate.STARTS_PER_TURN) * 100_000, "of those whose turn is later"
+        assert hall._held == (50 - gate.STARTS_AT_ONCE) * 100_000, "of those whose turn is later"
         await until(lambda: all(client.wait == gate.Wait.IDLE for client in clients))
         # Each has one place in the line, however often it sends on.
         for client in clients:
@@ -725,7 +727,7 @@ def test_what_is_a_long_head() -> None:
         for _ in range(5):
             for client in clients:
                 client.data_received(b"a")
-        assert len(hall._long_heads._waiting) == 50 - gate.STARTS_PER_TURN
+        assert len(hall._long_heads._waiting) == 50 - gate.HEADS_PER_TURN
 
     run(test)
 
@@ -745,7 +747,7 @@ def test_who_has_left_keeps_no_place_in_a_line(monkeypatch: pytest.MonkeyPatch) 
         for client in clients:
             client.data_received(b"GET / HTTP/1.1\r\n\r\nGET /ahead HTTP/1.1\r\n\r\n")
         await until(lambda: begun.count("/ahead") == gate.AHEAD_PER_TURN)
-        assert len(hall._starts_ahead._waiting) == 20 - gate.AHEAD_PER_TURN
+        await until(lambda: len(hall._starts_ahead._waiting) == 20 - gate.AHEAD_PER_TURN)
         for client in clients[::2]:
             client.connection_lost(None)
         for client in clients[1::2]:
@@ -898,7 +900,7 @@ def test_a_body_is_read_when_its_turn_has_come(reads: bool) -> None:
 
     async def test() -> None:
         hall = gate.Gate(200, 60)
-        for _ in range(gate.STARTS_PER_TURN):
+        for _ in range(gate.STARTS_AT_ONCE):
             connected(app, hall)[0].data_received(b"GET / HTTP/1.1\r\n\r\n")
         client, _ = connected(app, hall)
         assert len(client.get_buffer(-1)) == connection.READ
@@ -938,3 +940,21 @@ def test_the_event_loop_reads_into_the_buffer_that_it_is_given(monkeypatch: pyte
     run(test)
     assert sum(sizes) > 200_000
     assert sizes[0] <= connection.READ
+
+
+def test_a_turn_of_the_event_loop_accepts_many_connections() -> None:
+    """uvloop accepts one in each turn and from each descriptor, so that a crowd would keep others waiting."""
+
+    async def test() -> None:
+        async with listening() as running:
+            assert len(running.server.servers) == ACCEPTS_PER_TURN
+            descriptors = {listener.fileno() for server in running.server.servers for listener in server.sockets}
+            assert len(descriptors) == ACCEPTS_PER_TURN
+            clients = [socket.create_connection(("127.0.0.1", running.port)) for _ in range(3 * ACCEPTS_PER_TURN)]
+            await until(lambda: len(running.server.server_state.connections) == len(clients))
+            for client in clients:
+                client.close()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", running.port))
+
+    run(test)

@@ -28,7 +28,7 @@ typedef std::chrono::steady_clock Clock;
 typedef std::chrono::nanoseconds Nanoseconds;
 
 // How long a helper without work, and a thread whose phase is not done, keep their cores.
-constexpr Nanoseconds SPIN{50'000}, PATIENCE{20'000}, LEAVE{3'000};
+constexpr Nanoseconds SPIN{500'000}, PATIENCE{20'000}, LEAVE{3'000};
 
 // Waits for `done` without giving the core up. Returns whether it came true in time.
 template <class Condition>

@@ -258,7 +258,7 @@ class Cases:
         path = "/v1/completions"
         if rng.random() < 0.1:
             path = f"/v1/engines/{self._model}/completions"
-        elif rng.random() < 0.9:
+        else:  # while an adapter is served, the key that sees it has to name one
             body["model"] = self._model
         allowed = SERVED | REFUSED if may_be_empty else SERVED
         return Case("completion", post(path, body, key or self.key(rng)), allowed, n * num_prompts)

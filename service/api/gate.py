@@ -18,20 +18,20 @@ CLOSE_SECONDS = 30.0  # in which a client takes nothing of its last answer
 LINGER_SECONDS = 2.0  # that a refused client has to read why and close
 # Bytes of unfinished headers and of waiting requests that all connections may have together.
 MAX_HELD = 16 << 20
-MOST_READ = 256 << 10  # bytes at a time
+MOST_READ = 256 << 10  # bytes that a connection reads at a time
 # What else needs descriptors: files, jobs, and connections that come at once and are about to be refused.
 OTHER_FILES = 1024
 SECONDS_BETWEEN_POLLS = 0.5
 SECONDS_BETWEEN_REPORTS = 10.0
 MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
-# Requests that begin at once, and in so many seconds: each takes a tenth to half of a millisecond. The event loop accepts a
-# connection in each of its turns, so that others would wait for theirs behind all that crowds do in between.
+# Requests that begin at once, and in so many seconds: each takes a tenth to half of a millisecond. Connections wait to be
+# accepted and read meanwhile.
 STARTS_AT_ONCE, START_SECONDS = 8, 0.004
-# The same of requests that ask whether the server lives. The newest goes first: many of them delay no other.
+# The same of requests that ask whether the server lives. The newest goes first, so that a crowd's delay no later one.
 PROBES_AT_ONCE, PROBE_SECONDS = 16, 0.004
 HEADS_PER_TURN = 8  # long heads that are parsed in one turn of the event loop
 # Of all requests that were sent ahead of an answer, so many begin in so many seconds: nobody else feels them.
-AHEAD_PER_TURN, AHEAD_SECONDS = 4, 0.02
+AHEAD_AT_ONCE, AHEAD_SECONDS = 4, 0.02
 
 
 class Wait:
@@ -106,7 +106,7 @@ class Gate:
         self._probes = probes
         self._first = Turns(PROBES_AT_ONCE, PROBE_SECONDS, newest_first=True)
         self._starts = Turns(STARTS_AT_ONCE, START_SECONDS)
-        self._starts_ahead = Turns(AHEAD_PER_TURN, AHEAD_SECONDS)
+        self._starts_ahead = Turns(AHEAD_AT_ONCE, AHEAD_SECONDS)
         self._long_heads = Turns(HEADS_PER_TURN, 0)
         # What connections read into, one after the other, and take out at once.
         self.buffer = memoryview(bytearray(MOST_READ))

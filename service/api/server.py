@@ -78,8 +78,7 @@ class Server(uvicorn.Server):
         probes = {LIVENESS, settings.root_path + LIVENESS}
         self._gate = Gate(settings.max_connections, settings.keep_alive, probes)
         self._lag = Lag()
-        # uvicorn calls what it takes for a class.
-        protocol: Any = lambda **options: Reader(Connection(self._gate, **options))  # noqa: E731
+        protocol: Any = self._connection  # uvicorn calls what it takes for a class
         super().__init__(
             uvicorn.Config(
                 self,
@@ -104,6 +103,9 @@ class Server(uvicorn.Server):
         self._tasks: list[asyncio.Task[None]] = []
         self._signals = 0
 
+    def _connection(self, **options: Any) -> Reader:
+        return Reader(Connection(self._gate, **options))
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Hand a request to the application, or answer it while there is none."""
         await self._app(scope, receive, send)
@@ -112,17 +114,14 @@ class Server(uvicorn.Server):
         self._gate.limit = affordable(self._gate.limit)
         logging.getLogger("uvicorn.access").addFilter(without_query)
         await super().startup(sockets)
-        loop = asyncio.get_running_loop()
-        protocol: Any = self.config.http_protocol_class
-        options = {"config": self.config, "server_state": self.server_state, "app_state": self.lifespan.state}
+        loop, state = asyncio.get_running_loop(), {"server_state": self.server_state, "app_state": self.lifespan.state}
+        accept = partial(self._connection, config=self.config, **state)
         for listener in [listener for server in self.servers for listener in server.sockets]:
             # Connections inherit it. The kernel would take megabytes of answers that nobody reads, and ask for more.
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
             for _ in range(ACCEPTS_PER_TURN - 1):
                 same = socket.socket(fileno=os.dup(listener.fileno()))
-                self.servers.append(
-                    await loop.create_server(partial(protocol, **options), sock=same, backlog=self.config.backlog)
-                )
+                self.servers.append(await loop.create_server(accept, sock=same, backlog=self.config.backlog))
 
     async def on_tick(self, counter: int) -> bool:
         self._lag.tick()

@@ -77,8 +77,6 @@ class Jobs:
         self.store.end_job(job.id, "cancelled", events=[message_event("The job was cancelled")])
         if self._process and self._process[0] == job.id:
             await end_process(self._process[1])
-        else:
-            self.store.remove_run(job.id)  # of a job that waits for room
 
     async def _run(self) -> None:
         waits, pause = "", POLL_SECONDS  # the job that was told to wait for room
@@ -98,6 +96,8 @@ class Jobs:
                     waits = job.id
                 self._process = None
                 await asyncio.sleep(pause)
+                if job and self._status(job) == "cancelled":
+                    self.store.remove_run(job.id)
                 pause = min(2 * pause, MOST_POLL_SECONDS)
             except Exception:
                 log.exception("job %s", job and job.id)

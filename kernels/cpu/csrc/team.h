@@ -27,7 +27,8 @@ namespace {
 typedef std::chrono::steady_clock Clock;
 typedef std::chrono::nanoseconds Nanoseconds;
 
-// How long a helper without work, and a thread whose phase is not done, keep their cores.
+// How long a helper without work, a thread whose phase is not done, and a caller whose helpers are still inside keep their
+// cores.
 constexpr Nanoseconds SPIN{500'000}, PATIENCE{20'000}, LEAVE{3'000};
 
 // Waits for `done` without giving the core up. Returns whether it came true in time.

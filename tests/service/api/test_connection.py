@@ -559,7 +559,7 @@ def test_requests_are_taken_apart_however_they_are_cut_and_run_one_at_a_time(see
 
 def test_what_is_sent_ahead_waits_unparsed_and_reading_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "MAX_AHEAD", 65_536)
-    monkeypatch.setattr(gate, "AHEAD_PER_TURN", 1000)
+    monkeypatch.setattr(gate, "AHEAD_AT_ONCE", 1000)
     go = asyncio.Event()
     paths: list[str] = []
 
@@ -746,8 +746,8 @@ def test_who_has_left_keeps_no_place_in_a_line(monkeypatch: pytest.MonkeyPatch) 
         clients = [connected(app, hall)[0] for _ in range(20)]
         for client in clients:
             client.data_received(b"GET / HTTP/1.1\r\n\r\nGET /ahead HTTP/1.1\r\n\r\n")
-        await until(lambda: begun.count("/ahead") == gate.AHEAD_PER_TURN)
-        await until(lambda: len(hall._starts_ahead._waiting) == 20 - gate.AHEAD_PER_TURN)
+        await until(lambda: begun.count("/ahead") == gate.AHEAD_AT_ONCE)
+        await until(lambda: len(hall._starts_ahead._waiting) == 20 - gate.AHEAD_AT_ONCE)
         for client in clients[::2]:
             client.connection_lost(None)
         for client in clients[1::2]:

@@ -520,6 +520,14 @@ def test_a_disk_that_fails_for_a_while_stops_no_later_job(
     run(test)
 
 
+async def waiting_for_room(api: Api, caplog: pytest.LogCaptureFixture) -> Any:
+    """A job whose process has found the disk full."""
+    job = await api.create(training_file=await api.upload())
+    while not caplog.messages:
+        await asyncio.sleep(0.02)
+    return job
+
+
 def test_a_process_that_found_the_disk_full_goes_on_although_there_seems_to_be_room(
     tmp_path: Path, process: Callable[..., None], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -528,9 +536,7 @@ def test_a_process_that_found_the_disk_full_goes_on_although_there_seems_to_be_r
 
     async def test() -> None:
         async with serving(tmp_path) as api:
-            job = await api.create(training_file=await api.upload())
-            while not caplog.messages:
-                await asyncio.sleep(0.02)
+            job = await waiting_for_room(api, caplog)
             await asyncio.sleep(0.3)  # it is begun again
             [told] = caplog.messages
             assert told.startswith(f"job {job['id']} waits: the disk for the data directory takes no more")
@@ -547,9 +553,7 @@ def test_a_job_that_waits_for_room_can_be_cancelled(
 
     async def test() -> None:
         async with serving(tmp_path) as api:
-            job = await api.create(training_file=await api.upload())
-            while not caplog.messages:
-                await asyncio.sleep(0.02)
+            job = await waiting_for_room(api, caplog)
             await api.client.post(f"/v1/fine_tuning/jobs/{job['id']}/cancel")
             process()
             assert (await api.ended((await api.create(training_file=await api.upload()))["id"]))["status"] == "succeeded"

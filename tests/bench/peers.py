@@ -112,7 +112,9 @@ class Servers:
             measure(server.url, model, Workload(1, 1, 16, 8), seed="warm-up")
             yield server.url, model
         finally:
-            os.killpg(server.process.pid, signal.SIGSTOP)
+            pid = server.process.pid
+            os.killpg(pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)  # it runs until the kernel gets to it
 
     def end(self, program: Program) -> None:
         server, ending = self.kept.pop(program)

@@ -8,6 +8,7 @@ Shapes: N tokens in a step, B sampled tokens, R rows of logits, K likeliest toke
 
 import gc
 import math
+import operator
 from array import array
 from collections.abc import Mapping, Sequence
 from itertools import chain
@@ -25,7 +26,17 @@ from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, Adapt, KVPool, PagedGPT
 from model.lora import Adapters
-from model.step import NewPages, PageCopy, PromptChunk, RowStart, Sample, Sampled, StepInput, TokenLogprobs
+from model.step import (
+    NewPages,
+    PageCopy,
+    PromptChunk,
+    RowStart,
+    Sample,
+    Sampled,
+    Sampling,
+    StepInput,
+    TokenLogprobs,
+)
 
 # Rows of logits that exist at a time: one row takes as much memory as a hundred hidden states.
 LOGIT_ROWS = 256
@@ -131,6 +142,7 @@ class Runner:
         self.adapters = Adapters(model, ops)
         self._adapter_of = [0] * (num_rows + 1)  # of each row
         self.sampling = self._sampling_state(num_rows + 1)
+        self._last_bias: tuple[tuple[object, object], Tensor] | None = None  # and what it was made of
         # A graph has one size. On a CPU only a lone token is padded: a product of one row has other bits.
         self.buckets = decode_buckets(num_rows) if self.device.type == "cuda" else [2]
         # What a graph reads and writes, at fixed addresses: the columns of `_decode`; the sampled tokens.
@@ -194,19 +206,28 @@ class Runner:
                 self.last_token[start.row] = start.generated[-1]
             if not start.sampling.adjusted:
                 continue  # its tables are never read
-            for table in (state.bias, state.generated, state.in_prompt):
+            state.bias[start.row] = self._bias_of(start.sampling)
+            for table in (state.generated, state.in_prompt):
                 table[start.row] = 0
-            if start.sampling.logit_bias:
-                tokens, bias = zip(*start.sampling.logit_bias, strict=True)
-                state.bias[start.row, self._to_device(tokens)[0]] = self._to_device(bias, dtype=torch.float32)[0]
-            if start.sampling.allowed_token_ids:
-                barred = torch.full_like(state.bias[start.row], float("-inf"))
-                barred[self._to_device(start.sampling.allowed_token_ids)[0]] = 0
-                state.bias[start.row] += barred
             state.in_prompt[start.row, self._to_device(start.prompt)[0]] = True
             if start.generated:
                 (generated,) = self._to_device(start.generated)
                 state.generated[start.row] = generated.bincount(minlength=state.generated.shape[1])
+
+    def _bias_of(self, sampling: Sampling) -> Tensor:
+        """What is added to the logits (V,). The last one is kept, because the choices of a request share their entries."""
+        entries = sampling.logit_bias, sampling.allowed_token_ids
+        if self._last_bias is None or any(map(operator.is_not, self._last_bias[0], entries)):
+            bias = torch.zeros_like(self.sampling.bias[0])
+            if sampling.logit_bias:
+                tokens, values = zip(*sampling.logit_bias, strict=True)
+                bias[self._to_device(tokens)[0]] = self._to_device(values, dtype=torch.float32)[0]
+            if sampling.allowed_token_ids:
+                barred = torch.full_like(bias, float("-inf"))
+                barred[self._to_device(sampling.allowed_token_ids)[0]] = 0
+                bias += barred
+            self._last_bias = entries, bias
+        return self._last_bias[1]
 
     def _add_pages(self, pages: list[NewPages]) -> None:
         for group, table in self.page_tables.items():

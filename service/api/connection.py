@@ -435,10 +435,11 @@ class Connection(HttpToolsProtocol):
 class Reader(BufferedProtocol):
     """What the transport sees of a connection: uvloop asks no asyncio.Protocol, as uvicorn's is, for a buffer."""
 
+    CALLBACKS = tuple(name for name in dir(BufferedProtocol) if not name.startswith("_"))
+
     def __init__(self, connection: Connection):
-        for name in dir(BufferedProtocol):
-            if not name.startswith("_"):
-                setattr(self, name, getattr(connection, name))
+        for name in self.CALLBACKS:
+            setattr(self, name, getattr(connection, name))
 
 
 def too_long_a_line() -> APIError:

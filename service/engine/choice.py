@@ -2,9 +2,10 @@
 
 import codecs
 import math
+from array import array
 from collections import abc
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 from model.checkpoint.tokenizer import Tokenizer
 from model.step import TokenLogprobs
@@ -22,6 +23,61 @@ class ShownToken(NamedTuple):
     offset: int  # characters from the start of the prompt to the character in which the token begins
 
 
+class ShownTokens(abc.Sequence[ShownToken]):
+    """Successive tokens of a choice. They are made when they are looked at: see LogprobColumns."""
+
+    def __init__(self, choice: "Choice | None" = None, places: range = range(0)):
+        self._choice, self._places = choice, places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, place: int) -> ShownToken: ...
+    @overload
+    def __getitem__(self, place: slice) -> "ShownTokens": ...
+    def __getitem__(self, place: int | slice) -> "ShownToken | ShownTokens":
+        if isinstance(place, slice):
+            return ShownTokens(self._choice, self._places[place])
+        assert self._choice
+        return self._choice.shown_token(self._places[place])
+
+    def followed_by(self, more: "ShownTokens") -> "ShownTokens":
+        """With the tokens that come right after these."""
+        return ShownTokens(self._choice, range(self._places.start, more._places.stop))
+
+
+class LogprobColumns(abc.Sequence[TokenLogprobs]):
+    """Logprobs of one token after the other.
+
+    As objects, those of 64 prompts kept the garbage collector, and with it the event loop, busy for up to 0.15 s at a time.
+    """
+
+    def __init__(self) -> None:
+        self._logprobs, self._ids, self._values = array("f"), array("i"), array("f")
+        self._ends = array("q", [0])  # of each token's ids and values
+
+    def append(self, some: TokenLogprobs) -> None:
+        self._logprobs.append(some.logprob)
+        self._ids.extend(some.ids)
+        self._values.extend(some.values)
+        self._ends.append(len(self._ids))
+
+    def __len__(self) -> int:
+        return len(self._logprobs)
+
+    @overload
+    def __getitem__(self, place: int) -> TokenLogprobs: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[TokenLogprobs]: ...
+    def __getitem__(self, place: int | slice) -> TokenLogprobs | list[TokenLogprobs]:
+        if isinstance(place, slice):
+            return [self[i] for i in range(*place.indices(len(self)))]
+        at = range(len(self))[place]
+        own = slice(self._ends[at], self._ends[at + 1])
+        return TokenLogprobs(self._logprobs[at], self._ids[own], self._values[own])
+
+
 class Output(NamedTuple):
     """What one token added to a choice. `text` may be empty: an incomplete character, or what may become a stop string."""
 
@@ -29,7 +85,7 @@ class Output(NamedTuple):
     text: str
     tokens: list[int]  # the token, visible in the text or not; none where a choice ends without one
     finish_reason: FinishReason | None
-    shown: abc.Sequence[ShownToken] = ()  # with logprobs: the tokens that `text` makes visible
+    shown: ShownTokens = ShownTokens()  # with logprobs: the tokens that `text` makes visible
 
 
 class Choice:
@@ -43,13 +99,13 @@ class Choice:
         index: int,
         prompt: Prompt,
         request: GenerationRequest,
-        prompt_logprobs: list[TokenLogprobs],
+        prompt_logprobs: LogprobColumns,
         tokenizer: Tokenizer,
         metrics: Metrics,
         submitted: float,
         like: "Choice | None" = None,
     ):
-        """`prompt_logprobs` is one list for all choices of a prompt: the first choice receives and appends them.
+        """`prompt_logprobs` is the same for all choices of a prompt: the first choice receives and appends them.
 
         `like` is another choice of the request. What is known of its stops and its prompt is not computed again.
         """
@@ -57,7 +113,6 @@ class Choice:
         self.text = ""
         self.finish_reason: FinishReason | None = None
         self.tokens: list[int] = []
-        self.shown: list[ShownToken] = []
         self.prompt_logprobs = prompt_logprobs
         self.start: Start | None = None  # None until the engine has begun to compute it
         self.prompt = prompt
@@ -78,7 +133,7 @@ class Choice:
         if unfinished:
             self._places = TextStream((), start=chars_before)
             self._places.push(unfinished, searched=False)
-        self._pushed: list[tuple[int, TokenLogprobs | None]] = []  # what `_text` has taken in
+        self._logprobs = LogprobColumns()  # of `tokens`, where asked for
         self._num_echoed = 0
         self._num_shown = 0
         self._began = False
@@ -111,7 +166,8 @@ class Choice:
         A stop string ends the choice and drops the tokens after it.
         """
         finish, echoed = delta.finish_reason, ""
-        self.prompt_logprobs.extend(delta.prompt_logprobs)
+        for each in delta.prompt_logprobs:
+            self.prompt_logprobs.append(each)
         if not self._began and (delta.tokens or finish):
             self._began = True
             if self._params.echo:
@@ -128,7 +184,7 @@ class Choice:
         if finish:
             last = outputs.pop() if outputs else self._output(echoed, [])
             rest = self._output(self._text.finish(), [])
-            outputs.append(last._replace(text=last.text + rest.text, shown=(*last.shown, *rest.shown)))
+            outputs.append(last._replace(text=last.text + rest.text, shown=last.shown.followed_by(rest.shown)))
         if self._text.stopped:
             finish = "stop"
         if finish:
@@ -138,9 +194,8 @@ class Choice:
         return outputs
 
     def _output(self, text: str, tokens: list[int]) -> Output:
-        shown = self._newly_shown() if self._params.logprobs is not None else ()
+        shown = self._newly_shown()
         self.text += text
-        self.shown += shown
         return Output(self._index, text, tokens, None, shown)
 
     def _spelled(self, token: int) -> bytes:
@@ -163,15 +218,12 @@ class Choice:
         return len(decoder.decode(b"".join(self._prompt_bytes()))), decoder.getstate()[0]
 
     def _echo(self) -> str:
-        tokens = self.prompt.tokens
-        logprobs = [None, *self.prompt_logprobs] if self.prompt_logprobs else [None] * len(tokens)
-        self._pushed += zip(tokens, logprobs, strict=True)
-        self._num_echoed = len(tokens)
+        self._num_echoed = len(self.prompt.tokens)
         return "".join([self._text.push(data, searched=False) for data in self._prompt_bytes()])
 
     def _push(self, token: int, logprobs: TokenLogprobs | None) -> str:
-        self._pushed.append((token, logprobs))
         if logprobs is not None:
+            self._logprobs.append(logprobs)
             self._total_logprob += logprobs.logprob
         data = b"" if token in self._silent_ids else self._bytes_of(token)
         if self._places is not self._text:
@@ -180,14 +232,28 @@ class Choice:
         self.tokens.append(token)
         return self._text.push(data, searched=searched)
 
-    def _newly_shown(self) -> abc.Sequence[ShownToken]:
-        """Tokens that have become visible since the last call."""
+    def _newly_shown(self) -> ShownTokens:
+        """With logprobs: the tokens that have become visible since the last call."""
+        if self._params.logprobs is None:
+            return ShownTokens()
         shown = max(self._text.shown, self._num_echoed)
-        new = slice(self._num_shown, shown)
+        new = range(self._num_shown, shown)
         self._num_shown = shown
-        offsets = self._places.offsets[len(self._places.offsets) - len(self._pushed) :]
-        pairs = zip(self._pushed[new], offsets[new], strict=True)
-        return [ShownToken(token, logprobs, offset) for (token, logprobs), offset in pairs]
+        return ShownTokens(self, new)
+
+    @property
+    def shown(self) -> ShownTokens:
+        """With logprobs: all tokens that are visible so far."""
+        return ShownTokens(self, range(self._num_shown))
+
+    def shown_token(self, place: int) -> ShownToken:
+        """A token of the text, counted from the first one, of the prompt if that is echoed."""
+        own = place - self._num_echoed
+        offset = self._places.offsets[place + len(self._places.offsets) - self._num_echoed - len(self.tokens)]
+        if own >= 0:
+            return ShownToken(self.tokens[own], self._logprobs[own], offset)
+        logprobs = self.prompt_logprobs[place - 1] if place else None
+        return ShownToken(self.prompt.tokens[place], logprobs, offset)
 
     def _observe_tokens(self, num_tokens: int, now: float) -> None:
         metrics = self._metrics

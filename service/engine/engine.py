@@ -16,8 +16,7 @@ from contextlib import suppress
 
 from model.checkpoint.tokenizer import Tokenizer
 from model.config import KVGroup
-from model.step import TokenLogprobs
-from service.engine.choice import Choice, Output
+from service.engine.choice import Choice, LogprobColumns, Output
 from service.engine.loop import StepLoop, StepRunner
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, RequestError
@@ -271,7 +270,7 @@ class Engine:
         """Make the sequences and choices of a request that nobody else knows yet."""
         request, like = generation.request, None
         for prompt, own in zip(request.prompts, request.sequences(self.tokenizer, now + self._queue_timeout), strict=True):
-            prompt_logprobs: list[TokenLogprobs] = []
+            prompt_logprobs = LogprobColumns()
             for sequence in own:
                 index = len(generation.choice_of)
                 like = generation.choice_of[sequence] = Choice(

@@ -171,10 +171,10 @@ def main() -> int:
         url, pid = (args.url, args.pid) if args.url else context.__enter__()
         probe = Probe(url)
         try:
-            # Memory of the KV cache and of a full batch's sampling is taken when it is first used, and kept.
+            # Memory of the whole KV cache and of a full batch's sampling is taken when it is first used, and kept.
             wide = {"n": 128, "logprobs": 20, "top_p": 0.9, "presence_penalty": 1, "logit_bias": {"11": 1}}
             for warm in (
-                completion("", lambda: {"prompt": [[i * 7] * 1500 for i in range(16)]}),
+                completion("", lambda: {"prompt": [[i * 7] * 1500 for i in range(80)]}),
                 completion("", lambda: {"prompt": "x", **wide}),
             ):
                 send(urlsplit(url).netloc, warm, warm.body())

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from model.step import Sampling, TokenLogprobs
-from service.engine.choice import Choice
+from service.engine.choice import Choice, LogprobColumns
 from service.engine.metrics import Metrics
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
 from service.engine.scheduler import Delta, FinishReason, Sequence, Start
@@ -20,7 +20,7 @@ SEQUENCE = Sequence(PROMPT.tokens, 16, Sampling())
 def make(metrics: Metrics, **params: Any) -> Choice:
     """A choice submitted at 1.0 that got its row at 3.0."""
     request = GenerationRequest([PROMPT], SamplingParams(**params))
-    choice = Choice(0, PROMPT, request, [], TOKENIZER, metrics, 1.0)
+    choice = Choice(0, PROMPT, request, LogprobColumns(), TOKENIZER, metrics, 1.0)
     choice.begin(Start(admitted=3.0, num_looked_up=100, num_cached=64))
     return choice
 

@@ -47,7 +47,7 @@ async def texts_of(engine: Engine, request: GenerationRequest) -> Any:
             pass
     except StepFailedError as error:
         return str(error)
-    return [(choice.tokens, choice.shown, choice.prompt_logprobs) for choice in generation.best()]
+    return [(choice.tokens, [*choice.shown], [*choice.prompt_logprobs]) for choice in generation.best()]
 
 
 @pytest.fixture(scope="module")

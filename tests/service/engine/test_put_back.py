@@ -52,7 +52,9 @@ async def finish(engine: Engine, request: GenerationRequest) -> list[Any]:
     async with aclosing(generation.outputs()) as steps:
         async for _ in steps:
             pass
-    choices = [(each.text, each.tokens, each.shown, each.prompt_logprobs, each.finish_reason) for each in generation.best()]
+    choices = [
+        (each.text, each.tokens, [*each.shown], [*each.prompt_logprobs], each.finish_reason) for each in generation.best()
+    ]
     return [choices, generation.prompt_tokens, generation.completion_tokens]
 
 

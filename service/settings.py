@@ -61,6 +61,9 @@ class Settings(BaseSettings):
         True, description="on a CPU, compile the CPU kernels at the first start, in a few seconds; takes a C++ compiler"
     )
     doctor: bool = Field(False, description="compare the kernels with the reference at start, and refuse where they differ")
+    drafts: bool = Field(
+        True, description="on a CPU, compute guesses of the next tokens where a text repeats itself: the text stays the same"
+    )
     kv_bytes: int | None = Field(
         None, gt=0, description="memory for KV pages, in bytes; by default 2 GiB on a CPU, what weights leave free on a GPU"
     )

@@ -23,15 +23,25 @@ def add_bench(commands: Commands) -> None:
     command.add_argument("--prompt", type=positive, default=128, help="tokens of a prompt (default %(default)d)")
     command.add_argument("--output", type=positive, default=128, help="tokens of a completion (default %(default)d)")
     command.add_argument("--requests", type=positive, help="requests of a line (default: two a stream, and 3 at least)")
+    command.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default %(default)g)")
+    command.add_argument("--top-k", type=int, default=0, help="likeliest tokens to draw from (default: all)")
+    command.add_argument("--top-p", type=float, default=1.0, help="share of the probability to draw from (default: all)")
+    command.add_argument(
+        "--min-p", type=float, default=0.0, help="least probability, as a share of the highest (default: 0)"
+    )
     command.add_argument("--csv", type=Path, help="write the table to this file too")
 
 
 def run_bench(args: argparse.Namespace) -> int:
-    from service.tools.bench import Workload, bench
+    from service.tools.bench import WHOLE, Workload, bench
 
     if args.requests and args.requests < max(args.streams):
         raise ValueError(f"--requests {args.requests} can't keep {max(args.streams)} streams in flight")
-    loads = [Workload(streams, args.requests or max(3, 2 * streams), args.prompt, args.output) for streams in args.streams]
+    sampling = {name: getattr(args, name) for name in WHOLE}
+    loads = [
+        Workload(streams, args.requests or max(3, 2 * streams), args.prompt, args.output, sampling)
+        for streams in args.streams
+    ]
     with ExitStack() as stack:
         rows = stack.enter_context(args.csv.open("w", newline="")) if args.csv else None
         url, model = stack.enter_context(reachable(args))

@@ -221,7 +221,7 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metric
     cache = PageAllocator(config, sizes, step_tokens=options.step_tokens)
     # On a CPU nothing runs in parallel with the host, which can then use each token before it lays out the next step.
     overlap = device.type == "cuda"
-    max_draft = 0 if overlap else MAX_DRAFT
+    max_draft = MAX_DRAFT if options.drafts and not overlap else 0
     scheduler = Scheduler(cache, max_rows=options.max_slots, step_tokens=options.step_tokens, max_draft=max_draft)
     warm_up(runner, scheduler)
     if device.type == "cuda":

@@ -25,6 +25,7 @@ class EngineOptions:
     kernels: KernelChoice
     compile: bool
     doctor: bool
+    drafts: bool
     kv_bytes: int | None
     max_slots: int
     max_queue: int

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from itertools import pairwise
@@ -28,6 +28,9 @@ from urllib.parse import urlsplit
 
 # Nearly every vocabulary has all of these ids, and its special tokens are not among them.
 TOKENS = range(1000, 40000)
+# How tokens are drawn: fields of a request, all of which are sent, since servers have defaults of their own.
+WHOLE: Mapping[str, float] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+GREEDY: Mapping[str, float] = {**WHOLE, "temperature": 0.0}
 CONNECT_SECONDS = 10.0
 POLL_SECONDS = 0.02
 STOP_SECONDS = 30.0
@@ -44,7 +47,15 @@ class Workload(NamedTuple):
     requests: int
     prompt: int = 128
     output: int = 128
-    temperature: float = 0.0  # 0 is greedy
+    sampling: Mapping[str, float] = WHOLE  # fields of each request
+
+    @property
+    def drawn(self) -> str:
+        """How tokens are drawn, in words."""
+        if not self.sampling.get("temperature", 1.0):
+            return "greedy"
+        given = (f"{name} {value:g}" for name, value in self.sampling.items() if value != WHOLE.get(name))
+        return ", ".join(given) or "temperature 1"
 
 
 class Stream(NamedTuple):
@@ -110,7 +121,7 @@ def measure(url: str, model: str, load: Workload, *, seed: int | str = 0) -> Res
 
 async def keep(url: str, model: str, load: Workload, prompts: list[list[int]]) -> Result:
     """Send `prompts`, `load.streams` at a time."""
-    waiting = [request(url, model, prompt, load.output, load.temperature) for prompt in reversed(prompts)]
+    waiting = [request(url, model, prompt, load.output, load.sampling) for prompt in reversed(prompts)]
     done: list[Answer] = []
 
     async def work() -> None:
@@ -129,13 +140,13 @@ async def keep(url: str, model: str, load: Workload, prompts: list[list[int]]) -
     return Result(load, seconds, [read_stream(url, answer, load.output) for answer in done])
 
 
-def request(url: str, model: str, prompt: list[int], output: int, temperature: float = 0.0) -> bytes:
+def request(url: str, model: str, prompt: list[int], output: int, sampling: Mapping[str, float] = WHOLE) -> bytes:
     """The bytes that ask for a stream of `output` tokens. The server closes the connection after its answer."""
     fields = {
         "model": model,
         "prompt": prompt,
         "max_tokens": output,
-        "temperature": temperature,
+        **sampling,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -389,11 +400,11 @@ COLUMNS = {
 
 def bench(url: str, model: str, loads: list[Workload], out: TextIO, rows: TextIO | None) -> None:
     """Print a table with a row for each load, as soon as it is measured. `rows`, if given, gets the same as CSV."""
-    print(f"{url}, {model}: {loads[0].prompt} + {loads[0].output} tokens, greedy, streaming", file=out)
+    print(f"{url}, {model}: {loads[0].prompt} + {loads[0].output} tokens, {loads[0].drawn}, streaming", file=out)
     print(" ".join(f"{name:>{width.partition('.')[0]}}" for name, width in COLUMNS.items()), file=out, flush=True)
     writer = csv.writer(rows) if rows else None
     if writer:
-        writer.writerow(("url", "model", "prompt", "output", *COLUMNS))
+        writer.writerow(("url", "model", "prompt", "output", "sampling", *COLUMNS))
     measure(url, model, loads[0]._replace(streams=1, requests=1, output=min(loads[0].output, 8)), seed="warm-up")
     for load in loads:
         result = measure(url, model, load, seed=f"{load} {time.time()}")
@@ -401,4 +412,4 @@ def bench(url: str, model: str, loads: list[Workload], out: TextIO, rows: TextIO
         row = (load.streams, load.requests, result.tokens_per_second, *times)
         print(" ".join(f"{value:{form}}" for value, form in zip(row, COLUMNS.values(), strict=True)), file=out, flush=True)
         if writer:
-            writer.writerow((url, model, load.prompt, load.output, *(round(value, 3) for value in row)))
+            writer.writerow((url, model, load.prompt, load.output, load.drawn, *(round(value, 3) for value in row)))

@@ -42,12 +42,18 @@ def write_own(directory: Path, config: GPTConfig) -> Path:
     return directory
 
 
-def write_gpt2(directory: Path, config: GPTConfig) -> Path:
-    """Write a random bf16 model as Hugging Face's GPT-2. Any server can load it. `config` must be GPT-2's: all dense."""
+def write_gpt2(directory: Path, config: GPTConfig, *, peaked: bool = False) -> Path:
+    """Write a random bf16 model as Hugging Face's GPT-2. Any server can load it. `config` must be GPT-2's: all dense.
+
+    Its tied head knows nothing of the next token: 10.6 nats, and greedy text soon repeats itself. That of a *peaked* model
+    is one of its own, eight times as large: 3.7 nats, and 330 tokens have 0.95 of the probability, as with real models.
+    """
     names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head", "n_inner")
     end = config.vocab_size - 1
     fields = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_ctx": config.n_positions}
-    fields |= {"bos_token_id": end, "eos_token_id": end} | {name: getattr(config, name) for name in names}
+    fields |= {"bos_token_id": end, "eos_token_id": end, "tie_word_embeddings": not peaked} | {
+        name: getattr(config, name) for name in names
+    }
     write_vocabulary(directory, r50k_vocab() | {END_OF_TEXT: end}, r50k_merges())
     roles = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     tokenizer = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": config.n_positions} | roles
@@ -58,5 +64,9 @@ def write_gpt2(directory: Path, config: GPTConfig) -> Path:
         rows = tensor[: config.vocab_size] if name == "wte.weight" else tensor
         stored = rows.T if re.search(r"(attn|mlp)\.c_\w+\.weight", name) else rows
         tensors[f"transformer.{name}"] = stored.to(torch.bfloat16).contiguous()
+    if peaked:
+        head = torch.empty(config.vocab_size, config.n_embd)
+        head.normal_(0, 8 * 0.02, generator=torch.Generator().manual_seed(5))
+        tensors["lm_head.weight"] = head.to(torch.bfloat16)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     return directory

@@ -35,7 +35,7 @@ from model.runner import Runner
 from model.step import Sampling
 from service.engine.pages import PageAllocator, pool_sizes
 from service.engine.scheduler import Scheduler, Sequence
-from service.tools.bench import Result, Workload, banded, measure, percentile, running
+from service.tools.bench import GREEDY, Result, Workload, banded, measure, percentile, running
 from tests.bench import kernels
 from tests.bench.kernels import OURS, Row, Shapes, attention_name, first_line
 
@@ -230,7 +230,7 @@ def serve(model: str, setting: Setting) -> Section:
     with running(banded(path, "--dtype", "bfloat16", "--device", device.type), timeout=START_SECONDS) as server:
         measure(server.url, model, Workload(1, 1, run.tokens, run.tokens))
         for streams in run.streams:
-            asked = Workload(streams, max(3, 2 * streams), run.tokens, run.tokens)
+            asked = Workload(streams, max(3, 2 * streams), run.tokens, run.tokens, GREEDY)
             result = measure(server.url, model, asked, seed=streams)
             lines.append([str(streams), *served_line(asked, result, config, setting)])
     cpu_ms = step_cpu_ms(load_model(path, torch.bfloat16, device), run)

@@ -113,7 +113,8 @@ def engine(model: str, dtype: str, load: list[Any], seed: str) -> float:
 
 
 async def drive(model: str, dtype: str, load: Workload, seed: str) -> float:
-    params = SamplingParams(max_tokens=load.output, temperature=0.0, ignore_eos=True)
+    sampling: dict[str, Any] = {**load.sampling}
+    params = SamplingParams(max_tokens=load.output, ignore_eos=True, **sampling)
     waiting = random_prompts(load, seed)
     async with AsyncLLM(model, dtype=dtype) as llm:
         freeze_loaded_objects()

@@ -108,7 +108,8 @@ class Sample(NamedTuple):
     requests: int | None = None
     prompt: int | None = None
     output: int | None = None
-    temperature: float | None = None
+    sampling: str = ""
+    guessed: float = math.nan  # percent of the output tokens
     tokens_per_second: float = math.nan
     ttft_p50: float = math.nan
     ttft_p99: float = math.nan
@@ -118,7 +119,7 @@ class Sample(NamedTuple):
     def of(self, result: Result) -> "Sample":
         p50, p99 = ([1e3 * percentile(times, share) for times in (result.first_token, result.gaps)] for share in (0.5, 0.99))
         return self._replace(
-            **result.load._asdict(),
+            **result.load._asdict() | {"sampling": result.load.drawn},
             tokens_per_second=result.tokens_per_second,
             ttft_p50=p50[0],
             ttft_p99=p99[0],
@@ -214,7 +215,8 @@ class Curve(NamedTuple):
 
 
 CURVES = [
-    Curve("", "tokens/s", "Output tokens/s, 128 + 128", "streams", "tokens/s"),
+    Curve("peaked", "tokens/s", "Output tokens/s, 128 + 128, temperature 1", "streams", "tokens/s"),
+    Curve("top-p", "tokens/s", "Output tokens/s, 128 + 128, top-p 0.95", "streams", "tokens/s"),
     Curve("ttft", "TTFT ms", "Time to first token, 1 stream", "prompt tokens", "ms"),
     Curve("context", "step ms", "A decode step, by its layers", "keys of each sequence", "ms"),
 ]

@@ -1,11 +1,15 @@
 """`make bench`: Banded next to llama.cpp and vLLM, where they are installed, on random models of GPT-2 125M's shape.
 
+Text is drawn at temperature 1, as people draw it, and does not repeat itself; the share of tokens that Banded guessed is a
+line of its own. The peaked model has the probabilities of real ones, the flat one none that counts: see checkpoints.py.
+Every side is told all of `temperature`, `top_k`, `top_p` and `min_p`.
+
 Each scenario measures all sides in turn, several times, and only one server runs at a time. It prints medians, their ratio
 and the target. Tables, samples and plots go to tests/bench/results/, under the machine's name. Each scenario keeps its last
 run. Options or environment variables name the peers:
 
     BENCH_LLAMA_SERVER=.../llama-server BENCH_LLAMA_CONVERT=.../llama.cpp BENCH_VLLM_PYTHON=.../bin/python make bench
-    python -m tests.bench.run --only bf16-1 bf16-8 --rounds 5
+    python -m tests.bench.run --only peaked-1 top-p-8 --rounds 5
 
 llama.cpp's q8_0 crashes on some CPUs with AMX; LLAMA_ARG_REPACK=0 in the environment keeps it running.
 
@@ -18,17 +22,18 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from model.config import GPTConfig
 from service.commands.options import positive
@@ -37,6 +42,8 @@ from service.engine.pages import PageAllocator, pool_sizes, sequence_bytes
 from service.engine.process import freeze_loaded_objects
 from service.tools import bench as http
 from service.tools.bench import (
+    GREEDY,
+    WHOLE,
     BenchError,
     Result,
     Workload,
@@ -48,8 +55,7 @@ from service.tools.bench import (
     run_async,
     running,
 )
-from tests.bench import checkpoints
-from tests.bench.checkpoints import ALTERNATING_125M, all_dense
+from tests.bench.checkpoints import ALTERNATING_125M, all_dense, write_gpt2, write_own
 from tests.bench.peers import Peers, Servers, Side
 from tests.bench.report import COLUMNS, OURS, Line, Sample, Target, environment, machine_name, print_cells, write
 
@@ -65,8 +71,7 @@ class Sizes(NamedTuple):
     prompt: int
     output: int
     long: Workload  # long prompts
-    # Prompt and output fill the context. At temperature 0, a text that repeats itself would end before others begin.
-    full: Workload
+    full: Workload  # prompt and output fill the context
     gaps: Workload
     arriving: int  # tokens of the prompts that arrive
     every: float  # seconds from one arriving prompt to the next
@@ -85,7 +90,7 @@ REAL = Sizes(
     prompt=128,
     output=128,
     long=Workload(4, 8, 1500, 64),
-    full=Workload(16, 16, 1920, 128, 1.0),
+    full=Workload(16, 16, 1920, 128),
     gaps=Workload(8, 8, 128, 512),
     arriving=2000,
     every=2.0,
@@ -103,8 +108,8 @@ QUICK = Sizes(
     prompt=8,
     output=4,
     long=Workload(4, 4, 150, 4),
-    full=Workload(4, 4, 192, 64, 1.0),
-    gaps=Workload(2, 2, 8, 240, 1.0),
+    full=Workload(4, 4, 192, 64),
+    gaps=Workload(2, 2, 8, 240),
     arriving=200,
     every=0.05,
     shared=Workload(1, 2, 200, 2),
@@ -120,6 +125,18 @@ QUICK = Sizes(
 ROWS = [1, 8, 16, 32]
 # KV memory that keeps 16 whole prompts cached, even the pages that left the band: 5 GB, committed at the start.
 ROOMY = (("BANDED_MAX_SLOTS", "104"), ("BANDED_KV_BYTES", str(5 << 30)))
+
+TOP_P = {**WHOLE, "top_p": 0.95}
+CHAIN = {**WHOLE, "top_k": 40, "top_p": 0.95, "min_p": 0.05}  # what llama.cpp does by default, but for its temperature
+LOGPROBS = {**WHOLE, "logprobs": 5}
+PENALTIES = {**WHOLE, "presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
+NO_DRAFTS = ("BANDED_DRAFTS", "0")
+ACCEPTED = re.compile(r"^banded_accepted_draft_tokens_total\S* (\S+)", re.MULTILINE)
+# Percent of the output tokens. A text with more of them repeats itself.
+FEW_GUESSED = Target(5, 1, "%")
+
+# Holds our kernels and PyTorch, and so vLLM, to what a CPU without AVX-512 has.
+AVX2 = {"CXX": "c++ -mno-avx512f -mno-amx-tile", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 
 LLAMA_BF16, LLAMA_Q8, VLLM = "llama.cpp bf16", "llama.cpp q8_0", "vLLM bf16"
 BF16_PEERS = (LLAMA_BF16, VLLM)
@@ -139,15 +156,19 @@ class Bench:
 
     @functools.cached_property
     def gpt2(self) -> Path:
-        return self._model("gpt2", checkpoints.write_gpt2, all_dense(self.sizes.model))
+        return self._model("gpt2", write_gpt2, all_dense(self.sizes.model))
+
+    @functools.cached_property
+    def peaked(self) -> Path:
+        return self._model("peaked", functools.partial(write_gpt2, peaked=True), all_dense(self.sizes.model))
 
     @functools.cached_property
     def alternating(self) -> Path:
-        return self._model("alternating", checkpoints.write_own, self.sizes.model)
+        return self._model("alternating", write_own, self.sizes.model)
 
     @functools.cached_property
     def dense(self) -> Path:
-        return self._model("dense", checkpoints.write_own, all_dense(self.sizes.model))
+        return self._model("dense", write_own, all_dense(self.sizes.model))
 
     def _model(self, name: str, write_model: Callable[[Path, GPTConfig], Path], config: GPTConfig) -> Path:
         """Write a model into the work folder once. Later runs find it there."""
@@ -183,11 +204,22 @@ class Bench:
         self, scenario: str, figure: str, sides: Iterable[Side], load: Workload, value: Callable[[Result], float], at: float
     ) -> dict[str, float]:
         """For each side, the median of `value` under a load. Ours comes first."""
-        results = self.in_turn(scenario, sides, lambda url, model, seed: measure(url, model, load, seed=seed))
+
+        def take(url: str, model: str, seed: str) -> tuple[Result, float]:
+            before = num_accepted(url)
+            return measure(url, model, load, seed=seed), num_accepted(url) - before
+
+        results = self.in_turn(scenario, sides, take)
         for side, found in results.items():
-            for turn, result in enumerate(found):
-                self.samples.append(Sample(scenario, turn, side.name, side.dtype, figure, value(result), at).of(result))
-        return {side.name: statistics.median(map(value, found)) for side, found in results.items()}
+            for turn, (result, accepted) in enumerate(found):
+                sample = Sample(scenario, turn, side.name, side.dtype, figure, value(result), at).of(result)
+                self.samples.append(sample._replace(guessed=100 * accepted / (load.requests * load.output)))
+        return {side.name: statistics.median(value(result) for result, _ in found) for side, found in results.items()}
+
+    def guessed(self, scenario: str) -> Line:
+        """How much of our text was guessed, in the round in which that was most."""
+        shares = [each.guessed for each in self.samples if each.scenario == scenario and each.side.startswith(OURS)]
+        return Line(scenario, "% of the output tokens that were guessed", max(shares), target=FEW_GUESSED)
 
     def note(self, scenario: str, side: Side, figure: str, values: Iterable[float]) -> float:
         """Keep the value of each round as a sample. Returns the median."""
@@ -221,14 +253,20 @@ def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def rivals(bench: Bench, names: tuple[str, ...], load: Workload) -> list[Side]:
-    """The named peers, if installed, with room for a load."""
+def num_accepted(url: str) -> float:
+    """Output tokens of a server of ours, so far, that it had guessed. 0 of others."""
+    found = ACCEPTED.search(http.get(url, "/metrics")[1])
+    return float(found[1]) if found else 0.0
+
+
+def rivals(bench: Bench, model: Path, names: tuple[str, ...], load: Workload) -> list[Side]:
+    """The named peers on a model, if installed, with room for a load."""
     whole = bench.sizes.model.n_positions
     slot = min(whole, -(-(load.prompt + load.output + 1) // 256) * 256)
     found = {
-        LLAMA_BF16: lambda: bench.peers.llama(bench.gpt2, "bf16", load.streams, slot),
-        LLAMA_Q8: lambda: bench.peers.llama(bench.gpt2, "q8_0", load.streams, slot),
-        VLLM: lambda: bench.peers.vllm(bench.gpt2, whole),
+        LLAMA_BF16: lambda: bench.peers.llama(model, "bf16", load.streams, slot),
+        LLAMA_Q8: lambda: bench.peers.llama(model, "q8_0", load.streams, slot),
+        VLLM: lambda: bench.peers.vllm(model, whole),
     }
     return [side for name in names for side in found[name]()]
 
@@ -262,14 +300,83 @@ def limits(bench: Bench, name: str) -> list[Line]:
 
 
 def throughput(
-    bench: Bench, name: str, *, dtype: str, streams: int, against: tuple[str, ...], target: Target | None = None
+    bench: Bench,
+    name: str,
+    *,
+    streams: int,
+    model: Literal["peaked", "gpt2"] = "peaked",
+    dtype: str = "bfloat16",
+    sampling: Mapping[str, float] = WHOLE,
+    against: tuple[str, ...] = BF16_PEERS,
+    target: Target | None = None,
 ) -> list[Line]:
-    sizes = bench.sizes
-    load = Workload(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output)
-    sides = [bench.ours(bench.gpt2, dtype), *rivals(bench, against, load)]
+    load, path = decoding(bench, streams, sampling), getattr(bench, model)
+    sides = [bench.ours(path, dtype), *rivals(bench, path, against, load)]
     medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
-    figure, most = f"tokens/s, streams: {streams}", ceiling(bench.products(dtype), load, sizes.chunk)
-    return [compare(name, figure, medians, target, most=most)]
+    most = ceiling(bench.products(dtype), load, bench.sizes.chunk)
+    return [compare(name, f"tokens/s, {load.drawn}, streams: {streams}", medians, target, most=most), bench.guessed(name)]
+
+
+def decoding(bench: Bench, streams: int, sampling: Mapping[str, float]) -> Workload:
+    sizes = bench.sizes
+    return Workload(streams, max(3, sizes.waves * streams), sizes.prompt, sizes.output, sampling)
+
+
+def looping(bench: Bench, name: str) -> list[Line]:
+    """Greedy text of the flat model, which repeats itself. Most of it is guessed, and no token is drawn."""
+    streams, without = 8, f"{OURS} without guesses"
+    load, model = decoding(bench, streams, GREEDY), bench.gpt2
+    sides = [bench.ours(model, "bfloat16"), bench.ours(model, "bfloat16", NO_DRAFTS, name=without)]
+    sides += rivals(bench, model, BF16_PEERS, load)
+    medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
+    figure, plain = f"tokens/s, greedy text that loops, streams: {streams}", medians.pop(without)
+    return [
+        compare(name, figure, medians),
+        Line(name, figure, next(iter(medians.values())), "without guesses", plain),
+        bench.guessed(name)._replace(target=None),
+    ]
+
+
+def cost(
+    bench: Bench, name: str, *, streams: int, sampling: Mapping[str, float], target: Target, busy: bool = False
+) -> list[Line]:
+    """What a way of drawing, or a busy process beside, leaves of our tokens/s at temperature 1, on the flat model."""
+    side, plain = bench.ours(bench.gpt2, "bfloat16"), bench.sizes.gaps if busy else decoding(bench, streams, WHOLE)
+    other = plain._replace(sampling=sampling)
+
+    def both(url: str, model: str, seed: str) -> list[Result]:
+        return [
+            measure(url, model, plain, seed=f"{seed} a"),
+            beside(busy, url, model, other, f"{seed} b"),
+            beside(busy, url, model, other, f"{seed} c"),
+            measure(url, model, plain, seed=f"{seed} d"),
+        ]
+
+    rounds = bench.in_turn(name, [side], both)[side]
+    rates = [[result.tokens_per_second for result in results] for results in rounds]
+    what = "beside a busy process" if busy else other.drawn
+    without = bench.note(name, side, "tokens/s, temperature 1", ((a + d) / 2 for a, _, _, d in rates))
+    changed = bench.note(name, side, f"tokens/s, {what}", ((b + c) / 2 for _, b, c, _ in rates))
+    lines = [Line(name, f"tokens/s, {what}, streams: {streams}", changed, "temperature 1", without, target)]
+    if busy:
+        gaps = [[1e3 * gap for result in (b, c) for gap in gaps_together(result)] for _, b, c, _ in rounds]
+        middle = bench.note(name, side, "gap p50 ms", map(statistics.median, gaps))
+        longest = bench.note(name, side, "longest gap, ms", map(max, gaps))
+        lines.append(Line(name, "longest gap beside a busy process, ms", longest, "p50", middle, Target(5, 2.5)))
+    return lines
+
+
+def beside(busy: bool, url: str, model: str, load: Workload, seed: str) -> Result:
+    """Put a load on a server; if `busy`, next to a process that holds one core."""
+    if not busy:
+        return measure(url, model, load, seed=seed)
+    # In a session of its own, as another program or container is: the kernel shares cores out among sessions too.
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    try:
+        return measure(url, model, load, seed=seed)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def first_token_ms(result: Result) -> float:
@@ -278,7 +385,7 @@ def first_token_ms(result: Result) -> float:
 
 def long_prompts(bench: Bench, name: str) -> list[Line]:
     load = bench.sizes.long
-    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, load)]
+    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, bench.gpt2, BF16_PEERS, load)]
     medians = bench.loaded(name, "TTFT ms", sides, load, first_token_ms, load.prompt)
     figure = f"TTFT p50 ms, {load.streams} clients of {load.prompt} + {load.output}"
     return [compare(name, figure, medians, Target(0.7, 0.5), best=min)]
@@ -440,7 +547,7 @@ def shared_prefix(bench: Bench, name: str) -> list[Line]:
 
 def first_tokens(bench: Bench, name: str) -> list[Line]:
     loads = [Workload(1, 3, prompt, 1) for prompt in bench.sizes.prompts]
-    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, BF16_PEERS, loads[-1])]
+    sides = [bench.ours(bench.gpt2, "bfloat16"), *rivals(bench, bench.gpt2, BF16_PEERS, loads[-1])]
     lines = []
     for load in loads:
         medians = bench.loaded(f"{name} {load.prompt}", "TTFT ms", sides, load, first_token_ms, load.prompt)
@@ -473,17 +580,37 @@ def context(bench: Bench, name: str) -> list[Line]:
     return [Line(name, f"step ms, {batch} at {longest} keys, layers {kind}", ms, *dense) for kind, ms in others]
 
 
-BF16 = functools.partial(throughput, dtype="bfloat16")
-INT8 = functools.partial(throughput, dtype="int8")
+def with_tiles(must: float, aim: float) -> Target:
+    """A target of CPUs without AMX; with it, half as much again."""
+    info = Path("/proc/cpuinfo")
+    times = 1.5 if info.exists() and "amx_tile" in info.read_text() else 1.0
+    return Target(times * must, times * aim)
+
+
+part = functools.partial
 SCENARIOS: dict[str, Callable[[Bench, str], list[Line]]] = {
     "limits": limits,
     "alternating": alternating,
-    "bf16-1": functools.partial(BF16, streams=1, against=(LLAMA_BF16,), target=Target(1.0, 1.2)),
-    "bf16-8": functools.partial(BF16, streams=8, against=BF16_PEERS, target=Target(1.6, 2.2)),
-    "bf16-16": functools.partial(BF16, streams=16, against=BF16_PEERS),
-    "bf16-32": functools.partial(BF16, streams=32, against=BF16_PEERS, target=Target(2.2, 3.5)),
-    "int8-1": functools.partial(INT8, streams=1, against=(LLAMA_Q8,), target=Target(1.0, 1.3)),
-    "int8-16": functools.partial(INT8, streams=16, against=(LLAMA_Q8, *BF16_PEERS), target=Target(2.5, 4)),
+    "peaked-1": part(throughput, streams=1, against=(LLAMA_BF16,), target=Target(1.0, 1.2)),
+    "peaked-8": part(throughput, streams=8, target=Target(2.0, 2.5)),
+    "peaked-32": part(throughput, streams=32, target=with_tiles(2.2, 3.5)),
+    "top-p-1": part(throughput, streams=1, sampling=TOP_P, against=(LLAMA_BF16,), target=Target(1.0, 1.2)),
+    "top-p-8": part(throughput, streams=8, sampling=TOP_P, target=Target(2.5, 3.5)),
+    "top-p-32": part(throughput, streams=32, sampling=TOP_P, target=with_tiles(3.0, 4.0)),
+    "chain-8": part(throughput, streams=8, sampling=CHAIN, against=(LLAMA_BF16,), target=Target(2.0, 2.5)),
+    "chain-32": part(throughput, streams=32, sampling=CHAIN, against=(LLAMA_BF16,), target=Target(2.0, 2.5)),
+    "flat-8": part(throughput, model="gpt2", streams=8),
+    "flat-32": part(throughput, model="gpt2", streams=32),
+    "flat-top-p-8": part(throughput, model="gpt2", streams=8, sampling=TOP_P),
+    "flat-top-p-32": part(throughput, model="gpt2", streams=32, sampling=TOP_P),
+    "int8-1": part(throughput, dtype="int8", streams=1, against=(LLAMA_Q8,)),
+    "int8-16": part(throughput, dtype="int8", streams=16, against=(LLAMA_Q8, *BF16_PEERS), target=Target(2.5, 4)),
+    "greedy-loop": looping,
+    "cost-top-p-8": part(cost, streams=8, sampling=TOP_P, target=Target(0.9, 0.97)),
+    "cost-top-p-32": part(cost, streams=32, sampling=TOP_P, target=Target(0.9, 0.97)),
+    "cost-logprobs": part(cost, streams=8, sampling=LOGPROBS, target=Target(0.95, 0.98)),
+    "cost-penalties": part(cost, streams=8, sampling=PENALTIES, target=Target(0.95, 0.98)),
+    "cost-busy": part(cost, streams=8, sampling=WHOLE, busy=True, target=Target(0.5, 0.6)),
     "long-prompts": long_prompts,
     "kv-memory": kv_memory,
     "http": http_cost,
@@ -503,6 +630,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         # A toy model has too little work for two threads: they would wait for each other. Nor is it worth compiling.
         os.environ |= {"OMP_NUM_THREADS": "1", "BANDED_COMPILE": "0"}
+    if args.avx2:
+        os.environ |= AVX2
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         peers = Peers(args.llama_server, args.llama_convert, args.vllm_python, work)
@@ -514,7 +643,8 @@ def main(argv: list[str] | None = None) -> int:
         bench = Bench(QUICK if args.quick else REAL, args.rounds, peers, stack.enter_context(Servers()))
         lines, failed = measure_all(bench, args.only)
     label = "quick-" if args.quick else ""
-    for path in write(args.results / f"{label}{machine_name(facts)}", facts, lines, bench.samples):
+    stem = args.results / f"{label}{machine_name(facts)}{'-avx2' if args.avx2 else ''}"
+    for path in write(stem, facts, lines, bench.samples):
         print(path)
     return 1 if failed else 0
 
@@ -547,6 +677,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help="of: %(choices)s")
     options.add_argument("--rounds", type=positive, default=3, help="how often each side is measured (default %(default)d)")
     options.add_argument("--quick", action="store_true", help="a toy model and short runs: shows that the benchmark works")
+    options.add_argument(
+        "--avx2", action="store_true", help="hold Banded and vLLM to AVX2; llama.cpp has what it was built for"
+    )
     options.add_argument("--results", type=Path, default=RESULTS, help="folder for tables and plots")
     options.add_argument("--work", type=Path, help="folder that keeps checkpoints for later runs")
     for name, what in (

@@ -83,8 +83,8 @@ def test_verdicts_are_about_what_is_printed() -> None:
 
 
 def test_a_line_says_what_it_compares() -> None:
-    line = Line("bf16-1", "tokens/s", 123.4, "llama.cpp bf16", 100.0, Target(1.0, 1.2), ceiling=200.0)
-    assert line.cells() == ["bf16-1", "tokens/s", "123", "llama.cpp bf16 100", "1.23x", "1x", "1.2x", "aim met", "62%"]
+    line = Line("peaked-1", "tokens/s", 123.4, "llama.cpp bf16", 100.0, Target(1.0, 1.2), ceiling=200.0)
+    assert line.cells() == ["peaked-1", "tokens/s", "123", "llama.cpp bf16 100", "1.23x", "1x", "1.2x", "aim met", "62%"]
     alone = line._replace(against="", theirs=math.nan, ceiling=math.nan)
     assert alone.cells()[3:] == ["-", "-", "1x", "1.2x", "not measured", "-"]
     absolute = Line("start", "s", 3.52, target=Target(10, 3, "s"))
@@ -203,14 +203,14 @@ def test_who_is_measured_beside_whom(parrot: Path, tmp_path: Path) -> None:
     bench = Bench(QUICK, 1, Peers(parrot, tmp_path, Path(sys.executable), tmp_path), Servers())
     load = Workload(3, 3, prompt=100, output=100)
     names = (run.LLAMA_Q8, *run.BF16_PEERS)
-    sides = run.rivals(bench, names, load)
+    sides = run.rivals(bench, bench.gpt2, names, load)
     assert tuple(side.name for side in sides) == names
-    assert [side.name for side in run.rivals(bench, (run.LLAMA_BF16,), load)] == [run.LLAMA_BF16]
+    assert [side.name for side in run.rivals(bench, bench.peaked, (run.LLAMA_BF16,), load)] == [run.LLAMA_BF16]
     for side in sides[:2]:
         assert side.program.command[-4:] == ("-np", "3", "-c", "768")
     assert sides[2].program.command[-6:] == ("--model", str(bench.gpt2), "--dtype", "bfloat16", "--max-model-len", "256")
     alone = Bench(QUICK, 1, NOBODY._replace(work=tmp_path), Servers())
-    assert run.rivals(alone, names, load) == []
+    assert run.rivals(alone, alone.gpt2, names, load) == []
 
 
 def test_a_dtype_that_is_not_served_is_skipped(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,15 +224,15 @@ def test_a_dtype_that_is_not_served_is_skipped(capsys: pytest.CaptureFixture[str
     def fail(bench: Bench, name: str) -> list[Line]:
         raise BenchError("no server")
 
-    monkeypatch.setitem(SCENARIOS, "bf16-1", skip)
-    assert run.measure_all(bench, ["bf16-1"]) == ([], False)
-    monkeypatch.setitem(SCENARIOS, "bf16-1", fail)
-    lines, failed = run.measure_all(bench, ["bf16-1", "kv-memory"])
+    monkeypatch.setitem(SCENARIOS, "peaked-1", skip)
+    assert run.measure_all(bench, ["peaked-1"]) == ([], False)
+    monkeypatch.setitem(SCENARIOS, "peaked-1", fail)
+    lines, failed = run.measure_all(bench, ["peaked-1", "kv-memory"])
     assert failed
     assert [line.scenario for line in lines] == ["kv-memory"]
     out = capsys.readouterr().out
-    assert "bf16-1: skipped: no such thing\n" in out
-    assert "bf16-1: failed: no server\n" in out
+    assert "peaked-1: skipped: no such thing\n" in out
+    assert "peaked-1: failed: no server\n" in out
 
 
 def test_the_alternating_model_admits_173_sequences_for_100_dense_ones() -> None:
@@ -241,14 +241,14 @@ def test_the_alternating_model_admits_173_sequences_for_100_dense_ones() -> None
 
 
 def test_curves_are_medians_of_the_rounds() -> None:
-    curve = report.Curve("bf16", "tokens/s", "", "", "")
+    curve = report.Curve("peaked", "tokens/s", "", "", "")
     samples = [
         Sample(scenario, turn, who, "bf16", figure, value, at)
         for scenario, who, figure, at, values in (
-            ("bf16-8", "Banded", "tokens/s", 8, (3, 1, 2)),
-            ("bf16-1", "Banded", "tokens/s", 1, (7, 7, 9)),
-            ("bf16-1", "other", "tokens/s", 1, (1, 1, 1)),
-            ("bf16-1", "Banded", "TTFT ms", 1, (5, 5, 5)),
+            ("peaked-8", "Banded", "tokens/s", 8, (3, 1, 2)),
+            ("peaked-1", "Banded", "tokens/s", 1, (7, 7, 9)),
+            ("peaked-1", "other", "tokens/s", 1, (1, 1, 1)),
+            ("peaked-1", "Banded", "TTFT ms", 1, (5, 5, 5)),
             ("http", "Banded", "tokens/s", 32, (6, 6, 6)),
         )
         for turn, value in enumerate(values)
@@ -258,7 +258,9 @@ def test_curves_are_medians_of_the_rounds() -> None:
 
 TOY_RUNS = [
     # Those of one run share its servers and the times of products.
-    ("bf16-1", "bf16-8", "bf16-16", "bf16-32", "long-prompts", "gaps", "prefix", "ttft", "http"),
+    ("flat-8", "flat-32", "flat-top-p-8", "flat-top-p-32", "greedy-loop", "long-prompts", "gaps", "prefix", "ttft", "http"),
+    ("peaked-1", "peaked-8", "peaked-32", "top-p-1", "top-p-8", "top-p-32", "chain-8", "chain-32"),
+    ("cost-top-p-8", "cost-top-p-32", "cost-logprobs", "cost-penalties", "cost-busy"),
     ("int8-1", "int8-16", "limits", "kv-memory"),
     ("alternating", "context"),
     ("start",),
@@ -281,13 +283,14 @@ def test_a_toy_run(names: tuple[str, ...], parrot: Path, tmp_path: Path, capsys:
     samples = set(results.glob("*-samples.csv"))
     (table,) = {*results.glob("*.csv")} - samples
     kept: list[dict[str, Any]] = [row for file in samples for row in csv.DictReader(file.read_text().splitlines())]
-    assert len(list(results.glob("*.png"))) == bool({"bf16-1", "int8-1", "context"} & {*names})
+    assert len(list(results.glob("*.png"))) == bool({"flat-8", "peaked-1", "context"} & {*names})
     rows: list[dict[str, Any]] = list(csv.DictReader(table.read_text().splitlines()))
     skipped = {name for name in names if f"{name}: skipped" in out}
     assert {row["scenario"] for row in rows} == {*names} - skipped
-    assert all(float(row["ours"]) > 0 and row["cpu"] and row["torch"] for row in rows)
-    if "bf16-8" in names:
-        assert {row["side"] for row in kept if row["scenario"] == "bf16-8"} == {"Banded bfloat16", "llama.cpp bf16"}
+    assert all(float(row["ours"]) >= 0 and row["cpu"] and row["torch"] for row in rows)
+    if "peaked-8" in names:
+        assert {row["side"] for row in kept if row["scenario"] == "peaked-8"} == {"Banded bfloat16", "llama.cpp bf16"}
+        assert {row["sampling"] for row in kept if row["scenario"] == "top-p-8"} == {"top_p 0.95"}
         assert all(float(row["ttft_p99"]) >= float(row["ttft_p50"]) > 0 for row in kept if row["streams"])
 
 
@@ -305,14 +308,14 @@ def test_each_scenario_keeps_its_last_run(tmp_path: Path) -> None:
     def samples(*names: str, value: float) -> list[Sample]:
         return [Sample(name, 0, "Banded", "bf16", "tokens/s", value, at) for name in names for at in (1, 8)]
 
-    report.write(stem, facts, lines("bf16-1", "bf16-8", ours=1), samples("bf16-1", "bf16-8", value=1.00004))
-    paths = report.write(stem, facts | {"date": "now", "vLLM": "1"}, lines("bf16-1", ours=2), samples("bf16-1", value=2))
+    report.write(stem, facts, lines("peaked-1", "peaked-8", ours=1), samples("peaked-1", "peaked-8", value=1.00004))
+    paths = report.write(stem, facts | {"date": "now", "vLLM": "1"}, lines("peaked-1", ours=2), samples("peaked-1", value=2))
     assert paths == [stem.with_suffix(".csv"), tmp_path / "machine-samples.csv", stem.with_suffix(".png")]
     found = [(row["scenario"], row["ours"], row["date"], row["vLLM"]) for row in report.read_rows(paths[0])]
-    assert found == [("bf16-8", "1", "then", ""), ("bf16-1", "2", "now", "1")]
+    assert found == [("peaked-8", "1", "then", ""), ("peaked-1", "2", "now", "1")]
     raw = [(row["scenario"], row["value"], row["streams"], row["ttft_p50"]) for row in report.read_rows(paths[1])]
-    assert raw == [("bf16-8", "1.0", "", "")] * 2 + [("bf16-1", "2", "", "")] * 2
-    assert [report.sample_of(row) for row in report.read_rows(paths[1])][:2] == samples("bf16-8", value=1.0)
+    assert raw == [("peaked-8", "1.0", "", "")] * 2 + [("peaked-1", "2", "", "")] * 2
+    assert [report.sample_of(row) for row in report.read_rows(paths[1])][:2] == samples("peaked-8", value=1.0)
 
 
 def test_a_machine_is_named_after_its_cores() -> None:

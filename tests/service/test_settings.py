@@ -47,6 +47,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
         "kernels": "triton",
         "compile": "0",
         "doctor": "1",
+        "drafts": "0",
         "kv_bytes": "1000000",
         "max_slots": "4",
         "max_queue": "0",
@@ -83,6 +84,7 @@ def test_every_field_is_read_from_the_environment(monkeypatch: pytest.MonkeyPatc
     assert read.cors_origins == ("https://one.example", "http://localhost:3000")
     assert (read.allowed_hosts, read.max_connections) == (("llm.example", "fd00::1"), 100)
     assert read.metrics_alias == "vllm"
+    assert read.drafts is read.compile is False
     assert read.doctor is read.open_metrics is read.lenient is read.allow_unauthenticated is True
     assert settings(port=8123, api_keys=("x",)).port == 8123  # given values win
 

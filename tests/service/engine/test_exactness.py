@@ -204,10 +204,9 @@ def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> N
         "step_tokens": 100,
     }
 
-    def answers(max_draft: int) -> tuple[list[Any], int]:
+    def answers(drafts: bool) -> tuple[list[Any], int]:
         metrics = Metrics("tiny")
-        served = load_served(Settings(model=str(directory), **settings).engine, metrics)
-        served.base.engine._scheduler.max_draft = max_draft
+        served = load_served(Settings(model=str(directory), drafts=drafts, **settings).engine, metrics)
 
         async def test() -> list[Any]:
             app = create_app(served, metrics, settings_of())
@@ -222,7 +221,7 @@ def test_drafts_change_no_text(dtype: str, compiled: bool, directory: Path) -> N
         accepted = metrics.registry.get_sample_value("banded_accepted_draft_tokens_total", {"model": "tiny"})
         return found, int(accepted or 0)
 
-    (plain, none), (drafted, accepted) = answers(0), answers(7)
+    (plain, none), (drafted, accepted) = answers(False), answers(True)
     assert drafted == plain
     assert none == 0
     assert accepted > 100

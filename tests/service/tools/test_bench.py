@@ -1,5 +1,6 @@
 """`banded bench`: its requests, its counts, and its message for a server that does not answer as it should."""
 
+import csv
 import json
 import math
 import os
@@ -187,7 +188,10 @@ def test_a_load_is_what_was_asked_for(server: Answering, monkeypatch: pytest.Mon
     assert server.asked[0] == {
         "model": "parrot",
         "max_tokens": 3,
-        "temperature": 0,
+        "temperature": 1,
+        "top_k": 0,
+        "top_p": 1,
+        "min_p": 0,
         "ignore_eos": True,
         "stream": True,
         "stream_options": {"include_usage": True},
@@ -286,18 +290,27 @@ def test_a_server_that_names_no_model(
 def test_a_table_and_the_same_as_csv(server: Answering, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "table.csv"
     options = ["--url", f"{server.url}/v1/", "--streams", "1", "2", "--prompt", "5", "--output", "3", "--csv", str(file)]
-    assert main(["bench", *options]) == 0
+    assert main(["bench", *options, "--temperature", "0.5", "--top-p", "0.9"]) == 0
     title, header, *lines = capsys.readouterr().out.splitlines()
-    assert title == f"{server.url}, parrot: 5 + 3 tokens, greedy, streaming"
+    assert title == f"{server.url}, parrot: 5 + 3 tokens, temperature 0.5, top_p 0.9, streaming"
     assert header.split("  ")[0].strip() == "streams"
     assert [line.split()[:2] for line in lines] == [["1", "3"], ["2", "4"]]
     assert [len(line) for line in lines] == [len(header)] * 2
     columns, *rows = file.read_text().splitlines()
-    assert columns.startswith("url,model,prompt,output,streams,requests,tokens/s,TTFT p50 ms,")
-    assert [row.split(",")[:6] for row in rows] == [
-        [server.url, "parrot", "5", "3", n, m] for n, m in (("1", "3"), ("2", "4"))
+    assert columns.startswith("url,model,prompt,output,sampling,streams,requests,tokens/s,TTFT p50 ms,")
+    assert [row[:7] for row in csv.reader(rows)] == [
+        [server.url, "parrot", "5", "3", "temperature 0.5, top_p 0.9", n, m] for n, m in (("1", "3"), ("2", "4"))
     ]
     assert len(server.asked) == 1 + 3 + 4  # one to warm up
+    assert {(body["temperature"], body["top_k"], body["top_p"]) for body in server.asked} == {(0.5, 0, 0.9)}
+
+
+def test_how_tokens_are_drawn_in_words() -> None:
+    assert [Workload(1, 1, sampling=sampling).drawn for sampling in (bench.WHOLE, bench.GREEDY)] == [
+        "temperature 1",
+        "greedy",
+    ]
+    assert Workload(1, 1, sampling={**bench.WHOLE, "top_k": 40, "logprobs": 5}).drawn == "top_k 40, logprobs 5"
 
 
 def test_a_server_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

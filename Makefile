@@ -100,9 +100,9 @@ soak: install
 aot: install
 	$(BIN)/python -m kernels.gpu.aot
 
-# Beside other servers, where the environment names them: see tests/bench/run.py. `make bench ONLY='bf16-1 bf16-8'`: some lines.
+# Beside other servers, where the environment names them: see tests/bench/run.py. `make bench ONLY='peaked-1 top-p-8'`: some lines.
 bench: install
-	$(BIN)/python -m tests.bench.run $(if $(ONLY),--only $(ONLY))
+	$(BIN)/python -m tests.bench.run $(if $(AVX2),--avx2) $(if $(ONLY),--only $(ONLY))
 
 # For whoever has a GPU. `make gpu-check DRY=1` runs the same command at toy size on a CPU.
 gpu-check: install

@@ -5,7 +5,9 @@ serves alone.
 """
 
 import ctypes
+import time
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +24,17 @@ from kernels.ops import BlockParts, NativeForward, Weight
 from kernels.plan import DecodePlan, PrefillPlan, StepPlan
 from kernels.sampling_state import SamplingState
 
+# Bytes of tensors that are kept for helpers, beyond which a call waits for them: logits of prompts take 51 MB a call.
+MAX_KEPT = 32 << 20
+POLL_SECONDS = 50e-6
+
+
+class Kept(NamedTuple):
+    """What a helper may still read of a call."""
+
+    num_bytes: int
+    what: object
+
 
 class CompiledOps:
     """kernels.torch_ops with some of its functions compiled. A row has the same bits in any batch."""
@@ -34,7 +47,7 @@ class CompiledOps:
                 getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_int64
         library.oldest_job.restype = ctypes.c_int64
         self._library = library
-        self._kept: dict[int, tuple[object, ...]] = {}  # by the number of the job that may still read it
+        self._kept: dict[int, Kept] = {}  # by the number of the job that may still read it
         self.has_int8 = hasattr(library, "linear_panels")  # else the processor lacks the instructions for our products
         self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())
         self._sampled: tuple[SamplingState, SamplingArgs] | None = None  # the last call's, for the next one with this state
@@ -45,11 +58,15 @@ class CompiledOps:
         A helper that was put aside may read the arguments later: they are kept until it no longer can, and `keep` with them.
         """
         if number := getattr(self._library, function)(*arguments, torch.get_num_threads()):
-            self._kept[number] = (arguments, keep)
-        if self._kept:
+            num_bytes = sum(each.nbytes for each in arguments if isinstance(each, Tensor))
+            self._kept[number] = Kept(num_bytes, (arguments, keep))
+        while self._kept:
             oldest = self._library.oldest_job()
             for number in [number for number in self._kept if number < oldest]:
                 self._kept.pop(number, None)
+            if sum(each.num_bytes for each in self._kept.values()) <= MAX_KEPT:
+                break
+            time.sleep(POLL_SECONDS)
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
         packed = self._pack(weight, quantize=quantize)

@@ -81,6 +81,7 @@ class Connection(HttpToolsProtocol):
         self._framed = self._content = 0  # bytes of the body, with and without framing
         self._noted = 0  # bytes of the content when they were last waited for
         self._discarded = 0
+        self._rests = False  # reads no more of a body that nobody wants, until its turn
         self._fault: APIError | None = None
 
     # Called by the transport
@@ -248,6 +249,9 @@ class Connection(HttpToolsProtocol):
                 if self._discarded > MAX_DISCARDED:
                     self._gate.count("sent on after its answer")
                     self._linger()
+                else:
+                    self._rests = True
+                    self._gate.discard(self, self._read_on)
         else:
             self._tail = b""
 
@@ -272,6 +276,10 @@ class Connection(HttpToolsProtocol):
         if wait is not self.wait or has_more:
             self._gate.wait(self, wait)
 
+    def _read_on(self) -> None:
+        self._rests = False
+        self._settle()
+
     @property
     def _waits_for_turn(self) -> bool:
         """Whether the body of a request has begun that the application does not know of yet."""
@@ -280,7 +288,7 @@ class Connection(HttpToolsProtocol):
     def _make_room(self) -> None:
         """Keep within bounds what waits unparsed, or for its request's turn."""
         ahead = len(self._data) - self._at
-        if (ahead > MAX_AHEAD or (self._waits_for_turn and not self._is_whole)) != self.flow.is_held:
+        if (ahead > MAX_AHEAD or self._rests or (self._waits_for_turn and not self._is_whole)) != self.flow.is_held:
             self.flow.is_held = not self.flow.is_held
             if self.flow.is_held:
                 self.flow.pause_reading()

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from kernels.cpu import build as cpu_build
+from kernels.cpu import compiled
 from kernels.cpu.compiled import CompiledOps
 from tests.kernels.compiled import compiled_ops
 from tests.kernels.paths import ServedPath
@@ -109,7 +110,12 @@ def helpers() -> set[int]:
     return {int(task.name) for task in tasks if (task / "comm").read_text() == "banded-helper\n"}
 
 
-@pytest.mark.skipif(not hasattr(os, "SCHED_IDLE") or len(os.sched_getaffinity(0)) < 2, reason="takes Linux and two cores")
+needs_starving = pytest.mark.skipif(
+    not hasattr(os, "SCHED_IDLE") or len(os.sched_getaffinity(0)) < 2, reason="takes Linux and two cores"
+)
+
+
+@needs_starving
 def test_helpers_without_a_core_cost_a_piece_and_not_the_step(ops: CompiledOps) -> None:
     weight = ops.pack(torch.randn(1024, 2048).bfloat16(), quantize=False)
     x = torch.randn(64, 2048).bfloat16()
@@ -138,3 +144,20 @@ def test_helpers_without_a_core_cost_a_piece_and_not_the_step(ops: CompiledOps) 
         ops.linear(x[:1], weight, None)
         time.sleep(0.01)
     assert not ops._kept, "what a late helper reads is kept, and no longer than it may read it"
+
+
+@needs_starving
+def test_what_is_kept_for_late_helpers_is_bounded(ops: CompiledOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = ops.pack(torch.randn(1024, 2048).bfloat16(), quantize=False)
+    x = torch.randn(64, 2048).bfloat16()
+    others = helpers()
+    most = 3 * (x.nbytes + 64 * 1024 * 2)
+    monkeypatch.setattr(compiled, "MAX_KEPT", most)
+    with num_threads(3):
+        ops.linear(x, weight, None)  # hires the helpers
+        kept = []
+        with starved(max(os.sched_getaffinity(0)), sorted(helpers() - others)):
+            for _ in range(20):
+                ops.linear(x, weight, None)
+                kept.append(sum(each.num_bytes for each in ops._kept.values()))
+    assert 0 < max(kept) <= most

@@ -821,6 +821,37 @@ def test_a_body_that_is_not_wanted_is_read_up_to_a_bound(monkeypatch: pytest.Mon
     run(test)
 
 
+def test_bodies_that_nobody_wants_are_read_a_piece_at_a_time() -> None:
+    pieces: list[int] = []  # read in each turn
+
+    async def refuse(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+    async def test() -> None:
+        hall = gate.Gate(200, 60)
+        made = [connected(refuse, hall) for _ in range(50)]
+        for client, _ in made:
+            client.data_received(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+        async with asyncio.timeout(20):
+            while not all(client.cycle.response_complete for client, _ in made):
+                await asyncio.sleep(0.001)
+        read = 0
+        while read < 200:
+            pieces.append(0)
+            for client, transport in made:
+                if transport.is_reading_:
+                    client.data_received(b"a" * 1000)
+                    pieces[-1] += 1
+            read += pieces[-1]
+            await asyncio.sleep(0)
+
+    run(test)
+    first, *others = pieces  # each is read once before it is known to be of no use
+    assert first == 50
+    assert 0 < max(others) <= gate.DISCARDS_AT_ONCE
+
+
 @pytest.mark.parametrize(
     "start", [GET + b"x: ", b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000000000000\r\n\r\n"]
 )

@@ -76,10 +76,6 @@ def peak_bytes(logit_rows: int) -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_peak_is_a_few_slices() -> None:
     # The logits, their exponentials for the sum, topk's buffers, and the results: see Runner._prompt_logprobs.
-    a = peak_bytes(LOGIT_ROWS)
-    print(a / SLICE_BYTES)
-    assert a < 4 * SLICE_BYTES
+    assert peak_bytes(LOGIT_ROWS) < 4 * SLICE_BYTES
     # With all tokens of a step in one slice, the peak is much higher: the test can tell.
-    a = peak_bytes(2048)
-    print(a / SLICE_BYTES)
-    assert a > 8 * SLICE_BYTES
+    assert peak_bytes(2048) > 8 * SLICE_BYTES

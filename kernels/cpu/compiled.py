@@ -16,6 +16,7 @@ from torch import Tensor
 from kernels import torch_ops
 from kernels.cpu.abi import ARGUMENTS, BlockArgs, PlanArgs, ProductArgs, QuantizedRows, SamplingArgs, ScratchArgs
 from kernels.cpu.build import Shape, compiled_library
+from kernels.cpu.memory import HugePages
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
 from kernels.int8 import quantize_channels
 from kernels.logprobs import TopLogprobs
@@ -47,9 +48,11 @@ class CompiledOps:
                 getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_int64
         library.oldest_job.restype = ctypes.c_int64
         self._library = library
+        self._huge_pages = HugePages()
         self._kept: dict[int, Kept] = {}  # by the number of the job that may still read it
-        self.has_int8 = hasattr(library, "linear_panels")  # else the processor lacks the instructions for our products
-        self.has_bf16 = self.has_int8 and bool(library.bf16_is_fast())
+        has_products = hasattr(library, "linear_panels")
+        self.has_int8 = has_products and bool(library.int8_is_fast())
+        self.has_bf16 = has_products and bool(library.bf16_is_fast())
         self._sampled: tuple[SamplingState, SamplingArgs] | None = None  # the last call's, for the next one with this state
 
     def call(self, function: str, *arguments: object, keep: object = None) -> None:
@@ -79,10 +82,11 @@ class CompiledOps:
         if self.has_int8 and quantize:
             integers, scales = quantize_channels(weight)
             panels = to_panels((integers.to(torch.int16) + OFFSET).to(torch.uint8), OFFSET)
-            return Int8Panels(F.pad(scales, (0, -channels % (PANELS * LANES))), panels, (channels, columns))
+            scales = F.pad(scales, (0, -channels % (PANELS * LANES)))
+            return Int8Panels(scales, self._huge_pages.copy(panels), (channels, columns))
         # The products read whole BLOCKs of a row, so they would read past the end of other rows.
         if self.has_bf16 and weight.dtype == torch.bfloat16 and columns * weight.element_size() % BLOCK == 0:
-            return Bf16Panels(to_panels(weight), (channels, columns))
+            return Bf16Panels(self._huge_pages.copy(to_panels(weight)), (channels, columns))
         return torch_ops.pack(weight, quantize=quantize)
 
     def linear(self, x: Tensor, weight: Weight, bias: Tensor | None, activation: Activation | None = None) -> Tensor:

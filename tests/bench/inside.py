@@ -11,6 +11,7 @@ import logging
 import statistics
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -19,8 +20,10 @@ from typing import Any, cast
 import torch
 
 from kernels.band import PAGE_SIZE
+from kernels.cpu.compiled import CompiledOps
 from kernels.ops import Ops
 from model.config import GPTConfig, KVGroup
+from model.gpt import GPT
 from model.runner import PendingStep, Runner
 from model.step import DecodeToken, NewPages, RowStart, Sample, Sampled, Sampling, StepInput
 from service import AsyncLLM, SamplingParams
@@ -143,6 +146,53 @@ def step_times(sizes: dict[str, Any], band: int, batch: int, contexts: list[int]
     return found
 
 
+# The parts of a step, by the ops that they consist of. What is left is the host's: Python, and tensors that are made.
+PARTS = {
+    "blocks": ("run_blocks", "linear_panels", "decode_attention", "kv_write"),
+    "head": ("project_panels",),
+    "draw": ("sample",),
+}
+
+
+def profile(model: str, dtype: str, rows: list[int], context: int, seconds: float) -> dict[str, dict[str, float]]:
+    """Seconds of a decode step that draws at temperature 1, and of its PARTS, by its number of rows.
+
+    Empty where no ops are compiled.
+    """
+    keep_freed_memory()
+    with one_torch_thread():
+        checkpoint = load_checkpoint(options(model, dtype))
+    found: dict[str, dict[str, float]] = {}
+    if not isinstance(checkpoint.ops, CompiledOps):
+        return found
+    for count in rows:
+        runner = filled(checkpoint.model, checkpoint.ops, count, Sampling())
+        spent, undo = timed_calls(checkpoint.ops)
+        step, times = decode(count, context), list[dict[str, float]]()
+        while len(times) < 20 or sum(each["step"] for each in times) < seconds:
+            spent.clear()
+            started = time.perf_counter()
+            run_step(runner.launch, step)
+            parts = {part: sum(spent[name] for name in names) for part, names in PARTS.items()}
+            times.append({"step": time.perf_counter() - started, **parts})
+        undo()
+        found[str(count)] = {part: statistics.median(each[part] for each in times) for part in times[0]}
+    return found
+
+
+def timed_calls(ops: CompiledOps) -> tuple[dict[str, float], Callable[[], None]]:
+    """Seconds of each compiled function from now on, and what ends the counting."""
+    spent, call = defaultdict[str, float](float), ops.call
+
+    def timed(function: str, *arguments: object, keep: object = None) -> None:
+        started = time.perf_counter()
+        call(function, *arguments, keep=keep)
+        spent[function] += time.perf_counter() - started
+
+    ops.call = timed  # type: ignore[method-assign]
+    return spent, lambda: delattr(ops, "call")
+
+
 def run_step(launch: Callable[[StepInput], PendingStep], step: StepInput) -> Sampled:
     return launch(step).result()
 
@@ -154,13 +204,20 @@ def full_runner(config: GPTConfig, batch: int) -> Runner:
         model = random_model(config).to(torch.bfloat16).requires_grad_(False).eval()
         ops = choose_ops(model, options("random", "bfloat16"))
         model.pack(ops)
+    return filled(model, ops, batch, GREEDY)
+
+
+@torch.inference_mode()
+def filled(model: GPT, ops: Ops, batch: int, sampling: Sampling) -> Runner:
+    """A runner whose batch rows hold a whole context each."""
+    config = model.config
     each = pages_for(config.n_positions)
     sizes: dict[KVGroup, int] = {group: batch * each for group, _ in groups(config)}
     runner = Runner(model, ops, batch, sizes)
     for pool in runner.pools:
         for pages in pool:
             pages.fill_(0.01)  # all unwritten memory is one page of zeros, which stays in the cache
-    starts = [RowStart(row, GREEDY, [0]) for row in range(batch)]
+    starts = [RowStart(row, sampling, [0]) for row in range(batch)]
     pages_of = [
         NewPages(row, group, 0, list(range(row * each, (row + 1) * each))) for row in range(batch) for group in sizes
     ]
@@ -174,7 +231,7 @@ def decode(batch: int, context: int) -> StepInput:
     return StepInput([], [], tokens, [], [Sample(row, row) for row in range(batch)], [], [])
 
 
-MEASURES: dict[str, Callable[..., object]] = {f.__name__: f for f in (bandwidth, limits, engine, step_times)}
+MEASURES: dict[str, Callable[..., object]] = {f.__name__: f for f in (bandwidth, limits, engine, step_times, profile)}
 
 
 if __name__ == "__main__":

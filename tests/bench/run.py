@@ -299,6 +299,32 @@ def limits(bench: Bench, name: str) -> list[Line]:
     return lines
 
 
+def profile(bench: Bench, name: str) -> list[Line]:
+    """Where the time of a sampled step goes, and how far one row is from the speed at which memory is read."""
+    sizes, model = bench.sizes, bench.peaked
+    bandwidth = bench.inside("bandwidth", megabytes=sizes.megabytes, seconds=sizes.seconds)
+    found = bench.inside(
+        "profile",
+        model=str(model),
+        dtype="bfloat16",
+        rows=[1, 8, 32],
+        context=min(192, sizes.model.n_positions),
+        seconds=sizes.seconds,
+    )
+    if not found:
+        raise Skip("no ops are compiled, whose time it tells")
+    lines = []
+    for rows, parts in found.items():
+        whole = parts.pop("step")
+        parts["host"] = whole - sum(parts.values())
+        told = ", ".join(f"{part} {1e3 * seconds:.3g}" for part, seconds in parts.items())
+        lines.append(Line(name, f"ms of a step, {rows} rows: {told}", 1e3 * whole))
+    config = sizes.model
+    weights = config.n_layer * (4 * config.n_embd + 2 * config.n_inner) * config.n_embd + config.vocab_size * config.n_embd
+    read = 2 * weights / 1e6 / lines[0].ours  # bytes in 1e6 a millisecond
+    return [*lines, Line(name, "GB/s of weights, 1 row", read, "memory read", bandwidth)]
+
+
 def throughput(
     bench: Bench,
     name: str,
@@ -606,6 +632,7 @@ SCENARIOS: dict[str, Callable[[Bench, str], list[Line]]] = {
     "int8-1": part(throughput, dtype="int8", streams=1, against=(LLAMA_Q8,)),
     "int8-16": part(throughput, dtype="int8", streams=16, against=(LLAMA_Q8, *BF16_PEERS), target=Target(2.5, 4)),
     "greedy-loop": looping,
+    "profile": profile,
     "cost-top-p-8": part(cost, streams=8, sampling=TOP_P, target=Target(0.9, 0.97)),
     "cost-top-p-32": part(cost, streams=32, sampling=TOP_P, target=Target(0.9, 0.97)),
     "cost-logprobs": part(cost, streams=8, sampling=LOGPROBS, target=Target(0.95, 0.98)),

@@ -261,7 +261,7 @@ TOY_RUNS = [
     ("flat-8", "flat-32", "flat-top-p-8", "flat-top-p-32", "greedy-loop", "long-prompts", "gaps", "prefix", "ttft", "http"),
     ("peaked-1", "peaked-8", "peaked-32", "top-p-1", "top-p-8", "top-p-32", "chain-8", "chain-32"),
     ("cost-top-p-8", "cost-top-p-32", "cost-logprobs", "cost-penalties", "cost-busy"),
-    ("int8-1", "int8-16", "limits", "kv-memory"),
+    ("int8-1", "int8-16", "limits", "kv-memory", "profile"),
     ("alternating", "context"),
     ("start",),
 ]

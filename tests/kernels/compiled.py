@@ -12,7 +12,7 @@ from kernels.cpu import compiled as cpu_compiled
 from kernels.cpu.build import Shape
 from kernels.cpu.compiled import CompiledOps
 
-# Further flags for the compiler. Only "portable products" has our products on a processor that lacks the instructions for
+# Further flags for the compiler. Only "portable products" has int8's products on a processor that lacks the instructions for
 # them. Without AMX, "compiled" has no tiles: a variant without them would be the same library again.
 WITHOUT_TILES = {"compiled without tiles": " -mno-amx-tile -mno-amx-int8 -mno-amx-bf16"}
 VARIANTS = {
@@ -34,7 +34,9 @@ def compiled_ops(dim: int, dtype: torch.dtype, variant: str = "compiled") -> Com
     finally:
         cpu_build.FLAGS = flags
     assert compiled is not None
-    compiled.has_bf16 = compiled.has_int8  # even where a server would take oneDNN's, which are faster there
+    # Even where a server would take oneDNN's, which are faster there.
+    compiled.has_int8 = compiled.has_int8 or variant == "portable products"
+    compiled.has_bf16 = compiled.has_bf16 or compiled.has_int8
     return compiled
 
 

@@ -38,4 +38,6 @@ struct AmxTiles {
   _tile_stored(2, TARGET + 2 * STEP, STRIDE); _tile_stored(3, TARGET + 3 * STEP, STRIDE)
 
 }  // namespace
+#else
+constexpr bool has_tiles = false;
 #endif

@@ -28,8 +28,8 @@ void attend(DecodeQuery& state, const ELEMENT* k, const ELEMENT* v, const uint8_
       products[i] = key.part[0] * query.part[0];
       for (int j = 1; j < HEAD_VECTORS; j++) products[i] += key.part[j] * query.part[j];
     }
-    scores[part] = nonzero(visible + part * LANES) ? sums(products) : f32x16{} - INF;
-    best = best > scores[part] ? best : scores[part];
+    scores[part] = select(nonzero(visible + part * LANES), sums(products), f32x16{} - INF);
+    best = higher(best, scores[part]);
   }
   const float peak = std::max(state.peak, highest(best));
   if (peak == -INF) return;  // a sparse pattern shows this query nothing of the page

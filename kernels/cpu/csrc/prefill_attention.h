@@ -68,8 +68,8 @@ void attend(QueryTile& tile, const ELEMENT* k, const ELEMENT* v, int64_t count, 
     for (int i = 0; i < AT_ONCE; i++)
       for (int p = 0; p < PAGE_VECTORS; p++) {
         if (hidden)
-          scores[i][p] = nonzero(hidden + (key + i) * PAGE_SIZE + p * LANES) ? f32x16{} - INF : scores[i][p];
-        best[p] = best[p] > scores[i][p] ? best[p] : scores[i][p];
+          scores[i][p] = select(nonzero(hidden + (key + i) * PAGE_SIZE + p * LANES), f32x16{} - INF, scores[i][p]);
+        best[p] = higher(best[p], scores[i][p]);
         weights[key + i][p] = scores[i][p];
       }
   }
@@ -159,8 +159,8 @@ void attend_by_tiles(QueryTile& tile, const u32x16 (*query)[PAGE_VECTORS], const
   for (int key = 0; key < PAGE_SIZE; key++)
     for (int p = 0; p < PAGE_VECTORS; p++) {
       f32x16 score = weights[key][p] * scale;
-      if (hidden) score = nonzero(hidden + key * PAGE_SIZE + p * LANES) ? f32x16{} - INF : score;
-      best[p] = best[p] > score ? best[p] : score;
+      if (hidden) score = select(nonzero(hidden + key * PAGE_SIZE + p * LANES), f32x16{} - INF, score);
+      best[p] = higher(best[p], score);
       weights[key][p] = score;
     }
   u32x16 pairs[PAIRS][PAGE_VECTORS];

@@ -4,12 +4,12 @@
 // a scale each; or bfloat16 weights times bfloat16 rows. A row has the same bits whatever rows stand next to it.
 #pragma once
 
-// Where a processor lacks the instructions there are no products: oneDNN's are faster there. Tests define
-// PORTABLE_PRODUCTS to have them in plain C++.
+// Without the instructions, bfloat16 is widened and multiplied in float; int8 is left to tests, which define
+// PORTABLE_PRODUCTS. Without AVX2 there are no products: oneDNN's are faster there.
 #if defined(__AVX512VNNI__) && defined(__AVX512BF16__)
 #define PRODUCT_INSTRUCTIONS
 #endif
-#if defined(PRODUCT_INSTRUCTIONS) || defined(PORTABLE_PRODUCTS)
+#if defined(PRODUCT_INSTRUCTIONS) || defined(PORTABLE_PRODUCTS) || (defined(__AVX2__) && defined(__FMA__))
 #define PRODUCTS
 
 #include <optional>
@@ -20,7 +20,7 @@
 
 namespace {
 
-constexpr int AHEAD = 4096;  // bytes of a panel between what is multiplied and what is prefetched
+constexpr int AHEAD = 4096;  // bytes of a panel between what tiles multiply and what is prefetched
 
 enum Kind { INT8, BF16 };  // signed rows and unsigned weights, or bfloat16 both
 
@@ -33,14 +33,7 @@ void multiply_add(i32x16& sums, i32x16 weights, i32x16 group) {
   else
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
 #else
-  if (KIND == INT8) {
-    for (int i = 0; i < 32; i += 8) sums += (weights >> i & 0xff) * (group << (24 - i) >> 24);
-  } else {
-    f32x16 total = bits_of<f32x16>(sums);
-    total += bits_of<f32x16>(weights << 16) * bits_of<f32x16>(group << 16);
-    total += bits_of<f32x16>(weights & -0x10000) * bits_of<f32x16>(group & -0x10000);
-    sums = bits_of<i32x16>(total);
-  }
+  for (int i = 0; i < 32; i += 8) sums += (weights >> i & 0xff) * (group << (24 - i) >> 24);
 #endif
 }
 
@@ -56,7 +49,6 @@ void multiply(const uint8_t* rows, const uint8_t* panels, int64_t bytes, i32x16*
     for (int p = 0; p < P; p++) {
       const uint8_t* source = panels + (p * bytes + c) * LANES;
       std::memcpy(&weights[p], source, sizeof weights[p]);
-      __builtin_prefetch(source + AHEAD);
     }
 #pragma GCC unroll 32
     for (int r = 0; r < R; r++) {
@@ -70,14 +62,53 @@ void multiply(const uint8_t* rows, const uint8_t* panels, int64_t bytes, i32x16*
   for (int i = 0; i < R * P; i++) sums[i] = total[i];
 }
 
+#ifndef PRODUCT_INSTRUCTIONS
+// Registers for a row's sums with a panel; rows that fit beside the weights, of 16 registers or of 32.
+constexpr int PARTS = LANES / WIDE, WIDENED = WIDE == 16 ? 12 : WIDE == 8 ? 6 : 4;
+
+// The same of R rows in float with one panel of bfloat16: (R, LANES).
+template <int R>
+void multiply_widened(const float* rows, const uint8_t* panel, int64_t columns, i32x16* sums) {
+  floats total[R * PARTS] = {};
+  for (int64_t c = 0; c < columns; c += 2) {
+    const uint8_t* const source = panel + 2 * c * LANES;
+#pragma GCC unroll 2
+    for (int odd = 0; odd < 2; odd++) {
+      floats weights[PARTS];
+#pragma GCC unroll 4
+      for (int p = 0; p < PARTS; p++) {
+        ints pair;
+        std::memcpy(&pair, source + p * sizeof pair, sizeof pair);
+        weights[p] = bits_of<floats>(odd ? pair & -0x10000 : pair << 16);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+        for (int p = 0; p < PARTS; p++) total[r * PARTS + p] += weights[p] * rows[r * columns + c + odd];
+    }
+  }
+  std::memcpy(sums, total, sizeof total);
+}
+
+typedef void (*MultiplyWidened)(const float*, const uint8_t*, int64_t, i32x16*);
+
+template <class Rows = std::make_integer_sequence<int, WIDENED>>
+struct WidenedByRows;
+template <int... R>
+struct WidenedByRows<std::integer_sequence<int, R...>> {
+  static constexpr MultiplyWidened functions[] = {multiply_widened<R + 1>...};
+};
+#endif
+
 typedef void (*Multiply)(const uint8_t*, const uint8_t*, int64_t, i32x16*);
 
 // Up to MANY rows are multiplied with one panel at once, so that each weight is read once. Two panels need fewer
-// loads a product: they take up to FEW rows, and more than MANY in blocks of FEW.
-constexpr int MANY = 16, FEW = 8;
+// loads a product: they take up to FEW rows, and more than MANY in blocks of FEW; prompts, whose rows come from farther
+// away, in blocks of FEWER. For up to FEWEST rows memory is the limit, which is read faster where four panels are.
+constexpr int MANY = 16, FEW = 12, FEWER = 8, FEWEST = 6, WIDTH_OF_FEW = 2 * PANELS;
 
 // multiply of 1, 2, ... rows.
-template <Kind KIND, int P, class Rows = std::make_integer_sequence<int, P == 1 ? MANY : FEW>>
+template <Kind KIND, int P, class Rows = std::make_integer_sequence<int, P == 1 ? MANY : P == PANELS ? FEW : FEWEST>>
 struct ByRows;
 template <Kind KIND, int P, int... R>
 struct ByRows<KIND, P, std::integer_sequence<int, R...>> {
@@ -174,9 +205,11 @@ void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t
   if (has_tiles) tiles.emplace(std::min<int64_t>(count, TILE_ROWS));
 #endif
   const int64_t blocks = (count + ROWS_AT_ONCE - 1) / ROWS_AT_ONCE;
-  worker.share(by.num_panels / PANELS * blocks, [&](int64_t piece, Claim& claim) {
-    const int64_t pair = blocks == 1 ? piece : piece / blocks, panel = pair * PANELS;  // dividing takes its time
-    const int64_t begin = (piece - pair * blocks) * ROWS_AT_ONCE, some = std::min(ROWS_AT_ONCE, count - begin);
+  const int64_t width = !has_tiles && count <= FEWEST ? WIDTH_OF_FEW : PANELS;
+  worker.share((by.num_panels + width - 1) / width * blocks, [&](int64_t piece, Claim& claim) {
+    const int64_t part = blocks == 1 ? piece : piece / blocks, panel = part * width;  // dividing takes its time
+    const int64_t begin = (piece - part * blocks) * ROWS_AT_ONCE, some = std::min(ROWS_AT_ONCE, count - begin);
+    const int panels = std::min(width, by.num_panels - panel);
     const uint8_t* const weights = by.panels + panel * bytes * LANES;
     i32x16 sums[ROWS_AT_ONCE * PANELS];
     // Sums of rows `from` on; those of a panel are `step` apart. Rows ahead of the piece's are left out.
@@ -199,16 +232,35 @@ void multiply_panels(Worker& worker, const uint8_t* rows, int64_t count, int64_t
       return;
     }
 #endif
-    const bool one = some > FEW && some <= MANY;  // panel at a time
-    const Multiply* const functions = one ? ByRows<KIND, 1>::functions : ByRows<KIND, PANELS>::functions;
-    if (one)
-      for (int p = 0; p < PANELS; p++)
-        functions[some - 1](rows + begin * bytes, weights + p * bytes * LANES, bytes, sums + p * some);
-    else
-      for (int64_t r = 0; r < some; r += FEW)
-        functions[std::min<int64_t>(FEW, some - r) - 1](rows + (begin + r) * bytes, weights, bytes, sums + r * PANELS);
+#ifndef PRODUCT_INSTRUCTIONS
+    if (KIND == BF16) {
+      const int64_t columns = bytes / sizeof(ELEMENT);
+      float* const wide = room<float>(some * columns);
+      const ELEMENT* const source = (const ELEMENT*)rows + begin * columns;
+      for (int64_t i = 0; i < some * columns; i += LANES) store(wide + i, load(source + i));
+      for (int p = 0; p < panels; p++)
+        for (int64_t r = 0; r < some; r += WIDENED) {
+          const auto function = WidenedByRows<>::functions[std::min<int64_t>(WIDENED, some - r) - 1];
+          function(wide + r * columns, weights + p * bytes * LANES, columns, sums + p * some + r);
+        }
+      if (!claim()) return;
+      for (int p = 0; p < panels; p++) put(begin, some, p, sums + p * some, 1);
+      return;
+    }
+#endif
+    const bool one = some > FEW && some <= MANY, four = panels > PANELS;
+    const int at_once = one ? 1 : panels;
+    const int64_t step = one ? MANY : four ? FEWEST : blocks == 1 ? FEW : FEWER;
+    const Multiply* const functions = one    ? ByRows<KIND, 1>::functions
+                                      : four ? ByRows<KIND, WIDTH_OF_FEW>::functions
+                                             : ByRows<KIND, PANELS>::functions;
+    for (int p = 0; p < panels; p += at_once)
+      for (int64_t r = 0; r < some; r += step) {
+        const uint8_t* const from = weights + p * bytes * LANES;
+        functions[std::min(step, some - r) - 1](rows + (begin + r) * bytes, from, bytes, sums + p * some + r * at_once);
+      }
     if (!claim()) return;
-    for (int p = 0; p < PANELS; p++) put(begin, some, p, sums + (one ? p * some : p), one ? 1 : PANELS);
+    for (int p = 0; p < panels; p++) put(begin, some, p, sums + (one ? p * some : p), at_once);
   });
 }
 
@@ -225,8 +277,8 @@ void quantize(const ELEMENT* x, int64_t columns, int64_t padded, int8_t* row, fl
   f32x16 best{}, broken{};
   for (int64_t i = 0; i < columns; i += LANES) {
     f32x16 size = part(i);
-    size = size < 0.0f ? -size : size;
-    best = best > size ? best : size;
+    size = higher(size, -size);
+    best = higher(best, size);
     broken += size - size;  // NaN if the row has one: comparisons pass over it
   }
   ELEMENT scales[LANES];
@@ -284,16 +336,26 @@ void share_linear(Worker& worker, const ProductArgs& by, const ELEMENT* x, int64
 
 }  // namespace
 
-// Whether bfloat16 is multiplied as fast as memory is read: Intel's processors need AMX for that.
-extern "C" int bf16_is_fast() {
+// Whether int8 is multiplied by instructions made for it.
+extern "C" int int8_is_fast() {
 #ifdef PRODUCT_INSTRUCTIONS
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// Whether one row of bfloat16 is multiplied as fast as memory is read: of the processors with instructions for it, Intel's
+// need AMX for that.
+extern "C" int bf16_is_fast() {
 #ifdef AMX
   if (has_tiles) return 1;
 #endif
+#ifdef PRODUCT_INSTRUCTIONS
   __builtin_cpu_init();
   return __builtin_cpu_is("amd") != 0;
 #else
-  return 0;
+  return 1;
 #endif
 }
 

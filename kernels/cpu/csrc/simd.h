@@ -44,6 +44,34 @@ constexpr int WIDE = 4;
 // of more.
 typedef float floats __attribute__((vector_size(4 * WIDE)));
 typedef int32_t ints __attribute__((vector_size(4 * WIDE)));
+
+floats part_of(f32x16 x, int i) {
+  floats part;
+  std::memcpy(&part, (const char*)&x + i * sizeof part, sizeof part);
+  return part;
+}
+
+ints part_of(i32x16 x, int i) { return bits_of<ints>(part_of(bits_of<f32x16>(x), i)); }
+
+// function(...) of 16 numbers, a register at a time.
+template <class Function, class... Vectors>
+f32x16 by_registers(const Function& function, Vectors... vectors) {
+  f32x16 result;
+  for (int i = 0; i < LANES / WIDE; i++) {
+    const floats part = function(part_of(vectors, i)...);
+    std::memcpy((char*)&result + i * sizeof part, &part, sizeof part);
+  }
+  return result;
+}
+
+f32x16 higher(f32x16 a, f32x16 b) {
+  return by_registers([](floats x, floats y) { return x > y ? x : y; }, a, b);
+}
+
+// a where the mask has a lane, else b.
+f32x16 select(i32x16 mask, f32x16 a, f32x16 b) {
+  return by_registers([](ints some, floats x, floats y) { return some ? x : y; }, mask, a, b);
+}
 typedef uint64_t words __attribute__((vector_size(4 * WIDE)));
 typedef uint8_t bytes __attribute__((vector_size(WIDE)));
 
@@ -77,9 +105,9 @@ struct bfloat16 {
 #ifdef __AVX512BF16__
     return (u16x16)_mm512_cvtneps_pbh((__m512)x);
 #else
-    const u32x16 raw = bits_of<u32x16>(x);
-    const u32x16 rounded = x == x ? raw + 0x7fff + ((raw >> 16) & 1) : raw | 0x400000;
-    return __builtin_convertvector(rounded >> 16, u16x16);
+    const u32x16 raw = bits_of<u32x16>(x), nearest = raw + 0x7fff + ((raw >> 16) & 1);
+    const f32x16 rounded = select(x == x, bits_of<f32x16>(nearest), bits_of<f32x16>(raw | 0x400000));
+    return __builtin_convertvector(bits_of<u32x16>(rounded) >> 16, u16x16);
 #endif
   }
 };
@@ -306,6 +334,10 @@ Floats exp(Floats x) {
   p = p * r * r + r + 1.0f;
   p = bits_of<Floats>(bits_of<decltype(x < x)>(p) + (integers(shifted) << 23));
   return x < -87.3f ? Floats{} : x == x ? p : x;
+}
+
+f32x16 exp(f32x16 x) {
+  return by_registers([](floats part) { return exp<floats>(part); }, x);
 }
 
 }  // namespace

@@ -187,6 +187,7 @@ void check_sums() {
 void check_bytes_and_integers() {
   uint8_t bytes[LANES];
   f32x16 numbers;
+  const f32x16 others = any_vector() * 100;
   for (int i = 0; i < LANES; i++) {
     bytes[i] = generator() % 3 ? generator() : 0;
     numbers[i] = std::ldexp((float)(int)(generator() % 2048) - 1024, -(int)(generator() % 4));  // half of them ties
@@ -194,6 +195,9 @@ void check_bytes_and_integers() {
   const i32x16 mask = nonzero(bytes), rounded = integers(numbers + ROUNDER);
   for (int i = 0; i < LANES; i++) {
     expect(mask[i] == (bytes[i] ? -1 : 0), "nonzero", bytes[i], mask[i], bytes[i] ? -1 : 0);
+    const float picked = bytes[i] ? numbers[i] : others[i], larger = std::max(numbers[i], others[i]);
+    expect(select(mask, numbers, others)[i] == picked, "select", bytes[i], select(mask, numbers, others)[i], picked);
+    expect(higher(numbers, others)[i] == larger, "higher", numbers[i], higher(numbers, others)[i], larger);
     expect(rounded[i] == std::nearbyint(numbers[i]), "integers", numbers[i], rounded[i], std::nearbyint(numbers[i]));
   }
 }

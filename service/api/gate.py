@@ -27,6 +27,8 @@ MOST_AT_ONCE = 64  # ended in one sweep, so that none holds the event loop up
 # Requests that begin at once, and in so many seconds: each takes a tenth to half of a millisecond. Connections wait to be
 # accepted and read meanwhile.
 STARTS_AT_ONCE, START_SECONDS = 8, 0.004
+# As many may begin at once after a rest: a batch of streams that ends together is followed by the next.
+STARTS_AFTER_REST = 32
 # The same of requests that ask whether the server lives. The newest goes first, so that a crowd's delay no later one.
 PROBES_AT_ONCE, PROBE_SECONDS = 16, 0.004
 HEADS_PER_TURN = 8  # long heads that are parsed in one turn of the event loop
@@ -66,11 +68,14 @@ class Guest(Protocol):
 
 
 class Turns:
-    """Calls a function for one guest after the other, at most `most` in `seconds`; 0 is one turn of the event loop."""
+    """Calls a function for one guest after the other, at most `most` in `seconds`; 0 is one turn of the event loop.
 
-    def __init__(self, most: int, seconds: float, *, newest_first: bool = False):
+    What is not used is saved, up to `saved` calls.
+    """
+
+    def __init__(self, most: int, seconds: float, *, saved: int = 0, newest_first: bool = False):
         self._most, self._seconds, self._newest_first = most, seconds, newest_first
-        self._left = most
+        self._left = self._saved = max(most, saved)
         self._is_counting = False
         self._waiting: dict[Guest, Callable[[], None]] = {}
 
@@ -83,7 +88,7 @@ class Turns:
         self._waiting.pop(guest, None)
 
     def _go_on(self) -> None:
-        if self._waiting and not self._is_counting:
+        if (self._waiting or self._left < self._saved) and not self._is_counting:
             self._is_counting = True
             asyncio.get_running_loop().call_later(self._seconds, self._begin)
         while self._waiting and self._left:
@@ -92,7 +97,7 @@ class Turns:
             self._waiting.pop(guest)()
 
     def _begin(self) -> None:
-        self._is_counting, self._left = False, self._most
+        self._is_counting, self._left = False, min(self._saved, self._left + self._most)
         self._go_on()
 
 
@@ -107,7 +112,7 @@ class Gate:
         self.limit = limit
         self._probes = probes
         self._first = Turns(PROBES_AT_ONCE, PROBE_SECONDS, newest_first=True)
-        self._starts = Turns(STARTS_AT_ONCE, START_SECONDS)
+        self._starts = Turns(STARTS_AT_ONCE, START_SECONDS, saved=STARTS_AFTER_REST)
         self._starts_ahead = Turns(AHEAD_AT_ONCE, AHEAD_SECONDS)
         self._long_heads = Turns(HEADS_PER_TURN, 0)
         self._discards = Turns(DISCARDS_AT_ONCE, DISCARD_SECONDS)

@@ -43,6 +43,7 @@ class Sample(NamedTuple):
     tasks: int
     memory: int  # bytes, resident when what is free has been returned to the system
     allocated: int  # bytes that malloc has given out
+    tensors: int  # bytes of tensors, the model's included
     objects: int
     detail: dict[str, Any]  # what of these there is, by name
 
@@ -93,7 +94,7 @@ def table(samples: list[Sample]) -> list[str]:
     names = [f"round {number}" if number else "before" for number in range(len(samples))] + ["at most"]
     lines = [f"{'left over':<28}" + "".join(f"{name:>10}" for name in names)]
     for name in Sample._fields[:-1]:
-        is_bytes = name in ("memory", "allocated")
+        is_bytes = name in ("memory", "allocated", "tensors")
         values = [getattr(sample, name) for sample in samples]
         bound: Any = 0 if name in ZERO else values[0] if name in AS_BEFORE and samples else ""
         if name == "memory" and len(samples) > 1:
@@ -147,6 +148,7 @@ class Probe:
             tasks=len(told["tasks"]),
             memory=int((process / "statm").read_text().split()[1]) * resource.getpagesize(),
             allocated=told["allocated"],
+            tensors=told["tensors"],
             objects=told["objects"],
             detail=told | {"descriptors": descriptors},
         )

@@ -18,6 +18,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
+
 from service.cli import main
 from service.jobs import runner
 from tests.serving import JOB_COMMAND
@@ -40,6 +42,12 @@ def bytes_in_use() -> int:
     return int(found.uordblks + found.hblkhd)
 
 
+def tensor_bytes(objects: list[Any]) -> int:
+    """Of the storages of all tensors, each once."""
+    storages = [each.untyped_storage() for each in objects if isinstance(each, torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
 def holdings() -> dict[str, Any]:
     """What is left after a full collection. Objects that were there when the model had been loaded are not counted."""
     gc.collect()
@@ -51,6 +59,7 @@ def holdings() -> dict[str, Any]:
         "tasks": sorted(getattr(task.get_coro(), "__qualname__", "?") for task in tasks),
         "threads": sorted(thread.name for thread in threading.enumerate()),
         "allocated": bytes_in_use(),
+        "tensors": tensor_bytes(objects),
         "objects": len(objects),
         "types": dict(types.most_common(MOST_TYPES)),
     }

@@ -657,17 +657,19 @@ def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liven
         for place, client in enumerate(clients[:-1]):
             client.data_received(b"GET /%d HTTP/1.1\r\n\r\n" % place)
         clients[3].connection_lost(None)  # of those that wait
-        clients[20].connection_lost(None)
+        clients[40].connection_lost(None)
         clients[-1].data_received(b"GET /health/live HTTP/1.1\r\n\r\n")
         while sum(map(len, begun)) < 100:
             begun.append([])
             await asyncio.sleep(0)
 
     run(test)
-    assert max(map(len, begun)) == gate.STARTS_AT_ONCE + 1
+    after_rest, *later = [len(paths) for paths in begun if paths]
+    assert after_rest == gate.STARTS_AFTER_REST + 1
+    assert max(later) <= gate.STARTS_AT_ONCE
     first, *others = [path for paths in begun for path in paths if path != "/health/live"]
     assert "/health/live" in next(paths for paths in begun if paths)
-    assert [first, *others] == [f"/{place}" for place in range(100) if place != 20]
+    assert [first, *others] == [f"/{place}" for place in range(100) if place != 40]
 
 
 def test_long_heads_are_parsed_in_turns_and_short_ones_pass_them() -> None:
@@ -690,9 +692,9 @@ def test_long_heads_are_parsed_in_turns_and_short_ones_pass_them() -> None:
         assert hall._held == 0
 
     run(test)
-    assert max(map(len, begun)) == gate.STARTS_AT_ONCE
+    assert max(map(len, begun)) == gate.HEADS_PER_TURN + 1
     paths = [path for paths in begun for path in paths]
-    assert paths.index("/short") <= 2 * gate.STARTS_AT_ONCE
+    assert paths.index("/short") <= 2 * gate.HEADS_PER_TURN
     assert [path for path in paths if path != "/short"] == [f"/{place}" for place in range(100) if place != 50]
 
 
@@ -716,10 +718,10 @@ def test_what_is_a_long_head() -> None:
         for _ in range(2):  # on a new connection, and after an answer
             assert parsed_at_once(clients, long_head) == gate.HEADS_PER_TURN
             await until(lambda: hall._held == 0 and all(client.wait == gate.Wait.IDLE for client in clients))
-        await asyncio.sleep(2 * gate.START_SECONDS)  # as many may begin at once again
+        await asyncio.sleep(8 * gate.START_SECONDS)  # as many may begin at once again
         with_body = b"POST / HTTP/1.1\r\nContent-Length: 100000\r\n\r\n" + b"a" * 100_000
         assert parsed_at_once(clients, with_body) == 50, "the body is none"
-        assert hall._held == (50 - gate.STARTS_AT_ONCE) * 100_000, "of those whose turn is later"
+        assert hall._held == (50 - gate.STARTS_AFTER_REST) * 100_000, "of those whose turn is later"
         await until(lambda: all(client.wait == gate.Wait.IDLE for client in clients))
         # Each has one place in the line, however often it sends on.
         for client in clients:
@@ -931,7 +933,7 @@ def test_a_body_is_read_when_its_turn_has_come(reads: bool) -> None:
 
     async def test() -> None:
         hall = gate.Gate(200, 60)
-        for _ in range(gate.STARTS_AT_ONCE):
+        for _ in range(gate.STARTS_AFTER_REST):
             connected(app, hall)[0].data_received(b"GET / HTTP/1.1\r\n\r\n")
         client, _ = connected(app, hall)
         assert len(client.get_buffer(-1)) == connection.READ

@@ -10,7 +10,8 @@ from tests.soak.cases import Case, Cases, error_of, fault, other_way, seeded, su
 from tests.soak.judge import MEMORY, Sample, bad_lines, missed, pooled, table
 from tests.soak.wire import Answer, post
 
-CALM = Sample(0, 0, 0, 0, 0, 0, 20, 12, 4, 500 << 20, 300 << 20, 90 << 20, 10_000, {"tasks": ["serve"], "types": {"a.Leak": 3}})
+LEFT = {"tasks": ["serve"], "types": {"a.Leak": 3}}
+CALM = Sample(0, 0, 0, 0, 0, 0, 20, 12, 4, 500 << 20, 300 << 20, 90 << 20, 10_000, LEFT)
 
 
 def cases(seed: int = 1) -> Cases:

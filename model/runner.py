@@ -38,8 +38,8 @@ from model.step import (
     TokenLogprobs,
 )
 
-# Rows of logits that exist at a time: one row takes as much memory as a hundred hidden states. Malloc keeps room for a few
-# of these tensors: with 256 rows that was 200 MB, and logprobs of prompts took an eighth less time.
+# Rows of logits that exist at a time: one row takes as much memory as a hundred hidden states. With 256 rows logprobs of
+# prompts took an eighth less time.
 LOGIT_ROWS = 128
 # Stands for the row's last sampled token, which only the device knows yet.
 UNKNOWN = -1

@@ -25,10 +25,10 @@ class HugePages:
         return room[: numbers.nbytes].view(numbers.dtype).view(numbers.shape).copy_(numbers)
 
 
-def mapped(size: int) -> Tensor:
-    """Bytes (size,) from the beginning of a huge page on."""
+def mapped(size: int, *, huge: bool = True) -> Tensor:
+    """Bytes (size,) from the beginning of a huge page on; not `huge`: of what is soon freed, and not worth making one."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(memory, dtype=torch.uint8)
     return room[-room.data_ptr() % HUGE_PAGE :][:size]

@@ -249,7 +249,7 @@ class Connection(HttpToolsProtocol):
                 if self._discarded > MAX_DISCARDED:
                     self._gate.count("sent on after its answer")
                     self._linger()
-                else:
+                elif len(piece) >= READ:
                     self._rests = True
                     self._gate.discard(self, self._read_on)
         else:

@@ -834,7 +834,7 @@ def test_bodies_that_nobody_wants_are_read_a_piece_at_a_time() -> None:
         hall = gate.Gate(200, 60)
         made = [connected(refuse, hall) for _ in range(50)]
         for client, _ in made:
-            client.data_received(b"POST / HTTP/1.1\r\nContent-Length: 1000000\r\n\r\n")
+            client.data_received(b"POST / HTTP/1.1\r\nContent-Length: 10000000\r\n\r\n")
         async with asyncio.timeout(20):
             while not all(client.cycle.response_complete for client, _ in made):
                 await asyncio.sleep(0.001)
@@ -843,7 +843,7 @@ def test_bodies_that_nobody_wants_are_read_a_piece_at_a_time() -> None:
             pieces.append(0)
             for client, transport in made:
                 if transport.is_reading_:
-                    client.data_received(b"a" * 1000)
+                    client.data_received(b"a" * connection.READ)
                     pieces[-1] += 1
             read += pieces[-1]
             await asyncio.sleep(0)

@@ -1,6 +1,7 @@
 """Memory in huge pages, where the system has them: a step reads all weights, and looks up the address of each page."""
 
 import mmap
+from contextlib import suppress
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def mapped(size: int, *, huge: bool = True) -> Tensor:
     """Bytes (size,) from the beginning of a huge page on; not `huge`: of what is soon freed, and not worth making one."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if huge and hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
+        with suppress(OSError):  # a system without huge pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(memory, dtype=torch.uint8)
     return room[-room.data_ptr() % HUGE_PAGE :][:size]

@@ -32,6 +32,9 @@ class ShownTokens(abc.Sequence[ShownToken]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ShownTokens) and [*self] == [*other]
+
     @overload
     def __getitem__(self, place: int) -> ShownToken: ...
     @overload
@@ -39,8 +42,9 @@ class ShownTokens(abc.Sequence[ShownToken]):
     def __getitem__(self, place: int | slice) -> "ShownToken | ShownTokens":
         if isinstance(place, slice):
             return ShownTokens(self._choice, self._places[place])
-        assert self._choice
-        return self._choice.shown_token(self._places[place])
+        at = self._places[place]
+        assert self._choice, "only a choice's tokens have places"
+        return self._choice.shown_token(at)
 
     def followed_by(self, more: "ShownTokens") -> "ShownTokens":
         """With the tokens that come right after these."""

@@ -25,7 +25,7 @@ BUDGET = {
     "service": 620,
     "service/api": 4600,
     "service/commands": 590,
-    "service/engine": 4120,
+    "service/engine": 4130,
     "service/jobs": 1150,
     "service/tools": 770,
     "model": 1560,

@@ -35,6 +35,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from kernels.torch_ops import HAS_TILES
 from model.config import GPTConfig
 from service.commands.options import positive
 from service.engine.options import Dtype
@@ -608,8 +609,7 @@ def context(bench: Bench, name: str) -> list[Line]:
 
 def with_tiles(must: float, aim: float) -> Target:
     """A target of CPUs without AMX; with it, half as much again."""
-    info = Path("/proc/cpuinfo")
-    times = 1.5 if info.exists() and "amx_tile" in info.read_text() else 1.0
+    times = 1.5 if HAS_TILES else 1.0
     return Target(times * must, times * aim)
 
 

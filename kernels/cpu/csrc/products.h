@@ -32,7 +32,7 @@ void multiply_add(i32x16& sums, i32x16 weights, i32x16 group) {
     asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
   else
     asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(group));
-#else
+#else  // of int8: see multiply_widened
   for (int i = 0; i < 32; i += 8) sums += (weights >> i & 0xff) * (group << (24 - i) >> 24);
 #endif
 }

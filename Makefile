@@ -55,9 +55,10 @@ quick: .venv-quick/.installed
 	touch $@
 
 # Each worker takes whole files, so that a file's server is started once. Workers often wait for such a server, so that three
-# are faster than two on two cores.
+# are faster than two on two cores. The first worker that crashes ends the run and is named: pytest-xdist would start another
+# and wait for ever for the rest of that file.
 WORKERS ?= 3
-PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile
+PYTEST := $(BIN)/pytest -n $(WORKERS) --dist loadfile --max-worker-restart 0
 
 test: install tools
 	$(PYTEST)

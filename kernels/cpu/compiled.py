@@ -4,9 +4,11 @@ N tokens, H heads of size D, O and C the channels and columns of a weight. Where
 serves alone.
 """
 
+import atexit
 import ctypes
 import time
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -40,6 +42,33 @@ class Kept(NamedTuple):
     what: object
 
 
+class Helpers:
+    """A library's threads, which live as long as the process, and what those that were put aside may still read."""
+
+    def __init__(self, library: ctypes.CDLL):
+        library.oldest_job.restype = ctypes.c_int64
+        self._oldest_job = library.oldest_job
+        self.kept: dict[int, Kept] = {}  # by the number of the job that may still read it
+        atexit.register(self.free, -1)
+
+    def free(self, most: int) -> None:
+        """Let go of what no helper can read any more, and wait until that leaves no more than `most` bytes; -1: nothing."""
+        while kept := list(self.kept.items()):  # a copy: another thread may be here too
+            oldest = self._oldest_job()
+            for number, _ in kept:
+                if number < oldest:
+                    self.kept.pop(number, None)
+            if sum(each.num_bytes for number, each in kept if number >= oldest) <= most:
+                break
+            time.sleep(POLL_SECONDS)
+
+
+@cache
+def helpers_of(handle: int) -> Helpers:
+    """The helpers of an open library. They outlive the ops that call it, and the weights that those have packed."""
+    return Helpers(ctypes.CDLL(None, handle=handle))
+
+
 class CompiledOps:
     """kernels.torch_ops with some of its functions compiled. A row has the same bits in any batch."""
 
@@ -49,10 +78,8 @@ class CompiledOps:
         for name, arguments in ARGUMENTS.items():
             if hasattr(library, name):
                 getattr(library, name).argtypes, getattr(library, name).restype = arguments, ctypes.c_int64
-        library.oldest_job.restype = ctypes.c_int64
-        self._library = library
+        self._library, self._helpers = library, helpers_of(library._handle)
         self._huge_pages = HugePages()
-        self._kept: dict[int, Kept] = {}  # by the number of the job that may still read it
         has_products = hasattr(library, "linear_panels")
         self.has_int8 = has_products and bool(library.int8_is_fast())
         self.has_bf16 = has_products and bool(library.bf16_is_fast())
@@ -65,14 +92,8 @@ class CompiledOps:
         """
         if number := getattr(self._library, function)(*arguments, torch.get_num_threads()):
             num_bytes = sum(each.nbytes for each in arguments if isinstance(each, Tensor))
-            self._kept[number] = Kept(num_bytes, (arguments, keep))
-        while self._kept:
-            oldest = self._library.oldest_job()
-            for number in [number for number in self._kept if number < oldest]:
-                self._kept.pop(number, None)
-            if sum(each.num_bytes for each in self._kept.values()) <= MAX_KEPT:
-                break
-            time.sleep(POLL_SECONDS)
+            self._helpers.kept[number] = Kept(num_bytes, (arguments, keep))
+        self._helpers.free(MAX_KEPT)
 
     def pack(self, weight: Tensor, *, quantize: bool) -> Weight:
         packed = self._pack(weight, quantize=quantize)

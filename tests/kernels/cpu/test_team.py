@@ -3,15 +3,18 @@
 team_selftest.cpp has what needs no Python.
 """
 
+import gc
 import os
 import random
 import shlex
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -86,6 +89,22 @@ def test_what_a_late_helper_reads_is_kept() -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_what_a_late_helper_reads_outlives_the_ops(ops: CompiledOps, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine is closed, and its weights are let go of, while a helper that was put aside still reads them."""
+    engine, helpers = CompiledOps(ops._library), ops._helpers
+    monkeypatch.setattr(helpers, "_oldest_job", lambda: 7)
+    engine._library = SimpleNamespace(late=lambda *arguments: 7)  # type: ignore[assignment]
+    weights = torch.zeros(3)
+    read = weakref.ref(weights)
+    engine.call("late", keep=weights)
+    del engine, weights
+    gc.collect()
+    assert read() is not None
+    monkeypatch.setattr(helpers, "_oldest_job", lambda: 8)
+    ops.linear(torch.zeros(1, 32).bfloat16(), ops.pack(torch.zeros(32, 32).bfloat16(), quantize=False), None)
+    assert read() is None
+
+
 @contextmanager
 def starved(core: int, threads: list[int]) -> Iterator[None]:
     """Give threads what one busy process leaves of a core: a millisecond in each third of a second."""
@@ -140,10 +159,10 @@ def test_helpers_without_a_core_cost_a_piece_and_not_the_step(ops: CompiledOps) 
         # Half of the caller's own core may be taken too; a helper comes back only after a third of a second.
         assert beside < 3 * alone + 0.3, "a call waits for helpers"
     deadline = time.monotonic() + 30
-    while ops._kept and time.monotonic() < deadline:
+    while ops._helpers.kept and time.monotonic() < deadline:
         ops.linear(x[:1], weight, None)
         time.sleep(0.01)
-    assert not ops._kept, "what a late helper reads is kept, and no longer than it may read it"
+    assert not ops._helpers.kept, "what a late helper reads is kept, and no longer than it may read it"
 
 
 @needs_starving
@@ -159,5 +178,5 @@ def test_what_is_kept_for_late_helpers_is_bounded(ops: CompiledOps, monkeypatch:
         with starved(max(os.sched_getaffinity(0)), sorted(helpers() - others)):
             for _ in range(20):
                 ops.linear(x, weight, None)
-                kept.append(sum(each.num_bytes for each in ops._kept.values()))
+                kept.append(sum(each.num_bytes for each in ops._helpers.kept.values()))
     assert 0 < max(kept) <= most

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -138,6 +139,7 @@ def environment(peers: dict[str, str]) -> dict[str, str]:
         "machine": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
         "cores": str(len(os.sched_getaffinity(0))),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
         "torch": version("torch"),
         **peers,
@@ -152,8 +154,9 @@ def cpu_model() -> str:
 
 
 def machine_name(facts: dict[str, str]) -> str:
-    """A file name for the machine, such as intel-xeon-processor-2-cores."""
-    words = f"{facts['cpu']} {facts['cores']} cores".lower().replace("(r)", "").replace("(tm)", "")
+    """A file name for the machine, such as intel-xeon-processor-2-cores. Names of AMD's do not tell the instructions."""
+    without = "" if "512" in facts["instructions"] else f" {facts['instructions']}"
+    words = f"{facts['cpu']} {facts['cores']} cores{without}".lower().replace("(r)", "").replace("(tm)", "")
     return re.sub("[^a-z0-9]+", "-", words).strip("-")
 
 

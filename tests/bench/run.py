@@ -669,8 +669,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"{name} is not measured: see `python -m tests.bench.run --help`")
         bench = Bench(QUICK if args.quick else REAL, args.rounds, peers, stack.enter_context(Servers()))
         lines, failed = measure_all(bench, args.only)
-    label = "quick-" if args.quick else ""
-    stem = args.results / f"{label}{machine_name(facts)}{'-avx2' if args.avx2 else ''}"
+    label = ("quick-" if args.quick else "") + ("held-" if args.avx2 else "")
+    stem = args.results / f"{label}{machine_name(facts)}"
     for path in write(stem, facts, lines, bench.samples):
         print(path)
     return 1 if failed else 0

@@ -320,13 +320,14 @@ def test_each_scenario_keeps_its_last_run(tmp_path: Path) -> None:
     assert [report.sample_of(row) for row in report.read_rows(paths[1])][:2] == samples("peaked-8", value=1.0)
 
 
-def test_a_machine_is_named_after_its_cores() -> None:
-    facts = {"cpu": "Intel(R) Xeon(R) Processor @ 2.0GHz", "cores": "2"}
+def test_a_machine_is_named_after_its_cores_and_what_they_lack() -> None:
+    facts = {"cpu": "Intel(R) Xeon(R) Processor @ 2.0GHz", "cores": "2", "instructions": "AVX512"}
     assert report.machine_name(facts) == "intel-xeon-processor-2-0ghz-2-cores"
+    assert report.machine_name({"cpu": "AMD EPYC", "cores": "2", "instructions": "AVX2"}) == "amd-epyc-2-cores-avx2"
 
 
 def test_the_environment_is_written_down() -> None:
     facts = report.environment({"vLLM": "1"})
-    assert list(facts) == ["date", "revision", "machine", "cpu", "cores", "python", "torch", "vLLM"]
+    assert list(facts) == ["date", "revision", "machine", "cpu", "cores", "instructions", "python", "torch", "vLLM"]
     assert json.dumps(facts)
     assert int(facts["cores"]) >= 1

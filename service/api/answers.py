@@ -186,24 +186,27 @@ async def joined(
 
 
 class TextEvents:
-    """The events of a stream that carry nothing but text. Most do, and those of one choice differ in the text only.
+    """The events of a stream that carry text, perhaps with logprobs, and nothing else. Most do, and only these differ.
 
     A pydantic model for each of them would take a tenth of the event loop's time.
     """
 
-    def __init__(self, field: str, without_text: Callable[[int], bytes]):
-        """`without_text(choice)` is such an event with the empty text in `field`."""
-        self._empty = f'"{field}":""'.encode()  # inside a string its quotes would have backslashes
-        self._without_text = without_text
-        self._around: dict[int, tuple[bytes, bytes]] = {}
+    def __init__(self, field: str, empty: Callable[[int], bytes]):
+        """`empty(choice)` is such an event with the empty text in `field`, and after it no logprobs."""
+        self._no_text = f'"{field}":""'.encode()  # inside a string its quotes would have backslashes
+        self._empty = empty
+        self._around: dict[int, tuple[bytes, bytes, bytes]] = {}
 
-    def __call__(self, choice: int, text: str) -> bytes:
+    def __call__(self, choice: int, text: str, logprobs: BaseModel | None) -> bytes:
         if choice not in self._around:
-            before, found, after = self._without_text(choice).partition(self._empty)
-            assert found, f"no {self._empty.decode()} in the event"
-            self._around[choice] = before + self._empty[:-2], after
-        before, after = self._around[choice]
-        return before + on_one_line(to_json(text)) + after
+            before, text_found, rest = self._empty(choice).partition(self._no_text)
+            between, logprobs_found, after = rest.partition(b'"logprobs":null')
+            assert text_found, f"no {self._no_text.decode()} in the event"
+            assert logprobs_found, "no logprobs behind it"
+            self._around[choice] = before + self._no_text[:-2], between + logprobs_found[:-4], after
+        before, between, after = self._around[choice]
+        known = logprobs.model_dump_json().encode() if logprobs else b"null"
+        return before + on_one_line(to_json(text)) + between + on_one_line(known) + after
 
 
 async def answer(request: Request, work: Coroutine[Any, Any, list[bytes]]) -> Response:

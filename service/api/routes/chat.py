@@ -181,8 +181,7 @@ class ChatAnswer:
         # Of the stream so far:
         self._num_tokens = 0
         self._begun: set[int] = set()
-        plain = self._logprobs(())
-        self._text_event = TextEvents("content", lambda i: self._piece(i, ChatDelta(content=""), logprobs=plain))
+        self._text_event = TextEvents("content", lambda choice: self._piece(choice, ChatDelta(content="")))
 
     async def collect(self) -> list[bytes]:
         """The whole answer, as JSON."""
@@ -230,11 +229,12 @@ class ChatAnswer:
         if output.choice not in self._begun:
             self._begun.add(output.choice)
             yield self._piece(output.choice, ChatDelta(role="assistant", content=""))
-        if output.shown or (output.tokens and self._has_ids) or (output.text and not self._options.is_plain):
-            more = {"logprobs": self._logprobs(output.shown), "token_ids": output.tokens if self._has_ids else None}
+        logprobs = self._logprobs(output.shown)
+        if (output.tokens and self._has_ids) or ((output.text or output.shown) and not self._options.is_plain):
+            more = {"logprobs": logprobs, "token_ids": output.tokens if self._has_ids else None}
             yield self._piece(output.choice, ChatDelta(content=output.text), **more)
-        elif output.text:
-            yield self._text_event(output.choice, output.text)
+        elif output.text or output.shown:
+            yield self._text_event(output.choice, output.text, logprobs)
         if output.finish_reason:
             yield self._piece(output.choice, ChatDelta(), finish_reason=cast(Any, output.finish_reason))
 

@@ -138,7 +138,7 @@ class CompletionAnswer:
         # Of the stream so far:
         self._num_tokens = 0
         self._begun: set[int] = set()
-        self._text_event = TextEvents("text", lambda choice: self._event([self._choice(choice, "", (), None)]))
+        self._text_event = TextEvents("text", lambda choice: self._event([choice_of(choice, "", None, None)]))
 
     async def collect(self) -> list[bytes]:
         """The whole completion, as JSON."""
@@ -160,17 +160,18 @@ class CompletionAnswer:
         """Of what a token added; none if a client would see nothing new."""
         self._num_tokens += len(output.tokens)
         has_ids = self._body.return_token_ids
-        is_more = output.shown or output.finish_reason or (output.tokens and has_ids)
-        if is_more or (output.text and (self._warnings or not self._options.is_plain)):
-            piece = self._choice(output.choice, output.text, output.shown, output.finish_reason)
+        if not (output.text or output.shown or output.finish_reason or (output.tokens and has_ids)):
+            return
+        if output.finish_reason or has_ids or self._warnings or not self._options.is_plain:
+            piece = choice_of(output.choice, output.text, self._logprobs(output.shown), output.finish_reason)
             if has_ids:
                 piece.token_ids = output.tokens
             if has_ids and output.choice not in self._begun:
                 piece.prompt_token_ids = self._prompt_of(output.choice).tokens
             self._begun.add(output.choice)
             yield self._event([piece])
-        elif output.text:
-            yield self._text_event(output.choice, output.text)
+        else:
+            yield self._text_event(output.choice, output.text, self._logprobs(output.shown))
 
     def _event(self, choices: list[CompletionChoice]) -> bytes:
         has_usage = self._options.continuous_usage_stats or not choices
@@ -183,16 +184,19 @@ class CompletionAnswer:
         return self._prompts[choice // self._body.n]
 
     def _whole_choice(self, index: int, choice: Choice) -> CompletionChoice:
-        found = self._choice(index, choice.text, choice.shown, choice.finish_reason)
+        found = choice_of(index, choice.text, self._logprobs(choice.shown), choice.finish_reason)
         found.prompt_logprobs = prompt_logprobs_of(choice, self._body.prompt_logprobs, self._entry.tokenizer)
         if self._body.return_token_ids:
             found.prompt_token_ids, found.token_ids = choice.prompt.tokens, choice.tokens
         return found
 
-    def _choice(self, index: int, text: str, tokens: Sequence[ShownToken], finish_reason: str | None) -> CompletionChoice:
+    def _logprobs(self, tokens: Sequence[ShownToken]) -> CompletionLogprobs | None:
         num_top = self._body.logprobs
-        logprobs = None if num_top is None else logprobs_of(tokens, num_top, self._entry.tokenizer)
-        return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
+        return None if num_top is None else logprobs_of(tokens, num_top, self._entry.tokenizer)
+
+
+def choice_of(index: int, text: str, logprobs: CompletionLogprobs | None, finish_reason: str | None) -> CompletionChoice:
+    return CompletionChoice(text=text, index=index, logprobs=logprobs, finish_reason=cast(Any, finish_reason))
 
 
 def logprobs_of(tokens: Sequence[ShownToken], k: int, tokenizer: Tokenizer) -> CompletionLogprobs:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -13,7 +14,7 @@ from model.checkpoint.tokenizer import r50k_base
 from model.step import Sampling, StepInput
 from service.api.answers import TextEvents, chunk_event
 from service.api.schema.base import StreamOptions
-from service.api.schema.completions import CompletionChoice, CompletionRequest, CompletionResponse
+from service.api.schema.completions import CompletionChoice, CompletionLogprobs, CompletionRequest, CompletionResponse
 from tests.conformance import contract
 from tests.service.api.helpers import Api, events_of, post, prompts_run, request, serving
 from tests.service.engine.fakes import CONFIG, FakeEngine
@@ -481,16 +482,21 @@ def test_long_prompts_are_tokenized_beside_the_event_loop(monkeypatch: pytest.Mo
     "text", ["plain", '"quoted" \\ and\nlines\t\x00\x7f', "\u2028 café \U0001f600", "</script>", '"text":""']
 )
 @pytest.mark.parametrize("with_usage", [False, True])
-def test_the_event_of_a_text_is_that_of_its_chunk(text: str, with_usage: bool) -> None:
-    def chunk(choice: int, text: str) -> bytes:
-        choices = [CompletionChoice(text=text, index=choice, logprobs=None, finish_reason=None)]
-        model = 'named "text":"" by somebody'
+@pytest.mark.parametrize("with_logprobs", [False, True])
+def test_the_event_of_a_text_is_that_of_its_chunk(text: str, with_usage: bool, with_logprobs: bool) -> None:
+    def chunk(choice: int, text: str, logprobs: CompletionLogprobs | None) -> bytes:
+        choices = [CompletionChoice(text=text, index=choice, logprobs=logprobs, finish_reason=None)]
+        model = 'named "text":"" by "logprobs":null and somebody'
         response = CompletionResponse(id="cmpl-1", created=1, model=model, system_fingerprint="fp", choices=choices)
         return chunk_event(response, StreamOptions(include_usage=with_usage))
 
-    events = TextEvents("text", lambda choice: chunk(choice, ""))
+    logprobs = None
+    if with_logprobs:
+        top = {text: -0.1, "other": -1 / 3, "impossible": -math.inf, "unknown": math.nan}
+        logprobs = CompletionLogprobs(tokens=[text], token_logprobs=[-0.1], top_logprobs=[top], text_offset=[7])
+    events = TextEvents("text", lambda choice: chunk(choice, "", None))
     for choice in (0, 1, 0):
-        assert events(choice, text) == chunk(choice, text)
+        assert events(choice, text, logprobs) == chunk(choice, text, logprobs)
 
 
 @contract("connections", "line breaks", "U+0085, U+2028 and U+2029 are escaped, in events and in bodies")

@@ -398,7 +398,8 @@ def beside(busy: bool, url: str, model: str, load: Workload, seed: str) -> Resul
     if not busy:
         return measure(url, model, load, seed=seed)
     # In a session of its own, as another program or container is: the kernel shares cores out among sessions too.
-    process = subprocess.Popen([sys.executable, "-c", "while True: pass"], start_new_session=True)
+    busy_while_we_live = f"import os\nwhile os.getppid() == {os.getpid()}: pass"
+    process = subprocess.Popen([sys.executable, "-c", busy_while_we_live], start_new_session=True)
     try:
         return measure(url, model, load, seed=seed)
     finally:

@@ -108,7 +108,8 @@ def test_what_a_late_helper_reads_outlives_the_ops(ops: CompiledOps, monkeypatch
 @contextmanager
 def starved(core: int, threads: list[int]) -> Iterator[None]:
     """Give threads what one busy process leaves of a core: a millisecond in each third of a second."""
-    spin = f"import os; os.sched_setaffinity(0, [{core}]); print(flush=True)\nwhile True: pass"
+    # It ends with this process, which may crash.
+    spin = f"import os; os.sched_setaffinity(0, [{core}]); print(flush=True)\nwhile os.getppid() == {os.getpid()}: pass"
     with subprocess.Popen([sys.executable, "-c", spin], stdout=subprocess.PIPE) as busy:
         assert busy.stdout
         busy.stdout.readline()

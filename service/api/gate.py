@@ -70,6 +70,7 @@ class Guest(Protocol):
 class Turns:
     """Calls a function for one guest after the other, at most `most` in `seconds`; 0 is one turn of the event loop.
 
+    The seconds begin when what those calls have begun has had its turn, so that others have theirs on a slow machine too.
     What is not used is saved, up to `saved` calls.
     """
 
@@ -90,7 +91,8 @@ class Turns:
     def _go_on(self) -> None:
         if (self._waiting or self._left < self._saved) and not self._is_counting:
             self._is_counting = True
-            asyncio.get_running_loop().call_later(self._seconds, self._begin)
+            loop = asyncio.get_running_loop()
+            loop.call_soon(loop.call_soon, loop.call_later, self._seconds, self._begin)
         while self._waiting and self._left:
             self._left -= 1
             guest = next(reversed(self._waiting) if self._newest_first else iter(self._waiting))
@@ -246,8 +248,11 @@ class Gate:
         guests.pop(-1, None)  # of those that are being closed
         for descriptor in guests:
             poll.register(descriptor, select.POLLRDHUP)
-        for descriptor, _ in poll.poll(0):
-            guests[descriptor].has_left()
+        left = [guests[descriptor] for descriptor, _ in poll.poll(0)]
+        for guest in left[:MOST_AT_ONCE]:
+            guest.has_left()
+        if len(left) > MOST_AT_ONCE:
+            self._polled = 0.0  # the others in the next sweep
 
 
 def affordable(connections: int) -> int:

@@ -12,6 +12,8 @@ from service.api.state import state_of
 
 router = APIRouter()
 
+VERSIONS = {"version": installed("banded"), "torch": installed("torch")}  # read from files, which takes milliseconds
+
 
 @router.get(LIVENESS)
 async def live() -> dict[str, str]:  # for the OpenAPI document and other methods: AnswerLiveness answers GET
@@ -31,7 +33,7 @@ async def ready(request: Request) -> dict[str, str]:
 
 @router.get("/version")
 async def version() -> dict[str, str]:
-    return {"version": installed("banded"), "torch": installed("torch")}
+    return VERSIONS
 
 
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})

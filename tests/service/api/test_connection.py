@@ -10,6 +10,8 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple
 from unittest.mock import Mock
 
@@ -643,6 +645,42 @@ def test_a_client_that_leaves_while_its_connection_is_closed_is_no_fault() -> No
     hall.sweep()
     assert [guest.has_left.called for guest in guests] == [False, True]
     here.close()
+
+
+def test_who_leaves_in_a_crowd_is_let_go_of_in_more_than_one_sweep() -> None:
+    hall = gate.Gate(200, 60)
+    pairs = [socket.socketpair() for _ in range(100)]
+    guests = [Mock(wait=None, held=0) for _ in pairs]
+    for guest, (here, there) in zip(guests, pairs, strict=True):
+        guest.descriptor.return_value = here.fileno()
+        guest.has_left.side_effect = partial(hall.leave, guest)
+        hall.enter(guest)
+        hall.ignore(guest)
+        there.close()
+    for so_far in (gate.MOST_AT_ONCE, 100):
+        hall.sweep()
+        assert sum(guest.has_left.called for guest in guests) == so_far
+    for here, _ in pairs:
+        here.close()
+
+
+def test_others_have_their_turn_however_long_a_request_takes_to_begin() -> None:
+    work = 3 * gate.START_SECONDS  # of all that begin at once
+    rests: list[float] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        rests.append(time.monotonic())
+        time.sleep(work / gate.STARTS_AT_ONCE)  # noqa: ASYNC251 - as if this were a slow machine
+
+    async def test() -> None:
+        hall = gate.Gate(200, 60)
+        for client in [connected(app, hall)[0] for _ in range(gate.STARTS_AFTER_REST + 3 * gate.STARTS_AT_ONCE)]:
+            client.data_received(GET + b"\r\n")
+        await until(lambda: len(rests) == gate.STARTS_AFTER_REST + 3 * gate.STARTS_AT_ONCE)
+
+    run(test)
+    later = rests[gate.STARTS_AFTER_REST :: gate.STARTS_AT_ONCE]
+    assert all(b - a >= 0.99 * (work + gate.START_SECONDS) for a, b in pairwise(later)), later
 
 
 def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liveness_passes_them() -> None:

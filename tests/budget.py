@@ -24,7 +24,7 @@ TOTAL = 22_490
 
 BUDGET = {
     "service": 620,
-    "service/api": 4610,
+    "service/api": 4620,
     "service/commands": 590,
     "service/engine": 4130,
     "service/jobs": 1150,

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import torch_ops
 from kernels.cpu.abi import ARGUMENTS, BlockArgs, PlanArgs, ProductArgs, QuantizedRows, SamplingArgs, ScratchArgs
 from kernels.cpu.build import Shape, compiled_library
-from kernels.cpu.memory import HugePages, mapped
+from kernels.cpu.memory import HugePages
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
 from kernels.int8 import quantize_channels
 from kernels.logprobs import TopLogprobs
@@ -29,9 +29,6 @@ from kernels.sampling_state import SamplingState
 
 # Bytes of tensors that are kept for helpers, beyond which a call waits for them: logits of prompts take 51 MB a call.
 MAX_KEPT = 32 << 20
-# Bytes of logits, those of prompts, that are mapped for a call. Malloc would keep room for several: small tensors come to
-# lie in what was freed, and the next one no longer fits there.
-LARGE = 16 << 20
 POLL_SECONDS = 50e-6
 
 
@@ -126,11 +123,7 @@ class CompiledOps:
         if not isinstance(weight, Bf16Panels):
             return self.linear(x, weight, None)
         x, rows = x.contiguous(), x.numel() // x.shape[-1]
-        shape, num_bytes = (*x.shape[:-1], weight.shape[0]), 4 * rows * weight.shape[0]
-        if num_bytes >= LARGE:
-            out = mapped(num_bytes, huge=False).view(torch.float32).view(shape)
-        else:
-            out = x.new_empty(shape, dtype=torch.float32)
+        out = x.new_empty(*x.shape[:-1], weight.shape[0], dtype=torch.float32)
         self.call("project_panels", ProductArgs.of(weight, None), x, rows, out)
         return out
 

@@ -26,10 +26,10 @@ class HugePages:
         return room[: numbers.nbytes].view(numbers.dtype).view(numbers.shape).copy_(numbers)
 
 
-def mapped(size: int, *, huge: bool = True) -> Tensor:
-    """Bytes (size,) from the beginning of a huge page on; not `huge`: of what is soon freed, and not worth making one."""
+def mapped(size: int) -> Tensor:
+    """Bytes (size,) from the beginning of a huge page on."""
     memory = mmap.mmap(-1, size + HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if huge and hasattr(mmap, "MADV_HUGEPAGE"):
+    if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # a system without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     room = torch.frombuffer(memory, dtype=torch.uint8)

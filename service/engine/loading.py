@@ -34,7 +34,7 @@ from service.engine.metrics import Metrics
 from service.engine.models import ModelEntry, Models
 from service.engine.options import EngineOptions
 from service.engine.pages import PageAllocator, page_bytes, pool_sizes, sequence_bytes
-from service.engine.process import keep_freed_memory, keep_to_quota, one_torch_thread, switch_threads_often
+from service.engine.process import MAPPED_BYTES, keep_freed_memory, keep_to_quota, one_torch_thread, switch_threads_often
 from service.engine.scheduler import AdapterRef, Scheduler, Sequence
 
 log = logging.getLogger("banded")
@@ -304,7 +304,7 @@ class EngineAdapters:
 def load_served(options: EngineOptions, metrics: Metrics, finished: Iterable[tuple[str, str, Path]] = ()) -> Models:
     """Load the model, its adapters and those in `finished`: owner, name and directory of what each job has made."""
     started = time.perf_counter()
-    keep_freed_memory()
+    keep_freed_memory(MAPPED_BYTES)
     keep_to_quota()
     switch_threads_often()
     try:

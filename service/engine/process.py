@@ -19,18 +19,21 @@ log = logging.getLogger("banded")
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
 KEEP_BYTES = 2**31 - 1
+# Blocks from this size on are logits of prompts, 51 MB, in a server. Kept by malloc too, they would take room for several:
+# small tensors come to lie in what was freed, and the next one no longer fits there.
+MAPPED_BYTES = 32 << 20
 SWITCH_SECONDS = 0.001
 
 
-def keep_freed_memory() -> None:
-    """Have malloc keep what is freed instead of returning it to the kernel.
+def keep_freed_memory(smaller_than: int = KEEP_BYTES) -> None:
+    """Have malloc keep what is freed, in blocks smaller than so many bytes, instead of returning it to the kernel.
 
     Every step allocates and frees tensors of the same sizes. By default glibc maps and unmaps those of a few megabytes
     each time, and the page faults take longer than the arithmetic. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, KEEP_BYTES)
+        libc.mallopt(M_MMAP_THRESHOLD, smaller_than)
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
 
 

@@ -36,6 +36,24 @@ def test_freed_memory_stays_with_the_process() -> None:
     assert faults < 2048, "freed memory was mapped anew: 20 x 2048 pages in all"
 
 
+def test_large_blocks_are_returned() -> None:
+    """Logits of prompts. In the heap, a block behind them that is in use would keep their room with the process."""
+    script = (
+        "from pathlib import Path\n"
+        "from service.engine.process import MAPPED_BYTES, keep_freed_memory\n"
+        "keep_freed_memory(MAPPED_BYTES)\n"
+        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "before, behind = resident(), []\n"
+        "for _ in range(8):\n"
+        "    block = bytearray(b'a') * MAPPED_BYTES\n"
+        "    behind.append(bytearray(8 << 20))\n"
+        "del block\n"
+        "print(resident() - before)\n"
+    )
+    kept = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert kept < 80 << 20, "8 x 8 MB are in use"
+
+
 def test_a_thread_that_runs_python_gives_way_often() -> None:
     before = sys.getswitchinterval()
     try:

@@ -202,7 +202,7 @@ class TextEvents:
             before, text_found, rest = self._empty(choice).partition(self._no_text)
             between, logprobs_found, after = rest.partition(b'"logprobs":null')
             assert text_found, f"no {self._no_text.decode()} in the event"
-            assert logprobs_found, "no logprobs behind it"
+            assert logprobs_found, "no empty logprobs behind the text"
             self._around[choice] = before + self._no_text[:-2], between + logprobs_found[:-4], after
         before, between, after = self._around[choice]
         known = logprobs.model_dump_json().encode() if logprobs else b"null"

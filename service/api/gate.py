@@ -70,7 +70,7 @@ class Guest(Protocol):
 class Turns:
     """Calls a function for one guest after the other, at most `most` in `seconds`; 0 is one turn of the event loop.
 
-    The seconds begin when what those calls have begun has had its turn, so that others have theirs on a slow machine too.
+    The seconds begin once the tasks that those calls create have run, so that others have a turn on a slow machine too.
     What is not used is saved, up to `saved` calls.
     """
 

@@ -154,7 +154,7 @@ def cpu_model() -> str:
 
 
 def machine_name(facts: dict[str, str]) -> str:
-    """A file name for the machine, such as intel-xeon-processor-2-cores. Names of AMD's do not tell the instructions."""
+    """A file name for the machine, such as intel-xeon-processor-2-cores. AMD's names do not tell the instructions."""
     without = "" if "512" in facts["instructions"] else f" {facts['instructions']}"
     words = f"{facts['cpu']} {facts['cores']} cores{without}".lower().replace("(r)", "").replace("(tm)", "")
     return re.sub("[^a-z0-9]+", "-", words).strip("-")

@@ -666,20 +666,20 @@ def test_who_leaves_in_a_crowd_is_let_go_of_in_more_than_one_sweep() -> None:
 
 def test_others_have_their_turn_however_long_a_request_takes_to_begin() -> None:
     work = 3 * gate.START_SECONDS  # of all that begin at once
-    rests: list[float] = []
+    begun: list[float] = []
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        rests.append(time.monotonic())
+        begun.append(time.monotonic())
         time.sleep(work / gate.STARTS_AT_ONCE)  # noqa: ASYNC251 - as if this were a slow machine
 
     async def test() -> None:
         hall = gate.Gate(200, 60)
         for client in [connected(app, hall)[0] for _ in range(gate.STARTS_AFTER_REST + 3 * gate.STARTS_AT_ONCE)]:
             client.data_received(GET + b"\r\n")
-        await until(lambda: len(rests) == gate.STARTS_AFTER_REST + 3 * gate.STARTS_AT_ONCE)
+        await until(lambda: len(begun) == gate.STARTS_AFTER_REST + 3 * gate.STARTS_AT_ONCE)
 
     run(test)
-    later = rests[gate.STARTS_AFTER_REST :: gate.STARTS_AT_ONCE]
+    later = begun[gate.STARTS_AFTER_REST :: gate.STARTS_AT_ONCE]
     assert all(b - a >= 0.99 * (work + gate.START_SECONDS) for a, b in pairwise(later)), later
 
 

@@ -103,15 +103,17 @@ def choose_device(device: str) -> torch.device:
     return torch.device("cuda")
 
 
-def choose_dtype(dtype: str, device: torch.device) -> torch.dtype:
+def choose_dtype(options: EngineOptions, device: torch.device, head_dim: int) -> torch.dtype:
     """The dtype of activations, keys and values, and of weights unless they are int8.
 
-    auto is bfloat16 if the hardware multiplies it natively, else float32.
+    auto is bfloat16 where the hardware or the compiled kernels multiply it faster than float32, and float32 elsewhere.
     """
-    if dtype not in ("auto", "int8"):
-        return DTYPES[dtype]
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
-    return torch.bfloat16 if native else torch.float32
+    if options.dtype not in ("auto", "int8"):
+        return DTYPES[options.dtype]
+    if device.type == "cuda" or torch.cpu._is_avx512_bf16_supported():
+        return torch.bfloat16
+    compiled = compiled_ops(head_dim, torch.bfloat16, options)
+    return torch.bfloat16 if compiled is not None and compiled.has_bf16 else torch.float32
 
 
 def kv_budget(kv_bytes: int | None, device: torch.device) -> int:
@@ -143,7 +145,8 @@ def load_checkpoint(options: EngineOptions) -> Checkpoint:
     """
     directory = model_directory(options.model)
     device = choose_device(options.device)
-    dtype = choose_dtype(options.dtype, device)
+    _, config = read_architecture(directory)
+    dtype = choose_dtype(options, device, config.head_dim)
     if options.dtype == "int8" and (device.type == "cuda" or options.kernels == "triton"):
         raise LoadError(
             "dtype int8: its products run on CPUs only; use --dtype bfloat16, or --device cpu without BANDED_KERNELS"
@@ -175,11 +178,16 @@ def kernels_in_words(device: torch.device, kernels: KernelChoice, *, compiled: b
 
 def choose_ops(model: GPT, options: EngineOptions) -> Ops:
     """The ops that serve `model`. Raises ValueError if the kernels that the options name can't run."""
-    weight, config = model.wte.weight, model.config
-    compiled = None
-    if weight.device.type == "cpu" and options.kernels == "auto" and options.compile:
-        compiled = cpu_compiled.load(cpu_build.Shape(config.head_dim, weight.dtype))
+    weight = model.wte.weight
+    compiled = compiled_ops(model.config.head_dim, weight.dtype, options) if weight.device.type == "cpu" else None
     return compiled or dispatch.choose(weight.device, options.kernels)
+
+
+def compiled_ops(head_dim: int, dtype: torch.dtype, options: EngineOptions) -> cpu_compiled.CompiledOps | None:
+    """The compiled ops of a CPU, if the options allow them and they can be compiled."""
+    if options.kernels != "auto" or not options.compile:
+        return None
+    return cpu_compiled.load(cpu_build.Shape(head_dim, dtype))
 
 
 def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:

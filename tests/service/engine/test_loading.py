@@ -2,13 +2,17 @@
 
 import asyncio
 import logging
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from kernels import torch_ops
+from kernels.cpu import compiled as cpu_compiled
+from kernels.cpu.build import Shape
 from kernels.names import KernelChoice
 from service.engine import loading
 from service.engine.loading import (
@@ -232,14 +236,23 @@ def test_a_gpu_that_is_too_old_is_refused_with_the_numbers(monkeypatch: pytest.M
             choose_device(device)
 
 
-@pytest.mark.parametrize(("native", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
-def test_auto_dtype_is_what_the_hardware_multiplies(
-    native: bool, expected: torch.dtype, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("widened", [True, False, None])  # None: nothing can be compiled
+def test_auto_dtype_is_bfloat16_where_that_is_multiplied_fast(
+    native: bool, widened: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def load(shape: Shape) -> SimpleNamespace | None:
+        assert shape == (64, torch.bfloat16)
+        return None if widened is None else SimpleNamespace(has_bf16=widened)
+
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: native)
-    assert choose_dtype("auto", torch.device("cpu")) is expected
-    assert choose_dtype("auto", torch.device("cuda")) is torch.bfloat16
-    assert choose_dtype("float16", torch.device("cpu")) is torch.float16
+    monkeypatch.setattr(cpu_compiled, "load", load)
+    cpu, auto = torch.device("cpu"), settings_of(model="demo", dtype="auto").engine
+    assert choose_dtype(auto, cpu, 64) is (torch.bfloat16 if native or widened else torch.float32)
+    assert choose_dtype(auto, torch.device("cuda"), 64) is torch.bfloat16
+    assert choose_dtype(replace(auto, dtype="float16"), cpu, 64) is torch.float16
+    for without_ours in (replace(auto, compile=False), replace(auto, kernels="triton")):
+        assert choose_dtype(without_ours, cpu, 64) is (torch.bfloat16 if native else torch.float32)
 
 
 def test_kv_pages_get_what_the_weights_leave_of_a_gpu_and_a_fixed_share_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,6 +61,7 @@ class FairThreads:
             with self._lock:
                 if queued in self._waiting:
                     self._waiting.remove(queued)
+            del queued  # as in settle
 
     def _work(self) -> None:
         """Do what waits. A client with its share of the threads is served by those that it has."""
@@ -87,6 +88,8 @@ def settle(done: Future[T], work: Callable[[], T]) -> None:
         done.set_result(work())
     except BaseException as error:  # a panic of a library in Rust too: somebody waits
         done.set_exception(error)
+    finally:
+        del done, work  # an error's traceback holds this frame: in a cycle it would keep all that `work` went through
 
 
 # Waits for the process that renders checkpoints' templates. Nothing else may have to wait for them.

@@ -1,10 +1,14 @@
 """Worker threads leave time to others and to each client its turn, and keep no process from ending."""
 
 import asyncio
+import gc
+import io
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -68,6 +72,35 @@ def test_other_threads_do_not_rest(monkeypatch: pytest.MonkeyPatch) -> None:
     asyncio.run(off_the_loop(SHORT + 1, lambda: work_for(3 * WORK_SECONDS)))
     assert len(slept) in (2, 3)
     assert all(seconds > WORK_SECONDS for seconds in slept)
+
+
+@pytest.mark.parametrize("is_raised", [True, False])
+def test_work_that_fails_lets_go_of_all_that_it_went_through(is_raised: bool) -> None:
+    found: list[weakref.ref[io.BytesIO]] = []
+
+    def work(text: io.BytesIO) -> ValueError:
+        found.append(weakref.ref(text))
+        try:
+            raise ValueError
+        except ValueError as error:
+            if is_raised:
+                raise
+            return error
+
+    async def ask() -> None:
+        with suppress(ValueError):
+            assert await off_the_loop(SHORT + 1, partial(work, io.BytesIO()))
+        # The thread takes its leave of the work only now.
+        async with asyncio.timeout(10):
+            while found[0]() is not None:
+                await asyncio.sleep(0.01)
+
+    gc.collect()
+    gc.disable()
+    try:
+        run(ask)
+    finally:
+        gc.enable()
 
 
 def test_a_file_is_read_with_rests(monkeypatch: pytest.MonkeyPatch) -> None:

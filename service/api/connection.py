@@ -23,7 +23,7 @@ MAX_HEAD = 64 << 10  # bytes of the request line and all headers
 # Bytes that a chunked body may spend on lengths, extensions and trailers beyond as many as its content has.
 MAX_FRAMING = 64 << 10
 # Bytes after a request that are read ahead of its answer. The gate sees whether a client leaves whose bytes are not read.
-MAX_AHEAD = 16 << 10
+MAX_AHEAD = 8 << 10
 MAX_DISCARDED = 32 << 20  # bytes of a body that are read, and thrown away, after its answer
 MAX_LINGER = 1 << 20  # bytes that are read, and thrown away, after a request that was refused
 MAX_UNSENT = 16 << 10  # bytes of answers that wait for the client to read before the application waits too
@@ -437,7 +437,8 @@ class Connection(HttpToolsProtocol):
         path = cycle.scope["path"]
         if self._gate.is_probe(path):
             cycle.access_log = False  # a line takes a third of the time, and anybody may ask
-        self._gate.start(self, path, begin, is_ahead=self._is_ahead)
+        has_more = self._at < len(self._data)
+        self._gate.start(self, path, begin, is_ahead=self._is_ahead, has_more=has_more)
 
 
 class Reader(BufferedProtocol):

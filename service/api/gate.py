@@ -160,9 +160,12 @@ class Gate:
         """Whether a request for `path` asks whether the server lives."""
         return path.rstrip("/") in self._probes
 
-    def start(self, guest: Guest, path: str, begin: Callable[[], None], *, is_ahead: bool) -> None:
-        """Call `begin`, which starts to answer a request of `guest`, in its turn. `is_ahead`: it came ahead of an answer."""
-        first = self._first if self.is_probe(path) else self._starts
+    def start(self, guest: Guest, path: str, begin: Callable[[], None], *, is_ahead: bool, has_more: bool) -> None:
+        """Call `begin`, which starts to answer a request of `guest`, in its turn.
+
+        `is_ahead`: it came ahead of an answer. `has_more`: more came after it, as no prober sends it, so it passes nobody.
+        """
+        first = self._first if self.is_probe(path) and not has_more else self._starts
         (self._starts_ahead if is_ahead else first).call(guest, begin)
 
     def parse(self, guest: Guest, advance: Callable[[], None]) -> None:

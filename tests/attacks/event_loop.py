@@ -170,6 +170,7 @@ def main() -> int:
         context = served(Path(directory))
         url, pid = (args.url, args.pid) if args.url else context.__enter__()
         probe = Probe(url)
+        os.nice(10)  # an attacker takes no processor from the server and from those who ask it
         try:
             # Memory of the whole KV cache and of a full batch's sampling is taken when it is first used, and kept.
             wide = {"n": 128, "logprobs": 20, "top_p": 0.9, "presence_penalty": 1, "logit_bias": {"11": 1}}

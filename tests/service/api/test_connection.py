@@ -710,6 +710,26 @@ def test_few_requests_begin_in_a_turn_of_the_event_loop_and_a_question_for_liven
     assert [first, *others] == [f"/{place}" for place in range(100) if place != 40]
 
 
+def test_a_question_for_liveness_passes_a_crowd_that_asks_for_it_again_and_again() -> None:
+    begun: list[bytes] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        begun.append(scope["query_string"])
+
+    async def test() -> None:
+        hall = gate.Gate(500, 60, {"/health/live"})
+        clients = [connected(app, hall)[0] for _ in range(201)]
+        for client in clients[:100]:
+            client.data_received(b"GET /health/live?crowd HTTP/1.1\r\n\r\n" * 2)
+        clients[-1].data_received(b"GET /health/live?alone HTTP/1.1\r\n\r\n")
+        for client in clients[100:-1]:  # newer ones
+            client.data_received(b"GET /health/live?crowd HTTP/1.1\r\n\r\n" * 2)
+        await until(lambda: b"alone" in begun)
+
+    run(test)
+    assert begun.index(b"alone") <= gate.STARTS_AFTER_REST
+
+
 def test_long_heads_are_parsed_in_turns_and_short_ones_pass_them() -> None:
     begun: list[list[str]] = []  # in each turn
 

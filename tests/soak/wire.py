@@ -1,6 +1,7 @@
 """A client that costs little: HTTP/1.1 over asyncio's streams, for one request after the other on a connection."""
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -98,5 +99,6 @@ class Connection:
     def leave(self, *, resets: bool = False) -> None:
         """Close the connection; with `resets` the server's next write fails at once."""
         if resets and (channel := self.writer.get_extra_info("socket")):
-            channel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            with contextlib.suppress(OSError):  # the server has closed it meanwhile
+                channel.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()

@@ -46,7 +46,7 @@ class Line(NamedTuple):
     against: str = ""  # the side that ours is compared with
     theirs: float = math.nan
     target: Target | None = None
-    ceiling: float = math.nan  # what `ours` would be if a step were only its matrix products
+    ceiling: float = math.nan  # what `ours` would be if a step were only products, and keys and values read
 
     @property
     def ratio(self) -> float:

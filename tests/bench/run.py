@@ -124,6 +124,7 @@ QUICK = Sizes(
 
 # Decode rows of the steps whose matrix products are timed alone.
 ROWS = [1, 8, 16, 32]
+BF16_BYTES = 2  # of a key's or value's element, next to weights of int8 too
 # KV memory that keeps 16 whole prompts cached, even the pages that left the band: 5 GB, committed at the start.
 ROOMY = (("BANDED_MAX_SLOTS", "104"), ("BANDED_KV_BYTES", str(5 << 30)))
 
@@ -234,6 +235,12 @@ class Bench:
         command = [sys.executable, "-m", "tests.bench.inside", measure_name, json.dumps(arguments)]
         return json.loads(subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout)
 
+    @functools.cached_property
+    def bandwidth(self) -> float:
+        """GB/s at which memory is read."""
+        found: float = self.inside("bandwidth", megabytes=self.sizes.megabytes, seconds=self.sizes.seconds)
+        return found
+
     def products(self, dtype: str) -> dict[str, float]:
         """Seconds of a step's matrix products, by its decode rows. "prompt" is a step with only a prompt chunk."""
         if dtype not in self._products:
@@ -244,10 +251,14 @@ class Bench:
         return self._products[dtype]
 
 
-def ceiling(products: dict[str, float], load: Workload, chunk: int) -> float:
-    """Output tokens/s if a step were only its matrix products, including those of prompts. `products` has their seconds."""
+def ceiling(products: dict[str, float], load: Workload, chunk: int, reading: float) -> float:
+    """Output tokens/s if a step were only its matrix products, those of prompts too, and the reading of keys and values.
+
+    `products` has the products' seconds; `reading` is the seconds in which the keys and values of one token are read.
+    """
     prompts = load.streams * load.prompt * products["prompt"] / chunk
-    return load.streams * load.output / (prompts + load.output * products[str(load.streams)])
+    keys = load.streams * (load.prompt + load.output / 2) * reading
+    return load.streams * load.output / (prompts + load.output * (products[str(load.streams)] + keys))
 
 
 def progress(text: str) -> None:
@@ -289,8 +300,7 @@ def compare(
 
 def limits(bench: Bench, name: str) -> list[Line]:
     sizes = bench.sizes
-    speed = bench.inside("bandwidth", megabytes=sizes.megabytes, seconds=sizes.seconds)
-    lines = [Line(name, "memory read, GB/s", speed)]
+    lines = [Line(name, "memory read, GB/s", bench.bandwidth)]
     for dtype in ("bfloat16", "int8"):
         if dtype in get_args(Dtype):
             for rows, seconds in bench.products(dtype).items():
@@ -303,7 +313,6 @@ def limits(bench: Bench, name: str) -> list[Line]:
 def profile(bench: Bench, name: str) -> list[Line]:
     """Where the time of a sampled step goes, and how far one row is from the speed at which memory is read."""
     sizes, model = bench.sizes, bench.peaked
-    bandwidth = bench.inside("bandwidth", megabytes=sizes.megabytes, seconds=sizes.seconds)
     found = bench.inside(
         "profile",
         model=str(model),
@@ -323,7 +332,7 @@ def profile(bench: Bench, name: str) -> list[Line]:
     config = sizes.model
     weights = config.n_layer * (4 * config.n_embd + 2 * config.n_inner) * config.n_embd + config.vocab_size * config.n_embd
     read = 2 * weights / 1e6 / lines[0].ours  # bytes in 1e6 a millisecond
-    return [*lines, Line(name, "GB/s of weights, 1 row", read, "memory read", bandwidth)]
+    return [*lines, Line(name, "GB/s of weights, 1 row", read, "memory read", bench.bandwidth)]
 
 
 def throughput(
@@ -340,7 +349,9 @@ def throughput(
     load, path = decoding(bench, streams, sampling), getattr(bench, model)
     sides = [bench.ours(path, dtype), *rivals(bench, path, against, load)]
     medians = bench.loaded(name, "tokens/s", sides, load, lambda result: result.tokens_per_second, streams)
-    most = ceiling(bench.products(dtype), load, bench.sizes.chunk)
+    config = all_dense(bench.sizes.model)
+    token_bytes = sequence_bytes(config, config.n_positions, BF16_BYTES) / config.n_positions
+    most = ceiling(bench.products(dtype), load, bench.sizes.chunk, token_bytes / (1e9 * bench.bandwidth))
     return [compare(name, f"tokens/s, {load.drawn}, streams: {streams}", medians, target, most=most), bench.guessed(name)]
 
 

@@ -99,9 +99,9 @@ def test_the_best_of_the_others_stands_beside_ours() -> None:
 
 
 def test_the_ceiling_counts_prompts_and_steps() -> None:
-    # 8 prompts of 128 tokens, 512 tokens in 0.256 s; then 100 steps of 20 ms.
-    found = run.ceiling({"8": 0.02, "prompt": 0.256}, Workload(8, 16, 128, 100), chunk=512)
-    assert found == pytest.approx(800 / (8 * 0.064 + 100 * 0.02))
+    # 8 prompts of 128 tokens, 512 tokens in 0.256 s; then 100 steps of 20 ms, with 128 to 228 keys of each, 10 us a key.
+    found = run.ceiling({"8": 0.02, "prompt": 0.256}, Workload(8, 16, 128, 100), chunk=512, reading=1e-5)
+    assert found == pytest.approx(800 / (8 * 0.064 + 100 * (0.02 + 8 * 178 * 1e-5)))
 
 
 def test_the_ceiling_is_made_of_all_products_of_a_step(tmp_path: Path) -> None:

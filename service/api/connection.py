@@ -100,14 +100,16 @@ class Connection(HttpToolsProtocol):
         self._gate.leave(self)
         super().connection_lost(exc)
 
-    def eof_received(self) -> None:
-        """The client has left: nobody shuts only one half of a connection to an HTTP server. The transport closes."""
+    def eof_received(self) -> bool:  # type: ignore[override]  # asyncio allows it
+        """The client has left: nobody shuts only one half of a connection to an HTTP server. It is closed in its turn."""
         self._is_over = True
         self._data, self._at = b"", 0  # nobody waits for the answers to what was sent ahead
         self._gate.hold(self, 0)
         self._gate.listen(self)
         self._abandon()
         self._gate.wait(self, Wait.CLOSING)
+        self._gate.close(self, self.transport.close)
+        return True
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
         """Where the transport writes what it reads next, see Reader."""
@@ -172,7 +174,6 @@ class Connection(HttpToolsProtocol):
 
     def has_left(self) -> None:
         self.eof_received()
-        self.transport.close()
 
     def descriptor(self) -> int:
         number: int = self.transport.get_extra_info("socket").fileno()

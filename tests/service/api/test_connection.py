@@ -664,6 +664,22 @@ def test_who_leaves_in_a_crowd_is_let_go_of_in_more_than_one_sweep() -> None:
         here.close()
 
 
+def test_a_crowd_that_leaves_is_closed_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "CLOSE_TURN_SECONDS", 0.05)
+
+    async def test() -> None:
+        hall = gate.Gate(500, 60)
+        pairs = [connected(None, hall) for _ in range(2 * gate.CLOSES_AT_ONCE + 1)]
+        for client, _ in pairs:
+            assert client.eof_received(), "the transport leaves it to the connection to close"
+        pairs.pop(-2)[0].connection_lost(None)  # of those that wait
+        await asyncio.sleep(0)
+        assert sum(wire.has_closed for _, wire in pairs) == gate.CLOSES_AT_ONCE
+        await until(lambda: all(wire.has_closed for _, wire in pairs))
+
+    run(test)
+
+
 def test_others_have_their_turn_however_long_a_request_takes_to_begin() -> None:
     work = 3 * gate.START_SECONDS  # of all that begin at once
     begun: list[float] = []

@@ -9,6 +9,8 @@ from torch import Tensor
 HUGE_PAGE = 2 << 20
 CHUNK = 64 << 20  # bytes that are mapped at a time
 ALIGNMENT = 64  # bytes, of a cache line
+# Bytes of a tensor that lies elsewhere: those of adapters come and go, and would take ever more of a chunk.
+SMALL = 512 << 10
 
 
 class HugePages:
@@ -18,7 +20,9 @@ class HugePages:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, numbers: Tensor) -> Tensor:
-        """The same numbers there."""
+        """The same numbers there, or elsewhere if they are few."""
+        if numbers.nbytes < SMALL:
+            return numbers.clone(memory_format=torch.contiguous_format)
         size = -(-numbers.nbytes // ALIGNMENT) * ALIGNMENT
         if len(self._rest) < size:
             self._rest = mapped(max(size, CHUNK))

@@ -80,7 +80,7 @@ class Soak:
         await self._train("first")
         self.rate = OVERLOAD * await clients.saturate("saturated", 2 * MAX_SLOTS, seconds)
         await clients.tidy()
-        self.samples.append(await self._probe.settled())
+        self.samples.append(await self._probe.settled([]))
         clients.outcomes.clear()
 
     async def _train(self, name: str) -> None:
@@ -97,7 +97,7 @@ class Soak:
         )
         await clients.compare(f"after {name}", self._seeded, 4)
         await clients.tidy()
-        self.samples.append(await self._probe.settled(self.samples[0]))
+        self.samples.append(await self._probe.settled(self.samples))
         told = ", ".join(f"{kind}: {count}" for kind, count in sorted(clients.outcomes.items()))
         self.outcomes.append(f"{name}: {told}; {clients.num_compared - compared} answers compared")
         clients.outcomes.clear()

@@ -118,13 +118,12 @@ class Probe:
     def __init__(self, pid: int, port: int, told: Path, key: str):
         self._pid, self._port, self._told, self._key = pid, port, told, key
 
-    async def settled(self, before: Sample | None = None) -> Sample:
-        """A sample of the server when it is idle and has no more than `before`, or after SETTLE_SECONDS whatever it has."""
+    async def settled(self, earlier: list[Sample]) -> Sample:
+        """A sample of the server when it is idle and nothing is missed, or after SETTLE_SECONDS whatever it has."""
         end = time.monotonic() + SETTLE_SECONDS
         while True:
             found = await self.sample()
-            is_left = before and any(getattr(found, name) > getattr(before, name) for name in AS_BEFORE)
-            if (found.is_idle and not is_left) or time.monotonic() > end:
+            if (found.is_idle and not (earlier and missed([*earlier, found]))) or time.monotonic() > end:
                 return found
             await asyncio.sleep(1)
 

@@ -13,6 +13,7 @@ from kernels.cpu.memory import ALIGNMENT, HUGE_PAGE, HugePages, mapped
 
 def test_tensors_are_copied_side_by_side_and_large_ones_get_room_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "CHUNK", 4096)
+    monkeypatch.setattr(memory, "SMALL", 0)
     pages, originals = HugePages(), [torch.randn(size).bfloat16() for size in (3, 100, 1000, 1000, 5000, 1)]
     copies = [pages.copy(each) for each in originals]
     for copy, original in zip(copies, originals, strict=True):
@@ -20,6 +21,18 @@ def test_tensors_are_copied_side_by_side_and_large_ones_get_room_of_their_own(mo
         assert copy.data_ptr() % ALIGNMENT == 0
     assert copies[1].data_ptr() - copies[0].data_ptr() == ALIGNMENT
     assert copies[4].data_ptr() % HUGE_PAGE == 0
+
+
+def test_small_tensors_take_no_room_of_a_chunk() -> None:
+    pages, small, large = HugePages(), torch.randn(100, 3).T, torch.randn(memory.SMALL // 4)
+    pages.copy(large)
+    left = len(pages._rest)
+    copy = pages.copy(small)
+    assert torch.equal(copy, small)
+    assert copy.is_contiguous()
+    assert copy.data_ptr() != small.data_ptr()
+    assert copy.data_ptr() % ALIGNMENT == 0, "the products' reads cross no cache line more"
+    assert len(pages._rest) == left
 
 
 def test_bytes_begin_with_a_huge_page_and_are_freed_with_the_last_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,7 @@ class HugePages:
         self._rest = torch.empty(0, dtype=torch.uint8)
 
     def copy(self, numbers: Tensor) -> Tensor:
-        """The same numbers there, or elsewhere if they are few."""
+        """The same numbers there; below SMALL bytes in memory of their own."""
         if numbers.nbytes < SMALL:
             return numbers.clone(memory_format=torch.contiguous_format)
         size = -(-numbers.nbytes // ALIGNMENT) * ALIGNMENT

@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import secrets
 import shutil
 import signal
@@ -64,7 +65,7 @@ class Soak:
 
     def __init__(self, served: Served, told: Path, seed: int, *, num_seeded: int, trains: bool):
         port = urlsplit(served.url).port or 0
-        cases = Cases(seed, MODEL, KEYS, most_choices=MAX_SLOTS + MAX_QUEUE)
+        cases = self._cases = Cases(seed, MODEL, KEYS, most_choices=MAX_SLOTS + MAX_QUEUE)
         self.clients = Clients(port, cases, seed)
         self.samples: list[Sample] = []
         self.outcomes: list[str] = []
@@ -77,6 +78,8 @@ class Soak:
         """Expect the answers of the quiet server, and measure what it can do."""
         clients = self.clients
         await clients.expect(self._seeded)
+        for case in self._cases.of_each_size():
+            await clients.serve(case, random.Random(0))
         await self._train("first")
         self.rate = OVERLOAD * await clients.saturate("saturated", 2 * MAX_SLOTS, seconds)
         await clients.tidy()
@@ -118,7 +121,7 @@ def run(seconds: float, seed: int, *, rounds: int = ROUNDS, num_seeded: int = NU
         log, told, data = folder / "log", folder / "told", folder / "data"
         command = (sys.executable, "-m", "tests.soak.server", str(told), "serve")
         environment = ENVIRONMENT | {"PYTHONPATH": os.getcwd()}
-        options = ("--data-dir", str(data))
+        options = ("--data-dir", str(data), "--dtype", "auto")
         with banded_serve(checkpoint(folder), log, *options, command=command, **environment) as served:
             running = Soak(served, told, seed, num_seeded=num_seeded, trains=trains)
             try:

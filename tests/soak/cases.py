@@ -9,11 +9,13 @@ import random
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from kernels.torch_ops import rounded_up
 from tests.soak.wire import Answer, Request, post
 
 Body = dict[str, Any]
 
 CONTEXT, VOCABULARY = 2048, 50_257
+MOST_ROWS = 512  # that a step computes
 # Under load every request for the engine may find the queue full (429) or wait too long (503).
 SERVED = frozenset({200, 429, 503})
 REFUSED = frozenset({400})
@@ -346,6 +348,16 @@ class Cases:
         if path == "/v1/files/file-none" and rng.random() < 0.5:
             method = "DELETE"
         return Case("look", Request(method, path, key=self.key(rng)), frozenset({paths[path]}))
+
+    def of_each_size(self) -> Iterator[Case]:
+        """Prompts of every number of rows that a product is compiled for, with logprobs, so that the head's are too.
+
+        oneDNN, which multiplies in float32, keeps what it compiles. A round grows with each size that is new in it.
+        """
+        rng = random.Random("sizes")
+        for rows in sorted({rounded_up(count) for count in range(1, MOST_ROWS + 1)}):
+            body = {"prompt": self._tokens(rng, rows), "max_tokens": 1, "echo": True, "logprobs": 0, "model": self._model}
+            yield Case("size", post("/v1/completions", body, self.key(rng)), frozenset({200}), 1)
 
     # -- requests that are wrong --------------------------------------------------------------------------------------
 

@@ -10,6 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import FileResponse
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
+from starlette.types import Receive, Scope, Send
 
 from model.training.examples import encode, read_examples
 from service.api.errors import APIError, invalid
@@ -145,7 +146,19 @@ async def get_file(file_id: str, request: Request) -> FileObject:
 
 @router.get("/v1/files/{file_id}/content", response_class=FileResponse)
 async def get_content(file_id: str, request: Request) -> FileResponse:
-    return FileResponse(find_content(request, file_id), media_type="application/jsonl")
+    return OpenFile(find_content(request, file_id))
+
+
+class OpenFile(FileResponse):
+    """The content of a file, which may be deleted from now on."""
+
+    def __init__(self, path: Path):
+        self._file = path.open("rb")
+        super().__init__(f"/dev/fd/{self._file.fileno()}", media_type="application/jsonl")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._file:
+            await super().__call__(scope, receive, send)
 
 
 @router.delete("/v1/files/{file_id}", responses={409: {"model": ErrorResponse, "description": "A job needs the file"}})

@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, MutableMapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +19,7 @@ import pytest
 import service.jobs.runner
 import service.jobs.store
 from service.api.app import create_app
+from service.api.routes.files import OpenFile
 from service.engine.loading import LoadError
 from service.engine.models import ModelEntry, Models
 from service.jobs.runner import Jobs
@@ -205,6 +206,25 @@ def test_a_file_is_kept_listed_read_and_deleted(tmp_path: Path) -> None:
             assert answer.json()["error"]["message"] == f"there is no file '{second}'"
 
     run(test)
+
+
+def test_a_file_that_is_deleted_while_it_is_read_is_read_to_its_end(tmp_path: Path) -> None:
+    path, content, sent = tmp_path / "file.jsonl", LINE.encode() * 5000, []
+    path.write_bytes(content)
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        path.unlink(missing_ok=True)  # when the head goes out, ahead of the content
+        sent.append(message.get("body", b""))
+
+    response = OpenFile(path)
+    run(lambda: response({"type": "http", "method": "GET", "headers": []}, no_more, send))
+    assert b"".join(sent) == content
+    assert response._file.closed
+
+
+async def no_more() -> dict[str, Any]:
+    await asyncio.sleep(60)
+    return {"type": "http.disconnect"}
 
 
 @contract("fine_tuning", "file", "one whose content is gone or cut short is a 404 with the reason; the others are served")

@@ -49,9 +49,9 @@ class BlockParts(NamedTuple):
     scale: float  # on attention scores
 
 
-# Runs all blocks on x (N, C), which it overwrites, with a plan for each kind of attention. Returns x, and what is still to
-# be added to it.
-NativeForward = Callable[[Tensor, Mapping[PatternKind, StepPlan]], tuple[Tensor, Tensor | None]]
+# Hidden states (N, C) of x (N, C), which it overwrites, after all blocks and the final norm. Takes a plan for each kind of
+# attention.
+NativeForward = Callable[[Tensor, Mapping[PatternKind, StepPlan]], Tensor]
 
 
 class Ops(Protocol):
@@ -99,9 +99,9 @@ class Ops(Protocol):
         """
 
     def native_forward(
-        self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool
+        self, blocks: Sequence[BlockParts], final_norm: nn.LayerNorm | None, activation: Activation, *, pre_norm: bool
     ) -> NativeForward | None:
-        """All blocks in one call of native code, with the bits of the ops one by one; None where there is no such code.
+        """All blocks and the final norm in one call of native code, with the bits of the ops one by one.
 
-        The modules must keep their tensors from then on.
+        None where there is no such code. The modules must keep their tensors from then on.
         """

@@ -143,13 +143,30 @@ class PrefillPlan:
         return self.layout.col_idx[begin:end].tolist()
 
 
-class StepPlan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StepPlan:
     """What the layers of one kind share in a step: where new keys go and which pages each token reads."""
 
-    slot_mapping: Tensor  # (N,) page * PAGE_SIZE + offset of each token's key
-    decode: DecodePlan | None
-    prefill: PrefillPlan | None
-    num_decodes: int  # these tokens come first
+    page_table: Tensor  # (S, W + 1) int32 of all S batch rows: otherwise as in DecodePlan
+    rows: Tensor  # (N,) int64: the batch row of each token
+    positions: Tensor  # (N,) int64
+    num_decodes: int  # these tokens come first, each the last of its sequence
+    prefill: PrefillPlan | None  # of the others
+    pattern: Pattern
+    layout: BlockLayout | None
+
+    @cached_property
+    def slot_mapping(self) -> Tensor:
+        """(N,) page * PAGE_SIZE + offset of each token's key."""
+        pages = self.page_table[self.rows, self.positions // PAGE_SIZE].long()
+        return pages * PAGE_SIZE + self.positions % PAGE_SIZE
+
+    @cached_property
+    def decode(self) -> DecodePlan | None:
+        if not self.num_decodes:
+            return None
+        rows, positions = self.rows[: self.num_decodes], self.positions[: self.num_decodes]
+        return DecodePlan(self.page_table[rows], positions + 1, self.pattern, self.layout)
 
 
 def hidden_keys(pattern: Pattern, positions: range, pages: list[int]) -> dict[int, Tensor]:

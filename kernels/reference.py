@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.band import PAGE_SIZE
 from kernels.int8 import ZERO_POINT, Int8Weight, quantize_rows, quantize_weight
@@ -152,5 +152,7 @@ def top_logprobs(logits: Tensor, count: int) -> TopLogprobs:
     return TopLogprobs(totals.float(), ids[:, :count], (values[:, :count] - totals).float())
 
 
-def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+def native_forward(
+    blocks: Sequence[BlockParts], final_norm: nn.LayerNorm | None, activation: Activation, *, pre_norm: bool
+) -> None:
     """Ops run one by one."""

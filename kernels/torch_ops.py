@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.band import PAGE_SIZE
 from kernels.int8 import OneDNNWeight, multiply, quantize_rows, quantize_weight
@@ -206,5 +206,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, activation: Activation) -> T
     return F.gelu(x, approximate="tanh" if activation == "gelu_new" else "none")
 
 
-def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+def native_forward(
+    blocks: Sequence[BlockParts], final_norm: nn.LayerNorm | None, activation: Activation, *, pre_norm: bool
+) -> None:
     """Ops run one by one."""

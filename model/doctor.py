@@ -16,7 +16,7 @@ from kernels.band import PAGE_SIZE, SPLIT_PAGES, first_key
 from kernels.block_layout import BlockLayout, block_layout
 from kernels.names import PatternKind
 from kernels.ops import Ops
-from kernels.plan import DecodePlan, PrefillPlan, StepPlan
+from kernels.plan import PrefillPlan, StepPlan
 from model.config import GPTConfig
 from model.gpt import GPT, Attend, KVPool, PagedAttention, PagedGPT
 
@@ -155,11 +155,9 @@ def hidden_states(
 def step_plan(config: GPTConfig, kind: PatternKind, step: range, table: Tensor, layout: BlockLayout | None) -> StepPlan:
     """The plan of one chunk, or of one decode row, of the only sequence; table (1, W + 1)."""
     positions = torch.arange(step.start, step.stop, device=table.device)
-    slot_mapping = table[0, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
-    pattern = config.pattern(kind)
-    if len(step) == 1:
-        return StepPlan(slot_mapping, DecodePlan(table, positions + 1, pattern, layout), None, num_decodes=1)
-    return StepPlan(slot_mapping, None, PrefillPlan(table, [step.start], [len(step)], pattern, layout), num_decodes=0)
+    pattern, num_decodes = config.pattern(kind), int(len(step) == 1)
+    prefill = None if num_decodes else PrefillPlan(table, [step.start], [len(step)], pattern, layout)
+    return StepPlan(table, torch.zeros_like(positions), positions, num_decodes, prefill, pattern, layout)
 
 
 def by_kind(config: GPTConfig, attends: dict[PatternKind, PagedAttention]) -> Attend:

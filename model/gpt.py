@@ -263,7 +263,7 @@ class PagedGPT:
         self._model, self._ops, self._pools = model, ops, pools
         blocks = enumerate(zip(cast(Iterable[Block], model.h), pools, strict=True))
         parts = [block.parts(pool, config.kind(layer), config.scale_of(layer)) for layer, (block, pool) in blocks]
-        self._native_forward = ops.native_forward(parts, config.activation, pre_norm=config.pre_norm)
+        self._native_forward = ops.native_forward(parts, model.ln_f, config.activation, pre_norm=config.pre_norm)
 
     def __call__(
         self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan], adapt: Adapt | None = None
@@ -276,7 +276,7 @@ class PagedGPT:
         if self._native_forward is None or adapt is not None:
             attend = PagedAttention(model.config, ops, self._pools, plans)
             return cast(Tensor, model(tokens, positions, attend, ops, adapt))
-        return model.norm(*self._native_forward(model.embed(tokens, positions, ops), plans), ops)
+        return self._native_forward(model.embed(tokens, positions, ops), plans)
 
 
 def layer_norm(config: GPTConfig) -> nn.LayerNorm:

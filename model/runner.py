@@ -21,7 +21,7 @@ from kernels.band import PAGE_SIZE
 from kernels.block_layout import block_layout
 from kernels.names import NOT_FINITE, PatternKind
 from kernels.ops import Ops
-from kernels.plan import DecodePlan, PrefillPlan, StepPlan
+from kernels.plan import PrefillPlan, StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
 from model.config import KVGroup
 from model.gpt import GPT, Adapt, KVPool, PagedGPT
@@ -57,7 +57,7 @@ class PendingStep:
     """A launched step; `result` waits for its tokens."""
 
     def __init__(self, step: StepInput, tokens: Tensor, found: list[FoundLogprobs]):
-        """Start to copy `tokens` (B,), which later steps may overwrite, and `found` to the host.
+        """Start to copy `tokens` (B,), which later steps of a device may overwrite, and `found` to the host.
 
         `found` holds the samples that want logprobs first, then the prompt's logprobs.
         """
@@ -89,9 +89,10 @@ class PendingStep:
 
 
 def start_copy(tensor: Tensor) -> Tensor:
-    """A copy on the host, complete once the device has reached this point of its queue."""
-    copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    return copy.copy_(tensor, non_blocking=True)
+    """The tensor on the host, complete once the device has reached this point of its queue."""
+    if not tensor.is_cuda:
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
 
 
 def decode_buckets(num_rows: int) -> list[int]:
@@ -310,10 +311,8 @@ class Runner:
         plans = {}
         for kind, pattern in self.patterns.items():
             table, layout = self.page_tables[self.group_of[kind]], self.layouts[kind]
-            slots = table[rows, positions // PAGE_SIZE].long() * PAGE_SIZE + positions % PAGE_SIZE
-            decode = DecodePlan(table[rows[:count]], positions[:count] + 1, pattern, layout) if count else None
             prefill = PrefillPlan(table[chunk_rows], starts, lengths, pattern, layout) if chunks else None
-            plans[kind] = StepPlan(slots, decode, prefill, count)
+            plans[kind] = StepPlan(table, rows, positions, count, prefill, pattern, layout)
         return plans
 
     def _sample(
@@ -340,10 +339,13 @@ class Runner:
             parts.append(tokens)
             if wanted:
                 chosen = logits.gather(1, tokens[:, None].clamp_min(0)) - top.totals
-                (kept,) = self._to_device(wanted)
-                found.append(FoundLogprobs(chosen[kept, 0], top.ids[kept], top.logprobs[kept]))
+                some = FoundLogprobs(chosen[:, 0], top.ids, top.logprobs)
+                if len(wanted) < len(logits):
+                    (kept,) = self._to_device(wanted)
+                    some = FoundLogprobs(*(column[kept] for column in some))
+                found.append(some)
             del logits  # or it would stay allocated while the next ones are computed
-        tokens = torch.cat(parts) if parts else rows
+        tokens = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows
         known = tokens.clamp_min(0)  # the next step may be launched before anyone sees that there is no token
         self.last_token[rows] = known
         self.sampling.generated[rows, known] += 1

@@ -8,14 +8,16 @@ from ctypes import POINTER, c_float, c_int, c_int64, c_void_p
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.band import PAGE_SIZE
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, GROUP, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels
-from kernels.names import NONE_LEFT, NOT_FINITE, Activation
+from kernels.names import NONE_LEFT, NOT_FINITE, Activation, PatternKind
 from kernels.ops import BlockParts
 from kernels.plan import StepPlan
 from kernels.sampling_state import COLUMNS, TABLES, SamplingState
+
+KINDS: tuple[PatternKind, ...] = get_args(PatternKind)
 
 
 class Pointer:
@@ -40,6 +42,10 @@ def pointers(*names: str) -> tuple[tuple[str, type[c_void_p]], ...]:
 
 class NormArgs(TensorStructure):
     _fields_ = (*pointers("weight", "bias"), ("eps", c_float))
+
+    @classmethod
+    def of(cls, norm: nn.LayerNorm) -> "NormArgs":
+        return cls(norm.weight, norm.bias, norm.eps)
 
 
 class ProductArgs(TensorStructure):
@@ -71,7 +77,7 @@ class BlockArgs(TensorStructure):
 
     @classmethod
     def of(cls, parts: BlockParts, plan: int) -> "BlockArgs":
-        norms = (NormArgs(norm.weight, norm.bias, norm.eps) for norm in (parts.ln_1, parts.ln_2))
+        norms = NormArgs.of(parts.ln_1), NormArgs.of(parts.ln_2)
         linears = parts.c_attn, parts.c_proj, parts.c_fc, parts.mlp_c_proj
         products = (ProductArgs.of(linear.weight, linear.bias) for linear in linears)
         return cls(*norms, *products, parts.k_pages, parts.v_pages, plan, parts.scale)
@@ -79,6 +85,8 @@ class BlockArgs(TensorStructure):
 
 class PlanArgs(TensorStructure):
     _fields_ = (
+        *pointers("page_table", "rows", "positions", "row_ptr", "col_idx"),
+        *((name, c_int64) for name in ("table_stride", "kind", "size", "summary")),
         *pointers("slot_mapping", "page_ids", "offsets", "visible"),
         *pointers("tile_rows", "tile_offsets", "tile_page_ids", "tile_masks", "tile_hidden"),
         ("num_tiles", c_int64),
@@ -86,13 +94,16 @@ class PlanArgs(TensorStructure):
 
     @classmethod
     def of(cls, plan: StepPlan) -> "PlanArgs":
-        decode: tuple[Tensor | None, ...] = (None, None, None)
-        if plan.decode:
-            pages = plan.decode.page_list
-            decode = pages.page_ids, pages.offsets, pages.visible
+        """With room for all pages of the rows that decode."""
+        table, layout, (kind, size, summary) = plan.page_table, plan.layout, plan.pattern
+        sparse = (layout.row_ptr, layout.col_idx) if layout else (None, None)
+        most = plan.num_decodes * table.shape[1]
+        page_ids, offsets = torch.empty(most, dtype=torch.int64), torch.empty(plan.num_decodes + 1, dtype=torch.int64)
+        room = torch.empty_like(plan.positions), page_ids, offsets, torch.empty(most, PAGE_SIZE, dtype=torch.bool)
         tiles = plan.prefill.tile_list if plan.prefill else None
         prefill = (*tiles, len(tiles.rows)) if tiles else ()
-        return cls(plan.slot_mapping, *decode, *prefill)
+        pattern = table.stride(0), KINDS.index(kind), size, summary
+        return cls(table, plan.rows, plan.positions, *sparse, *pattern, *room, *prefill)
 
 
 class QuantizedRows(TensorStructure):
@@ -135,7 +146,7 @@ ARGUMENTS: dict[str, tuple[object, ...]] = {
     "project_panels": (POINTER(ProductArgs), Pointer, c_int64, Pointer, c_int),
     "run_blocks": (
         *(POINTER(BlockArgs), c_int64, c_int, c_int, c_int64),
-        *(POINTER(PlanArgs), c_int64, c_int64, Pointer, Pointer, POINTER(ScratchArgs), c_int),
+        *(POINTER(PlanArgs), *[c_int64] * 3, Pointer, Pointer, POINTER(ScratchArgs), POINTER(NormArgs), c_int),
     ),
 }
 
@@ -144,6 +155,7 @@ def layout() -> str:
     """C++ that compiles after csrc/abi.h only if that has the constants, the structures and the fields of this file."""
     constants = {"PAGE_SIZE": PAGE_SIZE, "LANES": LANES, "GROUP": GROUP, "BLOCK": BLOCK, "PANELS": PANELS, "OFFSET": OFFSET}
     constants |= {"NOT_FINITE": NOT_FINITE, "NONE_LEFT": NONE_LEFT}
+    constants |= {name.upper(): KINDS.index(name) for name in KINDS}
     constants |= {str(name).upper(): ACTIVATIONS[name] for name in (None, *get_args(Activation))}
     facts = [f"{name} == {value}" for name, value in constants.items()]
     for structure in STRUCTURES:

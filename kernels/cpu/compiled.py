@@ -13,10 +13,19 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels import torch_ops
-from kernels.cpu.abi import ARGUMENTS, BlockArgs, PlanArgs, ProductArgs, QuantizedRows, SamplingArgs, ScratchArgs
+from kernels.cpu.abi import (
+    ARGUMENTS,
+    BlockArgs,
+    NormArgs,
+    PlanArgs,
+    ProductArgs,
+    QuantizedRows,
+    SamplingArgs,
+    ScratchArgs,
+)
 from kernels.cpu.build import Shape, compiled_library
 from kernels.cpu.memory import HugePages
 from kernels.cpu.panels import ACTIVATIONS, BLOCK, LANES, OFFSET, PANELS, Bf16Panels, Int8Panels, to_panels
@@ -183,30 +192,40 @@ class CompiledOps:
         return found
 
     def native_forward(
-        self, blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool
+        self, blocks: Sequence[BlockParts], final_norm: nn.LayerNorm | None, activation: Activation, *, pre_norm: bool
     ) -> NativeForward | None:
         """None unless all norms and products are compiled."""
         products = [each.weight for part in blocks for each in (part.c_attn, part.c_proj, part.c_fc, part.mlp_c_proj)]
         if blocks[0].ln_1.normalized_shape[0] % LANES or not all(isinstance(w, Bf16Panels | Int8Panels) for w in products):
             return None
-        return NativeBlocks(self, blocks, activation, pre_norm=pre_norm)
+        return NativeBlocks(self, blocks, final_norm, activation, pre_norm=pre_norm)
 
 
 class NativeBlocks:
     """All blocks in one call: between ops Python would wait for the interpreter's lock. See kernels.ops.NativeForward."""
 
-    def __init__(self, ops: CompiledOps, parts: Sequence[BlockParts], activation: Activation, *, pre_norm: bool):
+    def __init__(
+        self,
+        ops: CompiledOps,
+        parts: Sequence[BlockParts],
+        final_norm: nn.LayerNorm | None,
+        activation: Activation,
+        *,
+        pre_norm: bool,
+    ):
         self._ops, self._activation, self._pre_norm = ops, ACTIVATIONS[activation], pre_norm
         self._parts = list(parts)  # self._blocks points to their tensors
+        self._final_norm = NormArgs.of(final_norm) if final_norm else None
         self._kinds = list(dict.fromkeys(part.kind for part in parts))
         self._blocks = (BlockArgs * len(parts))(*(BlockArgs.of(part, self._kinds.index(part.kind)) for part in parts))
         self._heads = parts[0].k_pages.shape[1]
 
-    def __call__(self, x: Tensor, plans: Mapping[PatternKind, StepPlan]) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, plans: Mapping[PatternKind, StepPlan]) -> Tensor:
         tokens, columns = x.shape  # N, C
         first = self._blocks[0]
         num_decodes = plans[self._kinds[0]].num_decodes
-        step = (PlanArgs * len(self._kinds))(*(PlanArgs.of(plans[kind]) for kind in self._kinds))
+        plan_args = [PlanArgs.of(plans[kind]) for kind in self._kinds]
+        step = (PlanArgs * len(plan_args))(*plan_args)
         update, normed, attended = (torch.empty_like(x) for _ in range(3))
         qkv, inner = x.new_empty(tokens, 3 * columns), x.new_empty(tokens, first.c_fc.channels)
         quantized = QuantizedRows(tokens, max(first.c_attn.padded, first.mlp_c_proj.padded))
@@ -214,10 +233,12 @@ class NativeBlocks:
         self._ops.call(
             "run_blocks",
             *(self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads),
-            *(step, tokens, num_decodes, x, update, scratch),
-            keep=(self._parts, plans),
+            *(step, len(step), tokens, num_decodes, x, update, scratch, self._final_norm),
+            keep=(self._parts, plans, plan_args),
         )
-        return x, update if self._pre_norm else None
+        if self._final_norm:
+            return normed
+        return x + update if self._pre_norm else x
 
 
 def rows_of_floats(logits: Tensor) -> Tensor:

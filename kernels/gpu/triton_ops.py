@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.gpu.add_layernorm import add_layernorm as add_layernorm
 from kernels.gpu.bias_activation import bias_activation as bias_activation
@@ -33,5 +33,7 @@ def project(x: Tensor, weight: Weight) -> Tensor:
     return linear(x, weight, None)
 
 
-def native_forward(blocks: Sequence[BlockParts], activation: Activation, *, pre_norm: bool) -> None:
+def native_forward(
+    blocks: Sequence[BlockParts], final_norm: nn.LayerNorm | None, activation: Activation, *, pre_norm: bool
+) -> None:
     """Ops run one by one."""

@@ -17,6 +17,7 @@ constexpr int OFFSET = 128;  // added to int8 weights, which makes them unsigned
 constexpr int NOT_FINITE = -1, NONE_LEFT = -2;  // kernels.names, in place of a token
 
 enum Activation { NONE, RELU, GELU, GELU_NEW };  // numbers of kernels.cpu.panels.ACTIVATIONS
+enum PatternKind { DENSE, BANDED, STRIDED, FIXED };  // in the order of kernels.names.PatternKind
 
 }  // namespace
 
@@ -42,11 +43,14 @@ struct BlockArgs {
   float scale;   // of attention scores
 };
 
-// kernels.plan.StepPlan.
+// kernels.plan.StepPlan, and room for what plans.h fills in.
 struct PlanArgs {
-  const int64_t* slot_mapping;
-  const int64_t *page_ids, *offsets;  // of the rows that decode
-  const uint8_t* visible;
+  const int32_t* page_table;  // of all batch rows, table_stride apart
+  const int64_t *rows, *positions;
+  const int32_t *row_ptr, *col_idx;  // of a sparse pattern's layout; else null
+  int64_t table_stride, kind, size, summary;
+  int64_t *slot_mapping, *page_ids, *offsets;
+  uint8_t* visible;
   const int64_t *tile_rows, *tile_offsets, *tile_page_ids, *tile_masks;  // of prompt chunks
   const uint8_t* tile_hidden;
   int64_t num_tiles;

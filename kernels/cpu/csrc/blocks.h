@@ -4,6 +4,7 @@
 #include "abi.h"
 #include "decode_attention.h"
 #include "norms.h"
+#include "plans.h"
 #include "prefill_attention.h"
 #include "products.h"
 
@@ -13,7 +14,7 @@ namespace {
 
 void share_blocks(Worker& worker, const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation,
                 int64_t heads, const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
-                const ScratchArgs& scratch) {
+                const ScratchArgs& scratch, const NormArgs* final_norm) {
   const int64_t columns = heads * HEAD_DIM, row = 3 * columns;
 
   const auto add_norm = [&](const NormArgs& norm, const ELEMENT* more, ELEMENT* out) {
@@ -54,18 +55,21 @@ void share_blocks(Worker& worker, const BlockArgs* blocks, int64_t num_blocks, i
       mlp(*block, x);
       add_norm(block->ln_2, update, x);
     }
+  if (final_norm) add_norm(*final_norm, pre_norm ? update : nullptr, scratch.normed);
 }
 
 }  // namespace
 
-// model.gpt.Block.forward of each block in turn. x and update are (tokens, heads * HEAD_DIM): the next norm adds them
-// up, or takes x alone where norms follow (pre_norm is 0). The first `decodes` tokens are a row of a sequence each,
-// the others are chunks of prompts.
+// model.gpt.Block.forward of each block in turn, then the final norm, if there is one, into scratch.normed. x and update
+// are (tokens, heads * HEAD_DIM): the next norm adds them up, or takes x alone where norms follow (pre_norm is 0). The
+// first `decodes` tokens are a row of a sequence each, the others are chunks of prompts.
 extern "C" int64_t run_blocks(const BlockArgs* blocks, int64_t num_blocks, int pre_norm, int activation, int64_t heads,
-                              const PlanArgs* plans, int64_t tokens, int64_t decodes, ELEMENT* x, ELEMENT* update,
-                              const ScratchArgs& scratch, int threads) {
+                              const PlanArgs* plans, int64_t num_plans, int64_t tokens, int64_t decodes, ELEMENT* x,
+                              ELEMENT* update, const ScratchArgs& scratch, const NormArgs* final_norm, int threads) {
+  for (int64_t i = 0; i < num_plans; i++) fill_in(plans[i], tokens, decodes);
   return team().run(threads, [=](Worker& worker) {
-    share_blocks(worker, blocks, num_blocks, pre_norm, activation, heads, plans, tokens, decodes, x, update, scratch);
+    share_blocks(worker, blocks, num_blocks, pre_norm, activation, heads, plans, tokens, decodes, x, update, scratch,
+                 final_norm);
   });
 }
 #endif

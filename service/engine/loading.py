@@ -22,6 +22,7 @@ from model.checkpoint.prompt_format import PromptFormat, load_prompt_format
 from model.checkpoint.tokenizer import Tokenizer
 from model.checkpoint.vocabulary import load_tokenizer
 from model.checkpoint.weights import load_model, weights_digest, weights_fingerprint
+from model.config import GPTConfig
 from model.doctor import kernel_errors
 from model.gpt import GPT
 from model.lora import Adapter, load_adapter
@@ -35,7 +36,7 @@ from service.engine.models import ModelEntry, Models
 from service.engine.options import EngineOptions
 from service.engine.pages import PageAllocator, page_bytes, pool_sizes, sequence_bytes
 from service.engine.process import MAPPED_BYTES, keep_freed_memory, keep_to_quota, one_torch_thread, switch_threads_often
-from service.engine.scheduler import AdapterRef, Scheduler, Sequence
+from service.engine.scheduler import MIN_CHUNK, AdapterRef, Scheduler, Sequence
 
 log = logging.getLogger("banded")
 
@@ -202,6 +203,12 @@ def check_kernels(checkpoint: Checkpoint, metrics: Metrics) -> None:
     torch.cuda.empty_cache()
 
 
+def explained_weight(config: GPTConfig) -> float:
+    """How many prompt tokens take about as long as one with logprobs, which goes through the head too; at most MIN_CHUNK."""
+    blocks = config.n_layer * (4 * config.n_embd + 2 * config.n_inner) * config.n_embd
+    return min(1 + config.padded_vocab_size * config.token_width / blocks, MIN_CHUNK)
+
+
 def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metrics) -> tuple[Engine, Runner]:
     """An engine, warmed up and not yet started, and its runner.
 
@@ -230,7 +237,13 @@ def build_engine(checkpoint: Checkpoint, options: EngineOptions, metrics: Metric
     # On a CPU nothing runs in parallel with the host, which can then use each token before it lays out the next step.
     overlap = device.type == "cuda"
     max_draft = MAX_DRAFT if options.drafts and not overlap else 0
-    scheduler = Scheduler(cache, max_rows=options.max_slots, step_tokens=options.step_tokens, max_draft=max_draft)
+    scheduler = Scheduler(
+        cache,
+        max_rows=options.max_slots,
+        step_tokens=options.step_tokens,
+        explained_weight=explained_weight(config),
+        max_draft=max_draft,
+    )
     warm_up(runner, scheduler)
     if device.type == "cuda":
         runner.capture()

@@ -11,8 +11,6 @@ NEWEST = 0.5
 NEWEST_MEAN = 0.05
 # A step with prompts may take this many decode-only steps. One step in a hundred takes 1.5 times as long as predicted.
 MAX_SLOWDOWN = 1.75
-# Prompt tokens with logprobs that a step may always have.
-MIN_EXPLAINED = 8
 # The rows that a client decodes beyond those of every other may make a step take this many times as long.
 MAX_CROWDING = 1.5
 
@@ -54,14 +52,13 @@ class Pace:
         """Decode rows, drafts included, that leave room for a page of a prompt that continues at position `start`."""
         return self._fitting(Load(1, 0, 0), other=Load(0, PAGE_SIZE, PAGE_SIZE * start))
 
-    def chunk_limit(self, num_rows: int, start: int, *, explained: bool = False) -> int:
+    def chunk_limit(self, num_rows: int, start: int) -> int:
         """Prompt tokens, from position `start` on, that keep a step with `num_rows` decode rows within MAX_SLOWDOWN.
 
         At least a page, whose queries are cheapest together. Smaller chunks would cost the streams more throughput than
-        they save them delay. Tokens that are to be `explained` take as long as decode rows: at least MIN_EXPLAINED.
+        they save them delay.
         """
-        least = MIN_EXPLAINED if explained else PAGE_SIZE
-        return max(least, self._fitting(Load(0, 1, start, int(explained)), other=Load(num_rows, 0, 0)))
+        return max(PAGE_SIZE, self._fitting(Load(0, 1, start), other=Load(num_rows, 0, 0)))
 
     def crowd_limit(self, num_rows: int) -> int:
         """Decode rows, drafts included, that keep a step within MAX_CROWDING times one of `num_rows`."""

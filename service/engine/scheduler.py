@@ -4,6 +4,7 @@ Plain numbers: no torch, no clock, no thread.
 """
 
 import math
+import sys
 from collections import Counter, abc, deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -124,11 +125,6 @@ class Sequence:
         return self.num_computed < len(self.prompt)
 
     @property
-    def is_explained(self) -> bool:
-        """Whether the next tokens of its prompt get logprobs."""
-        return self.prompt_logprobs_from is not None and self.prompt_logprobs_from <= self.num_computed + 1
-
-    @property
     def is_decoding(self) -> bool:
         """Whether the next step computes its last token: it is past its prompt and short of max_tokens.
 
@@ -206,6 +202,11 @@ class Scheduled:
     filled: list[tuple[Sequence, list[FilledPage]]] = field(default_factory=list)
     parents: dict[Sequence, Sequence] = field(default_factory=dict)  # of those that begin at the end of another's prompt
 
+    @property
+    def num_explained(self) -> int:
+        """Prompt tokens with logprobs."""
+        return sum(len(wanted.targets) for wanted in self.step.prompt_logprobs)
+
 
 class Scheduler:
     """Continuous batching with admission by reservation: a sequence that has a row never lacks pages.
@@ -218,10 +219,13 @@ class Scheduler:
     use them. Every step is committed in the same order; `submit` and `abort` come at any time.
     """
 
-    def __init__(self, cache: PageAllocator, *, max_rows: int, step_tokens: int, max_draft: int = 0):
+    def __init__(
+        self, cache: PageAllocator, *, max_rows: int, step_tokens: int, explained_weight: float = 1.0, max_draft: int = 0
+    ):
         """At most `max_rows` sequences run at once, and at most `step_tokens` tokens are computed in a step.
 
-        A step computes up to `max_draft` guessed tokens of a sequence. If that is above 0, every step must be committed
+        A prompt token with logprobs counts as `explained_weight` tokens, from 1 to MIN_CHUNK. A step computes up to
+        `max_draft` guessed tokens of a sequence. If that is above 0, every step must be committed
         before the next is scheduled.
         """
         if step_tokens < max_rows + MIN_CHUNK:
@@ -231,6 +235,7 @@ class Scheduler:
         self.cache = cache
         self.max_rows = max_rows
         self.step_tokens = step_tokens
+        self.explained_weight = explained_weight
         self.max_draft = max_draft
         self.waiting: Shares[Sequence] = Shares()
         self.running: dict[int, Sequence] = {}  # by row, in order of admission
@@ -307,9 +312,7 @@ class Scheduler:
         num_decodes = len(scheduled.step.decodes)
         budget = self.step_tokens - num_decodes
         if is_paced:
-            first = prompts[0]
-            limit = self._pace.chunk_limit(num_decodes, first.num_computed, explained=first.is_explained)
-            budget = min(budget, limit)
+            budget = min(budget, self._pace.chunk_limit(num_decodes, prompts[0].num_computed))
         self._add_chunks(scheduled, prompts, budget)
         self.waiting.advance(scheduled.num_tokens - num_decodes, (sequence.client for sequence in prompts))
         if not scheduled.sequences:
@@ -521,14 +524,18 @@ class Scheduler:
         return int(stop) - sequence.num_computed - 1
 
     def _add_chunks(self, scheduled: Scheduled, prompts: list[Sequence], budget: int) -> None:
-        """Add prompt tokens, at most `budget`. No more than one prompt may rest inside a page, see PageAllocator."""
+        """Add prompt tokens that count as `budget`. No more than one prompt may rest inside a page, see PageAllocator."""
         end = scheduled.num_tokens + budget
+
+        def left() -> int:
+            return int(end - scheduled.num_tokens - (self.explained_weight - 1) * scheduled.num_explained)
+
         begun = next((sequence for sequence in prompts if sequence.num_computed % PAGE_SIZE), None)
         if begun and begun is not prompts[0]:
-            self._add_chunk(scheduled, begun, min(budget, -begun.num_computed % PAGE_SIZE))
+            self._add_chunk(scheduled, begun, left(), most=-begun.num_computed % PAGE_SIZE)
             prompts = [sequence for sequence in prompts if sequence is not begun]
         for sequence in prompts:
-            if sequence.in_prompt and not self._add_chunk(scheduled, sequence, end - scheduled.num_tokens):
+            if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left()):
                 break
 
     def _compute(self, scheduled: Scheduled, sequence: Sequence, num_tokens: int) -> None:
@@ -542,15 +549,21 @@ class Scheduler:
         scheduled.step.samples.append(Sample(sequence.row, index, sequence.top_logprobs, sequence.banned()))
         scheduled.sampling.append(sequence)
 
-    def _add_chunk(self, scheduled: Scheduled, sequence: Sequence, budget: int) -> bool:
-        """Add as much of a prompt as the budget allows; returns whether its end was added, so that the next may follow."""
+    def _add_chunk(self, scheduled: Scheduled, sequence: Sequence, budget: int, most: int = sys.maxsize) -> bool:
+        """Add as much of a prompt as the budget allows, at most `most` tokens.
+
+        Returns whether its end was added, so that the next may follow.
+        """
         step, prompt = scheduled.step, sequence.prompt
         begins, start = sequence.num_computed == 0, sequence.num_computed
         cached: list[PageHash] = []
         if begins and (usable := sequence.usable_hashes):
             cached = usable[: self.cache.prefix(usable)]
             start = len(cached) * PAGE_SIZE
-        end = min(start + budget, len(prompt))
+        end = min(start + min(budget, most), len(prompt))
+        if sequence.prompt_logprobs_from is not None:
+            explained = max(start, sequence.prompt_logprobs_from - 1)
+            end = min(end, explained + int((start + budget - explained) / self.explained_weight))
         if end < len(prompt) and end // PAGE_SIZE * PAGE_SIZE > start:
             end = end // PAGE_SIZE * PAGE_SIZE  # the queries of a page are cheapest together
         if end <= start:
@@ -650,8 +663,7 @@ class Scheduler:
         tokens = sum(len(chunk.tokens) for chunk in step.chunks)
         keys = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) // 2) for chunk in step.chunks)
         if seconds is not None:
-            explained = sum(len(wanted.targets) for wanted in step.prompt_logprobs)
-            self._pace.observe(Load(len(step.decodes), tokens, keys, explained), seconds)
+            self._pace.observe(Load(len(step.decodes), tokens, keys, scheduled.num_explained), seconds)
         for sequence, filled in scheduled.filled:
             if self.is_running(sequence):
                 self.cache.publish(filled)

@@ -14,11 +14,13 @@ from kernels import torch_ops
 from kernels.cpu import compiled as cpu_compiled
 from kernels.cpu.build import Shape
 from kernels.names import KernelChoice
+from model.config import SIZES
 from service.engine import loading
 from service.engine.loading import (
     LoadError,
     choose_device,
     choose_dtype,
+    explained_weight,
     kernels_in_words,
     kv_budget,
     load_served,
@@ -28,6 +30,7 @@ from service.engine.metrics import Metrics
 from service.engine.models import ModelEntry
 from service.engine.options import EngineOptions
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
+from service.engine.scheduler import MIN_CHUNK
 from service.settings import Settings
 from tests.demand import needs_vnni
 from tests.model.checkpoint.checkpoints import tiny
@@ -253,6 +256,12 @@ def test_auto_dtype_is_bfloat16_where_that_is_multiplied_fast(
     assert choose_dtype(replace(auto, dtype="float16"), cpu, 64) is torch.float16
     for without_ours in (replace(auto, compile=False), replace(auto, kernels="triton")):
         assert choose_dtype(without_ours, cpu, 64) is (torch.bfloat16 if native else torch.float32)
+
+
+def test_a_prompt_token_with_logprobs_counts_as_many_as_it_takes() -> None:
+    weights = [explained_weight(SIZES[name]) for name in ("demo", "gpt3-125m", "gpt3-1.3b")]
+    assert weights == pytest.approx([5.1, 1.455, 1.085], rel=0.01)
+    assert explained_weight(replace(SIZES["demo"], n_layer=1)) == MIN_CHUNK
 
 
 def test_kv_pages_get_what_the_weights_leave_of_a_gpu_and_a_fixed_share_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from kernels.band import PAGE_SIZE, first_key
 from model.config import GPTConfig, KVGroup
 from model.step import DecodeToken, Sampled, Sampling, StepInput, TokenLogprobs
+from service.engine.pace import Load
 from service.engine.pages import PageAllocator, chunk_slack, resting_pages
 from service.engine.retry import Retry
 from service.engine.scheduler import Delta, PrefixGroup, Scheduler, Sequence, Start
@@ -278,6 +279,7 @@ def sequences_of(request: Request) -> list[Sequence]:
     sequences=st.tuples(st.integers(1, 9), st.integers(1, 3)),
     chunk_limit=st.none() | st.integers(16, 400),
     crowd=st.none() | st.integers(0, 3),
+    explained_weight=st.just(1.0) | st.floats(1, 16),
     steps_ahead=st.integers(0, 1),
     max_draft=st.integers(0, 9),
     seed=st.integers(0, 1000),
@@ -290,6 +292,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
     sequences: tuple[int, int],
     chunk_limit: int | None,
     crowd: int | None,
+    explained_weight: float,
     steps_ahead: int,
     max_draft: int,
     seed: int,
@@ -308,6 +311,7 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
         scheduler._pace.chunk_limit = lambda *_, **__: chunk_limit  # type: ignore[method-assign]
     if crowd is not None:
         scheduler._pace.crowd_limit = lambda num_rows: num_rows + crowd  # type: ignore[method-assign]
+    scheduler.explained_weight = explained_weight
     device = Device(scheduler, rng)
     in_flight: deque[tuple[StepInput, list[Row], Sampled]] = deque()
     todo = [sequences_of(request) for request in requests]
@@ -341,7 +345,8 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
         if step is None:
             assert in_flight or not scheduler.running
         else:
-            assert step.num_tokens <= step_tokens
+            num_explained = sum(len(wanted.targets) for wanted in step.prompt_logprobs)
+            assert step.num_tokens + (explained_weight - 1) * num_explained <= step_tokens + 1e-6
             assert {start.row for start in step.starts} >= {chunk.row for chunk in step.chunks if chunk.start == 0}
             began += [delta.sequence for delta in scheduler.begun]
             in_flight.append((step, *device.run(step)))
@@ -428,8 +433,7 @@ def test_decodes_go_first_and_a_prompt_beside_more_of_them_gets_what_the_pace_al
     scheduler.submit([sequence(400, 5)])
     asked: list[tuple[int, int]] = []
 
-    def limit(num_rows: int, start: int, *, explained: bool = False) -> int:
-        assert not explained
+    def limit(num_rows: int, start: int) -> int:
         asked.append((num_rows, start))
         return 40
 
@@ -869,23 +873,20 @@ def test_step_tokens_must_let_every_stream_advance() -> None:
         make(max_rows=4, step_tokens=19)
 
 
-def test_the_pace_knows_of_logprobs_from_where_they_are_wanted() -> None:
-    """It counts those that a step has had."""
+def test_prompt_tokens_with_logprobs_count_more_from_where_they_are_wanted() -> None:
+    """The pace is told how many a step has had."""
     scheduler = make(None, step_tokens=256)
+    scheduler.explained_weight = 4
     scheduler.submit([sequence(10, 50), sequence(10, 50)])
     drive(scheduler)
     explained = sequence(100, 5)
     explained.prompt_logprobs_from = 50
     scheduler.submit([explained])
-    asked, seen = [], []
+    seen: list[Load] = []
 
-    def limit(num_rows: int, start: int, *, explained: bool = False) -> int:
-        asked.append((num_rows, start, explained))
-        return 49
-
-    scheduler._pace.chunk_limit = limit  # type: ignore[method-assign]
+    scheduler._pace.chunk_limit = lambda *_: 64  # type: ignore[method-assign]
     scheduler._pace.observe = lambda load, seconds: seen.append(load)  # type: ignore[method-assign]
-    for _ in range(3):
+    for _ in range(4):
         drive(scheduler)
-    assert asked == [(2, 0, False), (2, 49, True), (2, 64, True)]
-    assert [(load.tokens, load.explained) for load in seen] == [(49, 0), (15, 15), (36, 35)]
+    # 49 and 15 / 4, then 64 / 4 each.
+    assert [(load.tokens, load.explained) for load in seen] == [(52, 3), (12, 12), (16, 16), (16, 16)]

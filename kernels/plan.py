@@ -38,7 +38,7 @@ class DecodePlan:
 
     @cached_property
     def page_list(self) -> PageList:
-        """The form that CPU implementations take. Its size depends on the lengths, so building it waits for the device."""
+        """The form that single ops on a CPU take. Its size depends on the lengths, so building it waits for the device."""
         own_page = (self.lengths - 1) // PAGE_SIZE  # (B,) the page of the query's own key
         if self.layout is None:
             band = self.pattern.band
@@ -150,7 +150,7 @@ class StepPlan:
     page_table: Tensor  # (S, W + 1) int32 of all S batch rows: otherwise as in DecodePlan
     rows: Tensor  # (N,) int64: the batch row of each token
     positions: Tensor  # (N,) int64
-    num_decodes: int  # these tokens come first, each the last of its sequence
+    num_decodes: int  # these tokens come first, each with a query of its own; several may belong to one sequence
     prefill: PrefillPlan | None  # of the others
     pattern: Pattern
     layout: BlockLayout | None

@@ -57,13 +57,13 @@ class PendingStep:
     """A launched step; `result` waits for its tokens."""
 
     def __init__(self, step: StepInput, tokens: Tensor, found: list[FoundLogprobs]):
-        """Start to copy `tokens` (B,), which later steps of a device may overwrite, and `found` to the host.
+        """Start to move `tokens` (B,), which later steps of a device may overwrite, and `found` to the host.
 
         `found` holds the samples that want logprobs first, then the prompt's logprobs.
         """
         self._step = step
-        self._tokens = start_copy(tokens)
-        self._found = [FoundLogprobs(*map(start_copy, each)) for each in found]
+        self._tokens = to_host(tokens)
+        self._found = [FoundLogprobs(*map(to_host, each)) for each in found]
         self._copied = torch.cuda.Event() if tokens.is_cuda else None
         if self._copied:
             self._copied.record()
@@ -88,7 +88,7 @@ class PendingStep:
         return Sampled(tokens, sampled, prompt)
 
 
-def start_copy(tensor: Tensor) -> Tensor:
+def to_host(tensor: Tensor) -> Tensor:
     """The tensor on the host, complete once the device has reached this point of its queue."""
     if not tensor.is_cuda:
         return tensor

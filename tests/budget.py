@@ -19,9 +19,9 @@ SUFFIXES = {".py", ".cpp", ".h", ".toml"}
 # loop's lag 160, large requests 480, their rests, room and turns 160, fair shares and resuming 430, requests that kill 170,
 # names of keys 200, model directories and templates 420, files deleted while they are read 15.
 # The draw and logprobs in C++ took 610, threads that share and the container's quota 460. Huge pages, products of AVX2 and
-# the choice of their dtype, logprobs in columns and in events without models took 300. The pages of a step in C++ took 105, what
-# a prompt token with logprobs counts as 20.
-TOTAL = 22_650
+# the choice of their dtype, logprobs in columns and in events without models took 300. The pages of a step in C++ took 105,
+# what a prompt token with logprobs counts as 20.
+TOTAL = 22_660
 
 BUDGET = {
     "service": 620,
@@ -34,7 +34,7 @@ BUDGET = {
     "model/checkpoint": 2550,
     "model/training": 1400,
     "kernels": 1130,
-    "kernels/cpu": 2745,
+    "kernels/cpu": 2750,
     "kernels/gpu": 1400,
 }
 

@@ -202,7 +202,10 @@ class CompiledOps:
 
 
 class NativeBlocks:
-    """All blocks in one call: between ops Python would wait for the interpreter's lock. See kernels.ops.NativeForward."""
+    """A step up to the final norm in one call: between ops Python would wait for the interpreter's lock.
+
+    See kernels.ops.NativeForward.
+    """
 
     def __init__(
         self,

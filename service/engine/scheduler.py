@@ -533,6 +533,8 @@ class Scheduler:
         begun = next((sequence for sequence in prompts if sequence.num_computed % PAGE_SIZE), None)
         if begun and begun is not prompts[0]:
             self._add_chunk(scheduled, begun, left(), most=-begun.num_computed % PAGE_SIZE)
+            if begun.in_prompt and begun.num_computed % PAGE_SIZE:
+                return
             prompts = [sequence for sequence in prompts if sequence is not begun]
         for sequence in prompts:
             if sequence.in_prompt and not self._add_chunk(scheduled, sequence, left()):

@@ -1,6 +1,8 @@
 // The pages that a step's tokens read and write, from their rows and positions.
 #pragma once
 
+#include <algorithm>
+
 #include "abi.h"
 
 namespace {
@@ -19,7 +21,7 @@ inline bool sees(const PlanArgs& plan, int64_t query, int64_t key) {
 
 // Fills in the slots of all tokens, and the pages that the first `decodes` of them read: slot_mapping of
 // kernels.plan.StepPlan, and DecodePlan.page_list.
-void fill_in(const PlanArgs& plan, int64_t tokens, int64_t decodes) {
+inline void fill_in(const PlanArgs& plan, int64_t tokens, int64_t decodes) {
   int64_t count = 0;
   for (int64_t t = 0; t < tokens; t++) {
     const int32_t* const table = plan.page_table + plan.rows[t] * plan.table_stride;

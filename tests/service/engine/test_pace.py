@@ -101,7 +101,6 @@ def test_logprobs_of_prompts_are_costs_of_their_own() -> None:
     for _ in range(30):
         count = pace.chunk_limit(24, 0) // 6
         load = Load(24, count, 0, count)
-        assert count >= PAGE_SIZE // 6
         assert explaining(load) < 1.15 * MAX_SLOWDOWN * explaining(Load(24, 0, 0))
         pace.observe(load, explaining(load))
         pace.observe(Load(24, 0, 0), explaining(Load(24, 0, 0)))

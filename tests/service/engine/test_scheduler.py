@@ -346,6 +346,8 @@ def test_every_sequence_is_computed_once_in_order_and_finishes(
             assert in_flight or not scheduler.running
         else:
             num_explained = sum(len(wanted.targets) for wanted in step.prompt_logprobs)
+            resting = [each for each in scheduler.running.values() if each.in_prompt and each.num_computed % PAGE_SIZE]
+            assert len(resting) <= 1
             assert step.num_tokens + (explained_weight - 1) * num_explained <= step_tokens + 1e-6
             assert {start.row for start in step.starts} >= {chunk.row for chunk in step.chunks if chunk.start == 0}
             began += [delta.sequence for delta in scheduler.begun]

@@ -345,7 +345,7 @@ class Runner:
                     some = FoundLogprobs(*(column[kept] for column in some))
                 found.append(some)
             del logits  # or it would stay allocated while the next ones are computed
-        tokens = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else rows
+        tokens = torch.cat(parts) if parts else rows
         known = tokens.clamp_min(0)  # the next step may be launched before anyone sees that there is no token
         self.last_token[rows] = known
         self.sampling.generated[rows, known] += 1

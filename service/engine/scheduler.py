@@ -224,8 +224,9 @@ class Scheduler:
     ):
         """At most `max_rows` sequences run at once, and at most `step_tokens` tokens are computed in a step.
 
-        A prompt token with logprobs counts as `explained_weight` tokens, from 1 to MIN_CHUNK. A step computes up to
-        `max_draft` guessed tokens of a sequence. If that is above 0, every step must be committed
+        A prompt token with logprobs counts as `explained_weight` tokens, from 1 to MIN_CHUNK.
+
+        A step computes up to `max_draft` guessed tokens of a sequence. If that is above 0, every step must be committed
         before the next is scheduled.
         """
         if step_tokens < max_rows + MIN_CHUNK:

@@ -350,14 +350,15 @@ class Cases:
         return Case("look", Request(method, path, key=self.key(rng)), frozenset({paths[path]}))
 
     def of_each_size(self) -> Iterator[Case]:
-        """Prompts of every number of rows that a product is compiled for, with logprobs, so that the head's are too.
+        """Prompts of every number of rows that a product is compiled for, and with logprobs, so that the head's are too.
 
         oneDNN, which multiplies in float32, keeps what it compiles. A round grows with each size that is new in it.
         """
         rng = random.Random("sizes")
         for rows in sorted({rounded_up(count) for count in range(1, MOST_ROWS + 1)}):
-            body = {"prompt": self._tokens(rng, rows), "max_tokens": 1, "echo": True, "logprobs": 0, "model": self._model}
-            yield Case("size", post("/v1/completions", body, self.key(rng)), frozenset({200}), 1)
+            for wanted in ({}, {"echo": True, "logprobs": 0}):  # a step has fewer rows of those with logprobs
+                body = {"prompt": self._tokens(rng, rows), "max_tokens": 1, "model": self._model} | wanted
+                yield Case("size", post("/v1/completions", body, self.key(rng)), frozenset({200}), 1)
 
     # -- requests that are wrong --------------------------------------------------------------------------------------
 

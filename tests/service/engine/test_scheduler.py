@@ -884,11 +884,17 @@ def test_prompt_tokens_with_logprobs_count_more_from_where_they_are_wanted() -> 
     explained = sequence(100, 5)
     explained.prompt_logprobs_from = 50
     scheduler.submit([explained])
+    asked: list[tuple[int, int]] = []
     seen: list[Load] = []
 
-    scheduler._pace.chunk_limit = lambda *_: 64  # type: ignore[method-assign]
+    def limit(num_rows: int, start: int) -> int:
+        asked.append((num_rows, start))
+        return 64
+
+    scheduler._pace.chunk_limit = limit  # type: ignore[method-assign]
     scheduler._pace.observe = lambda load, seconds: seen.append(load)  # type: ignore[method-assign]
     for _ in range(4):
         drive(scheduler)
+    assert asked == [(2, 0), (2, 52), (2, 64), (2, 80)]
     # 49 and 15 / 4, then 64 / 4 each.
     assert [(load.tokens, load.explained) for load in seen] == [(52, 3), (12, 12), (16, 16), (16, 16)]

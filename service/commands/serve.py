@@ -48,8 +48,10 @@ def run_serve(args: argparse.Namespace) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     settings = settings_from(args)
     from service.api.server import Server, serve
+    from service.engine.process import share_freed_memory
     from service.engine.workers import drop_waiting
 
+    share_freed_memory()
     server = Server(lambda: load_app(settings), settings)
     with asyncio.Runner(loop_factory=server.config.get_loop_factory()) as runner:  # uvloop, if it is installed
         status = runner.run(serve(server))

@@ -1,4 +1,7 @@
-"""Settings of the process's runtime libraries without which steps, of serving or training, run at half speed."""
+"""Settings of the process's runtime libraries without which steps, of serving or training, run at half speed.
+
+Imports torch only where it is used: a server sets its memory ahead of the thread that takes seconds to import torch.
+"""
 
 import ctypes
 import gc
@@ -9,8 +12,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from service.engine.cores import cpu_quota
 
 log = logging.getLogger("banded")
@@ -18,6 +19,7 @@ log = logging.getLogger("banded")
 # Parameters of glibc's mallopt.
 M_TRIM_THRESHOLD = -1
 M_MMAP_THRESHOLD = -3
+M_ARENA_MAX = -8
 KEEP_BYTES = 2**31 - 1
 # Blocks from this size on are logits of prompts, 51 MB, in a server. Kept by malloc too, they would take room for several:
 # small tensors come to lie in what was freed, and the next one no longer fits there.
@@ -31,10 +33,21 @@ def keep_freed_memory(smaller_than: int = KEEP_BYTES) -> None:
     Every step allocates and frees tensors of the same sizes. By default glibc maps and unmaps those of a few megabytes
     each time, and the page faults take longer than the arithmetic. Other C libraries are left as they are.
     """
+    _set_malloc(M_MMAP_THRESHOLD, smaller_than)
+    _set_malloc(M_TRIM_THRESHOLD, KEEP_BYTES)
+
+
+def share_freed_memory() -> None:
+    """Have threads that start from now on use memory that others have freed.
+
+    By default glibc gives each an arena of its own, up to eight a core, which keeps as much as it ever held at a time.
+    """
+    _set_malloc(M_ARENA_MAX, 1)
+
+
+def _set_malloc(parameter: int, value: int) -> None:
     if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(M_MMAP_THRESHOLD, smaller_than)
-        libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
+        ctypes.CDLL(None).mallopt(parameter, value)
 
 
 @contextmanager
@@ -44,6 +57,8 @@ def one_torch_thread() -> Iterator[None]:
     OpenMP keeps a team of workers for every thread that ever ran something in parallel. If all teams together outnumber
     the cores, no worker spins while it waits, and a step takes twice as long.
     """
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,6 +69,8 @@ def one_torch_thread() -> Iterator[None]:
 
 def keep_to_quota() -> None:
     """Have torch use no more threads than the container's quota of CPUs: beyond it all are halted, for milliseconds."""
+    import torch
+
     threads, quota = torch.get_num_threads(), cpu_quota()
     if quota < threads:
         allowed = max(1, math.floor(quota))

@@ -41,6 +41,8 @@ ENVIRONMENT = {
     "BANDED_QUEUE_TIMEOUT": "10",
     "BANDED_KV_BYTES": str(40 << 20),
     "OMP_WAIT_POLICY": "PASSIVE",  # clients share the cores
+    # Python's own pools come by the megabyte, and one object keeps one. From malloc its objects are counted, and returned.
+    "PYTHONMALLOC": "malloc",
     "PYTHONWARNINGS": "default::ResourceWarning",
 }
 TEMPLATE = (

@@ -15,11 +15,11 @@ from tests.soak.wire import Connection, Request
 
 SETTLE_SECONDS = 45.0  # in which a server has to become idle
 # Bytes by which the resident memory at the end of the last round may be above the highest that any earlier round ended with.
-# It goes up and down by 30 MB with the large requests that happened to meet in a round, so one round alone is no measure. A
-# round of three that take 600 seconds has 7500 visits and more: 1.4 kB kept of each would be a miss.
-MEMORY = 10 << 20
-# The same of what malloc has given out, which varies less: 1.1 kB of each visit.
-ALLOCATED = 8 << 20
+# Of pages that are partly free some stay, so it goes up and down by a few MB. A round of three that take 600 seconds has
+# 7500 visits and more: 0.8 kB kept of each would be a miss.
+MEMORY = 6 << 20
+# The same of what malloc has given out, Python's objects included, which is exact: 0.5 kB of each visit.
+ALLOCATED = 4 << 20
 # Threads that wait for work in pools, which grow to these sizes as they are needed and never shrink.
 POOLS = {"large-request": 4, "uvloop": (os.cpu_count() or 1) + 4}
 # anyio's threads end when another has work and they have had none for ten seconds. Reading a static file is such work.

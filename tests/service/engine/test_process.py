@@ -54,6 +54,29 @@ def test_large_blocks_are_returned() -> None:
     assert kept < 80 << 20, "8 x 8 MB are in use"
 
 
+def test_threads_share_what_they_have_freed() -> None:
+    """Of 8 threads that use 24 MB each, one after the other. With an arena a thread, each would keep its own."""
+    script = (
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "from pathlib import Path\n"
+        "from threading import Barrier\n"
+        "from service.engine.process import keep_freed_memory, share_freed_memory\n"
+        "share_freed_memory()\n"
+        "keep_freed_memory()\n"
+        "resident = lambda: int(Path('/proc/self/statm').read_text().split()[1]) * 4096\n"
+        "use = lambda: len([bytearray(b'a') * 8192 for _ in range(3072)])\n"
+        "started = Barrier(8)\n"
+        "with ThreadPoolExecutor(8) as pool:\n"
+        "    list(pool.map(lambda _: started.wait(), range(8)))\n"
+        "    before = resident()\n"
+        "    for _ in range(64):\n"
+        "        pool.submit(use).result()\n"
+        "    print(resident() - before)\n"
+    )
+    kept = int(subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout)
+    assert kept < 40 << 20, "8 x 24 MB were used"
+
+
 def test_a_thread_that_runs_python_gives_way_often() -> None:
     before = sys.getswitchinterval()
     try:

@@ -11,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.soak.wire import Connection, Request
+from tests.soak.wire import Connection, Request, post
 
 SETTLE_SECONDS = 45.0  # in which a server has to become idle
 # Bytes by which the resident memory at the end of the last round may be above the highest that any earlier round ended with.
@@ -24,6 +24,8 @@ ALLOCATED = 4 << 20
 POOLS = {"large-request": 4, "uvloop": (os.cpu_count() or 1) + 4}
 # anyio's threads end when another has work and they have had none for ten seconds. Reading a static file is such work.
 STATIC = "/static-offline-docs/swagger-ui.css"
+# A step lets go of what a thread that was put aside might still read of the step before: up to MAX_KEPT bytes of tensors.
+SHORT = {"prompt": "a", "max_tokens": 1}
 # What a log may not have.
 BAD_LINES = re.compile(
     r"Traceback|Exception ignored|never retrieved|never awaited|was destroyed|ResourceWarning|RuntimeWarning"
@@ -130,6 +132,7 @@ class Probe:
     async def sample(self) -> Sample:
         connection = await Connection.open(self._port)
         await connection.ask(Request("GET", STATIC, key=self._key))
+        await connection.ask(post("/v1/completions", SHORT, self._key))
         text = (await connection.ask(Request("GET", "/metrics", key=self._key))).body.decode()
         connection.leave()
         await asyncio.sleep(0.3)

@@ -50,8 +50,8 @@ class BlockParts(NamedTuple):
 
 
 # Hidden states (N, C) of x (N, C), which it overwrites, after all blocks and the final norm. Takes a plan for each kind of
-# attention.
-NativeForward = Callable[[Tensor, Mapping[PatternKind, StepPlan]], Tensor]
+# attention, and what to call right ahead of the native code.
+NativeForward = Callable[[Tensor, Mapping[PatternKind, StepPlan], Callable[[], object]], Tensor]
 
 
 class Ops(Protocol):

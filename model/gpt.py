@@ -266,17 +266,24 @@ class PagedGPT:
         self._native_forward = ops.native_forward(parts, model.ln_f, config.activation, pre_norm=config.pre_norm)
 
     def __call__(
-        self, tokens: Tensor, positions: Tensor, plans: dict[PatternKind, StepPlan], adapt: Adapt | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        plans: dict[PatternKind, StepPlan],
+        adapt: Adapt | None = None,
+        begins: Callable[[], object] = lambda: None,
     ) -> Tensor:
         """Hidden states (N, C) of a step's tokens (N,): first the decode rows, then the prompt chunks.
 
-        Takes the native forward if the ops have one and no row has an adapter.
+        Takes the native forward if the ops have one and no row has an adapter. On a CPU, calls `begins` ahead of the blocks.
         """
         model, ops = self._model, self._ops
         if self._native_forward is None or adapt is not None:
+            if not tokens.is_cuda:
+                begins()
             attend = PagedAttention(model.config, ops, self._pools, plans)
             return cast(Tensor, model(tokens, positions, attend, ops, adapt))
-        return self._native_forward(model.embed(tokens, positions, ops), plans)
+        return self._native_forward(model.embed(tokens, positions, ops), plans, begins)
 
 
 def layer_norm(config: GPTConfig) -> nn.LayerNorm:

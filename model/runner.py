@@ -10,7 +10,7 @@ import gc
 import math
 import operator
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -178,13 +178,17 @@ class Runner:
             self._graphs[bucket] = graph
 
     @torch.inference_mode()
-    def launch(self, step: StepInput) -> PendingStep:
-        """Apply the step's row and page updates, run the model over its tokens, sample and collect logprobs."""
+    def launch(self, step: StepInput, begins: Callable[[], object] = lambda: None) -> PendingStep:
+        """Apply the step's row and page updates, run the model over its tokens, sample and collect logprobs.
+
+        A CPU has computed the step when this returns, so there `begins` is called when it begins to: time for the Python of
+        other threads.
+        """
         if step.starts:
             self._start_rows(step.starts)
         self._add_pages(step.pages)
         decodes_only = not step.chunks and len(step.samples) == len(step.decodes)
-        pending = self._run_decode(step) if decodes_only else self._run_mixed(step)
+        pending = self._run_decode(step, begins) if decodes_only else self._run_mixed(step, begins)
         self._copy_pages(step.copies)
         return pending
 
@@ -253,7 +257,7 @@ class Runner:
                         for pages in pool:
                             pages[targets] = pages[sources]
 
-    def _run_decode(self, step: StepInput) -> PendingStep:
+    def _run_decode(self, step: StepInput, begins: Callable[[], object]) -> PendingStep:
         """A step that samples after each of its tokens, padded to a bucket. Graphs support neither logprobs nor bans."""
         count = len(step.decodes)
         bucket = next((size for size in self.buckets if size >= count), count)
@@ -267,11 +271,15 @@ class Runner:
             self._graphs[bucket].replay()
             return PendingStep(step, self._decode_output[:count], [])
         columns = columns.to(self.device, non_blocking=True)
-        tokens, found = self._decode(columns, [] if plain else step.samples, adapt)
+        tokens, found = self._decode(columns, [] if plain else step.samples, adapt, begins)
         return PendingStep(step, tokens[:count], found)
 
     def _decode(
-        self, columns: Tensor, samples: Sequence[Sample] = (), adapt: Adapt | None = None
+        self,
+        columns: Tensor,
+        samples: Sequence[Sample] = (),
+        adapt: Adapt | None = None,
+        begins: Callable[[], object] = lambda: None,
     ) -> tuple[Tensor, list[FoundLogprobs]]:
         """Sample a token after each of `columns` (3, B). A column is a row, a position and the token there, or UNKNOWN.
 
@@ -281,10 +289,10 @@ class Runner:
         rows, positions, given = columns.unbind()  # (B,) each
         tokens = torch.where(given == UNKNOWN, self.last_token[rows], given)
         plans = self._plans(rows, positions, len(rows), [], rows[:0])
-        hidden = self.paged(tokens, positions, plans, adapt)  # (B, C)
+        hidden = self.paged(tokens, positions, plans, adapt, begins)  # (B, C)
         return self._sample(hidden, rows, positions + 1, samples)
 
-    def _run_mixed(self, step: StepInput) -> PendingStep:
+    def _run_mixed(self, step: StepInput, begins: Callable[[], object]) -> PendingStep:
         """A step with tokens that nothing is sampled after: prompt chunks, or known ones. It may also have others."""
         given = [UNKNOWN if token is None else token for _, _, token in step.decodes]
         prompt = [token for chunk in step.chunks for token in chunk.tokens]
@@ -299,7 +307,7 @@ class Runner:
         tokens = torch.where(tokens == UNKNOWN, self.last_token[rows], tokens)  # (N,)
         adapt = self.adapters.of_rows([self._adapter_of[row] for row in step.token_rows])
         plans = self._plans(rows, positions, len(step.decodes), step.chunks, chunk_rows)
-        hidden = self.paged(tokens, positions, plans, adapt)  # (N, C)
+        hidden = self.paged(tokens, positions, plans, adapt, begins)  # (N, C)
         new_tokens, found = self._sample(hidden[sampled], sampling_rows, positions[sampled] + 1, step.samples)
         return PendingStep(step, new_tokens, found + self._prompt_logprobs(hidden, step))
 

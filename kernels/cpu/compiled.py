@@ -7,7 +7,7 @@ serves alone.
 import atexit
 import ctypes
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -223,7 +223,7 @@ class NativeBlocks:
         self._blocks = (BlockArgs * len(parts))(*(BlockArgs.of(part, self._kinds.index(part.kind)) for part in parts))
         self._heads = parts[0].k_pages.shape[1]
 
-    def __call__(self, x: Tensor, plans: Mapping[PatternKind, StepPlan]) -> Tensor:
+    def __call__(self, x: Tensor, plans: Mapping[PatternKind, StepPlan], begins: Callable[[], object]) -> Tensor:
         tokens, columns = x.shape  # N, C
         first = self._blocks[0]
         num_decodes = plans[self._kinds[0]].num_decodes
@@ -233,6 +233,7 @@ class NativeBlocks:
         qkv, inner = x.new_empty(tokens, 3 * columns), x.new_empty(tokens, first.c_fc.channels)
         quantized = QuantizedRows(tokens, max(first.c_attn.padded, first.mlp_c_proj.padded))
         scratch = ScratchArgs(normed, qkv, attended, inner, quantized)
+        begins()
         self._ops.call(
             "run_blocks",
             *(self._blocks, len(self._blocks), self._pre_norm, self._activation, self._heads),

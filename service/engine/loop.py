@@ -32,7 +32,7 @@ class Pending(Protocol):
 
 
 class StepRunner(Protocol):
-    def launch(self, step: StepInput) -> Pending: ...
+    def launch(self, step: StepInput, begins: Callable[[], object] = ...) -> Pending: ...
 
 
 class InFlight(NamedTuple):
@@ -60,6 +60,7 @@ class StepLoop:
         self._metrics = metrics
         self._num_ahead = 1 if overlap else 0
         self._in_flight: deque[InFlight] = deque()  # oldest first
+        self._unreported: list[tuple[list[Delta], float]] = []  # and when their step ended
         self._busy_since = math.inf
         self._cores = CoreWatch()
         # Shared with other threads, under the condition.
@@ -71,7 +72,11 @@ class StepLoop:
     # -- other threads ------------------------------------------------------------------------------------------------
 
     def start(self, report: Callable[[list[Delta], float], None], give_up: Callable[[], None]) -> None:
-        """Begin. The step thread calls `report` with the deltas and the end of each step, and `give_up` when it fails."""
+        """Begin. The step thread calls `report` with the deltas and the end of each step, and `give_up` when it fails.
+
+        Those of a step are reported when the next one begins to compute, or there is none. Earlier, the event loop's work on
+        them would take the interpreter from this thread.
+        """
         self._report_to, self._give_up = report, give_up
         self._thread.start()
 
@@ -128,30 +133,35 @@ class StepLoop:
                     command()
                 while not self._scheduler.idle and not self._stopping:
                     self._step()
-                    for command in self._take_inbox():
+                    if commands := self._take_inbox():
+                        self._report()
+                    for command in commands:
                         command()
                 self._read_steps(keep=0)  # an idle scheduler has left none
+                self._report()
                 self._busy_since = math.inf
         except Exception:
             log.exception("the step loop failed")
+            self._report()
             self._give_up()
 
     def _step(self) -> None:
         """Schedule and launch a step, then read this one or, with overlap, the one before it."""
         now = time.monotonic()
-        self._report(self._scheduler.expire(now))
+        self._add_report(self._scheduler.expire(now))
         num_put_back = self._scheduler.num_put_back
         step = self._scheduler.schedule(now)
         self._metrics.put_back.inc(self._scheduler.num_put_back - num_put_back)
         if step is not None:
-            self._report(self._scheduler.begun)
+            self._add_report(self._scheduler.begun)
             self._launch(step)
+        self._report()  # unless the launch has
         self._read_steps(keep=0 if step is None or self._scheduler.has_suspects else self._num_ahead)
 
     def _launch(self, step: StepInput) -> None:
         launched = time.monotonic()
         try:
-            self._in_flight.append(InFlight(step.num_tokens, self._runner.launch(step), launched))
+            self._in_flight.append(InFlight(step.num_tokens, self._runner.launch(step, self._report), launched))
             return
         except Exception:
             log.exception("a step raised and is run again in halves")
@@ -163,6 +173,7 @@ class StepLoop:
     def _read_steps(self, *, keep: int) -> None:
         """Wait for the oldest steps and commit them, until `keep` are in flight."""
         while len(self._in_flight) > keep:
+            self._report()
             num_tokens, pending, launched = self._in_flight.popleft()
             try:
                 sampled = pending.result()
@@ -188,7 +199,7 @@ class StepLoop:
         deltas = self._scheduler.commit(sampled, seconds)
         self._metrics.draft_tokens.inc(self._scheduler.drafts.drafted)
         self._metrics.accepted_draft_tokens.inc(self._scheduler.drafts.accepted)
-        self._report(deltas)
+        self._add_report(deltas)
 
     def _repeat_step(self, *, raised: bool) -> None:
         """Run the oldest step again in halves, and halves of those that raise, until each request that raises is alone.
@@ -196,6 +207,7 @@ class StepLoop:
         Those end with an error, the others go on as if nothing had happened. If memory was short, some can't be run again
         and start over. `raised`: the step as a whole has raised.
         """
+        self._report()
         scheduler, step = self._scheduler, self._scheduler.oldest_step
         assert step is not None
         retry, requests = Retry(step), scheduler.oldest_requests()
@@ -224,7 +236,7 @@ class StepLoop:
             log.error("a step raised: %d of its %d requests end with an error", len(failed), len(requests))
         deltas = scheduler.commit(retry.sampled, None, chain.from_iterable(failed))
         self._check_integrity()
-        self._report(deltas)
+        self._add_report(deltas)
 
     def _run_part(self, retry: Retry, requests: list[list[Sequence]]) -> bool:
         """Run the part of a step that computes `requests`; whether it did not raise."""
@@ -243,9 +255,14 @@ class StepLoop:
         for step in canary(self._scheduler.max_rows):
             self._runner.launch(step).result()
 
-    def _report(self, deltas: list[Delta]) -> None:
+    def _add_report(self, deltas: list[Delta]) -> None:
         if deltas:
-            self._report_to(deltas, self._busy_since)
+            self._unreported.append((deltas, self._busy_since))
+
+    def _report(self) -> None:
+        unreported, self._unreported = self._unreported, []
+        for deltas, ended in unreported:
+            self._report_to(deltas, ended)
 
     def _next_commands(self) -> list[Command]:
         """Wait, idle, for commands; empty when the loop stops."""

@@ -105,7 +105,10 @@ class PagedRun:
         if self.num_top is not None:
             scores = [PromptLogprobs(start, c.tokens[1:], self.num_top) for c, start in zip(prompt, ends, strict=False)]
         step = StepInput(starts, pages, rows, prompt, samples, scores, [])
-        sampled = self.runner.launch(step).result()
+        begun: list[int] = []
+        sampled = self.runner.launch(step, lambda: begun.append(len(self.hidden))).result()
+        is_late = self.runner.device.type == "cuda"  # it computes when the launch has returned
+        assert begun == [0] * (not is_late), "the caller is told once, and before the model has computed"
         with torch.inference_mode():
             logits = self.model.logits(self.hidden.pop(), self.runner.ops).cpu()
         assert sampled.tokens == logits[[row.token for row in samples]].argmax(-1).tolist()

@@ -7,10 +7,12 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.cpu.compiled import CompiledOps
 from model.checkpoint.weights import load_model
 from model.doctor import kernel_errors
+from model.step import DecodeToken, PromptChunk, RowStart, Sample, Sampling, StepInput
 from tests.kernels.compiled import VARIANTS, compiled_ops
 from tests.kernels.paths import ServedPath
 from tests.model.checkpoint.checkpoints import FIELDS, tiny
@@ -60,6 +62,46 @@ def test_the_bits_are_those_of_the_ops(name: str, pack: Literal["as it is", "int
     for together, apart in zip(runs[0].logits, runs[1].logits, strict=True):
         assert not together.isnan().any()
         assert torch.equal(together, apart)
+
+
+def test_the_caller_is_told_right_ahead_of_the_native_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between the two, any op of PyTorch's would give the interpreter to the thread that was told."""
+    ops = compiled_ops(FIELDS["banded"]["n_embd"] // 2, torch.bfloat16)
+    skip_without_products(ops)
+    path = ServedPath(ops, torch.device("cpu"))
+    run = PagedRun(
+        tiny("banded", tmp_path, n_head=2), [torch.zeros(9, dtype=torch.int64)], torch.bfloat16, path, pack="as it is"
+    )
+    run_blocks, seen = ops._library.run_blocks, list[str]()
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append("op")
+            return op(*args, **kwargs or {})
+
+    def noted(*arguments: Any) -> Any:
+        seen.append("native code")
+        return run_blocks(*arguments)
+
+    monkeypatch.setattr(ops._library, "run_blocks", noted)
+    for step in (
+        StepInput(
+            [RowStart(0, Sampling(), [1, 2])],
+            run.cache.extend(0, 9),
+            [],
+            [PromptChunk(0, 0, [1, 2])],
+            [Sample(0, 1)],
+            [],
+            [],
+        ),
+        StepInput([], [], [DecodeToken(0, 2)], [], [Sample(0, 0)], [], []),
+    ):
+        seen.clear()
+        with Noting():
+            run.runner.launch(step, lambda: seen.append("told"))
+        assert seen.count("told") == 1
+        assert seen[seen.index("told") + 1] == "native code"
+        assert seen[0] == seen[-1] == "op"
 
 
 @packs

@@ -167,7 +167,7 @@ def test_a_bucket_is_the_smallest_that_holds_the_batch_or_else_its_size(
     run.runner.buckets = [2, 4]
     seen: list[int] = []
 
-    def decode(rows: torch.Tensor, samples: object, adapted: object) -> tuple[torch.Tensor, list[object]]:
+    def decode(rows: torch.Tensor, *_: object) -> tuple[torch.Tensor, list[object]]:
         seen.append(rows.shape[1])
         return rows[0], []
 

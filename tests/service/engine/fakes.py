@@ -33,7 +33,7 @@ class FakeRunner:
     """Answers every prompt with `script`, again and again. A step computes only when its result is asked for.
 
     `script_of` may give a sequence a script of its own. Banned tokens are left out of a script. `gate` holds launches
-    back, `fault` makes them raise, and `late_fault` makes results raise.
+    back when they have begun, `fault` makes them raise, and `late_fault` makes results raise.
     """
 
     def __init__(self, script: list[int]):
@@ -47,7 +47,8 @@ class FakeRunner:
         self.calls: list[str] = []
         self._starts: dict[int, RowStart] = {}
 
-    def launch(self, step: StepInput) -> FakePending:
+    def launch(self, step: StepInput, begins: Callable[[], object] = lambda: None) -> FakePending:
+        begins()
         assert self.gate.wait(20)
         self.steps.append(step)
         self.calls.append("launch")

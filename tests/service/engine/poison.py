@@ -1,5 +1,6 @@
 """A runner that raises where it computes what some prompts ask for."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from model.step import Sampled, StepInput
@@ -27,15 +28,15 @@ class PoisonedRunner:
         self.prompts: dict[int, list[int]] = {}
         self.num_raised = 0
 
-    def launch(self, step: StepInput) -> Pending:
+    def launch(self, step: StepInput, begins: Callable[[], object] = lambda: None) -> Pending:
         self.prompts |= {start.row: start.prompt for start in step.starts}
         computed = zip(step.token_rows, step.token_positions, strict=True)
         if not any(self.prompts[row][0] == POISON and position >= self.prompts[row][1] for row, position in computed):
-            return self.runner.launch(step)
+            return self.runner.launch(step, begins)
         self.num_raised += 1
         if self.when == "before":
             raise RuntimeError("poisoned step")
-        pending = self.runner.launch(step)
+        pending = self.runner.launch(step, begins)
         if self.when == "after":
             raise RuntimeError("poisoned launch")
         return Spoilt(pending)

@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import aclosing, asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from service.engine.engine import (
     UnavailableError,
 )
 from service.engine.request import GenerationRequest, Prompt, SamplingParams
-from service.engine.scheduler import NO_ADAPTER, AdapterRef, Sequence
+from service.engine.scheduler import NO_ADAPTER, AdapterRef, Delta, Sequence
 from tests.service.engine.fakes import FakeEngine
 from tests.service.helpers import run, until
 
@@ -154,6 +155,57 @@ def test_a_reader_that_was_away_gets_what_has_come_at_once() -> None:
             assert [len(output.tokens) for output in first + rest] == [1] * 18
             assert [output.finish_reason for output in rest if output.finish_reason] == ["length"] * 2
             assert [output async for output in outputs] == []
+
+    run(test)
+
+
+def test_what_a_step_did_is_reported_while_the_next_one_computes(overlap: int) -> None:
+    """Ahead of its launch, the event loop's work on it would keep the interpreter from the step thread."""
+
+    async def test() -> None:
+        fake = FakeEngine()
+        async with running(fake) as engine:
+            steps, calls, launch, report = engine._steps, fake.runner.calls, fake.runner.launch, engine._steps._report_to
+
+            def launching(step: StepInput, *begins: Any) -> Any:
+                calls.append("prepare")
+                return launch(step, *begins)
+
+            def reporting(deltas: list[Delta], ended: float) -> None:
+                calls.append("report")
+                report(deltas, ended)
+
+            fake.runner.launch = launching  # type: ignore[method-assign, assignment]
+            steps._report_to = reporting
+            assert text_of(await collect(engine, request(4))) == " one two three four"
+        begun, later = ["prepare", "report", "launch"], ["prepare", "report", "launch", "result"]
+        if overlap:
+            expected = [*begun, "prepare", "launch", "result", *later * 2, "report", "result", "report"]
+        else:
+            expected = [*begun, "result", *later * 3, "report"]
+        assert calls == expected
+
+    run(test)
+
+
+def test_an_answer_that_was_computed_ahead_of_a_failure_is_given(overlap: int) -> None:
+    async def test() -> None:
+        fake = FakeEngine()
+        launch = fake.runner.launch
+
+        def failing(step: StepInput, *begins: Any) -> Any:
+            if len(fake.runner.steps) > overlap:
+                raise RuntimeError("device on fire")
+            return launch(step, *begins)
+
+        fake.runner.launch = failing  # type: ignore[method-assign, assignment]
+        async with running(fake) as engine:
+            answers = (collect(engine, request(1)), collect(engine, request(9)))
+            first, second = await asyncio.gather(*answers, return_exceptions=True)
+            assert not isinstance(first, BaseException), repr(first)
+            assert text_of(first) == " one"
+            assert isinstance(second, StepFailedError)
+            await until(lambda: engine.has_failed)
 
     run(test)
 
@@ -642,7 +694,7 @@ def test_accounting_faults_are_counted_when_idle() -> None:
             assert fake.metric("page_accounting_faults_total") == 0
             fake.scheduler.cache.pools["dense"].free.pop()
             await collect(engine, request(2))
-            await until(lambda: fake.metric("page_accounting_faults_total") == 1)
+            await until(lambda: fake.metric("page_accounting_faults_total") >= 1)
 
     run(test)
 

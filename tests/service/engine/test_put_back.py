@@ -69,12 +69,12 @@ class Ran:
         self.steps: list[StepInput] = []
         runner = self.engine._steps._runner
         self._launch = runner.launch
-        runner.launch = self._noting  # type: ignore[method-assign]
+        runner.launch = self._noting  # type: ignore[method-assign, assignment]
         self.answers = asyncio.run(asyncio.wait_for(self._run(num_others), PATIENCE))
 
-    def _noting(self, step: StepInput) -> Any:
+    def _noting(self, step: StepInput, *begins: Any) -> Any:
         self.steps.append(step)
-        return self._launch(step)
+        return self._launch(step, *begins)
 
     async def _run(self, num_others: int) -> list[Any]:
         self.engine.start()
